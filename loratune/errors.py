@@ -1,0 +1,51 @@
+"""The one tree of errors. Each says what was given, what is allowed, and what to do.
+
+Raise the narrowest; the command line prints its text alone (no traceback) and exits with its
+`exit_code`. Anything that is not a `LoratuneError` is a bug in loratune and shows its traceback.
+"""
+
+
+class LoratuneError(Exception):
+    """Root of every error a user can cause or mend."""
+
+    exit_code = 1
+
+
+class SpecError(LoratuneError):
+    """The study's description is wrong. Carries every mistake at once, one per line."""
+
+    exit_code = 2
+
+
+class DataError(LoratuneError):
+    """Instruction data that cannot be read or must not be used: file, line, field, expectation."""
+
+    exit_code = 3
+
+
+class ModelError(LoratuneError):
+    """A base model, tokenizer or adapter that cannot be loaded or does not fit the request."""
+
+    exit_code = 4
+
+
+class StorageError(LoratuneError):
+    """The study's folder or Optuna storage cannot be read, written or continued."""
+
+    exit_code = 5
+
+
+class MissingExtra(LoratuneError):
+    """An optional dependency is not installed; the text holds the command that installs it."""
+
+    exit_code = 6
+
+    def __init__(self, what: str, extra: str, cause: str = "") -> None:
+        because = f" ({cause})" if cause else ""
+        super().__init__(f"{what} is not installed{because}. Install it with: pip install 'loratune[{extra}]'")
+
+
+class TrainingError(LoratuneError):
+    """No trial could be trained: the device, a worker or the engine failed for good."""
+
+    exit_code = 7

@@ -1,0 +1,206 @@
+"""What crosses a process border: plain dataclasses that turn into JSON and back.
+
+A `Recipe` is all that a study's trials share; `Hyperparameters` is what a trial varies. A `Segment`
+asks for one stretch of one trial's training, "train trial 7 from step 120 to step 240, then
+validate"; segments that run together on one device are a `Pack`; an `Outcome` answers each segment.
+
+Vocabulary: a *run* is one training from step 0 to `total_steps`, the span of its learning-rate
+schedule. A trial has one run, `main`, unless a schedule trains it several times at different
+budgets, when each budget is a run of its own. Steps are optimiser steps.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+
+class Json:
+    """Mixin: a dataclass to and from JSON. Tuples travel as lists, non-finite floats as strings."""
+
+    def to_json(self) -> str:
+        return json.dumps(_plain(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return _typed(cls, json.loads(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters(Json):
+    """Everything a trial may vary, in PEFT's and Transformers' spelling; the defaults are the published ones."""
+
+    lora_r: int = 8
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.1  # probability in [0, 1]; 1 silences the adapter
+    learning_rate: float = 1e-5  # peak, after warmup
+    use_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
+    weight_decay: float = 0.0  # AdamW's, decoupled
+    warmup_ratio: float = 0.03  # share of the run's steps spent in linear warmup
+    batch_size: int = 128  # examples per optimiser step, over all devices
+    epochs: float = 2.0  # passes over the training set
+    target_modules: str | tuple[str, ...] = "qv"  # a named set (see finetune/lora.py) or module names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe(Json):
+    """Which base model, and how it is held in memory."""
+
+    name_or_path: str  # local folder or hub id
+    revision: str | None = None  # hub branch, tag or commit
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | float64; auto: bfloat16 on GPU, float32 on CPU
+    load_in_4bit: bool = False  # NF4 through bitsandbytes, GPU only
+    attn_implementation: str | None = None  # Transformers' name; None lets Transformers choose
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe(Json):
+    """How every trial of a study is trained."""
+
+    seed: int = 0  # of initialisation, data order and dropout, shared by all trials (common random numbers)
+    micro_batch_size: int = 4  # examples per forward pass and device; changes memory and speed, never results
+    validation_batch_size: int = 8  # likewise
+    lr_scheduler_type: str = "cosine"  # cosine | linear | constant, each after linear warmup
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0  # clip each adapter's global gradient norm; None: no clipping
+    gradient_checkpointing: bool = False
+    checkpoint_steps: int | None = None  # steps between crash checkpoints; None: a tenth of the run
+    report_to: tuple[str, ...] = ()  # Transformers' trackers: tensorboard, wandb, ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Json):
+    """All that a worker needs besides segments. Saved as `recipe.json` in the study's folder."""
+
+    model: ModelRecipe
+    training: TrainingRecipe
+    data: str  # folder of the prepared (tokenised, split) data, see finetune/prepare.py
+    engine: str = "hf"
+    devices_per_trial: int = 1
+    device: str = "auto"  # auto | cpu | cuda
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment(Json):
+    """Train one trial from `start_step` (from the run's checkpoint unless 0) to `stop_step`, then validate."""
+
+    trial: int
+    run: str = "main"  # name of the run's folder inside the trial's
+    hyperparameters: Hyperparameters
+    seed: int
+    total_steps: int  # the run's length: what the learning-rate schedule spans
+    start_step: int = 0
+    stop_step: int
+    validate_at: tuple[int, ...] = ()  # further steps in [start_step, stop_step) at which to validate; 0 is the base model
+
+    @property
+    def key(self) -> str:
+        """Unique within a study; also where the outcome is kept: `<trial>/<run>/<stop_step>`."""
+        return f"{self.trial:04d}/{self.run}/{self.stop_step:07d}"
+
+    @property
+    def folder(self) -> str:
+        """The run's folder, relative to the study's: checkpoints, log and adapter live there."""
+        return f"trials/{self.trial:04d}/{self.run}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack(Json):
+    """Segments that run together on one device (a group of devices when `devices_per_trial` > 1)."""
+
+    segments: tuple[Segment, ...]
+
+
+class State(StrEnum):
+    """How a segment ended. Every kind but the first has its own remedy, see docs/design.md, Laws."""
+
+    COMPLETED = "completed"
+    OUT_OF_MEMORY = "out_of_memory"  # alone on the device: the configuration is infeasible
+    DIVERGED = "diverged"  # loss or weights became inf or NaN: a worst value, not a hole
+    CRASHED = "crashed"  # the worker died or raised; retried from the last checkpoint, a few times
+    CANCELLED = "cancelled"  # asked to stop, or preempted: resume later
+    BAD_INPUT = "bad_input"  # the user must act: the study stops with this one error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint(Json):
+    """One point of a learning curve."""
+
+    step: int
+    tokens: int  # training tokens seen so far, prompt and response, padding excluded
+    train_loss: float | None  # mean over response tokens since the point before
+    validation_loss: float | None  # the one loss, see finetune/validation.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Json):
+    """What became of a segment. Losses are summed NLL of response tokens / their number, natural log."""
+
+    key: str  # the segment's
+    state: State
+    validation_loss: float | None = None  # at stop_step; None unless completed
+    curve: tuple[CurvePoint, ...] = ()  # of this segment only, ascending steps
+    tokens: int = 0  # training tokens processed by this segment
+    train_seconds: float = 0.0
+    validation_seconds: float = 0.0
+    peak_memory_bytes: int = 0  # of the device; of the process on CPU
+    trainable_parameters: int = 0
+    devices: int = 1
+    device: str = ""  # name in words
+    message: str = ""  # for people: why, and what to do, when not completed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Json):
+    """A sign of life from a running segment. Lost ones do no harm."""
+
+    key: str
+    step: int
+    total_steps: int
+    tokens: int
+    train_loss: float | None = None
+    validation_loss: float | None = None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # JSON has no inf or nan; `_typed` reads them back
+    return value
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        fitting = [a for a in args if a is not type(None)]
+        if isinstance(value, list):
+            fitting = [a for a in fitting if typing.get_origin(a) is tuple]
+        return _typed(fitting[0], value)
+    if origin is tuple:
+        return tuple(_typed(args[0], item) for item in value)
+    if origin is dict:
+        return {key: _typed(args[1], item) for key, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        known = {f.name for f in dataclasses.fields(kind)}
+        # Unknown fields are dropped so that an older loratune can read a newer study's record.
+        return kind(**{name: _typed(hints[name], item) for name, item in value.items() if name in known})
+    if kind is float:
+        return float(value)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return kind(value)
+    return value
