@@ -35,7 +35,7 @@ class StorageError(LoratuneError):
     exit_code = 5
 
 
-class MissingExtra(LoratuneError):
+class MissingExtraError(LoratuneError):
     """An optional dependency is not installed; the text holds the command that installs it."""
 
     exit_code = 6

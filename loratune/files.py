@@ -26,4 +26,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}. Nothing before it was lost; free the disk or the folder, then run the same command again.") from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}. Nothing before it was lost; "
+            "free the disk or open the folder, then run the same command again."
+        ) from error

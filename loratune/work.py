@@ -194,7 +194,7 @@ def _typed(kind: Any, value: Any) -> Any:
         return tuple(_typed(args[0], item) for item in value)
     if origin is dict:
         return {key: _typed(args[1], item) for key, item in value.items()}
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
         # Unknown fields are dropped so that an older loratune can read a newer study's record.

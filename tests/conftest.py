@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data and tiny real models (Alpaca, Dolly, tinystories656k, ...); not in the repository."""
+    folder = Path(os.environ.get("LORATUNE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}; set LORATUNE_TEST_DATA to the folder that holds alpaca/, dolly/, models/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tinystories(shared_data: Path) -> Path:
+    """A real pretrained Llama with 656k parameters and its tokenizer."""
+    return shared_data / "models" / "tinystories656k"
