@@ -49,3 +49,9 @@ class TrainingError(LoratuneError):
     """No trial could be trained: the device, a worker or the engine failed for good."""
 
     exit_code = 7
+
+
+class SearchSpentError(LoratuneError):
+    """A sampler has nothing more to propose: its finite space is exhausted. Ends a study cleanly."""
+
+    exit_code = 8

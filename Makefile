@@ -1,0 +1,46 @@
+# Two commands: `make demo` shows a whole study on this machine, `make test` checks everything.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+
+.PHONY: demo test lint test-slow test-gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Installing loratune into $(VENV) (a minute or two) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@$(PIP) --editable '.[nni,dev]'
+	@touch $@
+
+## make demo       tune the embedded model from scratch: a whole study in a few minutes, no network
+demo: $(VENV)/installed
+	@$(BIN)/loratune run --demo
+
+## make test       style, types and tests
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+## make lint       style and types only
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+## make test-slow  the checks that take long
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+## make test-gpu   the checks that need a CUDA device
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache runs

@@ -1,0 +1,81 @@
+"""The command line: `loratune COMMAND ...`. Each command is a file of this folder, imported only when it is chosen.
+
+A command's module has `add_arguments(parser)` and `main(args) -> exit code`, and imports what is heavy
+inside functions: help and `status` must be there at once.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from loratune.cli.parser import Parser
+from loratune.errors import LoratuneError
+
+COMMANDS = {
+    "run": "search for the best hyperparameters, or continue a study",
+    "status": "what a study is doing, and its best trials so far",
+    "report": "write the report of one study, or the comparison of several",
+    "export": "copy a trial's adapter, or the model merged with it",
+    "init": "write a commented study description to start from",
+    "schema": "print the JSON Schema of a study description, for editors",
+    "doctor": "check this machine and what is installed",
+}
+_BUG = 70  # EX_SOFTWARE of sysexits.h
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, the error's, 2 for a wrong command line, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except SystemExit as error:  # argparse: help was shown, or the command line is wrong
+        return error.code if isinstance(error.code, int) else 2
+    except LoratuneError as error:
+        print(f"loratune: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("loratune: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print("loratune: this is a bug. Please report it with the text above and what `loratune doctor` prints.", file=sys.stderr)
+        return _BUG
+
+
+def _run(argv: list[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        command = importlib.import_module(f"loratune.cli.{argv[0]}")
+        parser = Parser(prog=f"loratune {argv[0]}", description=command.__doc__, fields=argv[0] == "run")
+        command.add_arguments(parser)
+        args = parser.parse_args(argv[1:])
+        args.command_line = ["loratune", *argv]
+        return command.main(args)
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    parser = Parser(
+        prog="loratune",
+        usage="loratune COMMAND ...",
+        description="Find the LoRA hyperparameters for your model, your instruction data and your GPU budget.",
+        epilog=f"commands:\n{lines}\n\n`loratune COMMAND --help` tells more. First try: loratune run --demo",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    args, rest = parser.parse_known_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"loratune {version('loratune')}")
+        return 0
+    if rest:
+        near = difflib.get_close_matches(rest[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands: {', '.join(COMMANDS)}"
+        parser.error(f"no command {rest[0]!r}; {hint}")
+    parser.print_help()
+    return 0

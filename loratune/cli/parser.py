@@ -1,0 +1,85 @@
+"""Argument parsing: argparse, with the nearest name for a misspelt flag, and any field of the study as a flag."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class Override(argparse.Action):
+    """Collects (dotted field, YAML text) in `overrides`, in the order of the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if namespace.overrides is None:
+            namespace.overrides = []
+        namespace.overrides.append((str(option).removeprefix("--").replace("-", "_"), values))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that refuses abbreviations and names the nearest flag.
+
+    With `fields`, flags named like a field of the study's description (`--training.epochs 2`,
+    `--search_space.lora_r '[4, 8]'`) are collected in `args.overrides`; the description itself checks them.
+    """
+
+    def __init__(self, *, fields: bool = False, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._fields = fields
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        args = list(sys.argv[1:] if args is None else args)
+        if self._fields:
+            self._accept_fields(args)
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            given = unknown[0].partition("=")[0]
+            flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            near = difflib.get_close_matches(given, flags, n=1)
+            self.error(f"unknown argument {given}" + (f"; did you mean {near[0]}?" if near else ""))
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        print(f"loratune: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _accept_fields(self, args: Sequence[str]) -> None:
+        """Make an option of every flag among `args` that begins with a field's or section's name."""
+        for flag in dict.fromkeys(arg.partition("=")[0] for arg in args if arg.startswith("--") and arg != "--"):
+            if flag in self._option_string_actions:
+                continue
+            from loratune.spec import StudySpec
+            from loratune.spec_input import ROOT_ALIASES
+
+            root, _, below = flag.removeprefix("--").replace("-", "_").partition(".")
+            if root in ROOT_ALIASES or root in StudySpec.model_fields:
+                self.add_argument(flag, action=Override, dest="overrides", default=None, help=argparse.SUPPRESS)
+            else:
+                self._refuse(flag)
+
+    def _refuse(self, flag: str) -> NoReturn:
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        fields = [f"--{name}" for name in field_names()]
+        given = flag.replace("-", "_").strip("_")
+        same_end = [name for name in fields if name.rpartition(".")[2] == given]
+        near = same_end or difflib.get_close_matches(flag, [*known, *fields], n=1)
+        self.error(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def field_names() -> list[str]:
+    """Every field of the study's description by its dotted name, `training.epochs`."""
+    from pydantic import BaseModel
+
+    from loratune.searchable import NAMES
+    from loratune.spec import StudySpec
+
+    names = []
+    for section, field in StudySpec.model_fields.items():
+        kind = field.annotation
+        if section == "search_space":
+            names += [f"{section}.{name}" for name in NAMES]
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += [f"{section}.{name}" for name in kind.model_fields]
+        else:
+            names.append(section)
+    return names

@@ -1,0 +1,20 @@
+"""Write the report of one study, or the comparison of several, as one HTML file. Works while a study runs."""
+
+import argparse
+from pathlib import Path
+
+from loratune.record import read
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="the studies' folders")
+    parser.add_argument("--output", metavar="FILE", help="default: report.html in the study's folder; comparison.html here for several")
+
+
+def main(args: argparse.Namespace) -> int:
+    from loratune.report import write_report
+
+    records = [read(Path(folder)) for folder in args.folders]
+    default = Path(args.folders[0]) / "report.html" if len(records) == 1 else Path("comparison.html")
+    print(write_report(records, Path(args.output) if args.output else default))
+    return 0

@@ -1,0 +1,134 @@
+"""Search for the best hyperparameters, or continue a study.
+
+Give a study description (see `loratune init`), the folder of a study to continue, or flags alone:
+
+    loratune run --demo                                        a minute on any machine, nothing to download
+    loratune run --model meta-llama/Llama-2-7b-hf --data alpaca.json
+    loratune run study.yaml --budget.trials 30 --training.epochs 1
+    loratune run runs/study                                    go on where it stopped
+
+Any field of the description is also a flag: --training.batch_size 64, --search_space.lora_r '[8, 16]',
+--data.train.0.format alpaca. Stopped by Ctrl-C or killed: the same command goes on.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratune.errors import SpecError, StorageError
+
+if TYPE_CHECKING:
+    from loratune.spec import StudySpec
+    from loratune.tune import Delivery
+
+_HELD_OUT = "0.1"
+_VALIDATION = ("data.val", "data.test_size", "val_size", "val_set_size")  # how flags that ask for validation begin
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", nargs="?", metavar="SPEC.yaml|FOLDER", help="study description, or folder of a study to continue")
+    parser.add_argument("--model", metavar="PATH", help="base model: local folder or hub id")
+    parser.add_argument("--data", metavar="PATH", action="append", default=[], help="instruction data to train on; may be repeated")
+    parser.add_argument("--validation", metavar="PATH", action="append", default=[], help="data to validate on; may be repeated")
+    parser.add_argument("--output", metavar="FOLDER", help="the study's folder (default: runs/<name>)")
+    parser.add_argument("--trials", metavar="N", help="trials in all")
+    parser.add_argument("--sampler", metavar="NAME", help="nomad, nni_tpe, tpe, gp, cmaes, qmc, random or nsga2")
+    parser.add_argument("--demo", action="store_true", help="the embedded model and data; other flags still count")
+    parser.add_argument("--dry-run", action="store_true", help="tell what the study will cost, and do not start it")
+    parser.set_defaults(overrides=None)
+
+
+def main(args: argparse.Namespace) -> int:
+    spec = load_spec(args)
+    if args.dry_run:
+        return _dry_run(spec)
+    return _search(spec, args.command_line)
+
+
+def load_spec(args: argparse.Namespace) -> "StudySpec":
+    """The study that the command line describes. Raises SpecError with every mistake, StorageError for a folder that is no study."""
+    from loratune.spec import StudySpec
+
+    path = Path(args.target) if args.target else None
+    continued = path is not None and path.is_dir()
+    if not args.target and not args.demo and not args.model and not args.data and not args.overrides:
+        raise SpecError("nothing to tune. Give a description (`loratune init` writes one), --model and --data, or --demo.")
+    overrides = _convenience(args) + (args.overrides or [])
+    if path is not None and continued:
+        if not (path / "spec.yaml").is_file():
+            raise StorageError(f"{path} is not a study's folder: it has no spec.yaml. Give a study description, or a study's folder.")
+        overrides = [("output.folder", json.dumps(str(path))), *overrides]  # where it is now, should it have been moved
+        path /= "spec.yaml"
+    elif not args.target and not args.demo and args.data and not any(name.startswith(_VALIDATION) for name, _ in overrides):
+        overrides.append(("data.validation_fraction", _HELD_OUT))
+        print("A tenth of the data is held out for validation; --data.validation_fraction or --validation change that.")
+    base = None
+    if args.demo and not continued:
+        from loratune.demo import study
+
+        base = study()
+    return StudySpec.load(path, overrides, base)
+
+
+def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The short flags as fields; texts are quoted, so that YAML reads no path as a number."""
+    flags = []
+    if args.model is not None:
+        flags.append(("model.name_or_path", json.dumps(args.model)))
+    if args.data:
+        flags.append(("data.train", json.dumps(args.data)))
+    if args.validation:
+        flags.append(("data.validation", json.dumps(args.validation)))
+    if args.output is not None:
+        flags.append(("output.folder", json.dumps(args.output)))
+    if args.sampler is not None:
+        flags.append(("sampler", args.sampler))
+    if args.trials is not None:
+        flags.append(("budget.trials", args.trials))
+    return flags
+
+
+def _dry_run(spec: "StudySpec") -> int:
+    from loratune.plan import plan
+    from loratune.tune import prepare_data
+
+    notes: list[str] = []
+    data = prepare_data(spec, notes)
+    print("\n".join(notes))
+    print("Probing the training speed ...", flush=True)
+    print(plan(spec, data))
+    return 0
+
+
+def _search(spec: "StudySpec", command_line: list[str]) -> int:
+    from loratune.cli.interrupt import Interrupt
+    from loratune.cli.view import open_view
+    from loratune.tune import deliver, tune
+
+    print(f"Study {spec.name} in {spec.folder}: {spec.budget.trials} trials by {spec.sampler.name}")
+    with Interrupt() as interrupt:
+        with open_view(spec.folder, sys.stdout) as view:
+            interrupt.tell = view.note
+            for event in tune(spec, interrupt.stop):
+                view.show(event)
+        if interrupt.stop.is_set():
+            print(f"Stopped; nothing is lost. Go on with: {shlex.join(command_line)}")
+            return INTERRUPTED
+        delivery = deliver(spec.folder)
+    _tell(delivery)
+    return 0
+
+
+def _tell(delivery: "Delivery") -> None:
+    from loratune.cli.words import result
+
+    print("\n".join(["", *result(delivery.record), ""]))
+    if delivery.best is not None:
+        print(f"Settings: {delivery.best}")
+    print(f"Report:   {delivery.report}")
+    if delivery.adapter is not None:
+        print(f"Adapter:  {delivery.adapter}")

@@ -1,0 +1,139 @@
+"""What a study is doing, and its best trials so far. Reads only; works while the study runs."""
+
+import argparse
+import fcntl
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import StorageError
+from loratune.record import FAILED, RUNNING, StudyRecord, Trial, read
+
+_LAST = 10  # trials in the table of the latest ones
+_BEST = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="the study's folder (default: the newest under runs/)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    folder = Path(args.folder) if args.folder else newest(Path("runs"))
+    record = read(folder)
+    if args.json:
+        print(json.dumps(facts(record), indent=1))
+    else:
+        _print(record)
+    return 0
+
+
+def newest(runs: Path) -> Path:
+    """The study under `runs` that was written last. Raises StorageError when there is none."""
+    studies = [path.parent for path in runs.glob("*/spec.yaml")]
+    if not studies:
+        raise StorageError(f"no study under {runs}/ here. Name its folder: loratune status FOLDER. `loratune run` makes one.")
+    return max(studies, key=_written)
+
+
+def _written(folder: Path) -> float:
+    return max((path.stat().st_mtime for name in ("progress.json", "spec.yaml") if (path := folder / name).exists()), default=0.0)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the study's lock: a driver, or workers that a killed one left, for a second."""
+    try:
+        with open(folder / "lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    except OSError:
+        return False
+
+
+def facts(record: StudyRecord) -> dict[str, Any]:
+    """The study in plain numbers and texts; losses in nats per response token, times in seconds."""
+    progress, running = record.progress, is_running(record.folder)
+    states = [trial.state for trial in record.trials]
+    budget = record.spec.get("budget", {}).get("trials")
+    return {
+        "name": record.name,
+        "folder": str(record.folder),
+        "running": running,
+        "finished": not running and (record.folder / "report.html").is_file(),
+        "pid": _holder(record.folder).get("pid") if running else None,
+        "host": _holder(record.folder).get("host") if running else None,
+        "seconds_since_update": time.time() - progress["updated"] if progress else None,
+        "trials": {state: states.count(state) for state in dict.fromkeys(states)},
+        "budget_trials": budget,
+        "in_training": progress.get("running", []) if running else [],
+        "best": _brief(record.best),
+        "default": _brief(record.default),
+        "base_loss": record.base_loss,
+        "tokens": record.tokens,
+        "tokens_per_second": progress.get("tokens_per_second") if running else None,
+        "device_seconds": record.device_seconds,
+        "wall_seconds": max(record.wall_seconds, progress.get("wall_seconds", 0.0)),
+        "seconds_left": progress.get("seconds_left") if running else None,
+    }
+
+
+def _brief(trial: Trial | None) -> dict[str, Any] | None:
+    return None if trial is None else {"trial": trial.number, "state": trial.state, "value": trial.value, "params": trial.params}
+
+
+def _holder(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "lock").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _print(record: StudyRecord) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from loratune.cli import tables
+    from loratune.cli.words import count, counts, duration
+
+    console = Console(highlight=False)
+    now = facts(record)
+    console.print(Text(f"{record.name}  {_state(now)}", style="bold"), soft_wrap=True)
+    ended = sum(trial.state != RUNNING for trial in record.trials)
+    console.print(f"{ended} of {now['budget_trials']} trials: {counts(record.trials)}")
+    costs = [
+        f"{duration(now['wall_seconds'])} elapsed",
+        f"{now['device_seconds'] / 3600:.2f} device-hours",
+        f"{count(now['tokens'])} training tokens",
+        f"{count(now['tokens_per_second'])} tokens/s" if now["tokens_per_second"] else "",
+        f"about {duration(now['seconds_left'])} left" if now["seconds_left"] is not None else "",
+    ]
+    console.print(" · ".join(filter(None, costs)))
+    trained = [trial for trial in record.trials if trial.outcomes]
+    if now["in_training"]:
+        console.print()
+        console.print(tables.running_table(now["in_training"]))
+    if trained:
+        console.print("\nlatest trials")
+        console.print(tables.trial_table(trained[-_LAST:], record.best))
+    ranking = sorted(record.finished, key=lambda trial: (trial.value, trial.number))
+    if len(trained) > _LAST:
+        console.print("\nbest trials")
+        console.print(tables.trial_table(ranking[:_BEST], record.best))
+    console.print()
+    console.print(tables.standing(record.best, record.default, record.base_loss))
+    failed = [trial for trial in record.trials if trial.state == FAILED and trial.message]
+    if failed:
+        console.print(Text(f"trial {failed[-1].number} failed: {failed[-1].message}", style="red"))
+
+
+def _state(now: dict[str, Any]) -> str:
+    if now["running"]:
+        ago = f", last sign of life {now['seconds_since_update']:.0f} s ago" if now["seconds_since_update"] is not None else ""
+        return f"running (process {now['pid']} on {now['host']}{ago})"
+    if now["finished"]:
+        return f"finished; the report is {now['folder']}/report.html"
+    return f"stopped; go on with: loratune run {now['folder']}"

@@ -1,0 +1,38 @@
+"""The embedded demo: a tiny pretrained Llama, instruction data, and a study of them that needs no network.
+
+How they were made, and their honest limits: `README.md` in this folder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+
+
+def model_folder() -> Path:
+    """The base model and its tokenizer, in Hugging Face format."""
+    return _HERE / "model"
+
+
+def data_files() -> tuple[Path, Path]:
+    """The instruction data in Alpaca form, one JSON object per line: training and validation."""
+    return _HERE / "train.jsonl", _HERE / "validation.jsonl"
+
+
+def study() -> dict[str, Any]:
+    """The demo study, in the sections of a study's YAML file: 24 trials, a minute or two on two CPU cores."""
+    train, validation = data_files()
+    return {
+        "name": "demo",
+        "model": {"name_or_path": str(model_folder())},
+        "data": {
+            "train": [{"path": str(train)}],
+            "validation": [{"path": str(validation)}],
+            "prompt": "alpaca",
+            "max_length": 128,
+        },
+        "training": {"epochs": 1, "batch_size": 32, "micro_batch_size": 16, "validation_batch_size": 32},
+        "sampler": {"name": "nomad"},
+        "budget": {"trials": 24},
+        "executor": {"name": "local", "workers": 2},
+    }

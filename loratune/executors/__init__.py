@@ -1,0 +1,48 @@
+"""Executors run packs somewhere: `inline` in this process, `local` in one long-lived process per device.
+
+Executor        the contract, and the retries that all executors share
+InlineExecutor  this process: for debugging and for one device
+LocalExecutor   a process (or torchrun group of processes) per device, each running `worker.py`
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from loratune.executors.base import Executor
+from loratune.executors.inline import InlineExecutor
+from loratune.executors.local import LocalExecutor
+from loratune.work import Recipe
+
+__all__ = ["Executor", "InlineExecutor", "LocalExecutor", "build"]
+
+
+def build(
+    name: Literal["inline", "local"],
+    *,
+    recipe: Recipe,
+    root: Path,
+    lock: int,
+    devices: Sequence[int],
+    workers: int,
+    threads: int | None,
+    max_retries: int,
+    hang_timeout: float | None,
+) -> Executor:
+    """Make the executor called `name` for the study in the folder `root`.
+
+    `devices` are CUDA device indices, empty on CPU, where `workers` processes share the cores.
+    `lock` is the file descriptor of the study's lock, which workers inherit.
+    """
+    if name == "inline":
+        return InlineExecutor(recipe=recipe, root=root, max_retries=max_retries)
+    return LocalExecutor(
+        recipe=recipe,
+        root=root,
+        lock=lock,
+        devices=devices,
+        workers=workers,
+        threads=threads,
+        max_retries=max_retries,
+        hang_timeout=hang_timeout,
+    )

@@ -1,0 +1,113 @@
+"""One long-lived worker process per device (or per group of devices): the base model is loaded once.
+
+A worker that dies is replaced when there is work for it; its segment is answered as crashed. One that
+gives no sign of life for `hang_timeout` seconds is killed. A killed driver takes its workers along.
+"""
+
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from loratune.executors.base import Executor
+from loratune.executors.process import WorkerProcess
+from loratune.work import Outcome, Pack, Progress, Recipe, State
+
+
+class LocalExecutor(Executor):
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        root: Path,
+        lock: int,
+        devices: Sequence[int],
+        workers: int,
+        threads: int | None,
+        max_retries: int,
+        hang_timeout: float | None,
+    ) -> None:
+        """`devices`: CUDA indices, empty on CPU; `threads` per process, by default the cores shared evenly."""
+        super().__init__(max_retries=max_retries)
+        size = recipe.devices_per_trial
+        groups = [list(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)] or [[]] * workers
+        threads = threads or max(1, len(os.sched_getaffinity(0)) // (len(groups) * size))
+        self._places = [
+            _Place(WorkerProcess(number=n, root=root, lock=lock, devices=group, size=size, threads=threads))
+            for n, group in enumerate(groups)
+        ]
+        self._hang_timeout = hang_timeout
+        self._waiting: deque[Pack] = deque()
+        self.capacity = len(self._places)
+
+    def _start(self, pack: Pack) -> None:
+        self._waiting.append(pack)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        for place in self._places:
+            if self._waiting and not place.owed:
+                place.take(self._waiting.popleft())
+
+    def _poll(self, timeout: float) -> list[Progress | Outcome]:
+        deadline = time.monotonic() + timeout
+        items: list[Progress | Outcome] = []
+        while not items and (left := deadline - time.monotonic()) > 0:
+            working = {place.process.connection: place for place in self._places if place.owed}
+            ready = wait([c for c in working if c is not None], min(left, 1.0))  # hangs are looked for every second
+            for connection, place in working.items():
+                if connection in ready:
+                    items += place.hear()
+                elif self._hang_timeout and time.monotonic() - place.heard > self._hang_timeout:
+                    place.process.kill()
+                    items += place.crashed(f"no sign of life for {self._hang_timeout:g} s")
+            self._dispatch()
+        return items
+
+    def close(self, grace: float = 60.0) -> None:
+        self._waiting.clear()
+        deadline = time.monotonic() + grace
+        for place in self._places:
+            place.process.say({"stop": True})
+        for place in self._places:
+            place.process.end(deadline - time.monotonic())
+
+
+class _Place:
+    """A worker process and the segments it still owes an answer for."""
+
+    def __init__(self, process: WorkerProcess) -> None:
+        self.process = process
+        self.owed: set[str] = set()
+        self.heard = 0.0  # when it last spoke, in monotonic seconds
+
+    def take(self, pack: Pack) -> None:
+        self.process.launch()
+        self.owed = {segment.key for segment in pack.segments}
+        self.heard = time.monotonic()
+        self.process.say({"pack": pack})
+
+    def hear(self) -> list[Progress | Outcome]:
+        self.heard = time.monotonic()
+        try:
+            items = self.process.receive()
+        except EOFError:
+            self.process.end(5.0)
+            return self.crashed("the worker process died" + _in_words(self.process.returncode))
+        self.owed -= {item.key for item in items if isinstance(item, Outcome)}
+        return items
+
+    def crashed(self, why: str) -> list[Progress | Outcome]:
+        keys, self.owed = sorted(self.owed), set()
+        message = f"{why}. Its last words are in {self.process.log}"
+        return [Outcome(key=key, state=State.CRASHED, message=message) for key in keys]
+
+
+def _in_words(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f" with exit status {code}" if code else ""
+    hint = ", perhaps by the system for want of memory" if -code == signal.SIGKILL else ""
+    return f", killed by {signal.Signals(-code).name}{hint}"

@@ -1,0 +1,128 @@
+"""The driver's end of one worker process: start it, talk JSON with it, see it die."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from json import dumps, loads
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from loratune.errors import TrainingError
+from loratune.work import Json, Outcome, Progress
+
+_START_PATIENCE = 120.0  # seconds for a new process to call back; torchrun imports torch before it starts the workers
+
+
+class WorkerProcess:
+    """A process running `worker.py`, or a torchrun group of `size` of them, on the given CUDA devices."""
+
+    def __init__(self, *, number: int, root: Path, lock: int, devices: list[int], size: int, threads: int) -> None:
+        self._root, self._lock, self._devices, self._size, self._threads = root, lock, devices, size, threads
+        self._process: subprocess.Popen[bytes] | None = None
+        self.connection: Connection | None = None  # None while no process runs
+        self.log = root / "workers" / f"{number}.log"
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode if self._process is not None else None
+
+    def launch(self) -> None:
+        """Start the process unless it runs. Raises TrainingError when it cannot start."""
+        if self.connection is not None:
+            return
+        self.log.parent.mkdir(exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="loratune-")  # mode 0700: only this user can connect
+        try:
+            with socket.socket(socket.AF_UNIX) as server, self.log.open("ab") as log:
+                address = f"{folder}/socket"
+                server.bind(address)
+                server.listen(1)
+                server.settimeout(0.2)
+                self._process = subprocess.Popen(
+                    [sys.executable, *self._launcher(), "-m", "loratune.executors.worker", str(self._root), address],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | self._environment(),
+                    pass_fds=(self._lock,),
+                    start_new_session=True,  # Ctrl-C is the driver's to answer; and the whole group can be killed
+                )
+                self.connection = self._accept(server)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def say(self, message: dict[str, object]) -> None:
+        if self.connection is not None:
+            plain = {key: loads(value.to_json()) if isinstance(value, Json) else value for key, value in message.items()}
+            with contextlib.suppress(OSError):  # it died; whoever receives will see the end of the stream
+                self.connection.send_bytes(dumps(plain).encode())
+
+    def receive(self) -> list[Progress | Outcome]:
+        """Everything that came in, without waiting. Raises EOFError when the process is gone."""
+        items: list[Progress | Outcome] = []
+        try:
+            while self.connection is not None and self.connection.poll():
+                message = loads(self.connection.recv_bytes())
+                if "progress" in message:
+                    items.append(Progress.from_json(dumps(message["progress"])))
+                elif "outcome" in message:
+                    items.append(Outcome.from_json(dumps(message["outcome"])))
+        except OSError as error:  # EOFError is none of OSError; a reset is
+            raise EOFError from error
+        except EOFError:
+            if not items:
+                raise  # otherwise what it said last counts first; the next call sees the end again
+        return items
+
+    def end(self, patience: float) -> None:
+        """Wait for the process to leave, reading on so that it never blocks; then kill it and its group."""
+        deadline = time.monotonic() + patience
+        with contextlib.suppress(EOFError):
+            while self.connection is not None and (left := deadline - time.monotonic()) > 0:
+                if self.connection.poll(left):
+                    self.receive()
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+        if self._process is not None:
+            try:
+                self._process.wait(max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        """Kill the whole process group, now."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+    def _launcher(self) -> list[str]:
+        return [] if self._size == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._size}"]
+
+    def _environment(self) -> dict[str, str]:
+        chosen = {"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        if self._devices:
+            chosen["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._devices))
+        return chosen
+
+    def _accept(self, server: socket.socket) -> Connection:
+        deadline = time.monotonic() + _START_PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                return Connection(server.accept()[0].detach())
+            except TimeoutError:
+                if self._process is not None and self._process.poll() is not None:
+                    break
+        self.kill()
+        tail = self.log.read_text(errors="replace").strip().splitlines()[-5:]
+        raise TrainingError(f"a worker process could not start. The end of {self.log}:\n  " + "\n  ".join(tail))

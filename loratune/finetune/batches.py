@@ -1,0 +1,86 @@
+"""From token sequences to the tensors of a forward pass.
+
+A split of the data (`tokens` below) is anything with `len()`, `[i] -> (ids int32 [T], response_mask bool [T])`
+and `.lengths`; see prepare.py. Batches are padded on the right and carry no attention mask: in a causal model
+no real token can see what comes after it. Position 0 is never a target, for nothing predicts it.
+
+Notation: B examples in a forward pass, T positions of the longest, N response tokens of all.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class Tokens(Protocol):
+    """A tokenised split."""
+
+    lengths: np.ndarray  # [n] tokens of each example
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward pass sees, and which of its predictions are scored."""
+
+    ids: torch.Tensor  # int64 [B, T]
+    slots: torch.Tensor  # int64 [B, 1]; place of each example in the global batch
+    places: torch.Tensor  # int64 [N]; b * T + t of the hidden state that predicts a response token
+    labels: torch.Tensor  # int64 [N]; that token
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()}
+        return Batch(**moved)
+
+
+def collate(tokens: Tokens, examples: Sequence[int], slots: Sequence[int], *, pad_id: int, scored: bool = True) -> Batch:
+    """Pad some examples into one batch; unless `scored`, none of their tokens counts in the loss."""
+    rows = [tokens[int(i)] for i in examples]
+    length = max(len(ids) for ids, _ in rows)
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    targets = np.zeros((len(rows), length), dtype=bool)
+    for b, (row, mask) in enumerate(rows):
+        ids[b, : len(row)] = row
+        targets[b, 1 : len(row)] = mask[1:]
+    b, t = np.nonzero(targets if scored else targets & False)
+    return Batch(
+        ids=torch.from_numpy(ids),
+        slots=torch.tensor(np.asarray(slots), dtype=torch.int64).view(-1, 1),
+        places=torch.from_numpy(b * length + t - 1),
+        labels=torch.from_numpy(ids[b, t]),
+    )
+
+
+def response_tokens(tokens: Tokens, examples: Sequence[int]) -> int:
+    """How many tokens of these examples are scored."""
+    return sum(int(tokens[int(i)][1][1:].sum()) for i in examples)
+
+
+def micro_batch_count(batch_size: int, micro_batch_size: int, world: int) -> int:
+    """Forward passes per optimiser step, the same in every process."""
+    return math.ceil(math.ceil(batch_size / world) / micro_batch_size)
+
+
+def cut(lengths: np.ndarray, micro_batch_size: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
+    """Deal a global batch out: the slots of each of this process's micro-batches, at most `micro_batch_size` each.
+
+    `lengths` [batch_size] are the examples' tokens. Slots are sorted by length first, so that little is padded and
+    every process gets its share of the long ones; since dropout is keyed by slot and the loss is a sum, the
+    cut changes no result. Some micro-batches are empty where there are too few examples for all processes.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")  # longest first: memory runs out at once or not at all
+    return np.array_split(order[rank::world], micro_batch_count(len(order), micro_batch_size, world))
+
+
+def validation_batches(tokens: Tokens, batch_size: int, pad_id: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """All of a split, longest first, every `world`-th batch."""
+    order = np.argsort(-np.asarray(tokens.lengths), kind="stable")
+    for start in range(rank * batch_size, len(order), world * batch_size):
+        examples = order[start : start + batch_size]
+        yield collate(tokens, examples, range(len(examples)), pad_id=pad_id)

@@ -1,0 +1,123 @@
+"""A run's checkpoint: one file, written aside and renamed, so that it is whole or absent.
+
+    <run folder>/checkpoint-0000120.safetensors
+        adapter/<parameter>                                 the weights after step 120
+        exp_avg/<parameter>, exp_avg_sq/<parameter>         AdamW's moments; absent once the run is complete
+        metadata: {"run": what was being trained, "facts": counters and curve so far}, JSON each
+
+With the order of examples, the schedule and dropout pure functions of the step, that is all a run needs to go
+on bit for bit. A newer checkpoint replaces the older ones.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from loratune.errors import StorageError
+
+_NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """State of a run after `step` optimiser steps."""
+
+    step: int
+    run: str  # identifies what was trained; a checkpoint of something else is not used
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_moments(self) -> bool:
+        return any(name.startswith("exp_avg/") for name in self.tensors)
+
+
+def capture(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors: the adapter's weights and, with an optimiser, its moments (zero before its first step)."""
+    tensors = {f"adapter/{name}": p.detach() for name, p in parameters.items()}
+    if optimizer is not None:
+        for name, p in parameters.items():
+            for moment in _MOMENTS:
+                tensors[f"{moment}/{name}"] = optimizer.state[p].get(moment, torch.zeros_like(p))
+    return tensors
+
+
+def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+    """Put a checkpoint's tensors back in place."""
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(checkpoint.tensors[f"adapter/{name}"])
+    if optimizer is None or not checkpoint.has_moments:
+        return
+    names = {id(p): name for name, p in parameters.items()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        index: {"step": torch.tensor(float(checkpoint.step)), **{m: checkpoint.tensors[f"{m}/{name}"] for m in _MOMENTS}}
+        for index, name in enumerate(ordered)
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write the checkpoint, then remove what it supersedes. Raises StorageError."""
+    path = folder / f"checkpoint-{checkpoint.step:07d}.safetensors"
+    aside = folder / f".{path.name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+        save_file(tensors, aside, metadata={"run": checkpoint.run, "facts": json.dumps(checkpoint.facts)})
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write {path}: {error}. The checkpoint before it is kept; free the disk, then run the same command."
+        ) from error
+    clean(folder, keep=path)
+    return path
+
+
+def newest(folder: Path, *, run: str, at_most: int, moments_below: int) -> Checkpoint | None:
+    """The newest readable checkpoint of `run` up to step `at_most`; below step `moments_below` it must hold moments."""
+    for step, path in sorted(_found(folder), reverse=True):
+        if step > at_most:
+            continue
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("run") != run:
+                    continue
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = Checkpoint(step=step, run=run, tensors=tensors, facts=json.loads(metadata["facts"]))
+        except (OSError, SafetensorError, KeyError, ValueError):
+            continue  # damaged on the disk: an older one, or step 0, gives the same result later
+        if found.has_moments or step >= moments_below:
+            return found
+    return None
+
+
+def clean(folder: Path, keep: Path | None = None) -> None:
+    """Remove what killed writers left behind and, given `keep`, every other checkpoint."""
+    for path in folder.glob(".checkpoint-*"):
+        path.unlink(missing_ok=True)
+    if keep is not None:
+        for _, path in _found(folder):
+            if path != keep:
+                path.unlink(missing_ok=True)
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    return [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]

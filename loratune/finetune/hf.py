@@ -1,0 +1,214 @@
+"""The reference engine: Transformers' Trainer and PEFT, one adapter at a time, on one or several devices.
+
+One process per device under torchrun; every process calls `run` with the same pack, process 0 writes and reports.
+"""
+
+import contextlib
+import random
+import shutil
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loratune.errors import DataError, ModelError, StorageError, TrainingError
+from loratune.files import write_atomically
+from loratune.finetune import distributed, lora, memory, model, segment
+from loratune.finetune.batches import Tokens
+from loratune.finetune.optimisation import make_optimizer
+from loratune.finetune.prepared import Prepared
+from loratune.finetune.segment import SegmentRun
+from loratune.finetune.trainer import DivergedError, SegmentTrainer, StepHooks
+from loratune.finetune.validation import validate
+from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
+
+_LAST_WORDS = "last-words.json"
+
+
+class HfEngine:
+    """Holds the base model and the data; trains the segments of a pack one after the other.
+
+    Raises ModelError and DataError when either cannot be loaded.
+    """
+
+    def __init__(self, recipe: Recipe, root: Path) -> None:
+        self.recipe, self.root = recipe, root
+        self.device = model.choose_device(recipe.device)
+        self.rank, self.world = distributed.join(self.device)
+        prepared = Prepared.load(root / recipe.data)
+        self.train: Tokens = prepared.train
+        self.validation: Tokens = prepared.validation
+        self.base = model.load(recipe.model, self.device)
+        self._base_loss: float | None = None  # of the base model, which is every trial's at step 0
+
+    def run(self, pack: Pack, report: Callable[[Progress], None], stop: threading.Event) -> list[Outcome]:
+        """One outcome per segment, in the pack's order. Raises TrainingError only where one process of several failed."""
+        return [self._outcome(wanted, report, stop) for wanted in pack.segments]
+
+    def close(self) -> None:
+        """Free the model; the engine is of no use afterwards."""
+        del self.base
+        memory.free(self.device)
+
+    def _outcome(self, wanted: Segment, report: Callable[[Progress], None], stop: threading.Event) -> Outcome:
+        folder = self.root / wanted.folder
+        if (words := self._last_words(folder, wanted)) is not None:
+            return words
+        if distributed.agree(stop.is_set()):
+            return Outcome(key=wanted.key, state=State.CANCELLED, message="asked to stop before it began")
+        memory.reset_peak(self.device)
+        with _global_randomness_kept():
+            outcome = self._attempt(wanted, folder, report, stop)
+        memory.free(self.device)
+        if self.world > 1 and outcome.state in (State.OUT_OF_MEMORY, State.CRASHED):
+            # The other processes wait for this one in a collective operation: the whole group has to start again.
+            if outcome.state is State.OUT_OF_MEMORY:
+                write_atomically(folder / _LAST_WORDS, outcome.to_json())
+            raise TrainingError(f"process {self.rank} of {self.world}: {outcome.message}")
+        return outcome
+
+    def _attempt(self, wanted: Segment, folder: Path, report: Callable[[Progress], None], stop: threading.Event) -> Outcome:
+        run: SegmentRun | None = None
+        state, message, details = State.COMPLETED, "", ""
+        try:
+            adapter, key = lora.attach(self.base.model, wanted.hyperparameters, wanted.seed)
+            if self.recipe.training.gradient_checkpointing:
+                model.checkpoint_activations(self.base.model, True)
+            parameters = lora.adapter_parameters(adapter)
+            optimizer = make_optimizer(parameters.values(), wanted.hyperparameters, self.recipe.training)
+            run = SegmentRun(
+                wanted,
+                folder=folder,
+                training=self.recipe.training,
+                tokens=self.train,
+                parameters=parameters,
+                optimizer=optimizer,
+                report=report,
+                writes=self.rank == 0,
+            )
+            state = self._train(run, adapter, key, parameters, optimizer, stop)
+            message = "asked to stop; a checkpoint is written" if state is State.CANCELLED else ""
+        except DivergedError as error:
+            state, message = State.DIVERGED, f"diverged at {error}; lower learning rates are safer"
+        except (ModelError, DataError, StorageError) as error:
+            state, message = State.BAD_INPUT, str(error)
+        except Exception as error:
+            details = traceback.format_exc()
+            if memory.is_out_of_memory(error):
+                state = State.OUT_OF_MEMORY
+                message = (
+                    f"out of memory on {memory.device_name(self.device)} with lora_r {wanted.hyperparameters.lora_r}, "
+                    f"micro_batch_size {self.recipe.training.micro_batch_size}; a smaller micro_batch_size, "
+                    "gradient_checkpointing or load_in_4bit need less"
+                )
+            else:
+                state, message = State.CRASHED, "".join(details.strip().splitlines(keepends=True)[-6:])
+            del error
+        facts = {"peak_memory_bytes": memory.peak_bytes(self.device), "devices": self.world, "device": memory.device_name(self.device)}
+        outcome = Outcome(key=wanted.key, state=state, message=message, **facts) if run is None else run.outcome(state, message, **facts)
+        if message and self.rank == 0:
+            with contextlib.suppress(OSError):
+                segment.write_log(folder, f"{state}: {message}" + (f"\n{details}" if details else ""))
+        if self.recipe.training.gradient_checkpointing:
+            model.checkpoint_activations(self.base.model, False)
+        lora.detach(self.base.model)
+        return outcome
+
+    def _train(self, run: SegmentRun, adapter, key, parameters, optimizer, stop: threading.Event) -> State:  # type: ignore[no-untyped-def]
+        run.resume()
+        if run.validation_due():
+            self._validate(run, adapter)
+        if run.step < run.segment.stop_step:
+            hooks = StepHooks(run, list(parameters.values()), self.recipe.training.max_grad_norm, lambda: self._validate(run, adapter), stop)
+            trainer = SegmentTrainer(
+                adapter,
+                key,
+                self.base,
+                run,
+                self.train,
+                optimizer,
+                self.recipe.training,
+                hooks=hooks,
+                rank=self.rank,
+                world=self.world,
+            )
+            try:
+                trainer.train()
+            finally:
+                run.training(False)
+                trainer.accelerator.free_memory()
+            if not all(bool(p.isfinite().all()) for p in parameters.values()):
+                raise DivergedError(f"step {run.step}: the adapter's weights are not finite")
+            run.save()
+            if hooks.cancelled:
+                return State.CANCELLED
+        if run.segment.stop_step not in run.curve:
+            try:
+                self._validate(run, adapter, stop if self.world == 1 else None)
+            except InterruptedError:
+                return State.CANCELLED
+        if self.rank == 0:
+            _save_adapter(adapter, run.folder / "adapter")
+        return State.COMPLETED
+
+    def _validate(self, run: SegmentRun, adapter: torch.nn.Module, stop: threading.Event | None = None) -> None:
+        if run.step == 0 and self._base_loss is not None:
+            run.add_point(self._base_loss, 0.0)
+            return
+        loss, seconds = validate(
+            adapter,
+            self.validation,
+            batch_size=self.recipe.training.validation_batch_size,
+            pad_id=self.base.pad_id,
+            head=model.output_head(self.base.model),
+            device=self.device,
+            autocast=lambda: model.autocast(self.base),
+            interrupted=stop.is_set if stop is not None else lambda: False,
+            rank=self.rank,
+            world=self.world,
+        )
+        if not np.isfinite(loss):
+            raise DivergedError(f"step {run.step}: validation loss {loss}")
+        if run.step == 0:
+            self._base_loss = loss
+        run.add_point(loss, seconds)
+
+    def _last_words(self, folder: Path, wanted: Segment) -> Outcome | None:
+        """The outcome that a process of a group left when it ran out of memory, and the group had to start again."""
+        if self.world == 1:
+            return None
+        path = folder / _LAST_WORDS
+        text = distributed.broadcast(path.read_text() if self.rank == 0 and path.exists() else None)
+        outcome = Outcome.from_json(text) if text is not None else None
+        if outcome is None or outcome.key != wanted.key:
+            return None
+        if self.rank == 0:
+            path.unlink()
+        return outcome
+
+
+def _save_adapter(adapter, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    """Write an ordinary PEFT folder, aside, then put it in place of the old one."""
+    aside = folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        adapter.save_pretrained(str(aside), save_embedding_layers=False)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.replace(folder)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error}. Free the disk, then run the same command.") from error
+
+
+@contextlib.contextmanager
+def _global_randomness_kept() -> Iterator[None]:
+    """Trainer seeds every global generator; give the caller's back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

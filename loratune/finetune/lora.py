@@ -1,0 +1,183 @@
+"""Attaching a LoRA adapter to the frozen base model, and taking it off again.
+
+    y = W x + scale * B A dropout(x)        scale = alpha / r, or alpha / sqrt(r) with rsLoRA
+
+with A [r, in] ~ U(-1/sqrt(in), 1/sqrt(in)), which is PEFT's kaiming_uniform(a=sqrt(5)), and B [out, r] = 0 (Hu et al.
+2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732). A is drawn from a generator of its own
+per (seed, module name), row by row: it depends on nothing else, and at a higher rank it begins with the same rows.
+"""
+
+import difflib
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Iterator
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from loratune.errors import ModelError
+from loratune.finetune.dropout import DropoutKey, KeyedDropout
+from loratune.work import Hyperparameters
+
+ADAPTER = "default"
+
+# Last part of a linear layer's name, by what it does. Families that fuse q, k and v in one layer have no other choice.
+_QUERY = {"q_proj", "query", "q", "q_lin", "wq"}
+_KEY = {"k_proj", "key", "k", "k_lin", "wk"}
+_VALUE = {"v_proj", "value", "v", "v_lin", "wv"}
+_FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "W_pack", "att_proj"}
+_OUTPUT = {"o_proj", "out_proj", "dense", "c_proj", "out_lin", "wo", "attn_out"}
+_MLP = {
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate_up_proj",
+    "fc1",
+    "fc2",
+    "fc_in",
+    "fc_out",
+    "c_fc",
+    "c_proj",
+    "dense_h_to_4h",
+    "dense_4h_to_h",
+}
+_MLP |= {"w1", "w2", "w3", "lin1", "lin2", "ff_proj", "ff_out"}
+NAMED_SETS = ("qv", "qkvo", "mlp", "all-linear")
+
+
+def attach(model: transformers.PreTrainedModel, hyperparameters: Hyperparameters, seed: int) -> tuple[peft.PeftModel, DropoutKey]:
+    """Put a fresh, trainable adapter on `model`, in place; returns the PEFT model and the key of its dropout.
+
+    The adapter's weights are float32, or float64 on a float64 base. Raises ModelError for target modules the
+    model does not have and for a rank or dropout out of range.
+    """
+    h = hyperparameters
+    if h.lora_r < 1 or not 0 <= h.lora_dropout <= 1:
+        raise ModelError(f"lora_r must be at least 1 and lora_dropout in [0, 1]; got {h.lora_r} and {h.lora_dropout}.")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=h.lora_r,
+        lora_alpha=h.lora_alpha,
+        lora_dropout=h.lora_dropout,
+        use_rslora=h.use_rslora,
+        target_modules=targets(model, h.target_modules),
+        init_lora_weights=False,
+        fan_in_fan_out=any(isinstance(module, transformers.pytorch_utils.Conv1D) for module in model.modules()),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it per layer
+        wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)
+    key = DropoutKey(seed)
+    for name, layer in lora_layers(wrapped):
+        if isinstance(layer.lora_dropout[ADAPTER], nn.Dropout):
+            layer.lora_dropout[ADAPTER] = KeyedDropout(h.lora_dropout, name, key)
+        dtype = torch.float64 if layer.get_base_layer().weight.dtype == torch.float64 else torch.float32
+        a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        a.to(dtype), b.to(dtype)
+        with torch.no_grad():
+            a.weight.copy_(initial_a(seed, name, h.lora_r, a.weight.shape[1]))
+            b.weight.zero_()
+    return wrapped, key
+
+
+def detach(model: nn.Module) -> None:
+    """Take every adapter off the base model, in place, also one that `attach` left half attached."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, peft.tuners.lora.LoraLayer):
+                setattr(parent, name, child.get_base_layer())
+    model.__dict__.pop("peft_config", None)
+    model.requires_grad_(False)
+    model.eval()
+
+
+def lora_layers(wrapped: nn.Module) -> Iterator[tuple[str, peft.tuners.lora.LoraLayer]]:
+    """Each LoRA layer with its module's name in the base model, in the model's order."""
+    for name, module in wrapped.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            yield name.removeprefix("base_model.model."), module
+
+
+def adapter_parameters(wrapped: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters, by name, sorted."""
+    return dict(sorted((name, p) for name, p in wrapped.named_parameters() if p.requires_grad))
+
+
+def initial_a(seed: int, module: str, r: int, features: int) -> torch.Tensor:
+    """A's starting value, float32 [r, features] on CPU, a pure function of its arguments."""
+    digest = hashlib.sha256(f"lora_A/{seed}/{module}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    bound = 1 / math.sqrt(features)
+    return torch.empty(r, features).uniform_(-bound, bound, generator=generator)
+
+
+def targets(model: transformers.PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
+    """The shortest name endings that select exactly the wanted linear layers, for PEFT's `target_modules`.
+
+    `qv`: query and value projections; `qkvo`: all of attention; `mlp`; `all-linear`: both. Where a family fuses
+    q, k and v, the fused layer stands for each of them. Raises ModelError naming the layers that exist.
+    """
+    linear = _linear_layers(model)
+    if isinstance(wanted, tuple):
+        for name in wanted:
+            if not any(layer == name or layer.endswith("." + name) for layer in linear):
+                _refuse(name, linear)
+        return sorted(wanted)
+    if wanted not in NAMED_SETS:  # a single module name is allowed too
+        return targets(model, (wanted,))
+    chosen = [layer for layer in linear if wanted in _sets(layer)]
+    leaves = {_leaf(layer) for layer in chosen}
+    complete = bool(leaves & _QUERY and leaves & _VALUE) or bool(leaves & _FUSED) if wanted in ("qv", "qkvo") else bool(chosen)
+    if not complete:
+        _refuse(wanted, linear)
+    return _endings(chosen, [name for name, module in model.named_modules() if name])
+
+
+def _sets(layer: str) -> set[str]:
+    """The named sets that a linear layer belongs to, by its name and its parents'."""
+    leaf, parents = _leaf(layer), layer.rpartition(".")[0].rpartition(".")[2]
+    attention = leaf in _QUERY | _KEY | _VALUE | _FUSED or (leaf in _OUTPUT and re.search(r"attn|attention|^att$", parents) is not None)
+    found = {"all-linear"}
+    if attention:
+        found |= {"qkvo"}
+        if leaf in _QUERY | _VALUE | _FUSED:
+            found |= {"qv"}
+    elif leaf in _MLP or re.search(r"mlp|ffn|feed_forward|expert", layer):
+        found |= {"mlp"}
+    return found
+
+
+def _linear_layers(model: transformers.PreTrainedModel) -> list[str]:
+    head = model.get_output_embeddings()
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)  # bitsandbytes' quantised layers are nn.Linear
+    return [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+
+
+def _endings(chosen: list[str], everything: list[str]) -> list[str]:
+    wanted, endings = set(chosen), set()
+    for layer in chosen:
+        parts = layer.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if all(name in wanted for name in everything if name == ending or name.endswith("." + ending)):
+                endings.add(ending)
+                break
+    return sorted(endings)
+
+
+def _leaf(layer: str) -> str:
+    return layer.rpartition(".")[2]
+
+
+def _refuse(wanted: str, linear: list[str]) -> None:
+    leaves = sorted({_leaf(layer) for layer in linear})
+    near = difflib.get_close_matches(wanted, [*leaves, *NAMED_SETS], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near and near[0] != wanted else ""
+    raise ModelError(
+        f"target_modules: this model has no linear layers for {wanted!r}.{hint} Its linear layers: {', '.join(leaves) or 'none'}; "
+        f"allowed: those names, or one of {', '.join(NAMED_SETS)}."
+    )

@@ -1,0 +1,189 @@
+"""Loading the frozen base model and its tokenizer from a folder or the Hugging Face hub."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from loratune.errors import MissingExtraError, ModelError
+from loratune.work import ModelRecipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A causal language model with frozen weights and no dropout of its own, and its tokenizer."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype  # of the weights, or of the arithmetic where they are quantised
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills a batch on the right. Nothing attends to it and no loss counts it, so any one serves."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda`; under torchrun the CUDA device of this process's LOCAL_RANK. Raises ModelError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device: cuda was asked for, but torch sees no CUDA device. Use device: cpu, or install a CUDA build of torch.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on CPU; on GPU bfloat16, or float16 where the hardware has no bfloat16. Raises ModelError."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise ModelError(f"dtype: {name!r} is not known; allowed: auto, {', '.join(DTYPES)}.")
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load(recipe: ModelRecipe, device: torch.device) -> BaseModel:
+    """Load model and tokenizer, freeze the weights, switch the model's own dropout off.
+
+    LoRA dropout is then the only randomness in training, which makes a run a pure function of its seed.
+    Raises ModelError, saying what is missing, for a folder or hub id that does not hold a causal language model.
+    """
+    _check_folder(recipe)
+    dtype = choose_dtype(recipe.dtype, device)
+    config = _config(recipe)
+    tokenizer = load_tokenizer(recipe)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, **_common(recipe)}
+    if recipe.attn_implementation is not None:
+        options["attn_implementation"] = recipe.attn_implementation
+    if recipe.load_in_4bit:
+        options |= _four_bit(dtype, device)
+    with _explained(recipe, "weights"):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(recipe.name_or_path, output_loading_info=True, **options)
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        raise ModelError(
+            f"model {recipe.name_or_path!r}: {len(wrong)} weights are missing or have the wrong shape, {wrong[0]} among them. "
+            "The files are incomplete or belong to another config.json."
+        )
+    model.requires_grad_(False)
+    if not recipe.load_in_4bit:  # a quantised model was placed while loading
+        model.to(device)
+    model.eval()
+    return BaseModel(model=model, tokenizer=tokenizer, device=device, dtype=dtype)
+
+
+def load_tokenizer(recipe: ModelRecipe) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer beside the model. Raises ModelError."""
+    _check_folder(recipe)
+    with _explained(recipe, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.name_or_path, **_common(recipe))
+    if not len(tokenizer):
+        raise ModelError(f"model {recipe.name_or_path!r}: no tokenizer files. Put tokenizer.json or tokenizer.model beside config.json.")
+    return tokenizer
+
+
+def autocast(base: BaseModel) -> contextlib.AbstractContextManager[Any]:
+    """Half-precision arithmetic for half-precision weights, around every forward pass; the adapter stays in float32."""
+    if base.dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(base.device.type, dtype=base.dtype)
+    return contextlib.nullcontext()
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that turns hidden states into logits; None for a model that does not name one."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head if isinstance(head, nn.Module) else None
+
+
+def checkpoint_activations(model: transformers.PreTrainedModel, on: bool) -> None:
+    """Trade compute for memory in training: keep no activations inside a layer, run it again on the way back."""
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    if not on:
+        getattr(model, f"{name}_disable")()
+    elif model.supports_gradient_checkpointing:
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    else:
+        raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it. Switch it off.")
+
+
+def _common(recipe: ModelRecipe) -> dict[str, Any]:
+    return {"revision": recipe.revision or "main", "trust_remote_code": recipe.trust_remote_code}
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1
+
+
+def _check_folder(recipe: ModelRecipe) -> None:
+    name = recipe.name_or_path
+    if not _is_folder(name):
+        return
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ModelError(
+            f"model: there is no folder {name}. Give a folder that holds config.json, or a hub id such as meta-llama/Llama-2-7b-hf."
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model: {name} holds no config.json. Give the folder that `save_pretrained` wrote.")
+
+
+def _config(recipe: ModelRecipe) -> transformers.PretrainedConfig:
+    with _explained(recipe, "config.json"):
+        config = transformers.AutoConfig.from_pretrained(recipe.name_or_path, **_common(recipe))
+    causal = set(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    named = set(config.architectures or ())
+    if not remote and (not known or (named and not named & causal)):
+        raise ModelError(
+            f"model {recipe.name_or_path!r} is not a causal language model: its config.json says "
+            f"{', '.join(sorted(named)) or config.model_type}. loratune tunes decoder-only models (Llama, Qwen, Mistral, GPT-2, ...)."
+        )
+    _silence(config)
+    return config
+
+
+def _silence(config: transformers.PretrainedConfig) -> None:
+    for name, value in list(vars(config).items()):
+        if isinstance(value, transformers.PretrainedConfig):
+            _silence(value)
+        elif isinstance(value, float) and ("dropout" in name or name.endswith(("pdrop", "_drop"))):
+            setattr(config, name, 0.0)
+
+
+def _four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        raise ModelError("load_in_4bit needs a CUDA device. Switch it off, or run on a GPU.")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes, which load_in_4bit needs,", "4bit", str(error)) from error
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": quantization, "device_map": {"": device.index or 0}}
+
+
+@contextlib.contextmanager
+def _explained(recipe: ModelRecipe, what: str) -> Any:
+    """Turn whatever Transformers, safetensors or the hub raise for a model that cannot be read into a ModelError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, ModelError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        where = "" if _is_folder(recipe.name_or_path) else " Check the hub id, the network and, for a gated model, `hf auth login`."
+        raise ModelError(f"model {recipe.name_or_path!r}: cannot load its {what}: {type(error).__name__}: {reason}.{where}") from error

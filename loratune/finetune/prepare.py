@@ -1,0 +1,288 @@
+"""From a `DataRecipe` to a prepared folder: read, tokenise, split, draw, write; once, then only read."""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratune.errors import DataError, ModelError, StorageError
+from loratune.finetune import records, split
+from loratune.finetune.data import BadRow, DataRecipe, Source, read
+from loratune.finetune.prepared import Manifest, Prepared, SetCounts, SourceCounts, Tokens, discard, pack, write
+from loratune.finetune.prompts import PROMPTS, check_tokenizer, encode
+
+__all__ = ["Prepared", "Tokens", "check", "load_tokenizer", "prepare"]
+
+_FORMAT = 1  # raise when the arrays, the prompts or the split change meaning, so that old caches are not used
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "chat_template*", "*.py")
+_LISTED = 5  # bad rows quoted per source
+
+
+def prepare(
+    recipe: DataRecipe,
+    *,
+    tokenizer: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache: Path,
+    report: Callable[[str], None] = lambda line: None,
+) -> Prepared:
+    """The recipe's examples, split and tokenised, from `cache` if they lie there, else made and put there.
+
+    `tokenizer` is a local folder or hub id. Same file contents, recipe and tokenizer: same folder, only
+    read. The folder is written aside and renamed, so a crash leaves nothing half done and of two
+    processes that prepare at once one result stands.
+
+    Raises DataError for a recipe or data that cannot be used, ModelError for the tokenizer.
+    """
+    check(recipe)
+    name = _content_hash(recipe, tokenizer, revision, trust_remote_code)
+    folder = Path(cache) / name
+    if folder.exists():
+        try:
+            return Prepared.load(folder)
+        except StorageError:
+            report(f"{folder} is damaged; preparing the data again")
+            discard(folder)
+    loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
+    check_tokenizer(loaded, recipe.prompt)
+    train, held_out = ([_tokenise(s, role, recipe, loaded, report) for s in ss] for role, ss in _roles(recipe))
+    if held_out:
+        _use_validation_sources(recipe, train, held_out)
+    else:
+        _split_training_sources(recipe, train, report)
+    _draw_training(recipe, train)
+    everything = [*train, *held_out]
+    sets = {
+        "train": pack([r.encoded[i] for r in train for i in r.train]),
+        "validation": pack([r.encoded[i] for r in everything for i in r.validation]),
+    }
+    manifest = Manifest(
+        hash=name,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        revision=revision,
+        pad_token_id=loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id,
+        eos_token_id=loaded.eos_token_id,
+        duplicates=split.duplicates([k for r in train for k in r.keys]) + split.duplicates([k for r in held_out for k in r.keys]),
+        sources=tuple(r.counts() for r in everything),
+        **{n: SetCounts(examples=len(t), tokens=len(t.ids), response_tokens=int(t.mask.sum())) for n, t in sets.items()},
+    )
+    write(folder, manifest, sets)
+    return Prepared.load(folder)
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Transformers' tokenizer of a local folder or hub id. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # missing, offline, gated, unknown class, a broken file: each with its own class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason[:300]}") from error
+
+
+def check(recipe: DataRecipe) -> None:
+    """Raise one DataError with everything in the recipe that contradicts itself or cannot be."""
+    wrong = []
+    everywhere = (*recipe.train, *recipe.validation)
+    if not recipe.train:
+        wrong.append("train: name at least one source.")
+    ways = {
+        "validation": bool(recipe.validation),
+        "validation_fraction": recipe.validation_fraction is not None,
+        "validation_count": not recipe.validation and (recipe.validation_count or any(s.validation_count for s in recipe.train)),
+    }
+    given = [way for way, is_given in ways.items() if is_given]
+    if not given:
+        wrong.append(
+            "no validation data asked for: hyperparameters can only be compared on examples that did not train. "
+            "Write validation_fraction: 0.2, or validation_count, or a validation source."
+        )
+    if len(given) > 1:
+        wrong.append(f"{' and '.join(given)} exclude each other; keep one.")
+    if any(s.validation_count for s in recipe.validation):
+        wrong.append("validation_count belongs to training sources; a validation source takes count.")
+    if recipe.validation and any(s.validation_count for s in recipe.train):
+        wrong.append("validation_count of a training source and validation sources exclude each other; keep one.")
+    if recipe.validation_fraction is not None and not 0 < recipe.validation_fraction < 1:
+        wrong.append(f"validation_fraction: expected a number between 0 and 1, got {recipe.validation_fraction}.")
+    if recipe.prompt not in PROMPTS:
+        wrong.append(f"prompt: expected {' or '.join(PROMPTS)}, got {recipe.prompt}.")
+    if recipe.on_bad_rows not in ("error", "skip"):
+        wrong.append(f"on_bad_rows: expected error or skip, got {recipe.on_bad_rows}.")
+    if recipe.max_length < 2:
+        wrong.append(f"max_length: expected at least 2 tokens, got {recipe.max_length}.")
+    counts = [("train_count", recipe.train_count), ("validation_count", recipe.validation_count)]
+    counts += [(f"{s.path}: {name}", getattr(s, name)) for s in everywhere for name in ("count", "validation_count")]
+    wrong += [f"{name}: expected at least 1, got {count}." for name, count in counts if count is not None and count < 1]
+    wrong += [
+        f"{s.path}: weight: expected a number above 0, got {s.weight}."
+        for s in everywhere
+        if s.weight is not None and not 0 < s.weight < float("inf")
+    ]
+    for name, sources in (("train", recipe.train), ("validation", recipe.validation)):
+        if len({s.weight is None for s in sources}) > 1:
+            wrong.append(f"{name}: give every source a weight, or none.")
+    if wrong:
+        raise DataError("\n".join(wrong))
+
+
+# ---- the steps, each on all rows of a source ----
+
+
+@dataclass(kw_only=True)
+class _Rows:
+    """One source's usable examples. `keys`, `texts`, `encoded` and `truncated` run in parallel."""
+
+    source: Source
+    role: str  # train | validation
+    rows: int
+    bad: list[BadRow]
+    keys: list[str] = field(default_factory=list)  # split.group_key
+    texts: list[str] = field(default_factory=list)  # split.identity
+    encoded: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (ids, response_mask)
+    truncated: list[bool] = field(default_factory=list)
+    dropped: int = 0
+    overlapping: int = 0
+    pool: list[int] = field(default_factory=list)  # places that may train
+    train: list[int] = field(default_factory=list)  # places drawn, repeats included
+    validation: list[int] = field(default_factory=list)
+
+    def counts(self) -> SourceCounts:
+        return SourceCounts(
+            path=self.source.path,
+            role=self.role,
+            rows=self.rows,
+            bad=len(self.bad),
+            bad_rows=tuple(str(row) for row in self.bad[:_LISTED]),
+            dropped=self.dropped,
+            overlapping=self.overlapping,
+            duplicates=split.duplicates(self.keys),
+            train=len(self.train),
+            validation=len(self.validation),
+            repeats=len(self.train) - len(set(self.train)),
+            cut=sum(self.truncated[i] for i in (*self.train, *self.validation)),
+        )
+
+
+def _roles(recipe: DataRecipe) -> tuple[tuple[str, tuple[Source, ...]], ...]:
+    return ("train", recipe.train), ("validation", recipe.validation)
+
+
+def _tokenise(source: Source, role: str, recipe: DataRecipe, tokenizer: Any, report: Callable[[str], None]) -> _Rows:
+    report(f"reading {source.path}")
+    examples, bad = read(source, recipe.on_bad_rows)
+    rows = _Rows(source=source, role=role, rows=len(examples) + len(bad), bad=bad)
+    for number, example in enumerate(examples):
+        if number and number % 10_000 == 0:
+            report(f"tokenised {number:,} of {len(examples):,} rows of {source.path}")
+        encoded = encode(example, tokenizer, prompt=recipe.prompt, max_length=recipe.max_length)
+        if encoded is None:
+            rows.dropped += 1
+            continue
+        rows.keys.append(split.group_key(example))
+        rows.texts.append(split.identity(example))
+        rows.encoded.append((np.array(encoded.input_ids, dtype=np.int32), np.array(encoded.response_mask)))
+        rows.truncated.append(encoded.truncated)
+    if not rows.encoded:
+        raise DataError(f"{source.path}: every prompt alone fills max_length = {recipe.max_length} tokens. Raise max_length.")
+    return rows
+
+
+def _use_validation_sources(recipe: DataRecipe, train: Sequence[_Rows], held_out: Sequence[_Rows]) -> None:
+    """Validation from its own sources; whatever asks the same question leaves training."""
+    wanted = split.quotas([len(r.keys) for r in held_out], [r.source.count for r in held_out], _weights(held_out), recipe.validation_count)
+    for rows, count in zip(held_out, wanted, strict=True):
+        _enough(rows, count)
+        rows.validation = split.draw(rows.texts, count, recipe.seed).tolist()
+    keys = [r.keys[i] for r in held_out for i in r.validation]
+    for rows in train:
+        leaks = split.overlapping(rows.keys, keys)
+        rows.overlapping = int(leaks.sum())
+        rows.pool = np.flatnonzero(~leaks).tolist()
+
+
+def _split_training_sources(recipe: DataRecipe, train: Sequence[_Rows], report: Callable[[str], None]) -> None:
+    """Validation held out of every training source, in whole groups."""
+    sizes = [len(r.keys) for r in train]
+    if recipe.validation_fraction is not None:
+        wanted = split.apportion(max(1, round(recipe.validation_fraction * sum(sizes))), sizes)
+    else:
+        # Sources without a count of their own share what the total leaves; without a total they hold nothing out.
+        none = None if recipe.validation_count else 0
+        own = [none if r.source.validation_count is None else r.source.validation_count for r in train]
+        wanted = split.quotas(sizes, own, _weights(train), recipe.validation_count)
+    for rows, count in zip(train, wanted, strict=True):
+        _enough(rows, count)
+    sources = [s for s, size in enumerate(sizes) for _ in range(size)]
+    chosen = split.divide([key for r in train for key in r.keys], sources, wanted, recipe.seed)
+    for rows, part, count in zip(train, np.split(chosen, np.cumsum(sizes)[:-1]), wanted, strict=True):
+        held = np.flatnonzero(part).tolist()
+        rows.validation = [held[i] for i in split.shuffled([rows.texts[i] for i in held], recipe.seed)]
+        rows.pool = np.flatnonzero(~part).tolist()
+        if len(held) < count:
+            report(f"{rows.source.path}: {len(held):,} instead of {count:,} validation examples: groups of equal questions are too large")
+    if not any(r.validation for r in train):
+        raise DataError(
+            "the split leaves no validation example: too few rows, or all ask the same question. Add data, or a validation source."
+        )
+
+
+def _draw_training(recipe: DataRecipe, train: Sequence[_Rows]) -> None:
+    if not any(r.pool for r in train):
+        raise DataError("no training example is left beside validation. Add data, or ask for less validation.")
+    wanted = split.quotas([len(r.pool) for r in train], [r.source.count for r in train], _weights(train), recipe.train_count)
+    for rows, count in zip(train, wanted, strict=True):
+        if count and not rows.pool:
+            raise DataError(f"{rows.source.path}: {count:,} training examples asked for, but validation leaves none.")
+        if count:
+            drawn = split.draw([rows.texts[i] for i in rows.pool], count, recipe.seed)
+            rows.train = [rows.pool[i] for i in drawn]
+
+
+def _enough(rows: _Rows, count: int) -> None:
+    if count > len(rows.keys):
+        raise DataError(
+            f"{rows.source.path}: {count:,} validation examples asked for of {len(rows.keys):,} usable rows; validation never repeats."
+        )
+
+
+def _weights(rows: Sequence[_Rows]) -> list[float] | None:
+    weights = [r.source.weight for r in rows]
+    return None if None in weights else [w for w in weights if w is not None]
+
+
+# ---- the cache's name ----
+
+
+def _content_hash(recipe: DataRecipe, tokenizer: str, revision: str | None, trust_remote_code: bool) -> str:
+    parts = [
+        _FORMAT,
+        dataclasses.asdict(recipe),
+        [records.fingerprint(s.path, s.split) for s in (*recipe.train, *recipe.validation)],
+        _tokenizer_fingerprint(tokenizer, revision, trust_remote_code),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> list[tuple[str, str]]:
+    """Names and digests of a tokenizer's files; those of a hub tokenizer as it would be saved."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise ModelError(f"{name}: no such folder; expected a tokenizer's folder or hub id.")
+        with tempfile.TemporaryDirectory() as saved:
+            load_tokenizer(name, revision, trust_remote_code).save_pretrained(saved)
+            return _tokenizer_fingerprint(saved, None, False)
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    if not files:
+        raise ModelError(f"{name}: the folder holds no tokenizer files (tokenizer.json, tokenizer_config.json, ...).")
+    return [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]

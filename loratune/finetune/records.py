@@ -1,0 +1,294 @@
+"""Raw records out of files, folders and the hub, each with the place it was found at.
+
+Knows JSON, JSONL, CSV and Parquet, not what the fields mean (that is `data.py`). A file that cannot
+be read at all raises one DataError; a single record that cannot be parsed is handed on with its
+problem, for the caller to refuse or to skip.
+"""
+
+import csv
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loratune.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "package.json"}
+_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+
+
+class Record(NamedTuple):
+    """One record as found, or the problem that kept it from being parsed."""
+
+    file: str  # path as the user would find it, or hub id
+    place: str  # "line 17" (JSONL, CSV), "record 17" (JSON array), "row 17" (Parquet, datasets); from 1
+    value: Any = None
+    problem: str = ""
+
+
+def records(path: str, split: str | None = None) -> Iterator[Record]:
+    """All records of a local file, a local folder or a hub data set. Raises DataError."""
+    if (found := _local(path, split)) is None:
+        yield from _hub(path, split)
+    elif isinstance(found, Path):
+        yield from _saved(found, split)
+    else:
+        for file in found:
+            yield from _file(file)
+
+
+def fingerprint(path: str, split: str | None = None) -> list[str]:
+    """SHA-256 of each file behind a source, in reading order; for a hub data set, `datasets`' own fingerprint."""
+    found = _local(path, split)
+    if found is None:
+        return [str(_load_hub(path, split)._fingerprint)]
+    files = sorted(p for p in found.rglob("*") if p.is_file()) if isinstance(found, Path) else found
+    digests = []
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
+    return digests
+
+
+# ---- finding the files ----
+
+
+def _local(path: str, split: str | None) -> list[Path] | Path | None:
+    """The data files behind `path`; a folder for what `datasets` has saved to disk; None for a hub id."""
+    if not path.strip():
+        raise DataError("a source's path is empty; expected a file, a folder or a hub id.")
+    place = Path(path).expanduser()
+    if place.is_file():
+        if split is not None:
+            raise DataError(f"{path}: split: {split} was asked of a single file; split applies to folders and hub data sets. Leave it out.")
+        if not _kind(place):
+            raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}, each also with .gz (not Parquet).")
+        return [place]
+    if place.is_dir():
+        saved = any((place / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        return place if saved else _folder(place, split)
+    if _kind(place) or path.startswith((".", "/", "~")) or path.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise DataError(_missing(place, path))
+    return None
+
+
+def _kind(file: Path) -> str:
+    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
+    return suffix if suffix in SUFFIXES else ""
+
+
+def _missing(place: Path, path: str) -> str:
+    parent = place.parent
+    if not parent.is_dir():
+        return f"{path}: no such file or folder; the folder {parent} does not exist either."
+    near = difflib.get_close_matches(place.name, [p.name for p in parent.iterdir()], n=3)
+    return f"{path}: no such file or folder." + (f" Did you mean {' or '.join(near)}?" if near else "")
+
+
+def _folder(folder: Path, split: str | None) -> list[Path]:
+    inside = [p for p in folder.rglob("*") if p.is_file() and _kind(p) and p.name not in _NOT_DATA]
+    files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    if not files:
+        raise DataError(f"{folder}: the folder holds no data files. Known: {', '.join(SUFFIXES)}.")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[\W_]+", str(file.relative_to(folder)).lower())
+        # A chosen split may have any name; unchosen, only the customary names tell splits apart.
+        name = next((s for s in ((split,) if split else _SPLITS) if s.lower() in words), "")
+        by_split.setdefault(name, []).append(file)
+    if split:
+        if split not in by_split:
+            raise DataError(f"{folder}: no file name contains split {split}. Files: {', '.join(p.name for p in files[:8])}.")
+        return by_split[split]
+    if len(by_split) > 1:
+        names = ", ".join(sorted(filter(None, by_split)))
+        raise DataError(
+            f"{folder}: the folder holds several splits ({names}). Name the one to use, for example split: {min(filter(None, by_split))}."
+        )
+    return files
+
+
+# ---- datasets ----
+
+
+def _saved(folder: Path, split: str | None) -> Iterator[Record]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever a damaged Arrow file makes of it
+        raise DataError(f"{folder}: cannot be read as a saved `datasets` folder: {_short(error)}") from error
+    if isinstance(data, datasets.DatasetDict):
+        data = data[_choose(str(folder), list(data), split)]
+    yield from _rows(str(folder), data)
+
+
+def _hub(path: str, split: str | None) -> Iterator[Record]:
+    yield from _rows(path, _load_hub(path, split))
+
+
+def _load_hub(path: str, split: str | None) -> Any:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(path, split=split)  # a slice such as train[:1000] is understood too
+    except Exception as error:  # network, permission, unknown name, missing configuration: each with its own class
+        raise DataError(f"{path}: neither a local file or folder nor a hub data set that can be loaded: {_short(error)}") from error
+    return data if split else data[_choose(path, list(data), None)]
+
+
+def _choose(path: str, names: list[str], split: str | None) -> str:
+    if split is None and (len(names) == 1 or "train" in names):
+        return names[0] if len(names) == 1 else "train"
+    if split not in names:
+        asked = f"no split {split}" if split else "several splits"
+        raise DataError(f"{path}: {asked}. Available: {', '.join(names)}.")
+    return split
+
+
+def _rows(name: str, data: Any) -> Iterator[Record]:
+    for number, row in enumerate(data, 1):
+        yield Record(name, f"row {number}", row)
+
+
+# ---- reading one file ----
+
+
+def _file(file: Path) -> Iterator[Record]:
+    kind = _kind(file)
+    if kind == ".parquet":
+        return _parquet(file)
+    text = _text(file)
+    if not text.strip():
+        raise DataError(f"{file}: the file is empty.")
+    if kind in (".csv", ".tsv"):
+        return _csv(file, text, "," if kind == ".csv" else "\t")
+    return _json(file, text) if kind == ".json" else _jsonl(file, text)
+
+
+def _text(file: Path) -> str:
+    try:
+        data = file.read_bytes()
+        if file.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{file}: the gzip file is cut off or damaged. Copy or download it again.") from error
+    except gzip.BadGzipFile as error:
+        raise DataError(f"{file}: not a gzip file, though its name ends in .gz.") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{file}: the file is UTF-16; UTF-8 is expected. Convert it: iconv -f UTF-16 -t UTF-8.")
+    try:
+        return data.decode("utf-8-sig")  # a byte order mark is forgiven
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = data[error.start]
+        raise DataError(
+            f"{file}, line {line}: not UTF-8 (byte 0x{byte:02x}). Convert the file, for example: iconv -f LATIN1 -t UTF-8."
+        ) from error
+
+
+def _json(file: Path, text: str) -> Iterator[Record]:
+    try:
+        whole = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        # Many a .json file is JSONL: its first lines are objects by themselves.
+        lines = [line for line in text.split("\n", 50) if line.strip()][:2]
+        if text.lstrip().startswith("{") and any(isinstance(_parsed(line), dict) for line in lines):
+            yield from _jsonl(file, text)
+            return
+        if not isinstance(error, json.JSONDecodeError):
+            raise DataError(f"{file}: nested too deeply to be instruction data.") from error
+        cut = (
+            " The file seems cut off: copy or download it again."
+            if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg
+            else ""
+        )
+        raise DataError(f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}.{cut}") from error
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        whole = whole["data"]
+    if isinstance(whole, dict):
+        whole = [whole]
+    if not isinstance(whole, list):
+        raise DataError(f"{file}: expected an array of records, found {described(whole)}.")
+    for number, value in enumerate(whole, 1):
+        yield Record(str(file), f"record {number}", value)
+
+
+def _jsonl(file: Path, text: str) -> Iterator[Record]:
+    lines = text.rstrip().split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield Record(str(file), f"line {number}", json.loads(line))
+        except (json.JSONDecodeError, RecursionError) as error:
+            cut = " (the last line; is the file cut off?)" if number == len(lines) > 1 else ""
+            why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            yield Record(str(file), f"line {number}", problem=f"not valid JSON: {why}{cut}: {described(line)}")
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+
+
+def _csv(file: Path, text: str, delimiter: str) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is below a long document
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        for row in reader:
+            line = reader.line_num
+            if None in row:
+                fields = len(reader.fieldnames or ())
+                problem = f"{fields + len(row[None])} fields, but the header has {fields}; is a quote missing?"
+                yield Record(str(file), f"line {line}", problem=problem)
+            else:
+                yield Record(str(file), f"line {line}", {name: value for name, value in row.items() if value is not None})
+    except csv.Error as error:
+        raise DataError(f"{file}, the row after line {line}: not valid CSV: {error}. Is a quote missing?") from error
+
+
+def _parquet(file: Path) -> Iterator[Record]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file: {_short(error)}") from error
+    number = 0
+    for batch in table.to_batches(max_chunksize=1000):
+        for row in batch.to_pylist():
+            number += 1
+            yield Record(str(file), f"row {number}", row)
+
+
+# ---- words ----
+
+
+def described(value: Any) -> str:
+    """A value in a few words, for an error message: its JSON type and its shortened content."""
+    kinds = {str: "text", bool: "a boolean", int: "the number", float: "the number", list: "a list", dict: "an object", type(None): "null"}
+    if value is None:
+        return "null"
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{kinds.get(type(value), type(value).__name__)} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]

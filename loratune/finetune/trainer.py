@@ -1,0 +1,189 @@
+"""Transformers' Trainer, given our batches, loss, clipping and bookkeeping.
+
+Trainer keeps the loop, gradient accumulation, DDP and the trackers. Its own logging, saving, evaluation and shuffling
+are off: they cost more than a step of a small model, and none of them can be resumed exactly.
+"""
+
+import threading
+from typing import Any
+
+import peft
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from loratune.finetune import model as base_model
+from loratune.finetune.batches import Batch, Tokens, collate, cut, micro_batch_count, response_tokens
+from loratune.finetune.dropout import DropoutKey
+from loratune.finetune.model import BaseModel
+from loratune.finetune.optimisation import HALF_PRECISION_SCALE, clip, learning_rate_factor, warmup_steps
+from loratune.finetune.segment import SegmentRun
+from loratune.finetune.validation import token_nll
+from loratune.work import TrainingRecipe
+
+
+class DivergedError(Exception):
+    """Loss, gradient or weights became inf or NaN."""
+
+
+class MicroBatches(Dataset[dict[str, Any]]):
+    """What one process sees of steps `start` to `stop`: item s * count + m is micro-batch m of step start + s."""
+
+    def __init__(self, run: SegmentRun, tokens: Tokens, *, start: int, stop: int, size: int, pad_id: int, rank: int, world: int) -> None:
+        self.run, self.tokens, self.start, self.stop = run, tokens, start, stop
+        self.size, self.pad_id, self.rank, self.world = size, pad_id, rank, world
+        self.count = micro_batch_count(run.segment.hyperparameters.batch_size, size, world)
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, micro = self.start + index // self.count, index % self.count
+        examples = self.run.examples(step)
+        if micro == 0:
+            self._pieces = cut(self.tokens.lengths[examples], self.size, self.rank, self.world)
+            self._items = response_tokens(self.tokens, examples)
+        slots = self._pieces[micro]
+        # A process without examples left still takes part in DDP's reduction, with an example that is not scored.
+        seen = slots if len(slots) else [0]
+        batch = collate(self.tokens, examples[seen], seen, pad_id=self.pad_id, scored=len(slots) > 0)
+        return {"batch": batch, "items": self._items, "step": step}
+
+
+class SegmentTrainer(transformers.Trainer):
+    """Trains one adapter from the run's step to the segment's last.
+
+    Raises DivergedError as soon as the loss or the gradient's norm is not finite, before it reaches the weights.
+    """
+
+    def __init__(
+        self,
+        wrapped: peft.PeftModel,
+        key: DropoutKey,
+        base: BaseModel,
+        run: SegmentRun,
+        tokens: Tokens,
+        optimizer: torch.optim.Optimizer,
+        training: TrainingRecipe,
+        *,
+        hooks: "StepHooks",
+        rank: int,
+        world: int,
+    ) -> None:
+        self.key, self.base, self.run, self.world = key, base, run, world
+        self.head = base_model.output_head(base.model)
+        self.scale = HALF_PRECISION_SCALE if base.dtype == torch.float16 else 1.0
+        segment, h = run.segment, run.segment.hyperparameters
+        self.batches = MicroBatches(
+            run,
+            tokens,
+            start=run.step,
+            stop=segment.stop_step,
+            size=training.micro_batch_size,
+            pad_id=base.pad_id,
+            rank=rank,
+            world=world,
+        )
+        for group in optimizer.param_groups:
+            group["initial_lr"] = h.learning_rate
+        warmup = warmup_steps(h.warmup_ratio, segment.total_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: learning_rate_factor(training.lr_scheduler_type, step, warmup, segment.total_steps),
+            last_epoch=run.step - 1,
+        )
+        arguments = transformers.TrainingArguments(
+            output_dir=str(run.folder),
+            max_steps=segment.stop_step - run.step,
+            per_device_train_batch_size=training.micro_batch_size,
+            gradient_accumulation_steps=self.batches.count,
+            learning_rate=h.learning_rate,
+            weight_decay=h.weight_decay,
+            max_grad_norm=0.0,  # clipped by StepHooks
+            seed=segment.seed % 2**32,
+            use_cpu=base.device.type == "cpu",
+            report_to=list(training.report_to) or "none",
+            run_name=f"{run.folder.parent.name}-{run.folder.name}",
+            logging_strategy="steps" if training.report_to else "no",
+            logging_steps=max(1, segment.total_steps // 200),
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            eval_strategy="no",
+            disable_tqdm=True,
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # never DataParallel: several GPUs mean torchrun
+        self.step_nll = torch.zeros((), device=base.device, dtype=torch.float64)
+        super().__init__(model=wrapped, args=arguments, optimizers=(optimizer, scheduler), callbacks=[hooks])
+        self.remove_callback(transformers.PrinterCallback)
+        hooks.trainer = self
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return DataLoader(self.batches, batch_size=None)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        batch: Batch = inputs["batch"].to(self.base.device)
+        if not model.training:
+            model.train()
+        positions = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        self.key.set(inputs["step"], batch.slots, positions)
+        with base_model.autocast(self.base):
+            nll = token_nll(model, self.head, batch).sum()
+        # DDP averages gradients over processes; the loss is a sum.
+        loss = nll * (self.world * self.scale / inputs["items"])
+        self.accelerator.backward(loss)
+        self.step_nll += nll.detach()
+        self.step_items = inputs["items"]
+        return loss.detach() / self.scale
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's estimate walks over all parameters at every step
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        return None  # StepHooks has it
+
+
+class StepHooks(transformers.TrainerCallback):
+    """What happens around every optimiser step: clip, look for inf and NaN, validate, checkpoint, report, stop."""
+
+    trainer: SegmentTrainer
+
+    def __init__(self, run: SegmentRun, parameters: list[nn.Parameter], max_norm: float | None, validate: Any, stop: threading.Event) -> None:
+        self.run, self.parameters, self.max_norm, self.validate, self.stop = run, parameters, max_norm, validate, stop
+        self.cancelled = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.run.training(True)
+        state.global_step, state.max_steps = self.run.step, self.run.segment.stop_step  # so that trackers see the run's steps
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        norm = clip(self.parameters, self.max_norm, trainer.scale)
+        word = torch.stack([trainer.step_nll, norm.double(), torch.full_like(trainer.step_nll, float(self.stop.is_set()))])
+        if trainer.world > 1:
+            word[1] /= trainer.world  # equal in all processes
+            dist.all_reduce(word)
+        self.nll, norm_value, stopped = word.tolist()
+        trainer.step_nll.zero_()
+        self.cancelled = stopped > 0
+        if not (abs(self.nll) < float("inf") and norm_value < float("inf")):
+            raise DivergedError(f"step {self.run.step + 1}: loss {self.nll / trainer.step_items:.4g}, gradient norm {norm_value:.4g}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        self.run.stepped(self.nll, self.trainer.step_items, self.trainer.lr_scheduler.get_last_lr()[0])
+        if self.run.step >= self.run.segment.stop_step:
+            return control
+        if self.run.validation_due() and not self.cancelled:
+            self.run.training(False)
+            self.validate()
+            self.run.training(True)
+        if self.cancelled:
+            control.should_training_stop = True
+        elif self.run.checkpoint_due():
+            self.run.save()
+        return control

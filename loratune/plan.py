@@ -1,0 +1,190 @@
+"""What a study will cost, told before it is spent: trials, tokens, hours, memory and disk.
+
+The hours come from a probe: the study's own engine trains the largest adapter of the search space for a
+few steps on this machine. Tokens are counted, not guessed; how often successive halving lets a trial go
+on is simulated with the schedule itself, all losses being equally likely.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from loratune import schedules
+from loratune.finetune.order import order, total_steps
+from loratune.finetune.prepared import Prepared
+from loratune.spec import StudySpec
+from loratune.work import Hyperparameters
+
+_BYTES = 4  # of an adapter's parameter: float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a study is expected to cost. One trial is one at the search space's defaults, trained to its end."""
+
+    trials: int
+    full_runs: float  # what all trials cost together, in runs at the defaults that are trained to their end
+    steps: int  # optimiser steps of one trial
+    trial_tokens: int  # training tokens of one trial
+    validation_tokens: int  # of one validation
+    validations: float  # in all
+    training_tokens_per_second: float  # per worker
+    validation_tokens_per_second: float
+    workers: int  # trials that train at the same time
+    devices_per_trial: int
+    device: str
+    peak_memory_bytes: int  # per device, for the largest adapter of the space
+    largest_rank: int
+    adapter_bytes: int  # of that adapter
+    adapters_kept: int
+    problem: str = ""  # why the largest adapter cannot be trained here
+    max_hours: float | None = None
+    max_device_hours: float | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Training tokens of all trials."""
+        return self.full_runs * self.trial_tokens
+
+    @property
+    def trial_seconds(self) -> float:
+        """One trial on its device, its last validation included."""
+        return self.trial_tokens / self.training_tokens_per_second + self.validation_tokens / self.validation_tokens_per_second
+
+    @property
+    def device_hours(self) -> float:
+        validating = self.validations * self.validation_tokens / self.validation_tokens_per_second
+        return (self.tokens / self.training_tokens_per_second + validating) * self.devices_per_trial / 3600
+
+    @property
+    def wall_hours(self) -> float:
+        return self.device_hours / self.devices_per_trial / self.workers
+
+    def __str__(self) -> str:
+        lines = [f"trials        {self.trials}, the work of {self.full_runs:.4g} full runs at the defaults"]
+        lines += [f"one trial     {self.steps:,} steps, {self.trial_tokens:,} training tokens"]
+        lines += [f"in all        {self.tokens:,.0f} training tokens, {self.validations:.0f} validations of {self.validation_tokens:,} tokens"]
+        if self.problem:
+            return "\n".join([*lines, f"device        {self.device}", f"problem       rank {self.largest_rank}: {self.problem}"])
+        lines += [
+            f"device        {self.device}, {self.workers} at a time",
+            f"speed         {self.training_tokens_per_second:,.0f} training tokens/s, {self.validation_tokens_per_second:,.0f} in validation",
+            f"time          {_hours(self.trial_seconds / 3600)} per trial; {_hours(self.wall_hours)} in all, {self.device_hours:.2f} device-hours",
+            *self._limits(),
+            f"memory        {_size(self.peak_memory_bytes)} at its peak, per device, at rank {self.largest_rank}",
+            f"disk          up to {_size(self.adapters_kept * self.adapter_bytes)} of adapters kept ({self.adapters_kept}), and "
+            f"{_size(self.workers * 2 * 3 * self.adapter_bytes)} of checkpoints while trials run",
+        ]
+        return "\n".join(lines)
+
+    def _limits(self) -> Iterator[str]:
+        for name, limit, needed in (("max_hours", self.max_hours, self.wall_hours), ("max_device_hours", self.max_device_hours, self.device_hours)):
+            if limit is not None and limit < needed:
+                yield f"budget        {name}: {limit:g} ends it earlier, after about {int(self.trials * limit / needed)} trials"
+
+
+def plan(spec: StudySpec, data: Prepared) -> Plan:
+    """Count and probe. Trains for some seconds; leaves nothing behind. Raises ModelError, DataError, TrainingError."""
+    from loratune.executors.devices import cuda_devices
+    from loratune.finetune.engine import probe  # torch
+    from loratune.work import State
+
+    devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
+    workers = 1
+    if spec.executor.name == "local":
+        workers = max(1, len(devices) // spec.training.devices_per_trial) * spec.executor.workers
+    default = spec.hyperparameters(spec.search_space.default_values())
+    steps = total_steps(len(data.train), default.batch_size, default.epochs)
+    shown = order(spec.seed, len(data.train), steps * default.batch_size)
+    runs, validations = _expected(spec)
+    largest = _largest(spec, default)
+    probed = probe(spec.recipe(str(data.folder.resolve())), Path.cwd(), largest)
+    adapter = probed.trainable_parameters * _BYTES
+    kept = spec.output.keep_adapters
+    return Plan(
+        trials=spec.budget.trials,
+        full_runs=runs * _expected_epochs(spec, default) / default.epochs,
+        steps=steps,
+        trial_tokens=int(data.train.lengths[shown].sum()),
+        validation_tokens=int(data.validation.lengths.sum()),
+        validations=validations,
+        training_tokens_per_second=probed.training_tokens_per_second,
+        validation_tokens_per_second=probed.validation_tokens_per_second,
+        workers=workers,
+        devices_per_trial=spec.training.devices_per_trial,
+        device=probed.device,
+        peak_memory_bytes=probed.peak_memory_bytes,
+        largest_rank=largest.lora_r,
+        adapter_bytes=adapter,
+        adapters_kept=spec.budget.trials if kept is None else min(spec.budget.trials, kept + 1),
+        problem="" if probed.state is State.COMPLETED else f"{probed.state.value.replace('_', ' ')}: {probed.message}",
+        max_hours=spec.budget.max_hours,
+        max_device_hours=spec.budget.max_device_hours,
+    )
+
+
+def _expected(spec: StudySpec) -> tuple[float, float]:
+    """(full runs, validations) that the schedule is expected to spend, the base model's validation included."""
+    repeats = 1 if spec.schedule.name == "full" else 20
+    spent = [_simulated(spec, random.Random(seed)) for seed in range(repeats)]
+    return fmean(runs for runs, _ in spent), fmean(count for _, count in spent)
+
+
+def _simulated(spec: StudySpec, chance: random.Random) -> tuple[float, float]:
+    schedule = schedules.build(
+        spec.schedule.name,
+        trials=spec.budget.trials,
+        yardstick=spec.sampler.defaults_first,
+        fidelity=spec.schedule.fidelity,
+        reduction_factor=spec.schedule.reduction_factor,
+        min_resource=spec.schedule.min_resource,
+    )
+    runs, validations = 0.0, 1.0
+    values: dict[int, float] = {}
+    each = spec.training.validations
+    while (stretch := schedule.next(may_start=True)) is not None:
+        runs += float(stretch.length * (stretch.stop - stretch.start))
+        validations += 1 + sum(stretch.start * each < i < stretch.stop * each for i in range(1, each))
+        schedule.tell(stretch, values.setdefault(stretch.trial, chance.random()))
+    return runs, validations
+
+
+def _largest(spec: StudySpec, default: Hyperparameters) -> Hyperparameters:
+    """The space's adapter that needs most memory: the largest rank, on most layers."""
+    searched = spec.search_space.parameters
+    largest = default
+    if "lora_r" in searched:
+        largest = replace(largest, lora_r=int(max(_values(searched["lora_r"]))))
+    if "target_modules" in searched:
+        sizes = ("qv", "qkvo", "mlp", "all-linear")
+        largest = replace(largest, target_modules=max(_values(searched["target_modules"]), key=sizes.index))
+    return largest
+
+
+def _expected_epochs(spec: StudySpec, default: Hyperparameters) -> float:
+    """The mean over the search space, every value being equally likely."""
+    searched = spec.search_space.parameters.get("epochs")
+    return default.epochs if searched is None else float(fmean(_values(searched)))
+
+
+def _values(parameter: Any) -> list[Any]:
+    """All values of a list, both ends of a range."""
+    if parameter.type == "fixed":
+        return [parameter.value]
+    if parameter.type == "ordinal":
+        return list(parameter.values)
+    return list(parameter.choices) if parameter.type == "categorical" else [parameter.low, parameter.high]
+
+
+def _hours(hours: float) -> str:
+    seconds = hours * 3600
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if hours < 1.5 else f"{hours:.1f} h"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

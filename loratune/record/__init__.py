@@ -1,0 +1,39 @@
+"""The study's folder: what is in it, who may write it, and how to read it back.
+
+    study/
+      spec.yaml            the study as asked for, complete
+      recipe.json          what workers need of it (work.Recipe)
+      study.db             the Optuna study (unless another storage URL is given)
+      sessions/0001.json   one per start of the driver: command, versions, git, machine, seconds
+      progress.json        what runs right now, for `loratune status`
+      lock                 held by the driver and its workers
+      trials/0007/
+        trial.json         hyperparameters, state, value
+        main/              a run: log.txt, checkpoint-*/, adapter/, outcomes/0000240.json
+      best.yaml, adapter/, report.html, figures/
+
+There is one writer, the driver (`Record`); workers write inside their run's folder alone.
+
+    trials.py    Trial, StudyRecord, read: the folder as data
+    writer.py    Record, open_record: the writer and its lock
+    progress.py  Meter: what runs right now, in numbers
+    storage.py   open_study: the Optuna storage
+"""
+
+from loratune.record.trials import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial, read
+from loratune.record.writer import Record, open_record
+
+__all__ = [
+    "COMPLETE",
+    "DIVERGED",
+    "FAILED",
+    "INFEASIBLE",
+    "PAUSED",
+    "PRUNED",
+    "RUNNING",
+    "Record",
+    "StudyRecord",
+    "Trial",
+    "open_record",
+    "read",
+]

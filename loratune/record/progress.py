@@ -1,0 +1,84 @@
+"""What runs right now, in numbers: the one summary behind the live view, `loratune status` and `progress.json`."""
+
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratune.record.trials import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, Trial
+from loratune.work import Outcome, Progress
+
+_WINDOW = 30.0  # seconds over which tokens per second are averaged
+
+
+@dataclass
+class Meter:
+    """Takes the study's events, gives snapshots: plain dicts of numbers and strings, seconds and tokens.
+
+    Replayed outcomes count as work done, not as work of this session, so speed and time left stay honest.
+    """
+
+    budget_trials: int
+    workers: int
+    earlier_seconds: float = 0.0  # wall clock of former sessions
+    _started: float = field(default_factory=time.monotonic)
+    _running: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _trials: dict[int, Trial] = field(default_factory=dict)
+    _speed: deque[tuple[float, int]] = field(default_factory=deque)  # (moment, tokens since the moment before)
+    _here: float = 0.0  # device-seconds trained in this session
+
+    @property
+    def wall_seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self._started
+
+    @property
+    def device_seconds(self) -> float:
+        return sum(trial.device_seconds for trial in self._trials.values())
+
+    def began(self, key: str, total_steps: int, start_step: int) -> None:
+        self._running[key] = {"trial": int(key.split("/")[0]), "run": key.split("/")[1], "step": start_step}
+        self._running[key] |= {"total_steps": total_steps, "tokens": 0, "train_loss": None, "validation_loss": None}
+
+    def progressed(self, progress: Progress) -> None:
+        row = self._running.get(progress.key)
+        if row is None:
+            return
+        self._speed.append((time.monotonic(), max(0, progress.tokens - row["tokens"])))
+        row |= {"step": progress.step, "tokens": progress.tokens}
+        row |= {k: v for k in ("train_loss", "validation_loss") if (v := getattr(progress, k)) is not None}
+
+    def came(self, outcome: Outcome) -> None:
+        """An outcome arrived from the executor (not from the record)."""
+        self._running.pop(outcome.key, None)
+        self._here += (outcome.train_seconds + outcome.validation_seconds) * outcome.devices
+
+    def settled(self, trial: Trial) -> None:
+        self._trials[trial.number] = trial
+
+    def snapshot(self) -> dict[str, Any]:
+        now = time.monotonic()
+        while self._speed and now - self._speed[0][0] > _WINDOW:
+            self._speed.popleft()
+        span = min(_WINDOW, now - self._started)
+        trials = list(self._trials.values())
+        ended = [t for t in trials if t.state in (COMPLETE, PRUNED, FAILED, DIVERGED, INFEASIBLE)]
+        finished = [t for t in trials if t.state == COMPLETE]
+        best = min(finished, key=lambda t: (t.value, t.number), default=None)
+        per_trial = self.device_seconds / max(1, len(trials))
+        left = per_trial * (self.budget_trials - len(ended)) / max(1, self.workers)
+        return {
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+            "updated": time.time(),
+            "trials_ended": len(ended),
+            "trials_started": len(trials) + len({row["trial"] for row in self._running.values()} - set(self._trials)),
+            "budget_trials": self.budget_trials,
+            "running": sorted(self._running.values(), key=lambda row: row["trial"]),
+            "best": None if best is None else {"trial": best.number, "value": best.value, "params": best.params},
+            "default": self._trials[0].value if 0 in self._trials else None,
+            "tokens_per_second": sum(tokens for _, tokens in self._speed) / span if span > 1 else None,
+            "device_seconds": self.device_seconds,
+            "wall_seconds": self.wall_seconds,
+            "seconds_left": left if ended else None,
+        }

@@ -1,0 +1,26 @@
+"""What a study hands over: one HTML file with the evidence, the figures for a paper, and the best adapter.
+
+write_report   studies -> report.html and figures/
+hand_over      study -> best.yaml and adapter/, an ordinary PEFT folder with a model card
+
+Nothing here imports torch; matplotlib, jinja2 and Optuna are imported when a report is written.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loratune.record import StudyRecord
+from loratune.report.handover import hand_over
+
+__all__ = ["hand_over", "write_report"]
+
+
+def write_report(records: Sequence[StudyRecord], destination: Path) -> Path:
+    """Write the report of one study, or the comparison of several, as one HTML file that opens offline.
+
+    Its figures are also written beside it, to `figures/`, as .svg and .pdf. Returns `destination`.
+    Raises StorageError when `records` is empty or the folder cannot be written.
+    """
+    from loratune.report.html import render  # late: brings matplotlib and jinja2, a second of import
+
+    return render(records, destination)

@@ -1,0 +1,134 @@
+"""What a study was asked to do and on what it ran, in words: from its description, its data's manifest, its sessions."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from loratune.record import StudyRecord
+from loratune.report.tables import sampler_of, space_of
+from loratune.report.words import count, in_order, label, plural, show
+
+
+def asked(record: StudyRecord) -> list[tuple[str, str]]:
+    """The description in a few lines: (what, how)."""
+    spec = record.spec
+    model, data, training = (dict(spec.get(part) or {}) for part in ("model", "data", "training"))
+    budget, schedule, sampler = (dict(spec.get(part) or {}) for part in ("budget", "schedule", "sampler"))
+    rows = [("Base model", _model(model)), ("Training data", _sources(data.get("train"))), ("Validation data", _validation(data))]
+    rows += [("Examples", counts)] if (counts := examples(record)) else []
+    rows += [("Prompt", f"{data['prompt']}, at most {data['max_length']} tokens")] if "prompt" in data and "max_length" in data else []
+    rows += [("Training", _training(training)), ("Budget", _budget(budget))]
+    options = show(sampler.get("options") or {})
+    rows.append(("Sampler", sampler_of(record).split(" + ")[0] + (f" ({options})" if options else "")))
+    if schedule.get("name", "full") == "full":
+        rows.append(("Schedule", "full: every configuration is trained to the end"))
+    else:
+        rows.append(("Schedule", f"{schedule.pop('name')}: {show(schedule)}"))
+    return [*rows, ("Seed", show(spec.get("seed")))]
+
+
+def examples(record: StudyRecord) -> str:
+    """Sizes of the training and validation sets; empty when the prepared data is not there."""
+    parts = []
+    for name, purpose in (("train", "for training"), ("validation", "for validation")):
+        size = record.manifest.get(name)
+        if isinstance(size, dict):
+            parts.append(f"{size['examples']} {purpose} ({count(size['tokens'])} tokens, {count(size['response_tokens'])} in responses)")
+    return "; ".join(parts)
+
+
+def sources(record: StudyRecord) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): what became of each source's rows; no rows when the prepared data is not there."""
+    head = ["path", "rows", "train", "validation", "duplicates", "left out", "cut"]
+    rows = [
+        [
+            str(s["path"]),
+            *(str(s[name]) for name in ("rows", "train", "validation", "duplicates")),
+            str(s["bad"] + s["dropped"] + s["overlapping"]),
+            str(s["cut"]),
+        ]
+        for s in record.manifest.get("sources", ())
+    ]
+    return head, rows
+
+
+def space(record: StudyRecord) -> list[tuple[str, str, str]]:
+    """(hyperparameter, allowed values, default) of everything the search space names."""
+    parameters = space_of(record).parameters
+    rows = []
+    for name in in_order(set(parameters)):
+        parameter = parameters[name]
+        if parameter.type == "fixed":
+            rows.append((label(name), "fixed", show(parameter.value)))
+            continue
+        if parameter.type == "int" or parameter.type == "float":
+            allowed = f"{show(parameter.low)} to {show(parameter.high)}" + (", log scale" if parameter.log else "")
+            allowed += f", in steps of {show(parameter.step)}" if parameter.step else ""
+        elif parameter.type == "ordinal":
+            allowed = show(parameter.values)
+        else:
+            allowed = show(parameter.choices)
+        if parameter.when:
+            allowed += "; only when " + " and ".join(f"{label(other)} is {show(values)}" for other, values in parameter.when.items())
+        rows.append((label(name), allowed, show(parameter.default)))
+    return rows
+
+
+def environment(record: StudyRecord) -> list[tuple[str, str]]:
+    """What the last session ran on: (name, value)."""
+    found = record.sessions[-1].get("environment") if record.sessions else None
+    if not isinstance(found, dict):
+        return []
+    lines = [(name.replace("_", " "), _plain(item)) for name, item in found.items() if item not in (None, "", [], {})]
+    return [*lines, ("starts", plural(len(record.sessions), "session"))]
+
+
+def command(record: StudyRecord) -> str:
+    """The command that started the study."""
+    first = record.sessions[0].get("command") if record.sessions else None
+    if isinstance(first, list) and first:
+        return shlex.join([Path(str(first[0])).name, *map(str, first[1:])])
+    return first if isinstance(first, str) else f"loratune run {shlex.quote(str(record.folder / 'spec.yaml'))}"
+
+
+def base_model(record: StudyRecord) -> str:
+    """Hub id or folder."""
+    return str(record.spec.get("model", {}).get("name_or_path", "?"))
+
+
+def _plain(item: Any) -> str:
+    return ", ".join(f"{name} {version}" for name, version in item.items()) if isinstance(item, dict) else show(item)
+
+
+def _model(model: dict[str, Any]) -> str:
+    name = str(model.pop("name_or_path", "?"))
+    extras = {key: item for key, item in model.items() if item not in (None, False, "auto")}
+    return f"{name} ({show(extras)})" if extras else name
+
+
+def _sources(given: Any) -> str:
+    parts = []
+    for source in given or ():
+        drawn = f" ({show(source['count'])} examples)" if source.get("count") else ""
+        parts.append(f"{source.get('path', '?')}{drawn}")
+    return "; ".join(parts)
+
+
+def _validation(data: dict[str, Any]) -> str:
+    if data.get("validation"):
+        return _sources(data["validation"])
+    if data.get("validation_fraction"):
+        return f"{100 * data['validation_fraction']:.3g} % of the training sources, held out"
+    return f"{show(data['validation_count'])} examples held out" if data.get("validation_count") else "held out of the training sources"
+
+
+def _training(training: dict[str, Any]) -> str:
+    shown = ("epochs", "batch_size", "lr_scheduler_type", "warmup_ratio", "weight_decay", "target_modules", "use_rslora", "engine")
+    return show({name: training[name] for name in shown if name in training})
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    limits = ((f"{budget['trials']} trials",) if "trials" in budget else ()) + tuple(
+        f"{show(budget[name])} {unit}" for name, unit in (("max_hours", "hours"), ("max_device_hours", "device-hours")) if budget.get(name)
+    )
+    return " or ".join(limits) or "–"

@@ -1,0 +1,339 @@
+"""The figures: each a function from study records to a `Plot`, that is a drawing with its words.
+
+Drawn with matplotlib's object interface on the SVG backend; pyplot and its global state are not used.
+Each returns None where there is nothing to show.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.figure import Figure
+
+from loratune.record import DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, StudyRecord, Trial
+from loratune.report import importance as importances
+from loratune.report import tables
+from loratune.report.axes import ABSENT, Axis, axis_of
+from loratune.report.drawing import (
+    BEST,
+    INK,
+    LEVELS,
+    SHADES,
+    SOFT,
+    STUDIES,
+    STYLE,
+    WIDTH,
+    Plot,
+    Scale,
+    blank,
+    colour_key,
+    smooth,
+    tag,
+    trace,
+)
+from loratune.report.tables import answer, scored, value
+from loratune.report.words import count, label, loss, plural, show
+
+LOST = (FAILED, DIVERGED, INFEASIBLE)
+
+
+@matplotlib.rc_context(STYLE)
+def history(record: StudyRecord) -> Plot | None:
+    """Loss of each trial in the order of the search, and the best so far."""
+    trials, found = scored(record), answer(record)
+    if not trials:
+        return None
+    losses = [value(t) for t in trials]
+    scale = Scale.of(losses)
+    figure, axes = blank(2.9)
+    top = scale.high + scale.room
+    axes.set_ylim(scale.low - scale.room, top + scale.room)
+    less = [t for t in record.trials if t.state in (PAUSED, PRUNED) and t.value is not None and math.isfinite(t.value)]
+    if less:
+        axes.scatter(*_points(less, top), s=13, facecolors="none", edgecolors=SOFT, linewidths=0.8, label="trained less far")
+    shades = [scale.shade(v) for v in losses]
+    axes.scatter(*_points(trials, top), s=16, c=shades, linewidths=0, zorder=3)
+    axes.scatter([], [], s=16, c=SHADES[LEVELS // 4], linewidths=0, label="trained to the end")
+    lost = [t for t in record.trials if t.state in LOST]
+    if lost:
+        axes.scatter([t.number for t in lost], [top] * len(lost), s=16, marker="x", c=INK, linewidths=0.9, label="failed or diverged")
+    path = tables.best_so_far(record)
+    axes.step(range(len(path)), [v if math.isfinite(v) else math.nan for v in path], where="post", color=BEST, label="best so far")
+    if found.default:
+        axes.axhline(min(value(found.default), top), color=INK, dashes=(5, 3), linewidth=1, label="default")
+        if value(found.default) > top:
+            tag(axes, len(path) - 0.5, top, f"default {loss(value(found.default))} ↑", "right")
+    axes.set_xlabel("trial")
+    axes.set_ylabel("validation loss")
+    axes.set_xlim(-0.5 - 0.01 * len(path), len(path) - 0.5 + 0.01 * len(path))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, handletextpad=0.4, columnspacing=1.2, borderpad=0.2)
+    hidden = scale.beyond([*losses, *(value(found.default) for _ in [0] if found.default)])
+    best = found.best
+    caption = f"{plural(len(trials), 'trial')} trained to the end. " + (
+        f"Trial {best.number} is the best: {loss(value(best))}. " if best else ""
+    )
+    if found.default:
+        caption += f"The default (dashed) reaches {loss(value(found.default))}; {plural(found.better, 'trial')} did better. "
+    if hidden:
+        caption += f"Losses above {loss(scale.high)} are drawn at the upper edge. "
+    alt = (
+        f"Scatter of validation loss over trial number with a falling line, the best so far, from {loss(losses[0])} to {loss(min(losses))}."
+    )
+    return Plot(name="history", title="History", figure=figure, alt=alt, caption=caption.strip())
+
+
+@matplotlib.rc_context(STYLE)
+def parallel(records: Sequence[StudyRecord]) -> Plot | None:
+    """Every configuration a line through its hyperparameters to its loss; a panel per study, one colour scale."""
+    shown = [r for r in records if scored(r) and tables.searched(r)]
+    if not shown:
+        return None
+    everything = [value(t) for r in shown for t in scored(r)]
+    scale = Scale.of(everything)
+    figure = Figure(figsize=(WIDTH, 2.75 * len(shown) + 0.25), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for panel, record in zip(panels, shown, strict=True):
+        _parallel_panel(panel, record, scale, title=_literal(record.name) if len(records) > 1 else "")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper left", ncols=3)
+    tops = [(r, found.best) for r in shown if (found := answer(r)).best]
+    sentences = [
+        (f"{r.name}: " if len(records) > 1 else "")
+        + f"best is trial {t.number}, {loss(value(t))}, with "
+        + ", ".join(f"{label(n)} {show(t.params.get(n))}" for n in tables.searched(r))
+        for r, t in tops
+    ]
+    beyond = scale.beyond(everything)
+    clipped = f" {plural(beyond, 'configuration')} above {loss(scale.high)} end at the top." if beyond else ""
+    return Plot(
+        name="parallel-coordinates",
+        title="All configurations",
+        figure=figure,
+        alt=f"Parallel coordinates of {plural(len(everything), 'configuration')}, one line each, coloured by validation loss.",
+        caption="One line per configuration, coloured by its validation loss as on the right axis. " + _joined(sentences) + clipped,
+    )
+
+
+def _parallel_panel(axes: Any, record: StudyRecord, scale: Scale, title: str) -> None:
+    parameters = tables.space_of(record).parameters
+    columns = [axis_of(name, parameters[name]) for name in tables.searched(record)]
+    trials = sorted(scored(record), key=lambda t: (-value(t), -t.number))  # best last, on top
+    last = len(columns)
+    found = answer(record)
+
+    def heights(trial: Trial) -> list[float]:
+        return [c.place(trial.params.get(c.name)) for c in columns] + [scale.place(value(trial))]
+
+    curves = [smooth(heights(t)) for t in trials]
+    faint = 0.8 if len(trials) <= 60 else 0.55
+    colors = [scale.shade(value(t)) for t in trials]
+    axes.add_collection(PathCollection(curves, facecolors="none", edgecolors=colors, linewidths=0.9, alpha=faint, zorder=2))
+    # Legend proxies are the highlighted curves themselves, drawn point by point.
+    if found.default:
+        xs, ys = trace(heights(found.default))
+        axes.plot(xs, ys, color=INK, dashes=(4, 2.5), linewidth=1.4, zorder=4, label="default")
+    if found.best:
+        xs, ys = trace(heights(found.best))
+        axes.plot(xs, ys, color=BEST, linewidth=2.2, zorder=5, label="best")
+    missing = False
+    for x, column in enumerate(columns):
+        absent = any(column.place(t.params.get(column.name)) == ABSENT for t in trials)
+        missing |= absent
+        axes.plot([x, x], [0, 1], color=SOFT, linewidth=0.8, zorder=3)
+        for y, text in [*column.ticks(), *([(ABSENT, "inactive")] if absent else [])]:
+            axes.plot([x, x - 0.03], [y, y], color=SOFT, linewidth=0.8, zorder=3)
+            tag(axes, x - 0.05, y, text, "right")
+        axes.text(x, 1.07, column.label, ha="center", va="bottom", fontsize=8.5, color=INK)
+    step = 1 / LEVELS
+    for k, shade in enumerate(SHADES):
+        axes.plot([last, last], [k * step, min(1, (k + 1.3) * step)], color=shade, linewidth=5, solid_capstyle="butt", zorder=3)
+    for k in range(5 if scale.high > scale.low else 1):
+        at = scale.low + (scale.high - scale.low) * k / 4
+        more = "≥ " if k == 4 and scale.beyond([value(t) for t in trials]) else ""
+        tag(axes, last + 0.06, scale.place(at), more + scale.text(at), "left")
+    axes.text(last, 1.07, "loss", ha="center", va="bottom", fontsize=8.5, color=INK)
+    axes.set_xlim(-0.45, last + 0.35)
+    axes.set_ylim(-0.16 if missing else -0.03, 1.2)
+    axes.axis("off")
+    if title:
+        axes.set_title(title, loc="left", fontsize=9, fontweight="bold", color=INK, pad=8)
+
+
+@matplotlib.rc_context(STYLE)
+def curves(record: StudyRecord) -> Plot | None:
+    """Validation loss over training tokens. All curves start at the base model, since an adapter starts at zero."""
+    trials = [t for t in record.trials if t.state not in LOST and t.value is not None and math.isfinite(t.value) and _measured(t)]
+    ends = [t for t in trials if any(t.number == s.number for s in scored(record))]
+    lines = {t.number: _measured(t) for t in trials}
+    base = record.base_loss
+    if not ends or max(len(points) for points in lines.values()) < 2:
+        return None
+    keep = max(12, 40_000 // len(trials))  # points per curve: the page stays small
+    scale = Scale.of([value(t) for t in ends])
+    figure, axes = blank(3.0)
+    done = {t.number for t in ends}
+    paths, shades, widths = [], [], []
+    for trial in sorted(trials, key=lambda t: (t.number in done, -value(t))):
+        points = lines[trial.number]
+        if base is not None and math.isfinite(base) and points[0][0] > 0:
+            points = [(0.0, base), *points]
+        stride = math.ceil(len(points) / keep)
+        paths.append([*points[:-1:stride], points[-1]])
+        shades.append(scale.shade(value(trial)) if trial.number in done else SOFT)
+        widths.append(0.9 if trial.number in done else 0.5)
+    axes.add_collection(LineCollection(paths, colors=shades, linewidths=widths, alpha=0.75))
+    found = answer(record)
+    for trial, color, dashes, text in ((found.default, INK, (4, 2.5), "default"), (found.best, BEST, (), "best")):
+        if trial and trial.number in lines:
+            start = [(0.0, base)] if base is not None and lines[trial.number][0][0] > 0 else []
+            xs, ys = zip(*[*start, *lines[trial.number]], strict=True)
+            axes.plot(xs, ys, color=color, dashes=dashes or (None, None), linewidth=1.8, label=text, marker="o", markersize=2.5)
+    seen = sorted(v for path in paths for _, v in path if math.isfinite(v))
+    high = min(seen[-1], max(Scale.of(seen).high, base or 0.0))
+    room = 0.04 * (high - seen[0] or abs(high))
+    axes.set_ylim(seen[0] - room, high + room)
+    axes.set_xlim(0, 1.02 * max(x for path in paths for x, _ in path))
+    axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("validation loss")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
+    colour_key(axes, scale)
+    caption = f"{plural(len(paths), 'trial')}, coloured by final loss" + (
+        "; grey: not trained to the end. " if len(done) < len(paths) else ". "
+    )
+    if base is not None:
+        caption += f"All start at the base model's {loss(base)}. "
+    if found.best:
+        caption += f"The best trial ends at {loss(value(found.best))} after {count(max(x for x, _ in lines[found.best.number]))} tokens."
+    alt = f"Validation loss over training tokens, {plural(len(paths), 'falling line')}, the best ending at {loss(scale.low)}."
+    return Plot(name="learning-curves", title="Learning curves", figure=figure, alt=alt, caption=caption.strip())
+
+
+@matplotlib.rc_context(STYLE)
+def importance(record: StudyRecord) -> Plot | None:
+    """How much each hyperparameter tells good configurations from the rest."""
+    found = importances.importance(record)
+    if found is None:
+        return None
+    names = list(found.shares)
+    figure, axes = blank(0.65 + 0.3 * len(names))
+    axes.grid(False)
+    axes.barh(range(len(names)), [found.shares[n] for n in names], color=SHADES[LEVELS // 3], height=0.62)
+    for y, name in enumerate(names):
+        axes.text(found.shares[name] + 0.01, y, f"{found.shares[name]:.0%}", va="center", fontsize=8, color=INK)
+    axes.set_yticks(range(len(names)), [label(n) for n in names])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(found.shares.values()) * 1.12)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines["bottom"].set_visible(False)
+    numbers = ", ".join(f"{label(n)} {share:.0%}" for n, share in found.shares.items())
+    caption = (
+        f"{numbers}. PED-ANOVA (Optuna) on {found.trials} finished trials: how differently the best {found.quantile:.0%} "
+        "of them are distributed from all of them, each hyperparameter by itself, without interactions. "
+        "What the search hardly varied cannot look important."
+    )
+    if found.few:
+        caption += f" With fewer than {importances.FEW} trials this is a rough guess."
+    alt = f"Bars of importance: {numbers}."
+    return Plot(name="importance", title="Which hyperparameters mattered", figure=figure, alt=alt, caption=caption)
+
+
+@matplotlib.rc_context(STYLE)
+def slices(record: StudyRecord) -> Plot | None:
+    """Loss against each searched hyperparameter."""
+    trials, found = scored(record), answer(record)
+    names = tables.searched(record)
+    if not trials or not names:
+        return None
+    scale = Scale.of([value(t) for t in trials])
+    rows = math.ceil(len(names) / 2)
+    parameters = tables.space_of(record).parameters
+    figure = Figure(figsize=(WIDTH, 1.85 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, 2, squeeze=False, sharey=True).flat)
+    for axes in grid[len(names) :]:
+        axes.remove()
+    for axes, name in zip(grid, names, strict=False):
+        _slice_panel(axes, axis_of(name, parameters[name]), trials, scale, found)
+        axes.set_ylim(scale.low - scale.room, scale.high + 2 * scale.room)
+        axes.set_ylabel("validation loss" if axes.get_subplotspec().is_first_col() else "")
+    best, names_in_words = found.best, ", ".join(label(n) for n in names)
+    numbers = ", ".join(f"{label(n)} {show(best.params.get(n))}" for n in names) if best else ""
+    caption = f"Loss of {plural(len(trials), 'finished trial')} against each hyperparameter by itself. Ringed: the best, at {numbers}."
+    if hidden := scale.beyond([value(t) for t in trials]):
+        caption += f" {plural(hidden, 'loss') if hidden == 1 else f'{hidden} losses'} above {loss(scale.high)} drawn at the upper edge."
+    alt = f"Scatter plots of validation loss against {names_in_words}."
+    return Plot(name="slices", title="One hyperparameter at a time", figure=figure, alt=alt, caption=caption)
+
+
+def _slice_panel(axes: Any, axis: Axis, trials: list[Trial], scale: Scale, found: tables.Answer) -> None:
+    def point(trial: Trial) -> tuple[float, float]:
+        return axis.place(trial.params.get(axis.name)), min(value(trial), scale.high + 0.03 * (scale.high - scale.low))
+
+    placed = [point(t) for t in trials]
+    shades = [scale.shade(value(t)) for t in trials]
+    axes.scatter([x for x, _ in placed], [y for _, y in placed], s=11, c=shades, alpha=0.8, linewidths=0, zorder=3)
+    if found.best:
+        axes.scatter(*point(found.best), s=46, facecolors="none", edgecolors=BEST, linewidths=1.5, zorder=4)
+    absent = any(x == ABSENT for x, _ in placed)
+    ticks = [*axis.ticks(), *([(ABSENT, "inactive")] if absent else [])]
+    axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
+    if max(len(text) for _, text in ticks) * len(ticks) > 34:
+        axes.tick_params(axis="x", rotation=30)
+    axes.set_xlim(ABSENT - 0.05 if absent else -0.04, 1.04)
+    axes.set_xlabel(axis.label)
+
+
+@matplotlib.rc_context(STYLE)
+def best_so_far(records: Sequence[StudyRecord]) -> Plot | None:
+    """The best loss so far of several studies, at equal numbers of evaluations."""
+    paths = [tables.best_so_far(r) for r in records]
+    finite = [v for path in paths for v in path if math.isfinite(v)]
+    if not finite:
+        return None
+    figure, axes = blank(3.0)
+    samplers = list(dict.fromkeys(tables.sampler_of(r) for r in records))
+    for k, (record, path) in enumerate(zip(records, paths, strict=True)):
+        by_sampler = samplers.index(tables.sampler_of(record)) if len(samplers) > 1 else k
+        dashes = ((None, None), (5, 2), (2, 1.5), (6, 2, 1, 2))[k % 4 if len(samplers) < len(records) else 0]
+        xs = range(1, len(path) + 1)
+        ys = [v if math.isfinite(v) else math.nan for v in path]
+        axes.step(xs, ys, where="post", color=STUDIES[by_sampler % len(STUDIES)], dashes=dashes, label=_literal(record.name))
+    scale = Scale.of(finite)
+    axes.set_ylim(scale.low - scale.room, scale.high + scale.room)
+    axes.set_xlabel("evaluations (trials, failed ones included)")
+    axes.set_ylabel("best validation loss so far")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="upper right")
+    ends = [
+        f"{r.name} {loss(path[-1])} after {len(path)}" for r, path in zip(records, paths, strict=True) if path and math.isfinite(path[-1])
+    ]
+    caption = "Best validation loss so far: " + ", ".join(ends) + "."
+    alt = f"Falling step lines of the best loss so far for {plural(len(records), 'study').replace('studys', 'studies')}."
+    return Plot(name="best-so-far", title="Best so far", figure=figure, alt=alt, caption=caption)
+
+
+OF_ONE: tuple[Callable[[StudyRecord], Plot | None], ...] = (history, lambda r: parallel([r]), curves, importance, slices)
+OF_SEVERAL: tuple[Callable[[Sequence[StudyRecord]], Plot | None], ...] = (best_so_far, parallel)
+
+
+def _points(trials: Sequence[Trial], top: float) -> tuple[list[int], list[float]]:
+    return [t.number for t in trials], [min(value(t), top) for t in trials]
+
+
+def _measured(trial: Trial) -> list[tuple[float, float]]:
+    """(tokens, validation loss) of the trial's last run, where measured and finite."""
+    curve = trial.curve if trial.outcomes else ()
+    return [(float(p.tokens), p.validation_loss) for p in curve if p.validation_loss is not None and math.isfinite(p.validation_loss)]
+
+
+def _literal(name: str) -> str:
+    """A name that matplotlib neither reads as mathematics nor leaves out of a legend."""
+    return name.lstrip("_").replace("$", r"\$") or "study"
+
+
+def _joined(sentences: Sequence[str]) -> str:
+    return " ".join(s[0].upper() + s[1:] + "." for s in sentences if s)

@@ -1,0 +1,183 @@
+"""The hand-over: the best configuration as a file, its adapter as an ordinary PEFT folder with a model card."""
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loratune.errors import StorageError, TrainingError
+from loratune.files import write_atomically
+from loratune.record import StudyRecord, Trial
+from loratune.report import asked, tables
+from loratune.report.words import count, duration, loss, perplexity, plural, show, signed
+
+
+def hand_over(record: StudyRecord, folder: Path) -> tuple[Path, Path | None]:
+    """Write `best.yaml` and `adapter/` of the study's best trial into `folder`; returns their paths.
+
+    An adapter of an earlier call is replaced once the new one is complete. A study that was told to keep
+    no adapters (`output.keep_adapters: none`) hands over `best.yaml` alone, and None for the adapter.
+    Raises TrainingError when no trial was trained to the end, StorageError when its adapter is missing.
+    """
+    found = tables.answer(record)
+    if found.best is None:
+        raise TrainingError(
+            f"{record.name} has no trial that was trained to the end, so there is nothing to hand over. "
+            f"See what became of them with `loratune status {record.folder}`."
+        )
+    source = record.folder / "trials" / f"{found.best.number:04d}" / "main" / "adapter"
+    adapter: Path | None = folder / "adapter"
+    if (source / "adapter_config.json").is_file():
+        _replace_folder(source, folder / "adapter", {"README.md": model_card(record, found.best)})
+    elif record.spec.get("output", {}).get("keep_adapters") == "none":
+        adapter = None
+    else:
+        raise StorageError(f"no adapter of trial {found.best.number}, the best, at {source}: it was removed, or training did not write it.")
+    best = folder / "best.yaml"
+    write_atomically(best, yaml.safe_dump(_best(record, found, found.best, adapter), sort_keys=False, allow_unicode=True, width=1000))
+    return best, adapter
+
+
+def version_of_loratune() -> str:
+    try:
+        return version("loratune")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "from source"
+
+
+def model_card(record: StudyRecord, best: Trial) -> str:
+    """The adapter's README.md, with the YAML head that the Hugging Face Hub reads."""
+    found, cost = tables.answer(record), tables.cost(record)
+    base = asked.base_model(record)
+    on_hub = is_hub_id(base)
+    head: dict[str, Any] = {"base_model": base} if on_hub else {}
+    tags = [f"base_model:adapter:{base}"] if on_hub else []
+    head |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": [*tags, "lora", "transformers", "loratune"]}
+    # The Hub refuses a card whose base_model is no Hub id, so a local folder is left to the user.
+    local = (
+        "" if on_hub else f"# The base model was the local folder {_one_line(base)}; add `base_model: <its Hub id>` before you publish.\n"
+    )
+    told = dict(asked.asked(record))
+    lines = [
+        f"---\n{local}{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+        f"# {_text(record.name)}",
+        f"A LoRA adapter for {_code(base)}, the best of {plural(found.finished, 'configuration')} that loratune trained and compared.",
+        "## Load it",
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
+        "## Validation loss",
+        "Mean negative log-likelihood (nats) per response token over the whole validation set.",
+        _table(
+            ("", "loss", "perplexity", "loss − default"),
+            [
+                (
+                    name,
+                    loss(its),
+                    perplexity(its),
+                    signed(its - found.default_loss) if its is not None and found.default_loss else "–",
+                )
+                for name, its in (
+                    ("this adapter", found.best_loss),
+                    ("default hyperparameters", found.default_loss),
+                    ("base model", found.base),
+                )
+            ],
+        ),
+        "## Hyperparameters",
+        _table(("", "value"), [(f"`{f.name}`", show(getattr(best.hyperparameters, f.name))) for f in fields(best.hyperparameters)]),
+        "## Data",
+        _table(
+            ("", ""),
+            [(what, _text(told[what])) for what in ("Training data", "Validation data", "Examples", "Training") if told.get(what)],
+        ),
+        "## How it was found",
+        f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(cost.trials, 'trial')}, "
+        f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. This is trial {best.number}.",
+        f"```\n{asked.command(record)}\n```",
+        "## Limits",
+        "- The adapter was chosen by the validation loss shown here, which is therefore slightly flattering. It was measured with one seed.\n"
+        "- A lower loss on this data is not a better score on any benchmark, and says nothing about safety, bias or facts.\n"
+        "- The base model's and the data's licences hold for the adapter too.",
+        f"Written by loratune {version_of_loratune()}.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is a model on the Hub rather than a folder here."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)) and not Path(name).exists()
+
+
+def _best(record: StudyRecord, found: tables.Answer, best: Trial, adapter: Path | None) -> dict[str, Any]:
+    hyperparameters = {f.name: getattr(best.hyperparameters, f.name) for f in fields(best.hyperparameters)}
+    return {
+        "study": record.name,
+        "trial": best.number,
+        "validation_loss": best.value,
+        "default_validation_loss": found.default_loss,
+        "base_validation_loss": found.base,
+        "hyperparameters": {name: list(value) if isinstance(value, tuple) else value for name, value in hyperparameters.items()},
+        "base_model": asked.base_model(record),
+        "adapter": adapter.name if adapter else None,
+        "load": "peft.AutoPeftModelForCausalLM.from_pretrained('adapter')" if adapter else None,
+        "command": asked.command(record),
+        "loratune": version_of_loratune(),
+    }
+
+
+def _replace_folder(source: Path, target: Path, texts: dict[str, str]) -> None:
+    """Copy the files of `source`, with `texts` beside them, into a new folder and rename it to `target`."""
+    aside = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        fresh, old = aside / "new", aside / "old"
+        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(*texts))
+        for name, text in texts.items():
+            (fresh / name).write_text(text, encoding="utf-8")
+        for path in [*fresh.rglob("*"), fresh]:
+            _flush(path)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(fresh, target)
+        _flush(target.parent)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {target}: {error.strerror or error}. Free the disk or open the folder, then try again."
+        ) from error
+    finally:
+        if aside is not None:
+            if (aside / "old").exists() and not target.exists():  # the second rename failed
+                os.rename(aside / "old", target)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _text(text: str) -> str:
+    """Markdown's and HTML's signs made harmless."""
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", _one_line(text))
+
+
+def _code(text: str) -> str:
+    return "`" + _one_line(text).replace("`", "'") + "`"

@@ -1,0 +1,222 @@
+"""What the report says in numbers: plain data from study records, no layout, no matplotlib.
+
+Only trials that were trained to the end are compared with each other; the loss of a paused or pruned
+trial was measured after less training and stands in the table of trials alone. Losses are nats per
+response token, so exp(loss) is the perplexity.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
+from loratune.report.words import in_order, label, show
+from loratune.space import SearchSpace
+from loratune.work import Hyperparameters
+
+STATES = (COMPLETE, RUNNING, PAUSED, PRUNED, FAILED, DIVERGED, INFEASIBLE)
+
+NEAR = 0.002  # nats: configurations this close to the best are counted as about as good
+
+
+def scored(record: StudyRecord) -> list[Trial]:
+    """Finished trials with a finite loss, in order of number."""
+    return [t for t in record.finished if t.value is not None and math.isfinite(t.value)]
+
+
+def value(trial: Trial) -> float:
+    """The loss of a scored trial."""
+    return math.nan if trial.value is None else trial.value
+
+
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    return min(trials, key=lambda t: (value(t), t.number), default=None)
+
+
+def space_of(record: StudyRecord) -> SearchSpace:
+    return SearchSpace.of(record.spec.get("search_space") or "published")
+
+
+def searched(record: StudyRecord) -> list[str]:
+    """Names of the hyperparameters that the study varies, in reading order."""
+    parameters = space_of(record).parameters
+    return in_order({name for name, p in parameters.items() if p.type != "fixed"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Best, default and base model side by side. None where it was not measured."""
+
+    best: Trial | None
+    default: Trial | None
+    base: float | None  # validation loss of the untrained model
+    finished: int
+    near: int  # finished trials within NEAR of the best, the best included
+    better: int  # finished trials better than the default
+    edges: tuple[str, ...]  # searched hyperparameters whose best value is the lowest or highest allowed
+
+    @property
+    def best_loss(self) -> float | None:
+        return value(self.best) if self.best else None
+
+    @property
+    def default_loss(self) -> float | None:
+        return value(self.default) if self.default else None
+
+    @property
+    def gain(self) -> float | None:
+        """Default's loss minus the best's: positive when tuning helped."""
+        return value(self.default) - value(self.best) if self.best and self.default else None
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """exp(best - default): the best's perplexity as a share of the default's."""
+        return None if self.gain is None else math.exp(-self.gain)
+
+
+def answer(record: StudyRecord) -> Answer:
+    trials = scored(record)
+    best = best_of(trials)
+    default = next((t for t in trials if record.default and t.number == record.default.number), None)
+    base = record.base_loss
+    return Answer(
+        best=best,
+        default=default,
+        base=base if base is not None and math.isfinite(base) else None,
+        finished=len(trials),
+        near=sum(value(t) <= value(best) + NEAR for t in trials) if best else 0,
+        better=sum(value(t) < value(default) for t in trials) if default else 0,
+        edges=_edges(record, best) if best else (),
+    )
+
+
+def _edges(record: StudyRecord, best: Trial) -> tuple[str, ...]:
+    found = []
+    for name, parameter in space_of(record).parameters.items():
+        at = best.params.get(name)
+        if parameter.type in ("int", "float"):
+            low, high = parameter.low, parameter.high
+        elif parameter.type == "ordinal":
+            low, high = parameter.values[0], parameter.values[-1]
+        else:
+            continue
+        # A dropout of 0 is no edge that one could move.
+        if isinstance(at, int | float) and low < high and (at >= high or (at <= low and at > 0)):
+            found.append(f"{label(name)} {show(at)} ({'highest' if at >= high else 'lowest'} allowed)")
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    trials: int
+    states: dict[str, int]  # how many trials ended in each state, those that occur
+    tokens: int
+    device_seconds: float
+    wall_seconds: float
+    default_device_seconds: float | None  # of trial 0, for scale
+
+
+def cost(record: StudyRecord) -> Cost:
+    counted = Counter(t.state for t in record.trials)
+    states = {state: counted[state] for state in (*STATES, *sorted(set(counted) - set(STATES))) if counted[state]}
+    return Cost(
+        trials=len(record.trials),
+        states=states,
+        tokens=record.tokens,
+        device_seconds=record.device_seconds,
+        wall_seconds=record.wall_seconds,
+        default_device_seconds=record.default.device_seconds if record.default else None,
+    )
+
+
+def ranked(record: StudyRecord, first: int = 10) -> tuple[list[Trial], list[Trial]]:
+    """(the `first` best finished trials, best first; all others in order of number)."""
+    top = sorted(scored(record), key=lambda t: (value(t), t.number))[:first]
+    chosen = {t.number for t in top}
+    return top, [t for t in record.trials if t.number not in chosen]
+
+
+def varied(record: StudyRecord) -> list[str]:
+    """Columns of the table of trials: searched hyperparameters, lora_alpha too where its ratio is searched."""
+    names = searched(record)
+    return in_order({*names, "lora_alpha"}) if "alpha_ratio" in names else names
+
+
+def setting(trial: Trial, name: str) -> Any:
+    """A trial's value of a searched or derived hyperparameter; None where it does not exist."""
+    return trial.params[name] if name in trial.params else getattr(trial.hyperparameters, name, None)
+
+
+def best_so_far(record: StudyRecord) -> list[float]:
+    """Lowest loss among trials 0..n for each n; inf before the first finished one. Failed trials count: they were paid for."""
+    lowest, path = math.inf, []
+    for trial in record.trials:
+        if trial.state == COMPLETE and trial.value is not None and math.isfinite(trial.value):
+            lowest = min(lowest, trial.value)
+        path.append(lowest)
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One study's row of the comparison."""
+
+    record: StudyRecord
+    sampler: str
+    best_after: dict[int, float | None]  # evaluations -> best loss so far; None: not that many, or none finished
+    median: float | None  # of the losses of its first `common` trials
+    finished: int  # of those `common`
+
+
+def compare(records: Sequence[StudyRecord]) -> tuple[list[Compared], int]:
+    """(a row per study, the number of evaluations that all of them have made)."""
+    longest = max(len(r.trials) for r in records)
+    common = min(len(r.trials) for r in records)
+    counts = sorted({n for n in (5, 10, 20, 50, 100, 200, 500) if n < longest} | ({common} if common else set()) | {longest})
+    rows = []
+    for record in records:
+        path = best_so_far(record)
+        losses = [value(t) for t in scored(record) if t.number < common]
+        rows.append(
+            Compared(
+                record=record,
+                sampler=sampler_of(record),
+                best_after={n: path[n - 1] if 0 < n <= len(path) and math.isfinite(path[n - 1]) else None for n in counts},
+                median=statistics.median(losses) if losses else None,
+                finished=len(losses),
+            )
+        )
+    return rows, common
+
+
+def repeats(rows: Sequence[Compared]) -> dict[str, dict[int, tuple[float, int]]]:
+    """Samplers with several studies: evaluations -> (median of their best losses so far, number of studies)."""
+    found: dict[str, dict[int, tuple[float, int]]] = {}
+    for sampler in dict.fromkeys(row.sampler for row in rows):
+        group = [row for row in rows if row.sampler == sampler]
+        if len(group) > 1:
+            reached = {n: [b for row in group if (b := row.best_after[n]) is not None] for n in group[0].best_after}
+            found[sampler] = {n: (statistics.median(b), len(b)) for n, b in reached.items() if b}
+    return found
+
+
+def sampler_of(record: StudyRecord) -> str:
+    """Sampler and, unless everyone is trained to the end, schedule."""
+    sampler = str(record.spec.get("sampler", {}).get("name", "?"))
+    schedule = str(record.spec.get("schedule", {}).get("name", "full"))
+    return sampler if schedule == "full" else f"{sampler} + {schedule}"
+
+
+def differences(records: Sequence[StudyRecord]) -> list[str]:
+    """Sections of the description in which the studies differ so that their losses cannot be compared."""
+    found = [part for part in ("model", "data") if any(r.spec.get(part) != records[0].spec.get(part) for r in records)]
+    hashes = {r.manifest["hash"] for r in records if "hash" in r.manifest}
+    return [*found, "data"] if len(hashes) > 1 and "data" not in found else found
+
+
+def hyperparameter_names() -> list[str]:
+    return in_order({f.name for f in dataclasses.fields(Hyperparameters)})

@@ -1,0 +1,87 @@
+"""Values in words: how the report and the model card spell numbers, durations and names."""
+
+import math
+from typing import Any
+
+# Searched hyperparameters in the order people think of them; names that are not here follow, as they are.
+LABELS = {
+    "lora_r": "rank",
+    "alpha_ratio": "alpha / rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "learning_rate": "learning rate",
+    "use_rslora": "rsLoRA",
+    "weight_decay": "weight decay",
+    "warmup_ratio": "warmup ratio",
+    "batch_size": "batch size",
+    "epochs": "epochs",
+    "target_modules": "target modules",
+}
+
+
+def label(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def in_order(names: set[str]) -> list[str]:
+    known = list(LABELS)
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def show(value: Any) -> str:
+    """A hyperparameter or a setting: four significant digits; small ones as 4.794e-4."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        if math.isfinite(value) and value == round(value) and abs(value) < 1e5:
+            return str(round(value))
+        small = 0 < abs(value) < 1e-3
+        mantissa, e, exponent = (f"{value:.3e}" if small else f"{value:.4g}").partition("e")
+        if small:
+            mantissa = mantissa.rstrip("0").rstrip(".")
+        return f"{mantissa}e{int(exponent)}" if e else mantissa
+    if isinstance(value, list | tuple):
+        return ", ".join(show(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{str(key).replace('_', ' ')} {show(item)}" for key, item in value.items() if item is not None)
+    return str(value)
+
+
+def loss(value: float | None) -> str:
+    """A validation loss in nats per response token."""
+    return "–" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+
+
+def perplexity(loss: float | None) -> str:
+    """exp(loss) in words; of a difference of losses, the ratio of the perplexities."""
+    return "–" if loss is None else f"{math.exp(loss):.3f}" if loss < 20 else f"e^{loss:.1f}"
+
+
+def signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: `12 s`, `4 min`, `3 h 20 min`, `11 d 4 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def count(number: float) -> str:
+    """`950`, `12.3 k`, `4.56 M`, `1.20 G`."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

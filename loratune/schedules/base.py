@@ -1,0 +1,48 @@
+"""What a schedule is given and what it then holds."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Train `trial` from share `start` to share `stop` of a run that is `length` of the full run long.
+
+    Shares are exact fractions, so that a resumed study asks for the same steps: a run of `length` has
+    ceil(length * total) steps, of which the stretch ends at ceil(stop * those).
+    """
+
+    trial: int
+    run: str = "main"
+    length: Fraction = Fraction(1)
+    start: Fraction = Fraction(0)
+    stop: Fraction = Fraction(1)
+
+
+class Fate(StrEnum):
+    """What a schedule says of a trial once a stretch of it is done."""
+
+    COMPLETE = "complete"  # trained to the end of the full run
+    PAUSED = "paused"  # may go on later
+    DROPPED = "dropped"  # failed or diverged: never goes on
+
+
+class Schedule(ABC):
+    """Decides what to train next. Deterministic: the same calls in the same order give the same answers.
+
+    The study calls `next` whenever a place is free and `tell` with each result, in the order in which
+    the stretches were handed out. Trials are numbered 0, 1, 2, ... in the order the schedule starts them.
+    """
+
+    @abstractmethod
+    def next(self, may_start: bool) -> Stretch | None:
+        """The next stretch to train; None when there is nothing to do until a result comes, or at all.
+
+        `may_start` is False when the sampler cannot propose a new configuration now.
+        """
+
+    @abstractmethod
+    def tell(self, stretch: Stretch, value: float | None) -> Fate:
+        """Take the validation loss at the end of a stretch; None when it failed or diverged."""

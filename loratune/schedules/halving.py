@@ -1,0 +1,94 @@
+"""Asynchronous successive halving (ASHA): train many a little, the better ones further.
+
+Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020 (arXiv 1810.05934),
+algorithm 2. With reduction factor eta and smallest resource m, rung k lies at share m * eta^k of the full
+run. A trial that is among the best 1/eta of the results at its rung is promoted to the next one; while
+nobody is, a new configuration starts at the bottom.
+
+Two fidelity axes, which predict very differently (docs/design.md):
+    steps    rungs are points of one long run, which pauses there and resumes from its checkpoint;
+    budget   rungs are complete short runs with their own warmup and decay; a promoted trial starts again.
+
+Beyond the paper: the yardstick (the defaults, trial 0) is always promoted, since everything is compared
+with it at full length; and when all is done and nobody else reached the top, the best of the highest rung goes on.
+"""
+
+from fractions import Fraction
+
+from loratune.schedules.base import Fate, Schedule, Stretch
+
+
+class HalvingSchedule(Schedule):
+    def __init__(self, *, trials: int, yardstick: bool, fidelity: str, reduction_factor: int, min_resource: Fraction) -> None:
+        self._trials = trials
+        self._yardstick = yardstick
+        self._fidelity = fidelity
+        self._eta = reduction_factor
+        self.rungs = _rungs(min_resource, reduction_factor)  # ascending shares of the full run; the last is 1
+        self._started = 0
+        self._flying = 0  # stretches handed out and not yet told
+        self._values: list[dict[int, float]] = [{} for _ in self.rungs]  # per rung: trial -> loss
+        self._promoted: list[set[int]] = [set() for _ in self.rungs]  # per rung: trials sent on from it
+
+    def next(self, may_start: bool) -> Stretch | None:
+        for rung in reversed(range(len(self.rungs) - 1)):
+            trial = self._promotable(rung)
+            if trial is not None:
+                return self._send(trial, rung + 1)
+        if self._started < self._trials:
+            if not may_start:
+                return None
+            self._started += 1
+            return self._send(self._started - 1, 0)
+        if self._flying == 0 and not self._winner():
+            return self._last_resort()
+        return None
+
+    def tell(self, stretch: Stretch, value: float | None) -> Fate:
+        self._flying -= 1
+        rung = self.rungs.index(stretch.length * stretch.stop)
+        if value is None:
+            return Fate.DROPPED
+        self._values[rung][stretch.trial] = value
+        return Fate.COMPLETE if rung == len(self.rungs) - 1 else Fate.PAUSED
+
+    def _promotable(self, rung: int) -> int | None:
+        values, gone = self._values[rung], self._promoted[rung]
+        if self._yardstick and 0 in values and 0 not in gone:
+            return 0
+        for trial in self._ranking(rung)[: len(values) // self._eta]:
+            if trial not in gone:
+                return trial
+        return None
+
+    def _ranking(self, rung: int) -> list[int]:
+        values = self._values[rung]
+        return sorted(values, key=lambda trial: (values[trial], trial))
+
+    def _send(self, trial: int, rung: int) -> Stretch:
+        self._flying += 1
+        if rung:
+            self._promoted[rung - 1].add(trial)
+        here = self.rungs[rung]
+        if self._fidelity == "budget":
+            name = "main" if here == 1 else f"budget-{here.numerator}-{here.denominator}"
+            return Stretch(trial=trial, run=name, length=here)
+        return Stretch(trial=trial, start=self.rungs[rung - 1] if rung else Fraction(0), stop=here)
+
+    def _winner(self) -> bool:
+        """Whether a trial other than the yardstick has reached the top."""
+        return bool(set(self._values[-1]) - ({0} if self._yardstick else set()))
+
+    def _last_resort(self) -> Stretch | None:
+        for rung in reversed(range(len(self.rungs) - 1)):
+            for trial in self._ranking(rung):
+                if trial not in self._promoted[rung]:
+                    return self._send(trial, rung + 1)
+        return None
+
+
+def _rungs(smallest: Fraction, eta: int) -> list[Fraction]:
+    shares = [Fraction(1)]
+    while shares[0] / eta >= smallest:
+        shares.insert(0, shares[0] / eta)
+    return shares

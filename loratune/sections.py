@@ -1,0 +1,198 @@
+"""The sections of a study's description. Each field is followed by its meaning and unit.
+
+These descriptions are the documentation: `loratune init` writes them into its YAML, `json_schema` hands
+them to editors. Types are taken literally ("2" is not 2); unknown fields are refused.
+"""
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from loratune.mistakes import MistakesError, nearest, not_allowed
+from loratune.searchable import TARGET_MODULES
+
+
+class Section(BaseModel):
+    """A part of the description."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )  # built on first use: a fast import
+
+
+class Model(Section):
+    """The base model that the adapters are trained on."""
+
+    name_or_path: str = Field(min_length=1, description="local folder or Hugging Face hub id of the base model")
+    revision: str | None = Field(None, description="hub branch, tag or commit")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto", description="of the frozen weights; auto: bfloat16 on GPU, float32 on CPU"
+    )
+    load_in_4bit: bool = Field(False, description="hold the frozen weights as 4-bit NF4 (bitsandbytes, GPU only)")
+    attn_implementation: str | None = Field(None, description="Transformers' name (sdpa, eager, flash_attention_2); null: its choice")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Source(Section):
+    """A file or folder of instruction data."""
+
+    path: str = Field(min_length=1, description="JSON, JSONL, CSV or Parquet file, folder of them, or hub id")
+    format: Literal["auto", "alpaca", "dolly", "sharegpt", "messages", "prompt_completion"] = Field(
+        "auto", description="of the rows; auto: told by their fields"
+    )
+    split: str | None = Field(None, description="split of a hub data set or folder; null: the only one, or train")
+    weight: float | None = Field(None, gt=0, description="its share in train_count and validation_count; null: by its rows")
+    count: int | None = Field(None, ge=1, description="examples to draw from it, for training in train; null: all, or its share")
+    validation_count: int | None = Field(None, ge=1, description="examples of this training source held out for validation")
+
+
+Sources = Annotated[tuple[Source, ...], Field(strict=False)]
+
+
+class Data(Section):
+    """The instruction data, its split and its form."""
+
+    train: Sources = Field(min_length=1, description="training sources: paths, or mappings with a path")
+    validation: Sources = Field((), description="validation sources, when they are files of their own")
+    validation_fraction: float | None = Field(None, gt=0, lt=1, description="share of the training sources held out for validation")
+    train_count: int | None = Field(None, ge=1, description="training examples in all; null: all that there are")
+    validation_count: int | None = Field(
+        None, ge=1, description="validation examples in all, held out, or drawn from the validation sources"
+    )
+    prompt: Literal["alpaca", "chat"] = Field("alpaca", description="alpaca: the Stanford template; chat: the tokenizer's own")
+    max_length: int = Field(512, ge=2, description="tokens of prompt and response; longer examples are cut")
+    on_bad_rows: Literal["error", "skip"] = Field("error", description="what to do with rows that cannot be used")
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _plain_paths(cls, given: Any) -> Any:
+        sources = [given] if isinstance(given, str | Mapping) else given
+        if not isinstance(sources, list | tuple):
+            return sources
+        return [{"path": source} if isinstance(source, str) else source for source in sources]
+
+    @model_validator(mode="after")
+    def _validates(self) -> Self:
+        given = {
+            "validation (sources)": bool(self.validation),
+            "validation_fraction": self.validation_fraction is not None,
+            "validation_count": self.validation_count is not None and not self.validation,  # else it draws from the sources
+            "a training source's validation_count": any(source.validation_count for source in self.train),
+        }
+        ways = [way for way, used in given.items() if used]
+        if not ways:
+            raise ValueError("no validation data; write validation_fraction: 0.1, or validation_count, or validation: [path]")
+        if len(ways) > 1 and ways != list(given)[2:]:  # a source may have its own part of validation_count
+            raise ValueError(f"validation data comes from one place; given: {', '.join(ways)}")
+        return self
+
+
+class Training(Section):
+    """How every trial is trained; a value that the search space searches too holds only where it is not searched."""
+
+    epochs: float = Field(2.0, gt=0, description="passes over the training set")
+    batch_size: int = Field(128, ge=1, description="examples per optimiser step, over all devices")
+    micro_batch_size: int = Field(4, ge=1, description="examples per forward pass and device: memory and speed, never results")
+    validation_batch_size: int = Field(8, ge=1, description="likewise, for validation")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after linear warmup")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps spent in warmup")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="the adapter's gradient is clipped to this norm; null: no clipping")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
+    target_modules: str | tuple[str, ...] = Field(
+        "qv", description="layers with an adapter: qv, qkvo, mlp, all-linear, or a list of module names"
+    )
+    use_rslora: bool = Field(False, description="scale adapters by alpha / sqrt(r) instead of alpha / r")
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between crash checkpoints; null: a tenth of the run")
+    validations: int = Field(1, ge=1, description="validations per run, evenly spread, the last at its end: the learning curve")
+    report_to: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Transformers' trackers: tensorboard, wandb, ...")
+    engine: Literal["hf"] = Field("hf", description="hf: Transformers' Trainer and PEFT")
+    devices_per_trial: int = Field(1, ge=1, description="GPUs that train one trial together")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _named_set(cls, given: Any) -> Any:
+        if isinstance(given, list | tuple) and given and all(isinstance(name, str) and name for name in given):
+            return tuple(given)
+        if not isinstance(given, str) or given not in TARGET_MODULES:
+            raise ValueError(not_allowed(given, TARGET_MODULES).replace("allowed: ", "allowed: a list of module names, or "))
+        return given
+
+
+class Sampler(Section):
+    """Who proposes the hyperparameters."""
+
+    name: Literal["nomad", "nni_tpe", "tpe", "gp", "cmaes", "qmc", "random", "nsga2"] = Field(
+        "nomad", description="nomad | nni_tpe | tpe | gp | cmaes | qmc | random | nsga2"
+    )
+    defaults_first: bool = Field(True, description="trial 0 takes the space's defaults")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="the sampler's own; may stand beside its name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_options(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"name": given}
+        if not isinstance(given, Mapping):
+            return given
+        own = {key: value for key, value in given.items() if key not in cls.model_fields}
+        hints = {str(key): nearest(key, ("defaults_first", "options"), cutoff=0.8) for key in own}
+        if any(hints.values()):
+            raise MistakesError(((key,), f"unknown field{hint}") for key, hint in hints.items() if hint)
+        fields = {key: value for key, value in given.items() if key in cls.model_fields}
+        options = fields.get("options") or {}
+        return {**fields, "options": {**options, **own}} if isinstance(options, Mapping) else fields
+
+
+class Schedule(Section):
+    """How far each trial is trained before it is compared."""
+
+    name: Literal["full", "halving"] = Field("full", description="full: every trial to its end; halving: successive halving")
+    fidelity: Literal["steps", "budget"] = Field(
+        "budget", description="of halving; steps: a truncated long run, resumed; budget: a complete short run, restarted"
+    )
+    reduction_factor: int = Field(3, ge=2, description="of halving: one in so many trials goes on")
+    min_resource: float = Field(1 / 9, gt=0, lt=1, description="of halving: the first rung's share of a full run, in (0, 1)")
+
+    @field_validator("min_resource", mode="before")
+    @classmethod
+    def _fraction(cls, given: Any) -> Any:
+        return float(Fraction(given)) if isinstance(given, str) and re.fullmatch(r"\d+/[1-9]\d*", given) else given
+
+
+class Executor(Section):
+    """Where trials are trained."""
+
+    name: Literal["inline", "local"] = Field("local", description="inline: in this process; local: one process per worker")
+    workers: int = Field(1, ge=1, description="processes per device; more than one only pays on CPU")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: every GPU, else the CPU")
+    devices: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(None, description="indices of the GPUs; null: all visible ones")
+    max_retries: int = Field(2, ge=0, description="of a crashed trial, each from its last checkpoint")
+    hang_timeout: float | None = Field(None, gt=0, description="seconds without a sign of life until a worker is restarted; null: never")
+    threads: int | None = Field(None, ge=1, description="CPU threads per worker; null: the cores shared out evenly")
+
+
+class Budget(Section):
+    """When the study ends: at whichever comes first."""
+
+    trials: int = Field(100, ge=1, description="trials in all")
+    max_hours: float | None = Field(None, gt=0, description="hours on the clock, over all starts; null: no limit")
+    max_device_hours: float | None = Field(None, gt=0, description="hours of training and validation, summed over devices; null: no limit")
+
+
+class Output(Section):
+    """What the study leaves behind."""
+
+    folder: str | None = Field(None, description="of the study; null: runs/<name>")
+    keep_adapters: int | None = Field(1, ge=0, description="how many of the best trials keep theirs, beside trial 0; null: all do")

@@ -1,0 +1,186 @@
+"""The study's description: one YAML file, or flags, or Python, checked as a whole before anything starts.
+
+`StudySpec.load` reads it and raises one SpecError that names every mistake; `sections.py` says what each
+field means. Paths are relative to the current directory, as on every command line.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from loratune.errors import SpecError
+from loratune.mistakes import MistakesError, found_in
+from loratune.searchable import ALIASES, NAMES
+from loratune.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Section, Training
+from loratune.space import SearchSpace
+from loratune.spec_input import SECTION_ALIASES, SHORTHAND, Written, lines_of
+from loratune.work import Hyperparameters, ModelRecipe, Recipe, TrainingRecipe
+
+
+class StudySpec(Section):
+    """A whole study. All fields but the model and the data have defaults."""
+
+    name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$|^$", description="of the study; empty: from the model and the data")
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything: data order, initialisation, dropout, sampler")
+    storage: str | None = Field(None, description="Optuna storage URL; null: an SQLite file in the study's folder")
+    model: Model
+    data: Data
+    training: Training = Field(default_factory=Training)
+    search_space: SearchSpace = Field(default_factory=lambda: SearchSpace.of("published"))
+    sampler: Sampler = Field(default_factory=Sampler)
+    schedule: Schedule = Field(default_factory=Schedule)
+    executor: Executor = Field(default_factory=Executor)
+    budget: Budget = Field(default_factory=Budget)
+    output: Output = Field(default_factory=Output)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthands(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        written = Written()
+        written.add_mapping(given)
+        if written.mistakes:
+            raise MistakesError(written.mistakes)
+        return written.values
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if not self.name:
+            parts = [Path(self.model.name_or_path).name, *(Path(source.path).stem for source in self.data.train)]
+            object.__setattr__(self, "name", re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._")[:100] or "study")
+        return self
+
+    @classmethod
+    def load(cls, path: Path | None = None, overrides: Iterable[tuple[str, str]] = (), base: Mapping[str, Any] | None = None) -> Self:
+        """The description in a YAML file, laid over `base`, under flags such as ("training.epochs", "2").
+
+        Raises SpecError with every mistake, one line each: field, place, what was given, what is allowed.
+        """
+        written = Written()
+        if base is not None:
+            written.add_mapping(base)
+        if path is not None:
+            written.add_file(path)
+        for name, text in overrides:
+            written.add_flag(name, text)
+        try:
+            spec = cls.model_validate(written.values)
+        except ValidationError as error:
+            raise SpecError(lines_of(written, found_in(error, cls, _home))) from None
+        if written.mistakes:
+            raise SpecError(lines_of(written, ()))
+        return spec
+
+    @property
+    def folder(self) -> Path:
+        """The study's folder."""
+        return Path(self.output.folder or f"runs/{self.name}")
+
+    def to_yaml(self) -> str:
+        """The complete description, every default written out; `load` reads it back as an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    def recipe(self, prepared_folder: str) -> Recipe:
+        """What the workers need; `prepared_folder` holds the tokenised, split data."""
+        training = {name: getattr(self.training, name) for name in TrainingRecipe.__dataclass_fields__ if name != "seed"}
+        return Recipe(
+            model=ModelRecipe(**self.model.model_dump()),
+            training=TrainingRecipe(seed=self.seed, **training),
+            data=prepared_folder,
+            engine=self.training.engine,
+            devices_per_trial=self.training.devices_per_trial,
+            device=self.executor.device,
+        )
+
+    def hyperparameters(self, params: Mapping[str, Any]) -> Hyperparameters:
+        """A trial's hyperparameters from the real values that the space suggested.
+
+        What the space does not hold is a constant of `training`, else the published value; with
+        alpha_ratio, lora_alpha = alpha_ratio * lora_r.
+        """
+        values = {name: getattr(self.training, name) for name in Hyperparameters.__dataclass_fields__ if name in Training.model_fields}
+        values.update(params)
+        ratio = values.pop("alpha_ratio", None)
+        if ratio is not None:
+            values["lora_alpha"] = ratio * values.get("lora_r", Hyperparameters().lora_r)
+        for name in ("lora_alpha", "lora_dropout", "learning_rate", "weight_decay", "warmup_ratio", "epochs"):
+            if name in values:
+                values[name] = float(values[name])
+        return Hyperparameters(**values)
+
+    def data_recipe_dict(self) -> dict[str, Any]:
+        """The data section with the study's seed, as plain values."""
+        return {**self.data.model_dump(mode="json"), "seed": self.seed}
+
+    def data_recipe_json(self) -> str:
+        """`data_recipe_dict` as JSON, for `finetune.data.DataRecipe.from_json`."""
+        return json.dumps(self.data_recipe_dict())
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema (draft 2020-12) of the YAML, for editors: shorthands included, other tools' names left out."""
+        schema = cls.model_json_schema()
+        text = {"type": "string"}
+        fields = schema["$defs"]["Data"]["properties"]
+        for sources in ("train", "validation"):
+            fields[sources]["items"] = {"anyOf": [text, fields[sources]["items"]]}
+            fields[sources] = {"anyOf": [text, {"$ref": "#/$defs/Source"}, fields[sources]]}
+        for section, meant in SHORTHAND.items():
+            if section != "search_space":  # which knows its short forms
+                shorthand = schema["$defs"][section.capitalize()]["properties"][meant]
+                schema["properties"][section] = {"anyOf": [shorthand, schema["properties"][section]]}
+        schema["$defs"]["Sampler"]["additionalProperties"] = True  # its own options may stand beside its name
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _home(name: str) -> str:
+    """Where a name stands that was written in the wrong section; "" when nowhere, or in several."""
+    homes = [f"search_space.{ALIASES.get(name, name)}"] if ALIASES.get(name, name) in NAMES else []
+    for section, field in StudySpec.model_fields.items():
+        own = SECTION_ALIASES.get(section, {}).get(name, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and own in field.annotation.model_fields:
+            homes.insert(0, f"{section}.{own}")
+    return homes[0] if len(homes) == 1 or homes[1:] == [f"search_space.{ALIASES.get(name, name)}"] else ""
+
+
+def allowed_change(path: str) -> bool:
+    """Whether a study may go on although this field changed: it bears on how long, where or how visibly trials run, not on results."""
+    if path.startswith(("budget.", "output.")) or path == "training.report_to":
+        return True
+    # Workers in flight decide what the sampler knows when it proposes; the kind of device decides the dtype.
+    return path.startswith("executor.") and path not in ("executor.workers", "executor.device")
+
+
+def differences(old: StudySpec, new: StudySpec) -> list[str]:
+    """Why `new` cannot continue the study that `old` began, one line each; empty when it can."""
+    found = []
+    orders = [list(spec.search_space.parameters) for spec in (old, new)]
+    if orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]):
+        found.append(f"search_space: was {', '.join(orders[0])}, now {', '.join(orders[1])}; the order counts")
+    before, after = (dict(_leaves(spec.model_dump(mode="json"))) for spec in (old, new))
+    for path in dict.fromkeys([*before, *after]):
+        was, now = before.get(path), after.get(path)
+        if was == now:
+            continue
+        if path.startswith("budget."):
+            if now is not None and (was is None or now < was):
+                found.append(f"{path}: was {was!r}, now {now!r}; a budget can grow, not shrink")
+        elif path == "executor.devices" and len(was or ()) != len(now or ()):
+            found.append(f"{path}: was {was!r}, now {now!r}; others may take their place, but as many")
+        elif not allowed_change(path):
+            found.append(f"{path}: was {was!r}, now {now!r}")
+    return found
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value

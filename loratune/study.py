@@ -1,0 +1,239 @@
+"""The loop: ask the sampler, train what the schedule wants, tell both, until the budget is spent.
+
+There is no resume path. Every start runs the same loop from the first trial: a trial that the storage
+holds is not asked for again, and a segment whose outcome is on disk is not trained again. Results are
+applied in the order in which segments were sent, so the study is a function of its spec and not of timing.
+"""
+
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import optuna
+from optuna.trial import TrialState
+
+from loratune import samplers, schedules
+from loratune.errors import SearchSpentError, TrainingError
+from loratune.executors import Executor
+from loratune.finetune.order import total_steps
+from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
+from loratune.record.progress import Meter
+from loratune.schedules import Fate, Stretch
+from loratune.spec import StudySpec
+from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial begins."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A segment's result was applied; `trial` is the trial after it."""
+
+    trial: Trial
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for the user."""
+
+    text: str
+
+
+Event = Asked | Settled | Note | Progress
+
+
+class Loop:
+    """One study's loop over an opened record. Iterate over `run()`; setting `stop` ends it."""
+
+    def __init__(
+        self,
+        *,
+        spec: StudySpec,
+        record: Record,
+        study: optuna.Study,
+        recipe: Recipe,
+        examples: int,
+        executor: Executor,
+        meter: Meter,
+        stop: threading.Event,
+    ) -> None:
+        self.stop = stop
+        self._spec, self._record, self._study, self._executor, self._meter = spec, record, study, executor, meter
+        self._examples = examples  # in the training set
+        self._ordinals = samplers.ordinals(spec.sampler.name)
+        self._schedule = schedules.build(
+            spec.schedule.name,
+            trials=spec.budget.trials,
+            yardstick=spec.sampler.defaults_first,
+            fidelity=spec.schedule.fidelity,
+            reduction_factor=spec.schedule.reduction_factor,
+            min_resource=spec.schedule.min_resource,
+        )
+        self._trials: dict[int, Trial] = {}
+        self._open: dict[int, optuna.Trial] = {}  # not yet finished in the storage
+        self._flying: deque[tuple[Stretch, Segment]] = deque()  # sent, not yet applied, oldest first
+        self._arrived: dict[str, Outcome] = {}
+        self._settled = 0
+        self._began_at = record.began_at()  # trial -> segments settled when it was first asked for
+        self._spent = ""  # why the sampler proposes no more
+
+    def run(self) -> Iterator[Event]:
+        while True:
+            yield from self._send()
+            if not self._flying:
+                break
+            stretch, segment = self._flying[0]
+            while (outcome := self._arrived.pop(segment.key, None)) is None:
+                yield from self._listen()
+                if self.stop.is_set():
+                    return
+            self._flying.popleft()
+            yield self._apply(stretch, outcome)
+        yield from self._close()
+
+    def _send(self) -> Iterator[Event]:
+        """Fill the executor's free places."""
+        while len(self._flying) < self._executor.capacity and not self.stop.is_set():
+            stretch = self._schedule.next(may_start=self._may_start())
+            if stretch is None:
+                return
+            if stretch.trial not in self._trials:
+                self._trials[stretch.trial] = self._ask(stretch.trial)
+                yield Asked(self._trials[stretch.trial])
+            segment = self._segment(stretch)
+            self._flying.append((stretch, segment))
+            known = self._record.outcome(segment)
+            if known is not None:
+                self._arrived[segment.key] = known
+            else:
+                self._meter.began(segment.key, segment.total_steps, segment.start_step)
+                self._executor.submit(Pack(segments=(segment,)))
+
+    def _may_start(self) -> bool:
+        """Whether a new trial may begin now. A trial of the record begins exactly where it began the first time."""
+        number = len(self._trials)
+        if number in self._began_at:
+            return self._settled >= self._began_at[number] or not self._flying
+        if self._spent or self._out_of_budget():
+            return False
+        try:
+            return samplers.ready(self._study)
+        except SearchSpentError as error:
+            self._spent = str(error)
+            return False
+
+    def _out_of_budget(self) -> bool:
+        budget = self._spec.budget
+        hours, device_hours = self._meter.wall_seconds / 3600, sum(t.device_seconds for t in self._trials.values()) / 3600
+        return hours >= (budget.max_hours or math.inf) or device_hours >= (budget.max_device_hours or math.inf)
+
+    def _ask(self, number: int) -> Trial:
+        """The trial of that number: from the storage, or from the sampler."""
+        space, stored = self._spec.search_space, self._study.get_trials(deepcopy=False)
+        if not stored and self._spec.sampler.defaults_first:
+            self._study.enqueue_trial(space.defaults(self._ordinals))
+        if number < len(stored) and stored[number].state.is_finished():
+            values = space.decode(stored[number].params, self._ordinals)
+        else:
+            begun = number < len(stored) and stored[number].state is TrialState.RUNNING  # its parameters may be half written
+            asked = optuna.Trial(self._study, stored[number]._trial_id) if begun else self._study.ask()
+            values = space.suggest(asked, self._ordinals)
+            for name, value in values.items():
+                asked.set_user_attr(name, value)
+            self._open[number] = asked
+        began = self._began_at.get(number, self._settled)
+        trial = Trial(number=number, hyperparameters=self._spec.hyperparameters(values), params=values, settled=began)
+        self._record.trial(trial)
+        return trial
+
+    def _segment(self, stretch: Stretch) -> Segment:
+        given = self._trials[stretch.trial].hyperparameters
+        total = math.ceil(stretch.length * total_steps(self._examples, given.batch_size, given.epochs))
+        start, stop = math.ceil(stretch.start * total), math.ceil(stretch.stop * total)
+        shares = range(1, self._spec.training.validations)
+        points = {math.ceil(Fraction(i, self._spec.training.validations) * total) for i in shares}
+        points |= {0} if stretch.trial == 0 else set()  # the base model's own loss, once per study
+        return Segment(
+            trial=stretch.trial,
+            run=stretch.run,
+            hyperparameters=given,
+            seed=self._spec.seed,
+            total_steps=total,
+            start_step=start,
+            stop_step=stop,
+            validate_at=tuple(sorted(p for p in points if p in range(start, stop) and (p > start or start == 0))),
+        )
+
+    def _listen(self) -> Iterator[Event]:
+        """Take what the executor has, and keep it, before anything else is done with it."""
+        for item in self._executor.collect(timeout=1.0):
+            if isinstance(item, Progress):
+                self._meter.progressed(item)
+                yield item
+            elif item.state is State.BAD_INPUT:
+                raise TrainingError(item.message)
+            elif item.state is not State.CANCELLED:
+                self._record.keep(item)
+                self._meter.came(item)
+                self._arrived[item.key] = item
+        self._record.progress(self._meter.snapshot())
+
+    def _apply(self, stretch: Stretch, outcome: Outcome) -> Event:
+        """Tell the schedule and the storage what became of a segment."""
+        self._settled += 1
+        fate = self._schedule.tell(stretch, outcome.validation_loss)
+        trial = self._trials[stretch.trial]
+        state = _STATES.get(outcome.state) or {Fate.COMPLETE: COMPLETE, Fate.PAUSED: PAUSED}[fate]
+        value = outcome.validation_loss
+        if state in (DIVERGED, INFEASIBLE):  # no better than anything seen, the untuned model included
+            value = max(
+                [p.validation_loss for t in self._trials.values() for p in t.curve if p.validation_loss is not None], default=math.inf
+            )
+        trial = replace(trial, state=state, value=value if value is not None else trial.value, message=outcome.message)
+        trial = replace(trial, outcomes=(*trial.outcomes, outcome))
+        self._trials[trial.number] = trial
+        self._tell(trial, outcome)
+        return Settled(trial, outcome)
+
+    def _tell(self, trial: Trial, outcome: Outcome | None = None) -> None:
+        handle = self._open.get(trial.number)
+        if handle is not None:
+            reported = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
+            for point in outcome.curve if outcome is not None else ():
+                if point.step > 0 and point.validation_loss is not None and point.step not in reported:
+                    handle.report(point.validation_loss, point.step)
+            if trial.state == INFEASIBLE:
+                handle.set_constraint("fits_in_memory", 1.0)
+            if trial.state != PAUSED:
+                handle.set_user_attr("state", trial.state)
+                handle.set_user_attr("device_seconds", trial.device_seconds)
+                self._study.tell(
+                    handle, None if trial.state in (FAILED, PRUNED) else trial.value, _TOLD.get(trial.state, TrialState.COMPLETE)
+                )
+                del self._open[trial.number]
+        self._record.trial(trial)
+        self._meter.settled(trial)
+
+    def _close(self) -> Iterator[Event]:
+        """The budget is spent: trials still paused stay where they are."""
+        for trial in list(self._trials.values()):
+            if trial.state == PAUSED:
+                self._trials[trial.number] = replace(trial, state=PRUNED)
+                self._tell(self._trials[trial.number])
+        if self._spent:
+            yield Note(self._spent)
+        if self._out_of_budget() and len(self._trials) < self._spec.budget.trials:
+            yield Note(f"The time budget is spent after {len(self._trials)} of {self._spec.budget.trials} trials.")
+
+
+_STATES = {State.DIVERGED: DIVERGED, State.OUT_OF_MEMORY: INFEASIBLE, State.CRASHED: FAILED}
+_TOLD = {FAILED: TrialState.FAIL, PRUNED: TrialState.PRUNED}

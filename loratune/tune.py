@@ -1,0 +1,184 @@
+"""A whole study, from its description to its end: open the folder, prepare the data, run the loop, close.
+
+for event in tune(spec):
+    print(event)
+delivery = deliver(spec.folder)   # the report, best.yaml and the adapter
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratune import executors, samplers
+from loratune.environment import environment
+from loratune.errors import SpecError, StorageError
+from loratune.executors.devices import cuda_devices
+from loratune.files import write_atomically
+from loratune.finetune.data import DataRecipe
+from loratune.finetune.prepare import Prepared, prepare
+from loratune.record import COMPLETE, Record, StudyRecord, open_record, read
+from loratune.record.progress import Meter
+from loratune.record.storage import open_study
+from loratune.spec import StudySpec, differences
+from loratune.study import Event, Loop, Note
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a study hands over."""
+
+    record: StudyRecord
+    report: Path
+    best: Path | None  # best.yaml; None when no trial was finished
+    adapter: Path | None  # a PEFT folder
+
+
+def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event]:
+    """Run the study that `spec` describes, or continue it, and yield what happens.
+
+    Setting `stop`, or closing the iterator, lets running segments finish their step and write a
+    checkpoint; the same call continues. Raises LoratuneError.
+    """
+    stop = stop or threading.Event()
+    devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
+    with open_record(spec.folder) as record:
+        _adopt(spec, record)
+        session = _Session(record)
+        notes: list[str] = []
+        data = prepare_data(spec, notes)
+        yield from map(Note, notes)
+        recipe = spec.recipe(str(data.folder))
+        _same_data(record, data)
+        record.recipe(recipe)
+        executor = executors.build(
+            spec.executor.name,
+            recipe=recipe,
+            root=record.folder.resolve(),
+            lock=record.lock,
+            devices=devices,
+            workers=spec.executor.workers,
+            threads=spec.executor.threads,
+            max_retries=spec.executor.max_retries,
+            hang_timeout=spec.executor.hang_timeout,
+        )
+        try:
+            ordinals = samplers.ordinals(spec.sampler.name)
+            sampler = samplers.build(
+                spec.sampler.name,
+                search_space=spec.search_space.distributions(ordinals),
+                seed=spec.seed,
+                options=spec.sampler.options,
+                x0=spec.search_space.defaults(ordinals),
+                workers=executor.capacity,
+                conditional=spec.search_space.conditional,
+            )
+            study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
+            meter = Meter(budget_trials=spec.budget.trials, workers=executor.capacity, earlier_seconds=session.earlier_seconds)
+            loop = Loop(
+                spec=spec, record=record, study=study, recipe=recipe, examples=len(data.train), executor=executor, meter=meter, stop=stop
+            )
+            for event in loop.run():
+                session.tick()
+                yield event
+        finally:
+            executor.close()
+            session.end()
+        if not stop.is_set():
+            _tidy(spec, record.folder)
+
+
+def prepare_data(spec: StudySpec, notes: list[str]) -> Prepared:
+    """The study's tokenised, split data, from the cache where it is there. What happened is appended to `notes`."""
+    return prepare(
+        DataRecipe.from_json(json.dumps(spec.data_recipe_dict())),
+        tokenizer=spec.model.name_or_path,
+        revision=spec.model.revision,
+        trust_remote_code=spec.model.trust_remote_code,
+        cache=cache_folder() / "data",
+        report=notes.append,
+    )
+
+
+def cache_folder() -> Path:
+    """`$LORATUNE_CACHE`, else `loratune` in the user's cache folder."""
+    chosen = os.environ.get("LORATUNE_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loratune"
+
+
+def deliver(folder: Path) -> Delivery:
+    """Write the report, and hand over the best trial: `best.yaml` and the adapter, in the study's folder."""
+    from loratune.report import hand_over, write_report
+
+    record = read(folder)
+    best, adapter = hand_over(record, folder) if record.best is not None else (None, None)
+    return Delivery(record=record, report=write_report([record], folder / "report.html"), best=best, adapter=adapter)
+
+
+def _adopt(spec: StudySpec, record: Record) -> None:
+    """Make the folder this study's, or see that it is."""
+    path = record.folder / "spec.yaml"
+    if path.exists() and (record.folder / "trials").exists():  # before the first trial, mending the description is free
+        try:
+            old = StudySpec.load(path)
+        except SpecError as error:
+            raise StorageError(f"the study's own description {path} cannot be read:\n{error}") from error
+        changed = differences(old, spec)
+        if changed:
+            lines = "\n".join(f"  {line}" for line in changed)
+            raise StorageError(
+                f"{record.folder} holds a study with another description:\n{lines}\n"
+                "Only a larger budget continues a study. Undo the change, or choose another --output.folder."
+            )
+    elif not path.exists() and any(name != "lock" for name in os.listdir(record.folder)):
+        raise StorageError(f"{record.folder} is neither empty nor a study's folder. Choose another --output.folder.")
+    write_atomically(path, spec.to_yaml())
+
+
+def _same_data(record: Record, data: Prepared) -> None:
+    """Refuse to go on when the data files changed since the study began: their losses could not be compared."""
+    path = record.folder / "data.txt"
+    if path.exists() and path.read_text() != data.folder.name and (record.folder / "trials").exists():
+        raise StorageError(
+            f"the data or the tokenizer changed since {record.folder} began: it was {path.read_text()}, it is {data.folder.name}. "
+            "Restore the files, or begin a new study with another --output.folder."
+        )
+    write_atomically(path, data.folder.name)
+
+
+def _tidy(spec: StudySpec, folder: Path) -> None:
+    """Remove the adapters that `output.keep_adapters` does not ask for, and what only a restart would need."""
+    if spec.output.keep_adapters is None:
+        return
+    trials = read(folder).trials
+    ranking = sorted((t for t in trials if t.state == COMPLETE), key=lambda t: (t.value, t.number))
+    kept = {0} | {trial.number for trial in ranking[: spec.output.keep_adapters]}
+    for trial in trials:
+        if trial.number not in kept:
+            for adapter in (folder / "trials" / f"{trial.number:04d}").glob("*/adapter"):
+                shutil.rmtree(adapter, ignore_errors=True)
+
+
+class _Session:
+    """One start of the driver: when, by which command, on what, for how long."""
+
+    def __init__(self, record: Record) -> None:
+        earlier = read(record.folder).sessions
+        self.earlier_seconds = sum(session["seconds"] for session in earlier)
+        self._record, self._began, self._written = record, time.monotonic(), 0.0
+        self._facts = {"number": len(earlier) + 1, "started": time.time(), "command": sys.argv, "environment": environment()}
+        self.end()
+
+    def tick(self) -> None:
+        """Now and then note the time spent, lest a kill forgets it."""
+        if time.monotonic() - self._written > 5:
+            self.end()
+
+    def end(self) -> None:
+        self._written = time.monotonic()
+        self._record.session(self._facts | {"seconds": self._written - self._began})

@@ -1,0 +1,276 @@
+"""Reading instruction data: every format, and one clear message for everything that can be wrong."""
+
+import csv
+import gzip
+import json
+
+import pytest
+
+from loratune.errors import DataError
+from loratune.finetune.data import DataRecipe, Exchange, Source, read
+
+ALPACA = {"instruction": "Translate.", "input": "chat", "output": "cat"}
+ROWS = {
+    "alpaca": ALPACA,
+    "dolly": {"instruction": "Translate.", "context": "chat", "response": "cat", "category": "closed_qa"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    "prompt_completion": {"prompt": "Hi", "completion": "Hello"},
+}
+EXPECTED = {name: Exchange("Translate.", "chat", "cat") if name in ("alpaca", "dolly") else Exchange("Hi", "", "Hello") for name in ROWS}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def only(path, **options):
+    examples, bad = read(Source(path=str(path), **options))
+    assert bad == []
+    return examples
+
+
+# ---- what is read ----
+
+
+@pytest.mark.parametrize("given", ["auto", "named"])
+@pytest.mark.parametrize("name", ROWS)
+def test_formats(tmp_path, name, given):
+    (tmp_path / "a.jsonl").write_text(lines(ROWS[name], ROWS[name]))
+    examples = only(tmp_path / "a.jsonl", format="auto" if given == "auto" else name)
+    assert [e.exchanges for e in examples] == [(EXPECTED[name],)] * 2
+    assert [e.place for e in examples] == ["line 1", "line 2"]
+    assert examples[0].source == str(tmp_path / "a.jsonl")
+    assert examples[0].category == ("closed_qa" if name == "dolly" else "")
+
+
+def write_csv(path, rows, delimiter=","):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path, rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+WRITERS = {
+    "a.json": lambda path, rows: path.write_text(json.dumps(rows)),
+    "data.json": lambda path, rows: path.write_text(json.dumps({"version": "1", "data": rows}, indent=1)),
+    "lines.json": lambda path, rows: path.write_text(lines(*rows)),
+    "bom.json": lambda path, rows: path.write_text("\ufeff" + json.dumps(rows)),
+    "a.jsonl": lambda path, rows: path.write_text("\n" + lines(*rows) + "\n\n"),
+    "crlf.jsonl": lambda path, rows: path.write_bytes(lines(*rows).replace("\n", "\r\n").encode()),
+    "a.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(lines(*rows).encode())),
+    "a.csv": write_csv,
+    "a.tsv": lambda path, rows: write_csv(path, rows, "\t"),
+    "a.csv.gz": lambda path, rows: (write_csv(path, rows), path.write_bytes(gzip.compress(path.read_bytes()))),
+    "a.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_containers(tmp_path, name):
+    # A line separator and a quoted line break are where careless readers cut a row in two.
+    rows = [ALPACA | {"output": "one\u2028two, «é»"}, ALPACA | {"input": "", "output": 'three\n"four"'}]
+    WRITERS[name](tmp_path / name, rows)
+    examples = only(tmp_path / name)
+    assert [e.exchanges[0] for e in examples] == [Exchange(r["instruction"], r["input"], r["output"]) for r in rows]
+
+
+def test_folders_and_their_splits(tmp_path):
+    for name in ("train-0", "train-1", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(lines(ALPACA | {"output": name}))
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert [e.exchanges[0].response for e in only(tmp_path, split="train")] == ["train-0", "train-1"]
+    with pytest.raises(DataError, match=r"several splits \(test, train\)"):
+        only(tmp_path)
+    with pytest.raises(DataError, match="no file name contains split dev"):
+        only(tmp_path, split="dev")
+    with pytest.raises(DataError, match="split applies to folders"):
+        only(tmp_path / "data" / "test.jsonl", split="test")
+
+
+def test_folder_saved_by_datasets(tmp_path):
+    import datasets
+
+    data = datasets.Dataset.from_list([ALPACA])
+    data.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(tmp_path / "two"))
+    for folder in ("one", "two"):
+        assert [(e.exchanges, e.place) for e in only(tmp_path / folder)] == [((EXPECTED["alpaca"],), "row 1")]
+    with pytest.raises(DataError, match=r"no split dev\. Available: train, test"):
+        only(tmp_path / "two", split="dev")
+
+
+def test_conversations(tmp_path):
+    said = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "See you")]
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": [{"from": r, "value": t} for r, t in said]}]))
+    (tmp_path / "b.json").write_text(json.dumps([{"conversations": [{"role": r, "content": t} for r, t in said]}]))
+    for name in ("a.json", "b.json"):
+        (example,) = only(tmp_path / name)
+        assert example.system == "Be brief."
+        assert example.exchanges == (Exchange("Hi", "", "Hello"), Exchange("Bye", "", "See you"))
+
+
+def test_missing_and_null_input_are_empty(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "a", "input": None, "output": "b"}]))
+    assert [e.exchanges[0].input for e in only(tmp_path / "a.json")] == ["", ""]
+
+
+def test_skip_counts_and_lists_bad_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(ALPACA, ALPACA | {"output": " "}, ALPACA | {"output": 3}) + '{"instruction": "cut o')
+    examples, bad = read(Source(path=str(tmp_path / "a.jsonl")), "skip")
+    assert len(examples) == 1
+    assert [(row.place, row.problem.split(":")[0]) for row in bad] == [
+        ("line 2", "field output"),
+        ("line 3", "field output"),
+        ("line 4", "not valid JSON"),
+    ]
+
+
+def test_the_real_sets(shared_data):
+    examples, bad = read(Source(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")), "skip")
+    assert len(examples) + len(bad) == 9229
+    assert all("field output: is empty" in str(row) for row in bad)
+    dolly = only(shared_data / "dolly")
+    assert len(dolly) == 15011
+    assert dolly[0].category
+
+
+# ---- what is refused: (file name, content, the message's beginning after the path) ----
+
+TURNS = ROWS["messages"]["messages"]
+BAD = {
+    "empty file": ("a.jsonl", "", ": the file is empty"),
+    "blank file": ("a.csv", "\n \n", ": the file is empty"),
+    "empty array": ("a.json", "[]", ": holds no records"),
+    "header only": ("a.csv", "instruction,output\n", ": holds no records"),
+    "unknown suffix": ("a.txt", "x", ": unknown kind of file. Known: .json"),
+    "scalar": ("a.json", '"x"', ': expected an array of records, found text "x"'),
+    "not json": ("a.json", "[{'a': 1}]", ", line 1, column 3: not valid JSON: Expecting property name"),
+    "array cut off": ("a.json", '[{"instruction": "a", "output": "b"},\n{"instr', ", line 2, column 2: not valid JSON: .*seems cut off"),
+    "line cut off": (
+        "a.jsonl",
+        lines(ALPACA) + '{"instruction": "x',
+        r", line 2: not valid JSON: .*\(the last line; is the file cut off\?\)",
+    ),
+    "line not json": (
+        "a.jsonl",
+        lines(ALPACA) + "oops\n" + lines(ALPACA),
+        ', line 2: not valid JSON: Expecting value at column 1: text "oops"',
+    ),
+    "too deep": ("a.json", "[" * 100_000, ": nested too deeply"),
+    "latin-1": ("a.json", b'[\n{"instruction": "caf\xe9"}]', r", line 2: not UTF-8 \(byte 0xe9\)"),
+    "utf-16": ("a.json", "[]".encode("utf-16"), ": the file is UTF-16; UTF-8 is expected"),
+    "not gzip": ("a.json.gz", b"[]", ": not a gzip file"),
+    "gzip cut off": ("a.json.gz", gzip.compress(b"[]" * 100)[:20], ": the gzip file is cut off or damaged"),
+    "not parquet": ("a.parquet", b"PAR1 or not", ": not a readable Parquet file"),
+    "csv too long": ("a.csv", "instruction,output\na,b,c\n", ", line 2: 3 fields, but the header has 2"),
+    "csv open quote": ("a.csv", 'instruction,output\na,b\nc,"d\n\n', ", the row after line 2: not valid CSV: unexpected end of data"),
+    "row not object": ("a.json", '["x"]', ', record 1: expected an object with fields, found text "x"'),
+    "unknown fields": (
+        "a.json",
+        '[{"instruction": "a", "reponse": "b"}]',
+        ", record 1: the fields instruction, reponse fit no .*reponse looks like response",
+    ),
+    "missing field": (
+        "a.jsonl",
+        lines(ALPACA, {"instruction": "a", "input": ""}),
+        ", line 2: field output is missing: expected text, found only the fields",
+    ),
+    "wrong type": ("a.jsonl", lines(ALPACA | {"output": 42}), ", line 1: field output: expected text, found the number 42"),
+    "null": ("a.jsonl", lines(ALPACA | {"output": None}), ", line 1: field output: expected text, found null"),
+    "long value": ("a.jsonl", lines(ALPACA | {"output": ["x" * 99]}), r', line 1: field output: expected text, found a list \["x+\.\.\.\.'),
+    "empty response": ("a.jsonl", lines(ALPACA | {"output": " \n"}), ", line 1: field output: is empty; expected a response"),
+    "empty question": ("a.jsonl", lines(ALPACA | {"instruction": "", "input": ""}), ", line 1: field instruction: is empty"),
+    "surrogate": ("a.jsonl", lines(ALPACA | {"output": "\ud83d"}), ", line 1: field output: holds half of a surrogate pair"),
+    "no messages": ("a.jsonl", lines({"messages": []}), r", line 1: field messages: expected a list of messages, found a list \[\]"),
+    "unknown role": (
+        "a.jsonl",
+        lines({"messages": [{"role": "tool", "content": "x"}]}),
+        r", line 1: messages\[1\].role: expected one of .*found text \"tool\"",
+    ),
+    "content parts": (
+        "a.jsonl",
+        lines({"messages": [{"role": "user", "content": [{}]}]}),
+        r", line 1: messages\[1\].content: expected text, found a list",
+    ),
+    "starts with answer": ("a.jsonl", lines({"messages": TURNS[1:]}), r", line 1: messages\[1\]: expected a message of the user"),
+    "two in a row": ("a.jsonl", lines({"messages": [TURNS[0], *TURNS]}), r", line 1: messages\[2\]: expected a message of the assistant"),
+    "no last answer": (
+        "a.jsonl",
+        lines({"messages": [*TURNS, TURNS[0]]}),
+        ", line 1: field messages: expected an assistant message at the end",
+    ),
+    "message not object": ("a.jsonl", lines({"messages": ["hi"]}), r", line 1: messages\[1\]: expected an object with role and content"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_has_one_message(tmp_path, name):
+    file, content, message = BAD[name]
+    path = tmp_path / file
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=f"^{path}{message}") as caught:
+        read(Source(path=str(path)))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 500
+
+
+def test_an_empty_path():
+    with pytest.raises(DataError, match="path is empty"):
+        read(Source(path=" "))
+
+
+def test_missing_files_name_their_neighbours(tmp_path):
+    (tmp_path / "alpaca.json").write_text("[]")
+    with pytest.raises(DataError, match=r"alpca\.json: no such file or folder\. Did you mean alpaca\.json\?"):
+        read(Source(path=str(tmp_path / "alpca.json")))
+    with pytest.raises(DataError, match=r"the folder .*nowhere does not exist either"):
+        read(Source(path=str(tmp_path / "nowhere" / "a.json")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="the folder holds no data files"):
+        read(Source(path=str(tmp_path / "empty")))
+
+
+def test_a_hub_id_that_cannot_be_loaded(monkeypatch):
+    import datasets
+
+    def offline(path, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DataError, match="nobody/nothing: neither a local file or folder nor a hub data set that can be loaded: no network"):
+        read(Source(path="nobody/nothing"))
+
+
+def test_a_hub_data_set(monkeypatch):
+    import datasets
+
+    both = datasets.DatasetDict({"train": datasets.Dataset.from_list([ALPACA]), "test": datasets.Dataset.from_list([ALPACA] * 2)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: both[split] if split else both)
+    assert len(only("some/set")) == 1
+    assert [e.place for e in only("some/set", split="test")] == ["row 1", "row 2"]
+
+
+def test_skip_refuses_a_file_without_any_good_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text("oops\nno\n")
+    with pytest.raises(DataError, match=r"no usable row among 2\. The first: .*line 1: not valid JSON"):
+        read(Source(path=str(tmp_path / "a.jsonl")), "skip")
+
+
+def test_unknown_format():
+    with pytest.raises(DataError, match=r"unknown format alpacca\. Known: auto, alpaca, .* Did you mean alpaca\?"):
+        read(Source(path="a.json", format="alpacca"))
+
+
+def test_recipe_survives_json():
+    recipe = DataRecipe(train=(Source(path="a", weight=0.7), Source(path="b", count=3)), validation_fraction=0.2, seed=4)
+    assert DataRecipe.from_json(recipe.to_json()) == recipe

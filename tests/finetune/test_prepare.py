@@ -1,0 +1,366 @@
+"""From a recipe to a folder of tokens: counts, no leak, and a cache that survives everything."""
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny_tokenizer
+
+from loratune.errors import DataError, ModelError, StorageError
+from loratune.finetune import prepare as module
+from loratune.finetune import prepared as prepared_module
+from loratune.finetune.data import DataRecipe, Source
+from loratune.finetune.prepare import check, load_tokenizer, prepare
+from loratune.finetune.prepared import Prepared
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return str(tiny_tokenizer.build(tmp_path_factory.mktemp("tokenizer")))
+
+
+def write(path, questions, answer="yes"):
+    path.write_text("".join(json.dumps({"instruction": q, "input": "", "output": f"{answer} {q}"}) + "\n" for q in questions))
+    return str(path)
+
+
+def questions(letter, n):
+    return [f"{letter}{i}" for i in range(n)]
+
+
+def texts(tokens, tokenizer):
+    """The question inside every example."""
+    loaded = load_tokenizer(tokenizer)
+    prompts = [loaded.decode(ids[~mask]) for ids, mask in (tokens[i] for i in range(len(tokens)))]
+    return [text.split("### Instruction:\n")[1].split("\n")[0] for text in prompts]
+
+
+def simple(tmp_path, **options):
+    recipe = {"train": (Source(path=write(tmp_path / "a.jsonl", questions("a", 20))),), "validation_fraction": 0.25} | options
+    return DataRecipe(**recipe)
+
+
+# ---- what is made ----
+
+
+def test_arrays_hold_what_encode_made(tmp_path, tokenizer):
+    prepared = prepare(simple(tmp_path), tokenizer=tokenizer, cache=tmp_path / "cache")
+    loaded = load_tokenizer(tokenizer)
+    assert (len(prepared.train), len(prepared.validation)) == (15, 5)
+    assert sorted(texts(prepared.train, tokenizer) + texts(prepared.validation, tokenizer)) == sorted(questions("a", 20))
+    for tokens, counts in ((prepared.train, prepared.manifest.train), (prepared.validation, prepared.manifest.validation)):
+        assert tokens.lengths.sum() == counts.tokens == len(tokens.ids)
+        assert tokens.mask.sum() == counts.response_tokens
+        for i in range(len(tokens)):
+            ids, mask = tokens[i]
+            assert (ids.dtype, mask.dtype, len(ids)) == (np.int32, np.bool_, tokens.lengths[i])
+            assert loaded.decode(ids[mask]).startswith("yes a")
+            assert ids[-1] == loaded.eos_token_id == prepared.manifest.eos_token_id
+        assert tokens[-1][0].tolist() == tokens[len(tokens) - 1][0].tolist()
+        with pytest.raises(IndexError):
+            tokens[len(tokens)]
+    assert prepared.manifest.pad_token_id == loaded.eos_token_id  # this tokenizer has no pad
+
+
+def test_order_of_the_rows_does_not_matter(tmp_path, tokenizer):
+    recipe = simple(tmp_path)
+    first = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    write(tmp_path / "a.jsonl", questions("a", 20)[::-1])
+    second = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert first.folder != second.folder
+    assert np.array_equal(first.train.ids, second.train.ids)
+    assert np.array_equal(first.validation.ids, second.validation.ids)
+    other = prepare(dataclasses.replace(recipe, seed=1), tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert set(texts(other.validation, tokenizer)) != set(texts(first.validation, tokenizer))
+
+
+def test_duplicates_stay_together_across_sources(tmp_path, tokenizer):
+    one = Source(path=write(tmp_path / "a.jsonl", [*questions("a", 30), "A0.", "a1!"]))
+    two = Source(path=write(tmp_path / "b.jsonl", [*questions("b", 30), "a2", "a3"], answer="no"))
+    for seed in range(5):
+        recipe = DataRecipe(train=(one, two), validation_fraction=0.5, seed=seed)
+        prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+        plain = [{t.casefold().strip(".!") for t in texts(s, tokenizer)} for s in (prepared.train, prepared.validation)]
+        assert not plain[0] & plain[1]
+        assert prepared.manifest.duplicates == 4
+        assert [s.validation for s in prepared.manifest.sources] == [16, 16]
+        assert "4 duplicates kept on one side" in prepared.summary()
+
+
+def test_validation_sources_take_their_questions_out_of_training(tmp_path, tokenizer):
+    train = Source(path=write(tmp_path / "a.jsonl", questions("a", 10)))
+    held_out = Source(path=write(tmp_path / "v.jsonl", ["A1", "a2?", "c1", "c2"]))
+    prepared = prepare(DataRecipe(train=(train,), validation=(held_out,)), tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert sorted(texts(prepared.train, tokenizer)) == ["a0", *questions("a", 10)[3:]]
+    assert sorted(texts(prepared.validation, tokenizer)) == ["A1", "a2?", "c1", "c2"]
+    assert [(s.role, s.overlapping, s.train, s.validation) for s in prepared.manifest.sources] == [
+        ("train", 2, 8, 0),
+        ("validation", 0, 0, 4),
+    ]
+    assert "2 training rows left out because validation asks the same" in prepared.summary()
+
+
+def test_a_source_that_is_asked_for_more_repeats_it_and_says_so(tmp_path, tokenizer):
+    one = Source(path=write(tmp_path / "a.jsonl", questions("a", 40)), weight=0.7)
+    two = Source(path=write(tmp_path / "b.jsonl", questions("b", 10)), weight=0.3)
+    prepared = prepare(DataRecipe(train=(one, two), train_count=50, validation_count=10), tokenizer=tokenizer, cache=tmp_path / "cache")
+    first, second = prepared.manifest.sources
+    assert (first.train, first.validation, first.repeats) == (35, 7, 2)
+    assert (second.train, second.validation, second.repeats) == (15, 3, 8)
+    times = Counter(t for t in texts(prepared.train, tokenizer) if t.startswith("b"))
+    assert sorted(times.values()) == [2, 2, 2, 2, 2, 2, 3]  # two whole passes over seven, then one more
+    assert not set(times) & set(texts(prepared.validation, tokenizer))
+    assert "15 training examples were asked of 7: 8 are repeats" in prepared.summary()
+
+
+def test_a_drawn_part_of_a_validation_source_frees_the_rest(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", questions("a", 20))
+    recipe = DataRecipe(train=(Source(path=path),), validation=(Source(path=path, count=5),), train_count=10)
+    prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert (len(prepared.train), len(prepared.validation)) == (10, 5)
+    assert [s.overlapping for s in prepared.manifest.sources] == [5, 0]
+    assert not set(texts(prepared.train, tokenizer)) & set(texts(prepared.validation, tokenizer))
+    with pytest.raises(DataError, match="no training example is left"):
+        prepare(dataclasses.replace(recipe, validation=(Source(path=path),)), tokenizer=tokenizer, cache=tmp_path / "cache")
+
+
+def test_own_counts(tmp_path, tokenizer):
+    one = Source(path=write(tmp_path / "a.jsonl", questions("a", 20)), count=5, validation_count=4)
+    two = Source(path=write(tmp_path / "b.jsonl", questions("b", 10)))
+    prepared = prepare(DataRecipe(train=(one, two)), tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert [(s.train, s.validation) for s in prepared.manifest.sources] == [(5, 4), (10, 0)]
+
+
+def test_cut_dropped_and_bad_rows_are_counted(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    write(path, [*questions("a", 8), "why " * 400])
+    with open(path, "a") as file:
+        file.write(json.dumps({"instruction": "b", "output": "long " * 400}) + "\n" + json.dumps({"instruction": "c", "output": ""}) + "\n")
+    recipe = DataRecipe(train=(Source(path=str(path)),), validation_fraction=0.2, max_length=400, on_bad_rows="skip")
+    prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    (counts,) = prepared.manifest.sources
+    assert (counts.rows, counts.bad, counts.dropped, counts.cut, counts.train + counts.validation) == (11, 1, 1, 1, 9)
+    assert max(prepared.train.lengths.max(), prepared.validation.lengths.max()) == 400
+    summary = prepared.summary()
+    assert "1 cut at 400 tokens; 1 dropped (the prompt alone fills 400 tokens); 1 bad rows skipped" in summary
+    assert f"skipped: {path}, line 11: field output: is empty" in summary
+    with pytest.raises(DataError, match=r"line 11: field output: is empty.*on_bad_rows: skip"):
+        prepare(dataclasses.replace(recipe, on_bad_rows="error"), tokenizer=tokenizer, cache=tmp_path / "cache")
+
+
+def test_the_published_mix_scaled_down(shared_data, tinystories, tmp_path):
+    """53,610 train and 13,401 validation, 70 % Alpaca and 30 % Dolly, at a fiftieth; Dolly repeats there as it must in the original."""
+    alpaca = json.loads((shared_data / "alpaca" / "alpaca_random_9k.json").read_text())[:1040]
+    (tmp_path / "alpaca.json").write_text(json.dumps(alpaca))
+    with open(shared_data / "dolly" / "databricks-dolly-15k.jsonl") as file:
+        (tmp_path / "dolly.jsonl").write_text("".join(line for _, line in zip(range(300), file, strict=False)))
+    recipe = DataRecipe(
+        train=(Source(path=str(tmp_path / "alpaca.json"), weight=0.7), Source(path=str(tmp_path / "dolly.jsonl"), weight=0.3)),
+        train_count=1072,
+        validation_count=268,
+        on_bad_rows="skip",
+    )
+    prepared = prepare(recipe, tokenizer=str(tinystories), cache=tmp_path / "cache")
+    first, second = prepared.manifest.sources
+    assert (first.train, first.validation, first.repeats) == (750, 188, 0)
+    assert (second.train, second.validation) == (322, 80)
+    assert second.repeats == 322 - (300 - second.dropped - 80)
+    held_out = {prepared.validation[i][0].tobytes() for i in range(268)}
+    assert not held_out & {prepared.train[i][0].tobytes() for i in range(1072)}
+    assert prepared.manifest.pad_token_id == 0
+
+
+# ---- the cache ----
+
+
+def test_second_call_only_reads(tmp_path, tokenizer, monkeypatch):
+    recipe = simple(tmp_path)
+    first = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+
+    def never(*args):
+        raise RuntimeError("tokenised again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_tokenizer", never)
+        again = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+        assert again.folder == first.folder
+        assert again.manifest == first.manifest
+        # Any of these changes what is made, so none may be answered from the cache.
+        for changed in ({"max_length": 300}, {"seed": 1}, {"validation_fraction": 0.3}):
+            with pytest.raises(RuntimeError, match="tokenised again"):
+                prepare(dataclasses.replace(recipe, **changed), tokenizer=tokenizer, cache=tmp_path / "cache")
+    write(tmp_path / "a.jsonl", questions("a", 21))
+    assert prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache").folder != first.folder
+
+
+def test_another_tokenizer_is_another_folder(tmp_path, tokenizer):
+    recipe = simple(tmp_path)
+    other = str(tiny_tokenizer.build(tmp_path / "other", bos=True))
+    folders = {prepare(recipe, tokenizer=name, cache=tmp_path / "cache").folder for name in (tokenizer, other)}
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train.ids.npy", "validation.mask.npy", "train.offsets.npy"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_a_damaged_folder_is_refused_and_made_anew(tmp_path, tokenizer, name, damage):
+    recipe = simple(tmp_path)
+    first = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    file = first.folder / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(b"" if damage == "empty" else content[:-3])
+    with pytest.raises(StorageError, match="missing or damaged"):
+        Prepared.load(first.folder)
+    said = []
+    again = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache", report=said.append)
+    assert any("damaged; preparing the data again" in line for line in said)
+    assert file.read_bytes() == content
+    assert again.manifest == first.manifest
+    assert os.listdir(tmp_path / "cache") == [first.folder.name]  # nothing left lying about
+
+
+def test_arrays_of_another_run_are_refused(tmp_path, tokenizer):
+    folder = prepare(simple(tmp_path), tokenizer=tokenizer, cache=tmp_path / "cache").folder
+    np.save(folder / "train.ids.npy", np.zeros(3, dtype=np.int32))
+    with pytest.raises(StorageError, match=r"train\.ids\.npy holds int32 \(3,\)"):
+        Prepared.load(folder)
+
+
+def test_processes_at_once(tmp_path, tokenizer):
+    recipe = simple(tmp_path)
+    fork = multiprocessing.get_context("fork")  # the parent has transformers loaded; a fresh process takes seconds to
+    start, folders = fork.Barrier(3), fork.SimpleQueue()
+
+    def work():
+        start.wait()
+        folders.put(prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache").folder.name)
+
+    workers = [fork.Process(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert {folders.get() for _ in workers} == set(os.listdir(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("survived", [0, 1, 6])
+def test_killed_while_writing(tmp_path, tokenizer, survived):
+    """The process dies after `survived` of the folder's seven files."""
+    recipe = simple(tmp_path)
+    fork = multiprocessing.get_context("fork")
+
+    def work():
+        written = itertools.count()
+        prepared_module._flush = lambda file: os._exit(9) if next(written) == survived else file.flush()
+        prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+
+    worker = fork.Process(target=work)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 9
+    assert all(name.startswith(".") for name in os.listdir(tmp_path / "cache"))
+    assert len(prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache").train) == 15
+
+
+def test_the_loser_of_a_race_leaves_the_winner_alone(tmp_path, tokenizer, monkeypatch):
+    recipe = simple(tmp_path)
+    real = module.pack
+
+    def slow(examples):
+        monkeypatch.setattr(module, "pack", real)
+        prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")  # the other process finishes meanwhile
+        return real(examples)
+
+    monkeypatch.setattr(module, "pack", slow)
+    prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert len(prepared.train) == 15
+    assert os.listdir(tmp_path / "cache") == [prepared.folder.name]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, tokenizer):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="cannot write"):
+        prepare(simple(tmp_path), tokenizer=tokenizer, cache=tmp_path / "cache")
+
+
+def test_a_warm_start_imports_neither_torch_nor_transformers(tmp_path, tokenizer):
+    recipe = simple(tmp_path)
+    prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from loratune.finetune.data import DataRecipe; from loratune.finetune.prepare import prepare\n"
+        "prepare(DataRecipe.from_json(sys.argv[1]), tokenizer=sys.argv[2], cache=Path(sys.argv[3]))\n"
+        "print({'torch', 'transformers', 'datasets', 'pydantic', 'optuna'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", program, recipe.to_json(), tokenizer, str(tmp_path / "cache")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+# ---- what is refused ----
+
+A, B = Source(path="a.json"), Source(path="b.json")
+WRONG = {
+    "no validation": ({}, "no validation data asked for: .*Write validation_fraction: 0.2, or"),
+    "no sources": ({"train": (), "validation_fraction": 0.2}, "train: name at least one source"),
+    "two ways": ({"validation": (B,), "validation_fraction": 0.2}, "validation and validation_fraction exclude each other"),
+    "two other ways": ({"validation_count": 3, "validation_fraction": 0.2}, "validation_fraction and validation_count exclude each other"),
+    "fraction of 1": ({"validation_fraction": 1.0}, "expected a number between 0 and 1, got 1.0"),
+    "fraction in percent": ({"validation_fraction": 20}, "expected a number between 0 and 1, got 20"),
+    "prompt": ({"validation_fraction": 0.2, "prompt": "vicuna"}, "prompt: expected alpaca or chat, got vicuna"),
+    "on_bad_rows": ({"validation_fraction": 0.2, "on_bad_rows": "ignore"}, "on_bad_rows: expected error or skip"),
+    "max_length": ({"validation_fraction": 0.2, "max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
+    "count": ({"validation_fraction": 0.2, "train_count": 0}, "train_count: expected at least 1, got 0"),
+    "weight": ({"validation_fraction": 0.2, "train": (Source(path="a", weight=-1.0),)}, "a: weight: expected a number above 0, got -1.0"),
+    "some weights": ({"validation_fraction": 0.2, "train": (A, Source(path="b", weight=1.0))}, "give every source a weight, or none"),
+    "count of validation": ({"validation": (Source(path="b", validation_count=3),)}, "a validation source takes count"),
+    "held out twice": ({"validation": (B,), "train": (Source(path="a", validation_count=3),)}, "exclude each other"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_recipes_that_contradict_themselves(name):
+    options, message = WRONG[name]
+    with pytest.raises(DataError, match=message):
+        check(DataRecipe(**({"train": (A,)} | options)))
+
+
+def test_all_mistakes_at_once():
+    with pytest.raises(DataError) as caught:
+        check(DataRecipe(train=(A,), validation_fraction=2.0, prompt="x", max_length=0))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (["a"] * 9, {"validation_fraction": 0.3}, "leaves no validation example: too few rows, or all ask the same"),
+        (["a"], {"validation_fraction": 0.3}, "no training example is left beside validation"),
+        (questions("a", 5), {"validation_count": 6}, "6 validation examples asked for of 5 usable rows; validation never repeats"),
+        (questions("a", 5), {"validation_count": 5}, "no training example is left beside validation"),
+        (questions("a", 5), {"validation_fraction": 0.2, "max_length": 9}, "every prompt alone fills max_length = 9 tokens"),
+    ],
+)
+def test_data_that_cannot_be_split(tmp_path, tokenizer, rows, options, message):
+    source = Source(path=write(tmp_path / "a.jsonl", rows))
+    with pytest.raises(DataError, match=message):
+        prepare(DataRecipe(train=(source,), **options), tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_tokenizers_that_cannot_be_had(tmp_path):
+    recipe = simple(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    for name, message in (("nowhere", "no such folder"), ("empty", "no tokenizer files"), ("broken", "cannot be loaded")):
+        with pytest.raises(ModelError, match=message):
+            prepare(recipe, tokenizer=str(tmp_path / name), cache=tmp_path / "cache")

@@ -1,0 +1,168 @@
+"""Which tokens an example becomes and which of them are learnt."""
+
+from pathlib import Path
+
+import pytest
+import tiny_tokenizer
+
+from loratune.errors import DataError, ModelError
+from loratune.finetune.data import Example, Exchange
+from loratune.finetune.prepare import load_tokenizer
+from loratune.finetune.prompts import alpaca_prompt, check_tokenizer, encode, encode_prompt
+
+CAPITAL = Example(exchanges=(Exchange("Name the capital of France.", "", "Paris"),))
+TWO_TURNS = Example(exchanges=(Exchange("Hi", "", "Hello"), Exchange("Bye", "", "See you")), system="Be brief.")
+
+# Stanford Alpaca's published texts, typed out once more.
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName the capital of France.\n\n### Response:"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\nTranslate.\n\n### Input:\n{cat}\n\n### Response:"
+)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return load_tokenizer(str(tiny_tokenizer.build(tmp_path_factory.mktemp("plain"))))
+
+
+@pytest.fixture(scope="module", params=["chatml", "tagged"])
+def chat(request, tmp_path_factory):
+    template = {"chatml": tiny_tokenizer.CHATML, "tagged": tiny_tokenizer.TAGGED}[request.param]
+    return load_tokenizer(str(tiny_tokenizer.build(tmp_path_factory.mktemp(request.param), chat_template=template)))
+
+
+def pieces(encoded, tokenizer):
+    """The text of each stretch of equal mask, as (is response, text)."""
+    out: list[tuple[bool, list[int]]] = []
+    for token, is_response in zip(encoded.input_ids, encoded.response_mask, strict=True):
+        if not out or out[-1][0] != is_response:
+            out.append((is_response, []))
+        out[-1][1].append(token)
+    return [(is_response, tokenizer.decode(ids)) for is_response, ids in out]
+
+
+def test_alpaca_prompt_is_the_published_one():
+    assert alpaca_prompt("Name the capital of France.") == WITHOUT_INPUT
+    assert alpaca_prompt("Translate.", "{cat}") == WITH_INPUT
+
+
+def test_alpaca_learns_the_response_and_one_eos(plain):
+    encoded = encode(CAPITAL, plain, prompt="alpaca", max_length=512)
+    assert pieces(encoded, plain) == [(False, WITHOUT_INPUT), (True, "Paris<|im_end|>")]
+    assert encoded.input_ids.count(plain.eos_token_id) == 1
+    assert not encoded.truncated
+
+
+def test_golden_tokens_of_a_pretrained_tokenizer(tinystories):
+    tokenizer = load_tokenizer(str(tinystories))
+    encoded = encode(CAPITAL, tokenizer, prompt="alpaca", max_length=512)
+    tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    response = [token for token, is_response in zip(tokens, encoded.response_mask, strict=True) if is_response]
+    assert tokens[:6] == ["<|start_story|>", "▁", "B", "e", "lo", "w▁"]
+    assert response == ["▁", "P", "ar", "is", "<|end_story|>"]
+    assert tokens.count("<|start_story|>") == 1
+
+
+@pytest.mark.parametrize("prompt", ["alpaca", "chat"])
+@pytest.mark.parametrize(("instruction", "about", "system"), [("Hi", "", ""), ("Sum up:", "\n1 2", ""), ("Hi", "x", "Be brief.")])
+def test_training_and_inference_see_the_same_prompt(chat, prompt, instruction, about, system):
+    asked = encode_prompt(instruction, about, system, tokenizer=chat, prompt=prompt)
+    for response in ("yes", "\nyes", "::", " yes"):  # each could merge with the prompt's last token
+        encoded = encode(Example(exchanges=(Exchange(instruction, about, response),), system=system), chat, prompt=prompt, max_length=512)
+        assert encoded.input_ids[: len(asked)] == asked
+        assert encoded.response_mask == [False] * len(asked) + [True] * (len(encoded.input_ids) - len(asked))
+
+
+def test_bos_and_eos_that_the_tokenizer_adds(tmp_path):
+    tokenizer = load_tokenizer(str(tiny_tokenizer.build(tmp_path, bos=True, add_eos=True)))
+    encoded = encode(CAPITAL, tokenizer, prompt="alpaca", max_length=512)
+    assert pieces(encoded, tokenizer) == [(False, "<|begin|>" + WITHOUT_INPUT), (True, "Paris<|im_end|>")]
+    assert encoded.input_ids.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("response", ["Paris<|im_end|>", "Paris<|im_end|>\n", "Paris"])
+def test_an_eos_spelt_out_in_the_data_is_not_doubled(chat, response):
+    example = Example(exchanges=(Exchange("Where?", "", response),))
+    for prompt in ("alpaca", "chat"):
+        assert pieces(encode(example, chat, prompt=prompt, max_length=512), chat)[-1] == (True, "Paris<|im_end|>")
+
+
+def test_a_special_token_inside_a_text_is_text(plain):
+    example = Example(exchanges=(Exchange("What does <|im_end|> mean?", "", "<|im_end|> ends a message."),))
+    encoded = encode(example, plain, prompt="alpaca", max_length=512)
+    assert encoded.input_ids.count(plain.eos_token_id) == 1
+    assert pieces(encoded, plain)[-1] == (True, "<|im_end|> ends a message.<|im_end|>")
+
+
+def test_alpaca_conversation_learns_every_answer(plain):
+    encoded = encode(TWO_TURNS, plain, prompt="alpaca", max_length=512)
+    assert pieces(encoded, plain) == [
+        (False, "Be brief.\n\n### Instruction:\nHi\n\n### Response:"),
+        (True, "Hello<|im_end|>"),
+        (False, "\n\n### Instruction:\nBye\n\n### Response:"),
+        (True, "See you<|im_end|>"),
+    ]
+
+
+def test_chat_conversation_learns_every_answer(chat):
+    encoded = encode(TWO_TURNS, chat, prompt="chat", max_length=512)
+    assert pieces(encoded, chat) == [
+        (False, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "Hello<|im_end|>"),
+        (False, "\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "See you<|im_end|>"),
+    ]
+
+
+def test_chat_template_that_shows_earlier_answers_differently(plain, monkeypatch):
+    """Like Qwen3's: the last answer is preceded by a thinking part, which later disappears."""
+    template = tiny_tokenizer.CHATML.replace(
+        "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
+    )
+    monkeypatch.setattr(plain, "chat_template", template)
+    encoded = encode(TWO_TURNS, plain, prompt="chat", max_length=512)
+    learnt = [text for is_response, text in pieces(encoded, plain) if is_response]
+    assert learnt == ["Hello<|im_end|>", "<think></think>See you<|im_end|>"]
+
+
+def test_chat_template_that_ends_answers_with_another_token_still_ends_with_eos(plain, monkeypatch):
+    monkeypatch.setattr(plain, "chat_template", tiny_tokenizer.CHATML.replace("<|im_end|>", "<end>"))
+    encoded = encode(CAPITAL, plain, prompt="chat", max_length=512)
+    assert pieces(encoded, plain)[-1] == (True, "Paris<end>\n<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% if add_generation_prompt %}A{% else %}B{% endif %}", "not the beginning of the whole"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "an answer does not appear"),
+    ],
+)
+def test_chat_template_that_cannot_serve(plain, monkeypatch, template, message):
+    monkeypatch.setattr(plain, "chat_template", template)
+    with pytest.raises(DataError, match=f"a.json, record 3: .*{message}"):
+        encode(Example(exchanges=CAPITAL.exchanges, source="a.json", place="record 3"), plain, prompt="chat", max_length=512)
+
+
+def test_cut_and_dropped(plain):
+    whole = encode(CAPITAL, plain, prompt="alpaca", max_length=512)
+    asked = whole.response_mask.index(True)
+    cut = encode(CAPITAL, plain, prompt="alpaca", max_length=asked + 1)
+    assert cut.truncated
+    assert cut.input_ids == whole.input_ids[: asked + 1]
+    assert sum(cut.response_mask) == 1
+    assert plain.eos_token_id not in cut.input_ids  # what was cut has not ended
+    assert not encode(CAPITAL, plain, prompt="alpaca", max_length=len(whole.input_ids)).truncated
+    assert encode(CAPITAL, plain, prompt="alpaca", max_length=asked) is None
+
+
+def test_tokenizers_that_cannot_serve(plain, tmp_path: Path):
+    with pytest.raises(ModelError, match=r"no chat template\. Use prompt: alpaca"):
+        check_tokenizer(plain, "chat")
+    with pytest.raises(ModelError, match="no EOS token"):
+        check_tokenizer(load_tokenizer(str(tiny_tokenizer.build(tmp_path, eos=None))), "alpaca")
