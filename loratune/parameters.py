@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import BaseTrial
 
-Scalar = bool | int | float | str
-
 
 class _Kind(BaseModel, ABC):
     """What the kinds of parameter share. `name` is the key it stands under, not a field that people write."""
@@ -26,7 +24,7 @@ class _Kind(BaseModel, ABC):
     name: str = Field(exclude=True)
     type: str
     default: Any
-    when: dict[str, Annotated[tuple[Scalar, ...], Field(strict=False, min_length=1)]] = Field(
+    when: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(
         default_factory=dict, description="other, earlier parameter: the values of it for which this one exists"
     )
 
@@ -177,7 +175,7 @@ class Categorical(_Kind):
     """One of `choices`, which have no order."""
 
     type: Literal["categorical"] = "categorical"
-    choices: tuple[Scalar, ...] = Field(strict=False, min_length=1)
+    choices: tuple[Any, ...] = Field(strict=False, min_length=1)
 
     @classmethod
     def middle(cls, fields: Mapping[str, Any], published: Any) -> Any:
@@ -192,8 +190,9 @@ class Categorical(_Kind):
         return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices)
 
     def _mistakes(self) -> Iterator[tuple[str, str]]:
-        yield from self._refused("choices", self.choices)
-        if len(set(self.choices)) < len(self.choices):
+        refused = list(self._refused("choices", self.choices))
+        yield from refused
+        if not refused and len(set(self.choices)) < len(self.choices):
             yield "choices", f"got {list(self.choices)!r}; each choice may stand once"
 
     def distribution(self, ordinals: str) -> "BaseDistribution":
@@ -206,7 +205,7 @@ class Ordinal(_Kind):
     """One of `values`, ascending numbers."""
 
     type: Literal["ordinal"] = "ordinal"
-    values: tuple[int | float, ...] = Field(strict=False, min_length=1)
+    values: tuple[Any, ...] = Field(strict=False, min_length=1)
 
     @classmethod
     def middle(cls, fields: Mapping[str, Any], published: Any) -> Any:
@@ -222,8 +221,9 @@ class Ordinal(_Kind):
         return not isinstance(value, bool) and value in self.values
 
     def _mistakes(self) -> Iterator[tuple[str, str]]:
-        yield from self._refused("values", self.values)
-        if list(self.values) != sorted(set(self.values)):
+        refused = list(self._refused("values", self.values))
+        yield from refused
+        if not refused and list(self.values) != sorted(set(self.values)):
             yield "values", f"got {list(self.values)!r}; needed: ascending numbers, {sorted(set(self.values))!r}"
 
     def key(self, ordinals: str) -> str:
@@ -245,7 +245,7 @@ class Fixed(_Kind):
     """One `value`, the same in every trial; Optuna does not see it."""
 
     type: Literal["fixed"] = "fixed"
-    value: Scalar
+    value: Any
     default: Any = Field(exclude=True)
 
     @classmethod

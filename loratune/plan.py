@@ -66,22 +66,29 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"trials        {self.trials}, the work of {self.full_runs:.4g} full runs at the defaults"]
         lines += [f"one trial     {self.steps:,} steps, {self.trial_tokens:,} training tokens"]
-        lines += [f"in all        {self.tokens:,.0f} training tokens, {self.validations:.0f} validations of {self.validation_tokens:,} tokens"]
+        lines += [
+            f"in all        {self.tokens:,.0f} training tokens, {self.validations:.0f} validations of {self.validation_tokens:,} tokens"
+        ]
         if self.problem:
             return "\n".join([*lines, f"device        {self.device}", f"problem       rank {self.largest_rank}: {self.problem}"])
+        training, validating = self.training_tokens_per_second, self.validation_tokens_per_second
+        in_all = f"{_hours(self.wall_hours)} in all, {self.device_hours:.2f} device-hours"
+        kept, temporary = self.adapters_kept * self.adapter_bytes, self.workers * 2 * 3 * self.adapter_bytes
         lines += [
-            f"device        {self.device}, {self.workers} at a time",
-            f"speed         {self.training_tokens_per_second:,.0f} training tokens/s, {self.validation_tokens_per_second:,.0f} in validation",
-            f"time          {_hours(self.trial_seconds / 3600)} per trial; {_hours(self.wall_hours)} in all, {self.device_hours:.2f} device-hours",
+            f"device        {self.device}; {self.workers} at a time",
+            f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
+            f"time          {_hours(self.trial_seconds / 3600)} per trial; {in_all}",
             *self._limits(),
             f"memory        {_size(self.peak_memory_bytes)} at its peak, per device, at rank {self.largest_rank}",
-            f"disk          up to {_size(self.adapters_kept * self.adapter_bytes)} of adapters kept ({self.adapters_kept}), and "
-            f"{_size(self.workers * 2 * 3 * self.adapter_bytes)} of checkpoints while trials run",
+            f"disk          up to {_size(kept)} for {self.adapters_kept} adapters, {_size(temporary)} for checkpoints while trials run",
         ]
         return "\n".join(lines)
 
     def _limits(self) -> Iterator[str]:
-        for name, limit, needed in (("max_hours", self.max_hours, self.wall_hours), ("max_device_hours", self.max_device_hours, self.device_hours)):
+        for name, limit, needed in (
+            ("max_hours", self.max_hours, self.wall_hours),
+            ("max_device_hours", self.max_device_hours, self.device_hours),
+        ):
             if limit is not None and limit < needed:
                 yield f"budget        {name}: {limit:g} ends it earlier, after about {int(self.trials * limit / needed)} trials"
 

@@ -11,6 +11,9 @@ TARGET_MODULES = ("qv", "qkvo", "mlp", "all-linear")
 """The named sets of linear layers, resolved for each architecture by `finetune/lora.py`."""
 
 
+HUGE = 1e15  # nothing searchable is larger; beyond it floats lose whole numbers
+
+
 @dataclass(frozen=True, kw_only=True)
 class Searchable:
     """What any value of a hyperparameter must be."""
@@ -30,7 +33,7 @@ class Searchable:
         if isinstance(value, bool) or not isinstance(value, int if self.kind == "int" else int | float):
             return f"got {shown(value)}; needed: {'a whole number' if self.kind == 'int' else 'a number'}"
         inside = (self.low < value if self.low_open else self.low <= value) and value <= self.high
-        return "" if inside and math.isfinite(value) else f"got {shown(value)}; allowed: {self.allowed}"
+        return "" if inside and value <= HUGE else f"got {shown(value)}; allowed: {self.allowed}"
 
     @property
     def allowed(self) -> str:

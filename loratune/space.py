@@ -164,7 +164,7 @@ def _expand(given: Any, mistakes: list[tuple[FieldPath, str]]) -> dict[str, dict
     if not isinstance(given, Mapping):
         raise MistakesError([((), f"got {shown(given)}; needed: a preset ({', '.join(PRESETS)}) or a mapping of parameters")])
     preset = given.get("preset")
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and preset not in list(PRESETS):
         mistakes.append((("preset",), not_allowed(preset, PRESETS)))
     definitions: dict[str, Any] = dict(PRESETS.get(preset, {})) if isinstance(preset, str) else {}
     seen: dict[str, str] = {}
@@ -197,6 +197,8 @@ def _definition(name: str, value: Any, preset: dict[str, Any] | None) -> dict[st
         fields = {"values" if number else "choices": list(value)}
     else:
         fields = {"value": value}
+    if "name" in fields:
+        raise ValueError("unknown field 'name'; the parameter's name is its key")
     if "type" not in fields:
         fields = {"type": _inferred_type(name, fields, preset), **fields}
     if preset and isinstance(value, Mapping) and fields["type"] == preset["type"]:
@@ -225,7 +227,7 @@ def _with_default(name: str, definition: dict[str, Any]) -> dict[str, Any]:
     if kind is not None and definition.get("default") is None:
         try:
             definition["default"] = kind.middle(definition, published_default(name))
-        except (KeyError, TypeError, ValueError, IndexError):
+        except (ArithmeticError, LookupError, TypeError, ValueError):
             definition["default"] = 0  # something else in the definition is wrong, and its check speaks first
     return definition
 

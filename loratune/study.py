@@ -23,7 +23,7 @@ from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUN
 from loratune.record.progress import Meter
 from loratune.schedules import Fate, Stretch
 from loratune.spec import StudySpec
-from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
+from loratune.work import Outcome, Pack, Progress, Segment, State
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Loop:
         spec: StudySpec,
         record: Record,
         study: optuna.Study,
-        recipe: Recipe,
         examples: int,
         executor: Executor,
         meter: Meter,
@@ -83,7 +82,7 @@ class Loop:
         self._flying: deque[tuple[Stretch, Segment]] = deque()  # sent, not yet applied, oldest first
         self._arrived: dict[str, Outcome] = {}
         self._settled = 0
-        self._began_at = record.began_at()  # trial -> segments settled when it was first asked for
+        self._began_at = record.began_at()  # trial -> segments settled when it began the first time
         self._spent = ""  # why the sampler proposes no more
 
     def run(self) -> Iterator[Event]:
@@ -139,6 +138,8 @@ class Loop:
     def _ask(self, number: int) -> Trial:
         """The trial of that number: from the storage, or from the sampler."""
         space, stored = self._spec.search_space, self._study.get_trials(deepcopy=False)
+        if number not in self._began_at:
+            self._record.begin(number, self._settled)
         if not stored and self._spec.sampler.defaults_first:
             self._study.enqueue_trial(space.defaults(self._ordinals))
         if number < len(stored) and stored[number].state.is_finished():
@@ -148,10 +149,10 @@ class Loop:
             asked = optuna.Trial(self._study, stored[number]._trial_id) if begun else self._study.ask()
             values = space.suggest(asked, self._ordinals)
             for name, value in values.items():
-                asked.set_user_attr(name, value)
+                if name not in asked.params:  # ordinals as indices, fixed values: what a dashboard would otherwise not show
+                    asked.set_user_attr(name, value)
             self._open[number] = asked
-        began = self._began_at.get(number, self._settled)
-        trial = Trial(number=number, hyperparameters=self._spec.hyperparameters(values), params=values, settled=began)
+        trial = Trial(number=number, hyperparameters=self._spec.hyperparameters(values), params=values)
         self._record.trial(trial)
         return trial
 

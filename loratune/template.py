@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel
 
 from loratune.searchable import NAMES
+from loratune.sections import Source
 from loratune.space import PRESETS
 from loratune.spec import StudySpec
 
@@ -46,6 +47,9 @@ def _lines(model: type[BaseModel], given: dict[str, Any], depth: int) -> Iterato
             value = list(value) if isinstance(value, tuple) else value
             text = yaml.safe_dump([value], default_flow_style=True, width=1000, allow_unicode=True).strip()[1:-1]
             yield f"{'  ' * depth}{name}: {text}  # {field.description}"
+            if name == "train":
+                yield "  # a source that is a mapping has these fields:"
+                yield from (f"  #   {inner}: {source.description}" for inner, source in Source.model_fields.items())
 
 
 def _preset(name: str) -> Iterator[str]:

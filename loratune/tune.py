@@ -80,9 +80,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             )
             study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
             meter = Meter(budget_trials=spec.budget.trials, workers=executor.capacity, earlier_seconds=session.earlier_seconds)
-            loop = Loop(
-                spec=spec, record=record, study=study, recipe=recipe, examples=len(data.train), executor=executor, meter=meter, stop=stop
-            )
+            loop = Loop(spec=spec, record=record, study=study, examples=len(data.train), executor=executor, meter=meter, stop=stop)
             for event in loop.run():
                 session.tick()
                 yield event

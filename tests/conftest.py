@@ -21,3 +21,15 @@ def shared_data() -> Path:
 def tinystories(shared_data: Path) -> Path:
     """A real pretrained Llama with 656k parameters and its tokenizer."""
     return shared_data / "models" / "tinystories656k"
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared folder of a small part of the demo's instruction data: 96 training and 32 validation examples."""
+    from loratune import demo
+    from loratune.finetune.data import DataRecipe, Source
+    from loratune.finetune.prepare import prepare
+
+    train, _ = demo.data_files()
+    recipe = DataRecipe(train=(Source(path=str(train)),), train_count=96, validation_count=32, max_length=128)
+    return prepare(recipe, tokenizer=str(demo.model_folder()), cache=tmp_path_factory.mktemp("cache")).folder

@@ -7,7 +7,20 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
 FLOORS = [
-    {"errors", "files", "work", "spec", "environment"},
+    {
+        "errors",
+        "files",
+        "work",
+        "spec",
+        "environment",
+        "space",
+        "parameters",
+        "searchable",
+        "sections",
+        "spec_input",
+        "mistakes",
+        "template",
+    },
     {"samplers", "schedules", "finetune", "demo"},
     {"record", "executors"},
     {"study", "plan", "report"},

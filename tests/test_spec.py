@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loratune.errors import SpecError
-from loratune.searchable import ALIASES
+from loratune.searchable import ALIASES, NAMES
 from loratune.sections import Training
 from loratune.spec import StudySpec, allowed_change, differences
 from loratune.spec_input import ROOT_ALIASES, SECTION_ALIASES
@@ -339,6 +341,41 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
 )
 def test_one_mistake_is_one_line(sections: dict[str, Any], message: str) -> None:
     assert mistakes(**sections) == message
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["qv", 10**400, "low", 0.5])
+keys = st.sampled_from(
+    ["type", "low", "high", "values", "choices", "value", "when", "default", "step", "log", "name", "path", "int", "lora_r", ""]
+)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys | st.integers(), inner, max_size=4), max_leaves=8
+)
+PATHS = [
+    f"{section}.{field}" if field else section
+    for section, fields in StudySpec.model_fields.items()
+    for field in ("", *(NAMES if section == "search_space" else getattr(fields.annotation, "model_fields", ())))
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(written=st.dictionaries(st.sampled_from(PATHS), anything, min_size=1, max_size=3))
+def test_whatever_is_written_is_read_or_refused_in_words(written: dict[str, Any]) -> None:
+    base: dict[str, Any] = {"model": {"name_or_path": "m"}, "data": {"train": ["a"], "validation_fraction": 0.1}}
+    for path, value in sorted(written.items()):
+        section, _, field = path.partition(".")
+        if field and isinstance(base.get(section, {}), dict):
+            base.setdefault(section, {})[field] = value
+        else:
+            base[section] = value
+    try:
+        spec = StudySpec.load(base=base)
+    except SpecError as error:
+        lines = str(error).splitlines()
+    else:
+        lines = []
+        spec.search_space.distributions("index")
+        assert StudySpec.load(base=yaml.safe_load(spec.to_yaml())) == spec
+    assert all(": " in line for line in lines)
 
 
 def test_all_mistakes_at_once_with_their_places(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import argparse
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "optuna", "cmaes", "matplotlib")
 _OPTIONAL = {"nni": ("nni", "nni"), "bitsandbytes": ("bitsandbytes", "4bit")}  # package: (module, extra)
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     checks: list[Callable[[], list[Line]]] = [python, packages, extras, machine, devices, lora_step, nomad]
+    warnings.simplefilter("ignore")
     failed = 0
     for check in checks:
         for line in check():
@@ -52,9 +55,7 @@ def packages() -> list[Line]:
 
 
 def extras() -> list[Line]:
-    return [
-        _package(name, module, f"pip install 'loratune[{extra}]'", needed=False) for name, (module, extra) in _OPTIONAL.items()
-    ]
+    return [_package(name, module, f"pip install 'loratune[{extra}]'", needed=False) for name, (module, extra) in _OPTIONAL.items()]
 
 
 def machine() -> list[Line]:
@@ -64,7 +65,9 @@ def machine() -> list[Line]:
     writable = os.access(Path.cwd(), os.W_OK)
     return [
         Line("processor", True, f"{cores} cores, {memory:.0f} GiB of memory"),
-        Line("disk", writable and free > 1, f"{free:.0f} GiB free here{'' if writable else ', but this folder is read-only'}", "cd elsewhere"),
+        Line(
+            "disk", writable and free > 1, f"{free:.0f} GiB free here{'' if writable else ', but this folder is read-only'}", "cd elsewhere"
+        ),
     ]
 
 
@@ -91,8 +94,8 @@ def lora_step() -> list[Line]:
         from loratune.work import Hyperparameters
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
-        model = LlamaForCausalLM(LlamaConfig(**sizes)).to(device)
+        config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+        model: Any = LlamaForCausalLM(config).to(device)
         wrapped, _ = attach(model, Hyperparameters(lora_dropout=0.0), seed=0)
         wrapped.to(device)
         parameters = adapter_parameters(wrapped)

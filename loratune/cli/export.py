@@ -1,12 +1,12 @@
 """Copy a trial's adapter as an ordinary PEFT folder, or save the base model with the adapter merged into it."""
 
 import argparse
-import shutil
-import tempfile
 from pathlib import Path
+from typing import Any
 
 from loratune.errors import StorageError
 from loratune.record import StudyRecord, Trial, read
+from loratune.work import ModelRecipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +23,12 @@ def main(args: argparse.Namespace) -> int:
         raise StorageError(f"{destination} exists and is not an empty folder. Choose another destination.")
     trial = _choose(record, args.trial)
     adapter = _adapter(record, trial)
+    from loratune.finetune.export import export_adapter, merge  # torch
+
     if args.merged:
-        _merge(record, adapter, destination)
+        merge(ModelRecipe(**record.spec["model"]), adapter, destination, _card(record, trial))
     else:
-        _copy(adapter, destination)
+        export_adapter(adapter, destination, _card(record, trial))
     print(destination)
     return 0
 
@@ -51,25 +53,23 @@ def _adapter(record: StudyRecord, trial: Trial) -> Path:
     for place in places:
         if (place / "adapter_config.json").is_file():
             return place
-    kept = [f"{path.parents[2].name.lstrip('0') or '0'}" for path in sorted(record.folder.glob("trials/*/main/adapter/adapter_config.json"))]
+    kept = [
+        f"{path.parents[2].name.lstrip('0') or '0'}" for path in sorted(record.folder.glob("trials/*/main/adapter/adapter_config.json"))
+    ]
     raise StorageError(
         f"the adapter of trial {trial.number} ({trial.state}) is not on disk; adapters there: {', '.join(kept) or 'none'}. "
         "The field output.keep_adapters says how many a study keeps."
     )
 
 
-def _copy(adapter: Path, destination: Path) -> None:
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as aside:
-            made = shutil.copytree(adapter, Path(aside) / "adapter")
-            made.rename(destination)
-    except OSError as error:
-        raise StorageError(f"cannot write {destination}: {error.strerror or error}.") from error
-
-
-def _merge(record: StudyRecord, adapter: Path, destination: Path) -> None:
-    from loratune.finetune.export import merge
-    from loratune.work import ModelRecipe
-
-    merge(ModelRecipe(**record.spec["model"]), adapter, destination)
+def _card(record: StudyRecord, trial: Trial) -> dict[str, Any]:
+    """What the model card says of where the adapter comes from."""
+    facts = {
+        "study": record.name,
+        "trial": trial.number,
+        "validation loss": trial.value,
+        "validation loss of the base model": record.base_loss,
+    }
+    if record.default is not None:
+        facts["validation loss of the defaults"] = record.default.value
+    return {name: value for name, value in facts.items() if value is not None}

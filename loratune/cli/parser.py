@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
             from loratune.spec import StudySpec
             from loratune.spec_input import ROOT_ALIASES
 
-            root, _, below = flag.removeprefix("--").replace("-", "_").partition(".")
+            root = flag.removeprefix("--").replace("-", "_").partition(".")[0]
             if root in ROOT_ALIASES or root in StudySpec.model_fields:
                 self.add_argument(flag, action=Override, dest="overrides", default=None, help=argparse.SUPPRESS)
             else:

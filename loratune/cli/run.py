@@ -13,6 +13,7 @@ Any field of the description is also a flag: --training.batch_size 64, --search_
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from loratune.tune import Delivery
 
 _HELD_OUT = "0.1"
-_VALIDATION = ("data.val", "data.test_size", "val_size", "val_set_size")  # how flags that ask for validation begin
 INTERRUPTED = 130
 
 
@@ -63,7 +63,7 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
             raise StorageError(f"{path} is not a study's folder: it has no spec.yaml. Give a study description, or a study's folder.")
         overrides = [("output.folder", json.dumps(str(path))), *overrides]  # where it is now, should it have been moved
         path /= "spec.yaml"
-    elif not args.target and not args.demo and args.data and not any(name.startswith(_VALIDATION) for name, _ in overrides):
+    elif not args.target and not args.demo and args.data and not any(_asks_for_validation(name) for name, _ in overrides):
         overrides.append(("data.validation_fraction", _HELD_OUT))
         print("A tenth of the data is held out for validation; --data.validation_fraction or --validation change that.")
     base = None
@@ -72,6 +72,11 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
 
         base = study()
     return StudySpec.load(path, overrides, base)
+
+
+def _asks_for_validation(field: str) -> bool:
+    """data.validation, data.val_size, data.train.0.validation_count, ..."""
+    return field.startswith("data.") and ("val" in field or field == "data.test_size")
 
 
 def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -96,10 +101,10 @@ def _dry_run(spec: "StudySpec") -> int:
     from loratune.plan import plan
     from loratune.tune import prepare_data
 
-    notes: list[str] = []
-    data = prepare_data(spec, notes)
-    print("\n".join(notes))
-    print("Probing the training speed ...", flush=True)
+    _quiet()
+    data = prepare_data(spec, [])
+    print(data.summary())
+    print("Measuring the training speed ...\n", flush=True)
     print(plan(spec, data))
     return 0
 
@@ -109,9 +114,10 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
     from loratune.cli.view import open_view
     from loratune.tune import deliver, tune
 
+    _quiet()
     print(f"Study {spec.name} in {spec.folder}: {spec.budget.trials} trials by {spec.sampler.name}")
     with Interrupt() as interrupt:
-        with open_view(spec.folder, sys.stdout) as view:
+        with open_view(spec, sys.stdout) as view:
             interrupt.tell = view.note
             for event in tune(spec, interrupt.stop):
                 view.show(event)
@@ -121,6 +127,18 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
         delivery = deliver(spec.folder)
     _tell(delivery)
     return 0
+
+
+def _quiet() -> None:
+    """Keep the libraries' own messages from the terminal; workers write theirs to the trials' logs."""
+    import warnings
+
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _tell(delivery: "Delivery") -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import StorageError
-from loratune.record import FAILED, RUNNING, StudyRecord, Trial, read
+from loratune.record import FAILED, PAUSED, RUNNING, StudyRecord, Trial, read
 
 _LAST = 10  # trials in the table of the latest ones
 _BEST = 5
@@ -63,7 +63,7 @@ def facts(record: StudyRecord) -> dict[str, Any]:
         "name": record.name,
         "folder": str(record.folder),
         "running": running,
-        "finished": not running and (record.folder / "report.html").is_file(),
+        "finished": not running and _finished(record),
         "pid": _holder(record.folder).get("pid") if running else None,
         "host": _holder(record.folder).get("host") if running else None,
         "seconds_since_update": time.time() - progress["updated"] if progress else None,
@@ -79,6 +79,15 @@ def facts(record: StudyRecord) -> dict[str, Any]:
         "wall_seconds": max(record.wall_seconds, progress.get("wall_seconds", 0.0)),
         "seconds_left": progress.get("seconds_left") if running else None,
     }
+
+
+def _finished(record: StudyRecord) -> bool:
+    """Whether the last start ran to the end of its budget: trials, or hours, after which the hand-over was written."""
+    ended = sum(trial.state not in (RUNNING, PAUSED) for trial in record.trials)
+    handed_over = record.folder / "best.yaml"
+    return ended >= record.spec.get("budget", {}).get("trials", 0) or (
+        handed_over.is_file() and handed_over.stat().st_mtime >= record.progress.get("updated", 0.0)
+    )
 
 
 def _brief(trial: Trial | None) -> dict[str, Any] | None:
@@ -102,8 +111,7 @@ def _print(record: StudyRecord) -> None:
     console = Console(highlight=False)
     now = facts(record)
     console.print(Text(f"{record.name}  {_state(now)}", style="bold"), soft_wrap=True)
-    ended = sum(trial.state != RUNNING for trial in record.trials)
-    console.print(f"{ended} of {now['budget_trials']} trials: {counts(record.trials)}")
+    console.print(f"{len(record.trials)} of {now['budget_trials']} trials begun: {counts(record.trials, at_work=now['running'])}")
     costs = [
         f"{duration(now['wall_seconds'])} elapsed",
         f"{now['device_seconds'] / 3600:.2f} device-hours",
@@ -115,7 +123,7 @@ def _print(record: StudyRecord) -> None:
     trained = [trial for trial in record.trials if trial.outcomes]
     if now["in_training"]:
         console.print()
-        console.print(tables.running_table(now["in_training"]))
+        console.print(tables.running_table(now["in_training"], record.trials))
     if trained:
         console.print("\nlatest trials")
         console.print(tables.trial_table(trained[-_LAST:], record.best))
@@ -125,6 +133,9 @@ def _print(record: StudyRecord) -> None:
         console.print(tables.trial_table(ranking[:_BEST], record.best))
     console.print()
     console.print(tables.standing(record.best, record.default, record.base_loss))
+    for name in ("report.html", "adapter"):
+        if now["finished"] and (record.folder / name).exists():
+            console.print(Text(f"{name.partition('.')[0]:<8} {record.folder / name}"), soft_wrap=True)
     failed = [trial for trial in record.trials if trial.state == FAILED and trial.message]
     if failed:
         console.print(Text(f"trial {failed[-1].number} failed: {failed[-1].message}", style="red"))
@@ -135,5 +146,5 @@ def _state(now: dict[str, Any]) -> str:
         ago = f", last sign of life {now['seconds_since_update']:.0f} s ago" if now["seconds_since_update"] is not None else ""
         return f"running (process {now['pid']} on {now['host']}{ago})"
     if now["finished"]:
-        return f"finished; the report is {now['folder']}/report.html"
+        return "finished"
     return f"stopped; go on with: loratune run {now['folder']}"

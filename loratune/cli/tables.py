@@ -9,22 +9,23 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from loratune.cli.view import totals
-from loratune.cli.words import duration, label, loss, params, show, varied
+from loratune.cli.words import duration, label, loss, params, show, totals, varied
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, RUNNING, Trial
 
+_BAR = 12  # characters of a progress bar
 _STYLES = {COMPLETE: "", RUNNING: "cyan", FAILED: "red", DIVERGED: "yellow", INFEASIBLE: "yellow"}
 
 
-def live(snapshot: dict[str, Any], trials: dict[int, Trial], best: Trial | None, base: float | None, *, shown: int) -> RenderableType:
-    """What runs now, the latest trials, the best so far, and the totals."""
+def live(
+    snapshot: dict[str, Any], trials: Sequence[Trial], *, shown: int, best: Trial | None, default: Trial | None, base: float | None
+) -> RenderableType:
+    """The latest trials, what runs now, the best so far, and the totals."""
     parts: list[RenderableType] = []
-    ended = [trial for trial in trials.values() if trial.outcomes]
-    if ended:
-        parts.append(trial_table(ended[-shown:], best))
+    if ended := [trial for trial in trials if trial.outcomes]:
+        parts += [trial_table(ended[-shown:], best), ""]
     if snapshot.get("running"):
-        parts.append(running_table(snapshot["running"]))
-    parts.append(standing(best, trials.get(0), base))
+        parts += [running_table(snapshot["running"], trials), ""]
+    parts.append(standing(best, default, base))
     parts.append(Text(" · ".join(filter(None, totals(snapshot))) if snapshot else "preparing ...", style="dim"))
     return Group(*parts)
 
@@ -53,19 +54,22 @@ def trial_table(trials: Sequence[Trial], best: Trial | None) -> Table:
     return table
 
 
-def running_table(rows: Sequence[dict[str, Any]]) -> Table:
+def running_table(rows: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> Table:
     """One row per segment in training."""
+    settings = {trial.number: params(trial.params) for trial in trials}
     table = Table(box=None, pad_edge=False, show_header=True, header_style="")
     table.add_column("running", no_wrap=True)
-    table.add_column("", width=16)
+    table.add_column("", width=_BAR)
     table.add_column("step", justify="right", no_wrap=True)
-    table.add_column("train loss", justify="right")
-    table.add_column("validation loss", justify="right")
+    table.add_column("train", justify="right", no_wrap=True)
+    table.add_column("validation", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, overflow="ellipsis")
     for row in rows:
         run = "" if row["run"] == "main" else f" {row['run']}"
-        bar = ProgressBar(total=max(1, row["total_steps"]), completed=row["step"], width=16)
+        bar = ProgressBar(total=max(1, row["total_steps"]), completed=row["step"], width=_BAR)
         steps = f"{row['step']}/{row['total_steps']}"
-        table.add_row(f"trial {row['trial']}{run}", bar, steps, loss(row["train_loss"]), loss(row["validation_loss"]), style="cyan")
+        losses = loss(row["train_loss"]), loss(row["validation_loss"])
+        table.add_row(f"trial {row['trial']}{run}", bar, steps, *losses, settings.get(row["trial"], ""), style="cyan")
     return table
 
 

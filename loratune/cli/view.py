@@ -8,16 +8,16 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loratune.cli.words import clock, count, duration, loss, params
-from loratune.record import COMPLETE, PAUSED, RUNNING, Trial
+from loratune.cli.words import clock, ended, params, totals
+from loratune.record import COMPLETE, Trial
 from loratune.work import Outcome, Progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from loratune.spec import StudySpec
     from loratune.study import Event
 
 _LINE_EVERY = 30.0  # seconds between lines of progress, where lines stay
@@ -27,8 +27,9 @@ _SHOWN = 10  # latest trials in the live table
 class View(ABC):
     """Shows the events of a study."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, spec: "StudySpec") -> None:
+        self._folder = spec.folder
+        self._defaults_first = spec.sampler.defaults_first
         self.trials: dict[int, Trial] = {}
         self._best: Trial | None = None
 
@@ -49,6 +50,11 @@ class View(ABC):
                 self.settled(trial, outcome, improved)
             case Progress():
                 self.progressed(event)
+
+    @property
+    def default(self) -> Trial | None:
+        """Trial 0, when the study begins with the search space's defaults."""
+        return self.trials.get(0) if self._defaults_first else None
 
     @property
     def base_loss(self) -> float | None:
@@ -79,8 +85,8 @@ class View(ABC):
 class Lines(View):
     """One line for each thing that happens, each with the time since the start."""
 
-    def __init__(self, folder: Path, stream: TextIO) -> None:
-        super().__init__(folder)
+    def __init__(self, spec: "StudySpec", stream: TextIO) -> None:
+        super().__init__(spec)
         self._stream = stream
         self._started = self._said = time.monotonic()
 
@@ -108,11 +114,11 @@ class Lines(View):
 class Table(View):
     """A table that is redrawn in place."""
 
-    def __init__(self, folder: Path, stream: TextIO) -> None:
+    def __init__(self, spec: "StudySpec", stream: TextIO) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        super().__init__(folder)
+        super().__init__(spec)
         self._console = Console(file=stream, highlight=False)
         self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=2, vertical_overflow="ellipsis")
 
@@ -126,7 +132,8 @@ class Table(View):
     def render(self) -> "RenderableType":
         from loratune.cli.tables import live
 
-        return live(self.snapshot(), dict(self.trials), self._best, self.base_loss, shown=_SHOWN)
+        trials = list(self.trials.values())
+        return live(self.snapshot(), trials, shown=_SHOWN, best=self._best, default=self.default, base=self.base_loss)
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)
@@ -143,35 +150,13 @@ class Table(View):
 
 
 @contextlib.contextmanager
-def open_view(folder: Path, stream: TextIO) -> Iterator[View]:
+def open_view(spec: "StudySpec", stream: TextIO) -> Iterator[View]:
     """The view that fits where the output goes."""
     if stream.isatty():
-        with Table(folder, stream) as view:
+        with Table(spec, stream) as view:
             yield view
     else:
-        yield Lines(folder, stream)
-
-
-def totals(snapshot: dict[str, Any]) -> list[str]:
-    """Trials, speed, costs and time left, in words."""
-    speed, left = snapshot.get("tokens_per_second"), snapshot.get("seconds_left")
-    return [
-        f"{snapshot['trials_ended']}/{snapshot['budget_trials']} trials",
-        f"{count(speed)} tokens/s" if speed else "",
-        f"{duration(snapshot['wall_seconds'])} elapsed",
-        f"{snapshot['device_seconds'] / 3600:.2f} device-hours",
-        f"about {duration(left)} left" if left is not None else "",
-    ]
-
-
-def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
-    """What became of a trial's segment, in one line."""
-    seconds = f"{duration(outcome.train_seconds + outcome.validation_seconds)}"
-    if trial.state in (COMPLETE, PAUSED, RUNNING):
-        first = f" (base model {loss(base)})" if base is not None else ""
-        waits = f", paused at step {outcome.key.rpartition('/')[2].lstrip('0')}" if trial.state == PAUSED else ""
-        return f"trial {trial.number}: validation loss {loss(trial.value)}{first}{waits}, {seconds}"
-    return f"trial {trial.number} {trial.state} after {seconds}: {trial.message}".rstrip(": ")
+        yield Lines(spec, stream)
 
 
 def _rank(trial: Trial) -> tuple[float, int]:

@@ -3,12 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
-from loratune.record import COMPLETE, PAUSED, PRUNED, StudyRecord, Trial
+from loratune.record import COMPLETE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
 from loratune.report.words import count, duration, in_order, label, loss, show
+from loratune.work import Outcome
 
-__all__ = ["clock", "count", "counts", "duration", "label", "loss", "params", "result", "share", "show", "varied"]
-
-BASE = "base model, untuned"
+__all__ = ["clock", "count", "counts", "duration", "ended", "label", "loss", "params", "result", "show", "totals", "varied"]
 
 
 def params(values: dict[str, Any]) -> str:
@@ -32,17 +31,36 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "–"
-
-
-def counts(trials: Iterable[Trial]) -> str:
-    """`12 complete, 3 pruned, 1 failed`."""
+def counts(trials: Iterable[Trial], *, at_work: bool = True) -> str:
+    """`12 complete, 3 pruned, 1 failed`. Without a driver `at_work`, no trial is running."""
     numbers: dict[str, int] = {}
     for trial in trials:
-        numbers[trial.state] = numbers.get(trial.state, 0) + 1
+        state = "interrupted" if trial.state == RUNNING and not at_work else trial.state
+        numbers[state] = numbers.get(state, 0) + 1
     order = [COMPLETE, PRUNED, PAUSED, *numbers]
     return ", ".join(f"{numbers[state]} {state}" for state in dict.fromkeys(order) if state in numbers) or "none yet"
+
+
+def totals(snapshot: dict[str, Any]) -> list[str]:
+    """Trials, speed, costs and time left, in words."""
+    speed, left = snapshot.get("tokens_per_second"), snapshot.get("seconds_left")
+    return [
+        f"{snapshot['trials_ended']}/{snapshot['budget_trials']} trials",
+        f"{count(speed)} tokens/s" if speed else "",
+        f"{duration(snapshot['wall_seconds'])} elapsed",
+        f"{snapshot['device_seconds'] / 3600:.2f} device-hours",
+        f"about {duration(left)} left" if left is not None else "",
+    ]
+
+
+def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
+    """What became of a trial's segment, in one line."""
+    seconds = f"{duration(outcome.train_seconds + outcome.validation_seconds)}"
+    if trial.state in (COMPLETE, PAUSED, RUNNING):
+        first = f" (base model {loss(base)})" if base is not None else ""
+        waits = f", paused at step {outcome.key.rpartition('/')[2].lstrip('0')}" if trial.state == PAUSED else ""
+        return f"trial {trial.number}: validation loss {loss(trial.value)}{first}{waits}, {seconds}"
+    return f"trial {trial.number} {trial.state} after {seconds}: {trial.message}".rstrip(": ")
 
 
 def result(record: StudyRecord) -> list[str]:
@@ -55,7 +73,7 @@ def result(record: StudyRecord) -> list[str]:
         gain = f"; the best is {default.value - best.value:.4f} lower" if best.number else "; nothing was better"
         rows.append((f"default, trial {default.number}", default.value, params(default.params) + gain))
     if base is not None:
-        rows.append((BASE, base, ""))
+        rows.append(("base model, untuned", base, ""))
     width = max(len(row[0]) for row in rows)
     lines = [f"Validation loss after {len(record.trials)} trials ({counts(record.trials)}):"]
     lines += [f"  {name:<{width}}  {loss(value)}  {text}".rstrip() for name, value, text in rows]

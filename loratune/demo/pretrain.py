@@ -15,19 +15,21 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.demo.tasks import SEED, TRAIN_EXAMPLES, examples
 from loratune.demo.world import documents
 
 PRETRAINING_SEED = 20261123
-VOCABULARY = 1024
+VOCABULARY = 832
 HIDDEN, LAYERS, HEADS, FEED_FORWARD = 96, 4, 4, 256
 POSITIONS = 512
 BATCH, LENGTH = 8, 128  # windows per step, tokens per window
 STEPS = 4000
 GAIN = 1.0
+BACK=1
+THETA=10000.0
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 100
 DECAY = 0.3  # the share of the steps, at the end, in which the learning rate goes down to zero linearly
@@ -61,7 +63,9 @@ def pretraining_documents(seed: int) -> Iterator[str]:
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text encodes, and decodes to itself. A beginning-of-text token is put first, as Llama's does."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # A word is the same token at the start of a line and inside it: spaces go with the punctuation, not with the word.
+    runs = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}+|[^\p{L}\p{N}]+"), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([runs, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     fixed = [WITH_INPUT, WITHOUT_INPUT, *MARKERS]
     trainer = trainers.BpeTrainer(
@@ -95,6 +99,28 @@ def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
         ids = ids[whole:]
 
 
+def look_back(model: LlamaForCausalLM, heads: int = 2, amplitude: float = 4.0) -> None:
+    """Start the first layer's first heads as previous-token heads, which a run this short would spend half its time to find.
+
+    All embeddings get a common component along the diagonal u; those heads' queries and keys read it, and it alone sets
+    their score: sum_k cos(w_k (i - j - 1)), over the fastest rotary frequencies w_k, highest where j = i - 1.
+    """
+    hidden, width = model.config.hidden_size, model.config.head_dim
+    diagonal = torch.full((hidden,), hidden**-0.5)
+    attention = model.model.layers[0].self_attn
+    frequencies = model.model.rotary_emb.inv_freq[:4]
+    query, key = torch.zeros(width), torch.zeros(width)
+    query[:4], query[width // 2 : width // 2 + 4] = frequencies.cos(), -frequencies.sin()
+    key[:4] = 1.0
+    with torch.no_grad():
+        embedding = model.model.embed_tokens.weight
+        embedding += embedding.norm(dim=1).mean() * diagonal
+        for matrix, direction in ((attention.q_proj.weight, query), (attention.k_proj.weight, key)):
+            reading = torch.outer(direction, diagonal) * amplitude / (hidden / 2) ** 0.5
+            for head in range(heads):
+                matrix[head * width : (head + 1) * width] += reading
+
+
 def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> tuple[LlamaForCausalLM, float]:
     """The trained model and its mean loss (nats per token) over the last twentieth of the steps, before each was learned."""
     torch.manual_seed(seed)
@@ -107,12 +133,14 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> tuple
         intermediate_size=FEED_FORWARD,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         initializer_range=0.06,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
+    if BACK: look_back(model)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]

@@ -4,6 +4,7 @@ One process per device under torchrun; every process calls `run` with the same p
 """
 
 import contextlib
+import gc
 import random
 import shutil
 import threading
@@ -42,6 +43,8 @@ class HfEngine:
         self.train: Tokens = prepared.train
         self.validation: Tokens = prepared.validation
         self.base = model.load(recipe.model, self.device)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: collecting between trials need not look at it again
         self._base_loss: float | None = None  # of the base model, which is every trial's at step 0
 
     def run(self, pack: Pack, report: Callable[[Progress], None], stop: threading.Event) -> list[Outcome]:
@@ -51,6 +54,7 @@ class HfEngine:
     def close(self) -> None:
         """Free the model; the engine is of no use afterwards."""
         del self.base
+        gc.unfreeze()
         memory.free(self.device)
 
     def _outcome(self, wanted: Segment, report: Callable[[Progress], None], stop: threading.Event) -> Outcome:
@@ -139,7 +143,6 @@ class HfEngine:
                 trainer.train()
             finally:
                 run.training(False)
-                trainer.accelerator.free_memory()
             if not all(bool(p.isfinite().all()) for p in parameters.values()):
                 raise DivergedError(f"step {run.step}: the adapter's weights are not finite")
             run.save()
@@ -193,6 +196,7 @@ class HfEngine:
 def _save_adapter(adapter, folder: Path) -> None:  # type: ignore[no-untyped-def]
     """Write an ordinary PEFT folder, aside, then put it in place of the old one."""
     aside = folder.with_name(f".{folder.name}-new")
+    adapter.create_or_update_model_card = lambda _: None  # export.py writes it; PEFT's takes a fifth of a second
     shutil.rmtree(aside, ignore_errors=True)
     try:
         adapter.save_pretrained(str(aside), save_embedding_layers=False)

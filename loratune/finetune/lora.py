@@ -70,6 +70,7 @@ def attach(model: transformers.PreTrainedModel, hyperparameters: Hyperparameters
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it per layer
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # an old name that PEFT asks for
         wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)
     key = DropoutKey(seed)
     for name, layer in lora_layers(wrapped):

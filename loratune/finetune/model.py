@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load(recipe: ModelRecipe, device: torch.device) -> BaseModel:
-    """Load model and tokenizer, freeze the weights, switch the model's own dropout off.
+def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> BaseModel:
+    """Load model and tokenizer, freeze the weights and, if `silent`, switch the model's own dropout off.
 
     LoRA dropout is then the only randomness in training, which makes a run a pure function of its seed.
     Raises ModelError, saying what is missing, for a folder or hub id that does not hold a causal language model.
@@ -63,13 +64,15 @@ def load(recipe: ModelRecipe, device: torch.device) -> BaseModel:
     _check_folder(recipe)
     dtype = choose_dtype(recipe.dtype, device)
     config = _config(recipe)
+    if silent:
+        _silence(config)
     tokenizer = load_tokenizer(recipe)
     options: dict[str, Any] = {"config": config, "dtype": dtype, **_common(recipe)}
     if recipe.attn_implementation is not None:
         options["attn_implementation"] = recipe.attn_implementation
     if recipe.load_in_4bit:
         options |= _four_bit(dtype, device)
-    with _explained(recipe, "weights"):
+    with _explained(recipe, "weights"), _without_progress_bar():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(recipe.name_or_path, output_loading_info=True, **options)
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
@@ -151,7 +154,6 @@ def _config(recipe: ModelRecipe) -> transformers.PretrainedConfig:
             f"model {recipe.name_or_path!r} is not a causal language model: its config.json says "
             f"{', '.join(sorted(named)) or config.model_type}. loratune tunes decoder-only models (Llama, Qwen, Mistral, GPT-2, ...)."
         )
-    _silence(config)
     return config
 
 
@@ -177,7 +179,19 @@ def _four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _explained(recipe: ModelRecipe, what: str) -> Any:
+def _without_progress_bar() -> Iterator[None]:
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(recipe: ModelRecipe, what: str) -> Iterator[None]:
     """Turn whatever Transformers, safetensors or the hub raise for a model that cannot be read into a ModelError."""
     try:
         yield

@@ -20,7 +20,8 @@ from loratune.finetune.prompts import PROMPTS, check_tokenizer, encode
 __all__ = ["Prepared", "Tokens", "check", "load_tokenizer", "prepare"]
 
 _FORMAT = 1  # raise when the arrays, the prompts or the split change meaning, so that old caches are not used
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "chat_template*", "*.py")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "chat_template*")
+_TOKENIZER_CHOICE = ("config.json", "*.py")  # what tells Transformers which class of tokenizer it is
 _LISTED = 5  # bad rows quoted per source
 
 
@@ -82,8 +83,11 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """Transformers' tokenizer of a local folder or hub id. Raises ModelError."""
     from transformers import AutoTokenizer
 
+    folder = Path(name).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            str(folder) if folder.is_dir() else name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # missing, offline, gated, unknown class, a broken file: each with its own class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason[:300]}") from error
@@ -282,7 +286,8 @@ def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: b
         with tempfile.TemporaryDirectory() as saved:
             load_tokenizer(name, revision, trust_remote_code).save_pretrained(saved)
             return _tokenizer_fingerprint(saved, None, False)
-    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
-    if not files:
+    found = {patterns: [f for p in patterns for f in folder.glob(p) if f.is_file()] for patterns in (_TOKENIZER_FILES, _TOKENIZER_CHOICE)}
+    files = sorted({file for some in found.values() for file in some})
+    if not found[_TOKENIZER_FILES]:
         raise ModelError(f"{name}: the folder holds no tokenizer files (tokenizer.json, tokenizer_config.json, ...).")
     return [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]

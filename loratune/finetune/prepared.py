@@ -10,6 +10,7 @@ came from and went.
     manifest.json      `Manifest`
 """
 
+import functools
 import os
 import shutil
 import tempfile
@@ -88,7 +89,7 @@ class Tokens:
         start, stop = self.offsets[index % len(self)], self.offsets[index % len(self) + 1]
         return np.array(self.ids[start:stop]), np.array(self.mask[start:stop])
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """int64 [examples], tokens of each."""
         return np.diff(self.offsets)
@@ -184,9 +185,10 @@ def write(folder: Path, manifest: Manifest, sets: Mapping[str, Tokens]) -> None:
 def discard(folder: Path) -> None:
     """Remove a damaged folder: renamed first, so that no reader meets half of it."""
     try:
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        folder.rename(aside / "damaged")
-        shutil.rmtree(aside)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
+            folder.rename(Path(aside) / "damaged")
+    except FileNotFoundError:
+        pass  # another process was faster
     except OSError as error:
         raise StorageError(f"cannot remove the damaged folder {folder}: {error.strerror or error}. Remove it by hand.") from error
 

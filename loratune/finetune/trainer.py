@@ -171,11 +171,12 @@ class StepHooks(transformers.TrainerCallback):
         self.nll, norm_value, stopped = word.tolist()
         trainer.step_nll.zero_()
         self.cancelled = stopped > 0
+        self.learning_rate = trainer.lr_scheduler.get_last_lr()[0]
         if not (abs(self.nll) < float("inf") and norm_value < float("inf")):
             raise DivergedError(f"step {self.run.step + 1}: loss {self.nll / trainer.step_items:.4g}, gradient norm {norm_value:.4g}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.run.stepped(self.nll, self.trainer.step_items, self.trainer.lr_scheduler.get_last_lr()[0])
+        self.run.stepped(self.nll, self.trainer.step_items, self.learning_rate)
         if self.run.step >= self.run.segment.stop_step:
             return control
         if self.run.validation_due() and not self.cancelled:

@@ -8,6 +8,7 @@
       progress.json        what runs right now, for `loratune status`
       lock                 held by the driver and its workers
       trials/0007/
+        began              how many segments were settled before this trial began; replay needs it
         trial.json         hyperparameters, state, value
         main/              a run: log.txt, checkpoint-*/, adapter/, outcomes/0000240.json
       best.yaml, adapter/, report.html, figures/

@@ -27,7 +27,6 @@ class Trial(Json):
     params: dict[str, Any]  # searched values only, by the search space's own names (alpha_ratio, ...)
     state: str = RUNNING
     value: float | None = None  # latest validation loss; of a diverged or infeasible trial the worst value told
-    settled: int = 0  # segments applied to the study when the trial was asked for; replay starts it at the same point
     message: str = ""
     outcomes: tuple[Outcome, ...] = ()  # in the order they were trained
 

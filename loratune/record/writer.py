@@ -36,17 +36,22 @@ class Record:
             write_atomically(outcome_path(self.folder, outcome.key), outcome.to_json())
 
     def trial(self, trial: Trial) -> None:
+        """Write `trial.json`, unless what stands there knows of more segments: then this is a replay."""
         path = self.folder / "trials" / f"{trial.number:04d}" / "trial.json"
         content = json.loads(trial.to_json())
-        del content["outcomes"]  # each has a file of its own
+        content["segments"] = len(content.pop("outcomes"))  # each has a file of its own
         text = json.dumps(content, indent=1)
-        if not path.exists() or text_of(path) != text:
+        old = text_of(path) if path.exists() else ""
+        if old != text and (not old or json.loads(old)["segments"] <= content["segments"]):
             write_atomically(path, text)
 
+    def begin(self, number: int, settled: int) -> None:
+        """Note, before the sampler is asked for trial `number`, how many segments had been settled by then."""
+        write_atomically(self.folder / "trials" / f"{number:04d}" / "began", str(settled))
+
     def began_at(self) -> dict[int, int]:
-        """For every recorded trial, how many segments had been settled when it was asked for."""
-        trials = (json.loads(text_of(path)) for path in (self.folder / "trials").glob("*/trial.json"))
-        return {trial["number"]: trial["settled"] for trial in trials}
+        """What `begin` noted, by trial: a replayed study starts each trial at the same point."""
+        return {int(path.parent.name): int(text_of(path)) for path in (self.folder / "trials").glob("*/began")}
 
     def progress(self, progress: dict[str, Any]) -> None:
         write_atomically(self.folder / "progress.json", json.dumps(progress))

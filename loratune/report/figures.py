@@ -64,7 +64,7 @@ def history(record: StudyRecord) -> Plot | None:
     if found.default:
         axes.axhline(min(value(found.default), top), color=INK, dashes=(5, 3), linewidth=1, label="default")
         if value(found.default) > top:
-            tag(axes, len(path) - 0.5, top, f"default {loss(value(found.default))} ↑", "right")
+            tag(axes, len(path) - 0.5, top - 1.4 * scale.room, f"default {loss(value(found.default))} ↑", "right")
     axes.set_xlabel("trial")
     axes.set_ylabel("validation loss")
     axes.set_xlim(-0.5 - 0.01 * len(path), len(path) - 0.5 + 0.01 * len(path))
@@ -101,9 +101,7 @@ def parallel(records: Sequence[StudyRecord]) -> Plot | None:
     figure.legend(*handles, loc="outside upper left", ncols=3)
     tops = [(r, found.best) for r in shown if (found := answer(r)).best]
     sentences = [
-        (f"{r.name}: " if len(records) > 1 else "")
-        + f"best is trial {t.number}, {loss(value(t))}, with "
-        + ", ".join(f"{label(n)} {show(t.params.get(n))}" for n in tables.searched(r))
+        (f"{r.name}: " if len(records) > 1 else "") + f"the best is trial {t.number}, {loss(value(t))}, with " + _settings(r, t)
         for r, t in tops
     ]
     beyond = scale.beyond(everything)
@@ -113,7 +111,7 @@ def parallel(records: Sequence[StudyRecord]) -> Plot | None:
         title="All configurations",
         figure=figure,
         alt=f"Parallel coordinates of {plural(len(everything), 'configuration')}, one line each, coloured by validation loss.",
-        caption="One line per configuration, coloured by its validation loss as on the right axis. " + _joined(sentences) + clipped,
+        caption="One line per configuration, coloured by its validation loss as on the right axis; " + "; ".join(sentences) + "." + clipped,
     )
 
 
@@ -167,9 +165,9 @@ def curves(record: StudyRecord) -> Plot | None:
     """Validation loss over training tokens. All curves start at the base model, since an adapter starts at zero."""
     trials = [t for t in record.trials if t.state not in LOST and t.value is not None and math.isfinite(t.value) and _measured(t)]
     ends = [t for t in trials if any(t.number == s.number for s in scored(record))]
-    lines = {t.number: _measured(t) for t in trials}
-    base = record.base_loss
-    if not ends or max(len(points) for points in lines.values()) < 2:
+    base = answer(record).base
+    lines = {t.number: _from_base(_measured(t), base) for t in trials}
+    if not ends or max(sum(tokens > 0 for tokens, _ in _measured(t)) for t in trials) < 2:
         return None
     keep = max(12, 40_000 // len(trials))  # points per curve: the page stays small
     scale = Scale.of([value(t) for t in ends])
@@ -178,19 +176,16 @@ def curves(record: StudyRecord) -> Plot | None:
     paths, shades, widths = [], [], []
     for trial in sorted(trials, key=lambda t: (t.number in done, -value(t))):
         points = lines[trial.number]
-        if base is not None and math.isfinite(base) and points[0][0] > 0:
-            points = [(0.0, base), *points]
         stride = math.ceil(len(points) / keep)
         paths.append([*points[:-1:stride], points[-1]])
         shades.append(scale.shade(value(trial)) if trial.number in done else SOFT)
         widths.append(0.9 if trial.number in done else 0.5)
     axes.add_collection(LineCollection(paths, colors=shades, linewidths=widths, alpha=0.75))
     found = answer(record)
-    for trial, color, dashes, text in ((found.default, INK, (4, 2.5), "default"), (found.best, BEST, (), "best")):
-        if trial and trial.number in lines:
-            start = [(0.0, base)] if base is not None and lines[trial.number][0][0] > 0 else []
-            xs, ys = zip(*[*start, *lines[trial.number]], strict=True)
-            axes.plot(xs, ys, color=color, dashes=dashes or (None, None), linewidth=1.8, label=text, marker="o", markersize=2.5)
+    for marked, color, dashes, text in ((found.default, INK, (4, 2.5), "default"), (found.best, BEST, (None, None), "best")):
+        if marked and marked.number in lines:
+            xs, ys = zip(*lines[marked.number], strict=True)
+            axes.plot(xs, ys, color=color, dashes=dashes, linewidth=1.8, label=text, marker="o", markersize=2.5)
     seen = sorted(v for path in paths for _, v in path if math.isfinite(v))
     high = min(seen[-1], max(Scale.of(seen).high, base or 0.0))
     room = 0.04 * (high - seen[0] or abs(high))
@@ -261,7 +256,7 @@ def slices(record: StudyRecord) -> Plot | None:
         axes.set_ylim(scale.low - scale.room, scale.high + 2 * scale.room)
         axes.set_ylabel("validation loss" if axes.get_subplotspec().is_first_col() else "")
     best, names_in_words = found.best, ", ".join(label(n) for n in names)
-    numbers = ", ".join(f"{label(n)} {show(best.params.get(n))}" for n in names) if best else ""
+    numbers = _settings(record, best) if best else ""
     caption = f"Loss of {plural(len(trials), 'finished trial')} against each hyperparameter by itself. Ringed: the best, at {numbers}."
     if hidden := scale.beyond([value(t) for t in trials]):
         caption += f" {plural(hidden, 'loss') if hidden == 1 else f'{hidden} losses'} above {loss(scale.high)} drawn at the upper edge."
@@ -335,5 +330,9 @@ def _literal(name: str) -> str:
     return name.lstrip("_").replace("$", r"\$") or "study"
 
 
-def _joined(sentences: Sequence[str]) -> str:
-    return " ".join(s[0].upper() + s[1:] + "." for s in sentences if s)
+def _from_base(points: list[tuple[float, float]], base: float | None) -> list[tuple[float, float]]:
+    return [(0.0, base), *points] if base is not None and points[0][0] > 0 else points
+
+
+def _settings(record: StudyRecord, trial: Trial) -> str:
+    return ", ".join(f"{label(name)} {show(trial.params[name])}" for name in tables.searched(record) if name in trial.params)

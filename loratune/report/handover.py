@@ -101,7 +101,7 @@ def model_card(record: StudyRecord, best: Trial) -> str:
         f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. This is trial {best.number}.",
         f"```\n{asked.command(record)}\n```",
         "## Limits",
-        "- The adapter was chosen by the validation loss shown here, which is therefore slightly flattering. It was measured with one seed.\n"
+        "- The adapter was chosen by the validation loss shown here, which is therefore slightly flattering. It was measured once.\n"
         "- A lower loss on this data is not a better score on any benchmark, and says nothing about safety, bias or facts.\n"
         "- The base model's and the data's licences hold for the adapter too.",
         f"Written by loratune {version_of_loratune()}.",

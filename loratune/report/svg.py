@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def save(plot: Plot, stem: Path) -> str:
     """Write <stem>.svg and <stem>.pdf in the light colours; returns the SVG. The same record gives the same bytes."""
     svg, pdf = io.StringIO(), io.BytesIO()
     undated = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": plot.name}):
+    with warnings.catch_warnings(), matplotlib.rc_context({**STYLE, "svg.hashsalt": plot.name}):
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that matplotlib's font lacks; the page's font has them
         plot.figure.savefig(svg, format="svg", metadata=undated)
         plot.figure.set_layout_engine("none")  # keep the layout, it takes a second to find
         plot.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None, "Creator": "loratune", "Title": plot.title})

@@ -176,7 +176,8 @@ def compare(records: Sequence[StudyRecord]) -> tuple[list[Compared], int]:
     """(a row per study, the number of evaluations that all of them have made)."""
     longest = max(len(r.trials) for r in records)
     common = min(len(r.trials) for r in records)
-    counts = sorted({n for n in (5, 10, 20, 50, 100, 200, 500) if n < longest} | ({common} if common else set()) | {longest})
+    ends = {n for n in (common, longest) if n}
+    counts = sorted(ends | {n for n in (5, 10, 20, 50, 100, 200, 500) if n < longest and all(abs(n - end) > 0.1 * end for end in ends)})
     rows = []
     for record in records:
         path = best_so_far(record)

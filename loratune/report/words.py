@@ -65,7 +65,7 @@ def signed(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """Two units at most: `12 s`, `4 min`, `3 h 20 min`, `11 d 4 h`."""
-    if seconds < 100:
+    if round(seconds) < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 60:

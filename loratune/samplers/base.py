@@ -35,7 +35,7 @@ def answer(trial: FrozenTrial, direction: StudyDirection) -> tuple[float, float]
     """A finished trial's (loss to minimise, constraint violation >= 0), or None where it failed.
 
     A pruned trial answers with its last intermediate value. The violation is the Euclidean norm of
-    the violated constraints, 0 when feasible, so that its square is NOMAD's h.
+    the violated constraints, 0 when feasible.
     """
     value = None
     if trial.state == TrialState.COMPLETE:

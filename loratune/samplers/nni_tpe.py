@@ -125,7 +125,12 @@ class NniTpeSampler(BaseSampler):
                 if self._when_spent == "raise":
                     raise SearchSpentError("The search is over: NNI's TPE has proposed every point of the search space.")
                 params = {name: random_value(self._seed, trial, name, d) for name, d in search_space.items()}
-            record = {"ask": len(replay.asks) - 1, "space": replay.key, "told": told, "params": to_internal(params, search_space)}
+            record: dict[str, Any] = {
+                "ask": len(replay.asks) - 1,
+                "space": replay.key,
+                "told": told,
+                "params": to_internal(params, search_space),
+            }
             study._storage.set_trial_system_attr(trial._trial_id, KEY, record)
             self._replay = replay
             return params

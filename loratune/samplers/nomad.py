@@ -10,7 +10,7 @@ attribute of the Optuna study, written before NOMAD hears it. A process that fin
 own starts one and answers it from that log, and NOMAD, being deterministic, ends where it was.
 
     study   "nomad:0002"         how run 2 was started: x0, bounds, types, seed, search space
-            "nomad:0002:000005"  what was told about its block 5: [[loss, violation] or null, ...]
+            "nomad:0002:000005"  what was told about its block 5: [loss or null, ...]
     trial   "nomad"              {"slot": [run, block, index] or null, "params": {name: number}}
 
 Points that another trial has answered, or is about to, are not evaluated again.
@@ -19,6 +19,7 @@ Points that another trial has answered, or is about to, are not evaluated again.
 import contextlib
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,10 +30,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
+from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
 from optuna.samplers import BaseSampler
-from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from loratune.errors import LoratuneError, SearchSpentError
 from loratune.samplers.base import (
@@ -50,16 +51,16 @@ from loratune.samplers.base import (
 
 KEY = "nomad"
 Point = list[float]  # coordinates as NOMAD sees them
-Answer = tuple[float, float] | None  # loss to minimise and constraint violation; None: failed
+Answer = float | None  # loss to minimise; None: failed
 Slot = tuple[int, int, int]  # run, block, index in the block
 
 
 class NomadSampler(BaseSampler):
-    """Proposes what NOMAD's MADS wants to evaluate next. Single-objective; constraints by progressive barrier.
+    """Proposes what NOMAD's MADS wants to evaluate next. Single-objective; constraints by extreme barrier.
 
     Floats are continuous, on log10 when `log`; stepped floats, integers and categoricals are integer
     indices, so the choices of a categorical should stand in a meaningful order. Failed trials are told
-    as failed, pruned ones with their last intermediate value, `trial.set_constraint` as PB constraints.
+    as failed, and so are those that violate a constraint; pruned ones with their last intermediate value.
 
     NOMAD proposes nothing while results are pending: one point at a time, or a block of `block_size`.
     A trial that is asked for nevertheless gets a random point (`ready` tells beforehand); so does a
@@ -121,7 +122,9 @@ class NomadSampler(BaseSampler):
             self._child = None
 
     def ready(self, study: Study) -> bool:
-        """Whether NOMAD has a point for the next trial. Raises SearchSpentError when it never will."""
+        """Whether the next trial can have NOMAD's point, or needs none. Raises SearchSpentError when there never will be one."""
+        if study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # enqueued: its parameters are given
+            return True
         space = known_search_space(study, self._space)
         with self._lock:
             return not space or self._next(study, space) is not None
@@ -167,9 +170,11 @@ class NomadSampler(BaseSampler):
             if child.block is None:
                 unseen = evaluated.unseen(self._seed, len(log))
                 if not self._restart:
-                    return self._spent(f"NOMAD stopped: {child.reason}")
+                    self._spent(f"NOMAD stopped: {child.reason}")
+                    return None
                 if unseen is None:
-                    return self._spent(f"all {code.size} points of the search space have been tried")
+                    self._spent(f"all {code.size} points of the search space have been tried")
+                    return None
                 log.append(self._new_run(study, len(log), code, evaluated, unseen))
                 continue
             here = (len(log) - 1, len(run.told))
@@ -179,7 +184,7 @@ class NomadSampler(BaseSampler):
                     return (*here, index), code.decode(child.block[index])
             if not all(owner.state.is_finished() for owner in owners if owner is not None):
                 return None
-            answers = [answer(owner, study.direction) for owner in owners if owner is not None]
+            answers = [_answer(owner, study.direction) for owner in owners if owner is not None]
             study._storage.set_study_system_attr(study._study_id, f"{KEY}:{here[0]:04d}:{here[1]:06d}", answers)
             run.told.append(answers)
 
@@ -206,13 +211,14 @@ class NomadSampler(BaseSampler):
                 x0 = [unseen]
         else:
             x0 = [point for point in (evaluated.best(), unseen) if point is not None]
-        start = {
+        start: dict[str, Any] = {
             "space": code.key,
             "x0": [point for i, point in enumerate(x0) if point not in x0[:i]],
             "lower": code.lower,
             "upper": code.upper,
             "types": code.types,
-            "seed": 1 + derived_seed(self._seed, number, "NOMAD") % (2**31 - 2),
+            # Small, for NOMAD steps its generator once per unit of the seed (12 s for 1e9); not 0, which it treats apart.
+            "seed": 1 + derived_seed(self._seed, number, "NOMAD") % 2**16,
             "latin_hypercube": self._latin_hypercube if number == 0 else 0,
             "block_size": self._block_size,
             "max_evaluations": self._max_evaluations,
@@ -242,6 +248,16 @@ class _Run(NamedTuple):
     told: list[list[Answer]]
 
 
+def _answer(trial: FrozenTrial, direction: StudyDirection) -> Answer:
+    """A finished trial's loss as NOMAD is told it: None where the trial failed, is infeasible, or its loss infinite.
+
+    Infeasible is failed (an extreme barrier): as a PB constraint, one violation among many points that
+    violate nothing sent NOMAD 4.6's quadratic models into sub-searches of minutes.
+    """
+    told = answer(trial, direction)
+    return told[0] if told is not None and told[1] == 0 and math.isfinite(told[0]) else None
+
+
 def _read_log(study: Study) -> list[_Run]:
     attrs = study._storage.get_study_system_attrs(study._study_id)
     log: list[_Run] = []
@@ -249,7 +265,7 @@ def _read_log(study: Study) -> list[_Run]:
         if key.count(":") == 1:
             log.append(_Run(attrs[key], []))
         else:
-            log[-1].told.append([None if a is None else (a[0], a[1]) for a in attrs[key]])
+            log[-1].told.append(list(attrs[key]))
     return log
 
 
@@ -278,9 +294,11 @@ class _Code:
         for name, distribution in self.space.items():
             if name not in params:
                 raise ValueError(f"NomadSampler: x0 has no value for {name!r}")
-            if isinstance(params[name], str) > isinstance(distribution, CategoricalDistribution) or not distribution._contains(
-                distribution.to_internal_repr(params[name])
-            ):
+            try:
+                fits = distribution._contains(distribution.to_internal_repr(params[name]))
+            except (ValueError, TypeError):
+                fits = False
+            if not fits:
                 raise ValueError(f"NomadSampler: x0 has {name} = {params[name]!r}, which is not in {distribution}")
         return self.encode(params)
 
@@ -348,17 +366,17 @@ class _Evaluated:
         return [
             point.tolist()
             for point, trial in zip(self._points, self._trials, strict=True)
-            if not trial.state.is_finished() or answer(trial, self._direction) is not None
+            if not trial.state.is_finished() or _answer(trial, self._direction) is not None
         ]
 
     def best(self) -> Point | None:
-        """The feasible point of least loss, or else the least infeasible one."""
+        """The feasible point of least loss."""
         ranked = []
         for number, trial in enumerate(self._trials):
-            told = answer(trial, self._direction) if trial.state.is_finished() else None
+            told = _answer(trial, self._direction) if trial.state.is_finished() else None
             if told is not None:
-                ranked.append((told[1], told[0], number))
-        return self._points[min(ranked)[2]].tolist() if ranked else None
+                ranked.append((told, number))
+        return self._points[min(ranked)[1]].tolist() if ranked else None
 
     def unseen(self, seed: int, run: int) -> Point | None:
         """A random point that no trial has; None when the finite space is exhausted."""
@@ -392,6 +410,7 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # the terminal's Ctrl-C is not for it
         )
         self.close = weakref.finalize(self, _end, self._process, os.getpid())
@@ -415,7 +434,7 @@ class _Child:
 
     def _receive(self) -> None:
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        message = json.loads(line) if line.endswith("\n") else self._post_mortem()
+        message: dict[str, Any] = json.loads(line) if line.endswith("\n") else self._post_mortem()
         if "error" in message:
             self.close()
             raise LoratuneError(f"NOMAD could not start: {message['error']}. Install it with: pip install PyNomadBBO")

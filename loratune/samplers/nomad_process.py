@@ -2,7 +2,7 @@
 
     parent: {"x0": [[...], ...], "lower": [...], "upper": [...], "types": "IIR", "seed": 1, ...}
     child:  {"block": [[...], ...]}           points to evaluate (one, unless block_size > 1)
-    parent: [[loss, violation], null, ...]    one answer per point; null: the evaluation failed
+    parent: [loss, null, ...]                 one answer per point; null: the evaluation failed
     child:  {"block": ...} ... and at last {"end": "why NOMAD stopped"}
 
 NOMAD wants to call its blackbox, so its callback is where the two sides meet. It runs in a process
@@ -52,7 +52,7 @@ def main() -> None:
             answers = json.loads(line)
             for x, answer in zip(points, answers, strict=True):
                 if answer is not None:
-                    x.setBBO(" ".join(repr(float(number)) for number in answer).encode())
+                    x.setBBO(repr(float(answer)).encode())
             return [int(answer is not None) for answer in answers]
         except BaseException:
             os._exit(1)
@@ -72,7 +72,7 @@ def _parameters(start: dict[str, Any]) -> list[str]:
     dimension = len(start["types"])
     lines = [
         f"BB_INPUT_TYPE ( {' '.join(start['types'])} )",
-        "BB_OUTPUT_TYPE OBJ PB",  # a constraint that is always 0 changes no point
+        "BB_OUTPUT_TYPE OBJ",
         f"SEED {start['seed']}",
         f"MAX_BB_EVAL {start['max_evaluations']}",
         "DISPLAY_DEGREE 0",
@@ -86,7 +86,7 @@ def _parameters(start: dict[str, Any]) -> list[str]:
         lines += [f"BB_MAX_BLOCK_SIZE {start['block_size']}", "MEGA_SEARCH_POLL yes"]
     if "R" not in start["types"]:
         # On integers alone NOMAD circles around its best point, asking its own cache, until this many.
-        lines.append(f"MAX_EVAL {100 * dimension}")
+        lines.append(f"MAX_EVAL {30 * dimension}")
     return lines
 
 

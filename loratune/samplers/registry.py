@@ -28,7 +28,7 @@ NAMES: tuple[str, ...] = tuple(_CLASSES)
 _NUMERIC = ("tpe", "gp", "cmaes", "qmc")  # model an ordinal better as a number
 _UNCONDITIONAL = ("nomad", "nni_tpe")
 _NOT_OPTIONS = ("seed", "sequence_seed", "search_space", "when_spent")  # the study's to decide
-_SCALARS = {"bool": bool, "int": int, "float": (int, float), "str": str, "None": type(None)}
+_SCALARS: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "None": type(None)}
 
 
 def build(
@@ -44,7 +44,8 @@ def build(
     """The sampler of a study; what it proposes depends on the stored trials and the trial's number alone.
 
     options: the sampler's own keyword arguments, as in the study's YAML.
-    x0: the starting point of samplers that have one, in the values of `search_space`.
+    x0: NOMAD's starting point, in the values of `search_space`. Not CMA-ES's: from the published default,
+        a poor point, its first population stays too near (worse than random search after 45 trials).
     workers: trials that train at the same time.
     conditional: whether some parameters of the space exist only for some values of others.
 
@@ -71,8 +72,6 @@ def build(
             options.setdefault("group", True)
         if name == "tpe":
             options.setdefault("constant_liar", workers > 1)
-        if name == "cmaes" and x0 is not None:
-            options.setdefault("x0", x0)
         if name == "qmc":  # one scrambled sequence for the whole study
             options = {"scramble": True, **options, "sequence_seed": seed, "search_space": None if conditional else search_space}
         return SeededSampler(partial(_seeded, sampler_class, options), seed)

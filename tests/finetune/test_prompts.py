@@ -6,7 +6,7 @@ import pytest
 import tiny_tokenizer
 
 from loratune.errors import DataError, ModelError
-from loratune.finetune.data import Example, Exchange
+from loratune.finetune.data import Example, Exchange, Source, read
 from loratune.finetune.prepare import load_tokenizer
 from loratune.finetune.prompts import alpaca_prompt, check_tokenizer, encode, encode_prompt
 
@@ -75,6 +75,26 @@ def test_training_and_inference_see_the_same_prompt(chat, prompt, instruction, a
         encoded = encode(Example(exchanges=(Exchange(instruction, about, response),), system=system), chat, prompt=prompt, max_length=512)
         assert encoded.input_ids[: len(asked)] == asked
         assert encoded.response_mask == [False] * len(asked) + [True] * (len(encoded.input_ids) - len(asked))
+
+
+@pytest.mark.parametrize("prompt", ["alpaca", "chat"])
+def test_boundaries_of_real_rows_with_a_tokenizer_that_merges_across_words(shared_data, tinystories, prompt):
+    tokenizer = load_tokenizer(str(tinystories))  # SentencePiece style: "e.\n" is one token, every text begins with a word-start mark
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }}\nAnswer:"
+        "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    examples, _ = read(Source(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")), "skip")
+    for example in examples[:300]:
+        instruction, about, response = example.exchanges[0]
+        asked = encode_prompt(instruction, about, tokenizer=tokenizer, prompt=prompt)
+        encoded = encode(example, tokenizer, prompt=prompt, max_length=10_000)
+        answered = encoded.input_ids[len(asked) :]
+        assert encoded.input_ids[: len(asked)] == asked
+        assert encoded.response_mask == [False] * len(asked) + [True] * len(answered)
+        assert encoded.input_ids.count(tokenizer.bos_token_id) == encoded.input_ids.count(tokenizer.eos_token_id) == 1
+        known = tokenizer.decode(tokenizer(response, add_special_tokens=False)["input_ids"])  # its vocabulary lacks some characters
+        assert tokenizer.decode(answered[:-1]).split() == known.split()
 
 
 def test_bos_and_eos_that_the_tokenizer_adds(tmp_path):

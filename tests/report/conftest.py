@@ -1,99 +1,13 @@
-"""Studies to report on, written to disk through `loratune.record` and read back, as the driver does."""
+"""Fixtures of the report's tests."""
 
-import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from report_studies import Point, spec_of, write_study
 
-from loratune.record import COMPLETE, StudyRecord, Trial, open_record, read
-from loratune.work import CurvePoint, Hyperparameters, Outcome, State
-
-RANKS = (4, 8, 16, 32, 64, 128, 256, 512)
-DROPOUTS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
-TOKENS = 1_000_000  # of a full run
-
-
-@dataclass
-class Point:
-    """A trial to be: what varies, and what becomes of it."""
-
-    params: dict[str, Any]
-    value: float | None
-    state: str = COMPLETE
-    message: str = ""
-    runs: tuple[tuple[str, tuple[float, ...]], ...] = ()  # (run, validation losses, evenly spread); () = one at the end
-    hyperparameters: dict[str, Any] = field(default_factory=dict)
-
-
-def spec_of(name: str = "a-study", **changes: Any) -> dict[str, Any]:
-    """A study's description as `spec.yaml` holds it; a change `sampler={...}` replaces the fields it names."""
-    spec: dict[str, Any] = {
-        "name": name,
-        "seed": 0,
-        "model": {"name_or_path": "meta-llama/Llama-2-7b-hf", "revision": None, "dtype": "auto", "load_in_4bit": False},
-        "data": {"train": [{"path": "alpaca.json", "count": None}, {"path": "dolly.jsonl", "count": 900}], "validation_fraction": 0.2},
-        "training": {"epochs": 2.0, "batch_size": 128, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "target_modules": "qv"},
-        "search_space": {
-            "lora_r": {"type": "ordinal", "values": list(RANKS), "default": 8},
-            "lora_alpha": {"type": "int", "low": 1, "high": 64, "default": 32},
-            "lora_dropout": {"type": "ordinal", "values": list(DROPOUTS), "default": 0.1},
-            "learning_rate": {"type": "float", "low": 1e-6, "high": 1e-3, "log": True, "default": 1e-5},
-        },
-        "sampler": {"name": "nomad", "defaults_first": True, "options": {}},
-        "schedule": {"name": "full"},
-        "budget": {"trials": 100, "max_hours": None},
-        "output": {"folder": None, "keep_adapters": "best"},
-    }
-    for part, change in changes.items():
-        spec[part] = {**spec[part], **change} if isinstance(change, dict) and part != "search_space" else change
-    return spec
-
-
-def write_study(folder: Path, points: Sequence[Point], spec: dict[str, Any], base: float | None = 1.9) -> StudyRecord:
-    """Write a study's folder through its Record and read it back."""
-    folder.mkdir(parents=True)
-    (folder / "spec.yaml").write_text(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    with open_record(folder) as record:
-        record.session(
-            {"number": 1, "seconds": 3600.0, "command": "loratune run spec.yaml", "versions": {"torch": "2.13.0", "peft": "0.21.2"}}
-        )
-        for number, point in enumerate(points):
-            fields = {name: value for name, value in point.params.items() if name != "alpha_ratio"} | point.hyperparameters
-            runs = point.runs or ((("main", (point.value,)),) if point.value is not None else ())
-            for run, losses in runs:
-                curve = [
-                    CurvePoint(step=10 * k, tokens=TOKENS * k // len(losses), train_loss=v, validation_loss=v)
-                    for k, v in enumerate(losses, 1)
-                ]
-                if number == 0 and base is not None and run == runs[0][0]:
-                    curve.insert(0, CurvePoint(step=0, tokens=0, train_loss=None, validation_loss=base))
-                record.keep(
-                    Outcome(
-                        key=f"{number:04d}/{run}/{10 * len(losses):07d}",
-                        state=State.COMPLETED,
-                        validation_loss=losses[-1],
-                        curve=tuple(curve),
-                        tokens=TOKENS,
-                        train_seconds=100.0,
-                        validation_seconds=20.0,
-                        devices=2,
-                    )
-                )
-            record.trial(
-                Trial(
-                    number=number,
-                    hyperparameters=Hyperparameters(**fields),
-                    params=point.params,
-                    state=point.state,
-                    value=point.value,
-                    message=point.message,
-                )
-            )
-    return read(folder)
+from loratune.record import StudyRecord
 
 
 @pytest.fixture
@@ -104,22 +18,3 @@ def study(tmp_path: Path) -> Callable[..., StudyRecord]:
         return write_study(tmp_path / (folder or name), points, spec_of(name, **changes), base)
 
     return make
-
-
-def published(shared_data: Path, sampler: str) -> list[Point]:
-    """The published study's points as trials: `nomad` (100) or `nni_tpe` (50); the first is no default."""
-    file = {"nomad": "nomad_llama2_7b_100_evaluations.csv", "nni_tpe": "nni_tpe_llama2_7b_50_evaluations.csv"}[sampler]
-    with (shared_data / "published" / file).open() as lines:
-        rows = [[float(cell) for cell in row] for row in list(csv.reader(lines))[1:]]
-    return [
-        Point(
-            params={
-                "lora_r": RANKS[round(rank) - 1] if sampler == "nomad" else round(rank),
-                "lora_alpha": int(alpha),
-                "lora_dropout": DROPOUTS[round(dropout) - 1],
-                "learning_rate": 10**exponent,
-            },
-            value=loss,
-        )
-        for rank, dropout, alpha, exponent, loss in rows
-    ]

@@ -1,0 +1,166 @@
+"""What a running study shows, driven by the events of a study."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loratune.cli import view as views
+from loratune.cli.view import Lines, Table, open_view
+from loratune.cli.words import clock, counts, params, result, varied
+from loratune.record import COMPLETE, DIVERGED, FAILED, PAUSED, RUNNING, StudyRecord, Trial
+from loratune.spec import StudySpec
+from loratune.study import Asked, Note, Settled
+from loratune.work import CurvePoint, Hyperparameters, Outcome, Progress, State
+
+SNAPSHOT = {
+    "trials_ended": 1,
+    "trials_started": 2,
+    "budget_trials": 30,
+    "running": [{"trial": 1, "run": "main", "step": 40, "total_steps": 120, "tokens": 9, "train_loss": 1.25, "validation_loss": None}],
+    "best": None,
+    "default": 1.3,
+    "tokens_per_second": 1234.5,
+    "device_seconds": 5400.0,
+    "wall_seconds": 3700.0,
+    "seconds_left": 7200.0,
+    "updated": 0.0,
+}
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> StudySpec:
+    (tmp_path / "progress.json").write_text(json.dumps(SNAPSHOT))
+    given = {"model": "m", "data": {"train": ["d"], "validation_fraction": 0.1}, "output": {"folder": str(tmp_path)}}
+    return StudySpec.load(None, (), given)
+
+
+def trial(number: int, **changes: object) -> Trial:
+    rank = 8 * (number + 1)
+    return replace(
+        Trial(number=number, hyperparameters=Hyperparameters(lora_r=rank), params={"lora_r": rank, "learning_rate": 1e-5}), **changes
+    )
+
+
+def settled(number: int, value: float, state: str = COMPLETE, message: str = "", base: float | None = None) -> Settled:
+    curve = (CurvePoint(step=0, tokens=0, train_loss=None, validation_loss=base),) if base is not None else ()
+    outcome = Outcome(key=f"{number:04d}/main/0000120", state=State.COMPLETED, validation_loss=value, curve=curve, train_seconds=70.0)
+    return Settled(trial(number, state=state, value=value, message=message, outcomes=(outcome,)), outcome)
+
+
+EVENTS = [
+    Note("10 train / 2 validation examples\nno duplicates"),
+    Asked(trial(0)),
+    settled(0, 1.3, base=2.5),
+    Asked(trial(1)),
+    Progress(key="0001/main/0000120", step=40, total_steps=120, tokens=9, train_loss=1.25),
+    settled(1, 1.2),
+    settled(2, 1.4),
+    settled(3, 2.5, DIVERGED, "the loss became NaN at step 7"),
+]
+
+
+def test_lines_tell_each_event_once(spec: StudySpec) -> None:
+    stream = io.StringIO()
+    view = Lines(spec, stream)
+    for event in EVENTS:
+        view.show(event)
+    assert [line[10:] for line in stream.getvalue().splitlines()] == [
+        "10 train / 2 validation examples",
+        "no duplicates",
+        "trial 0 begins: rank 8, learning rate 1e-5",
+        "trial 0: validation loss 1.3000 (base model 2.5000), 70 s  <- best so far",
+        "trial 1 begins: rank 16, learning rate 1e-5",
+        "trial 1: validation loss 1.2000, 70 s  <- best so far",
+        "trial 2: validation loss 1.4000, 70 s",
+        "trial 3 diverged after 70 s: the loss became NaN at step 7",
+    ]
+    assert all(line.startswith("[   0:0") for line in stream.getvalue().splitlines())
+
+
+def test_lines_of_progress_come_at_most_every_half_minute(spec: StudySpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(views.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    view = Lines(spec, stream)
+    for second in range(95):
+        now = 1000.0 + second
+        view.show(EVENTS[4])
+    lines = stream.getvalue().splitlines()
+    assert [line[:9] for line in lines] == ["[   0:30]", "[   1:00]", "[   1:30]"]
+    assert lines[0][
+        10:
+    ] == "trial 1 at step 40/120; 1/30 trials; 1.23 k tokens/s; 62 min elapsed; 1.50 device-hours; about 2 h 0 min left".replace(
+        "62 min", "1 h 2 min"
+    )
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_table_shows_all_and_fits(spec: StudySpec, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = io.StringIO()
+    view = Table(spec, stream)
+    for event in EVENTS:
+        view.show(event)
+    view._console.print(view.render())
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for said in (
+        "10 train / 2 validation examples",
+        "trial 3 diverged after 70 s: the loss became NaN at step 7",  # stays above the table
+        "* 1   complete   1.2000     16   70 s",
+        "3   diverged",
+        "40/120  1.2500           –  rank 16, learning rate 1e-5",
+        "best     1.2000  trial 1: rank 16, learning rate 1e-5",
+        "default  1.3000  trial 0, 0.1000 above the best",
+        "base     2.5000  the untuned model",
+        "1/30 trials · 1.23 k tokens/s · 1 h 2 min elapsed · 1.50 device-hours",
+    ):
+        assert said in text, text
+
+
+def test_the_table_before_anything_happened(spec: StudySpec) -> None:
+    (spec.folder / "progress.json").unlink()
+    stream = io.StringIO()
+    view = Table(spec, stream)
+    view._console.print(view.render())
+    assert stream.getvalue().strip() == "preparing ..."
+
+
+def test_the_output_decides_the_view(spec: StudySpec) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    with open_view(spec, io.StringIO()) as plain, open_view(spec, Terminal()) as live:
+        assert (type(plain), type(live)) == (Lines, Table)
+
+
+def test_result_compares_best_default_and_base(tmp_path: Path) -> None:
+    trials = tuple(event.trial for event in EVENTS if isinstance(event, Settled))
+    lines = result(StudyRecord(folder=tmp_path, name="x", spec={}, trials=trials))
+    assert lines == [
+        "Validation loss after 4 trials (3 complete, 1 diverged):",
+        "  best, trial 1        1.2000  rank 16, learning rate 1e-5",
+        "  default, trial 0     1.3000  rank 8, learning rate 1e-5; the best is 0.1000 lower",
+        "  base model, untuned  2.5000",
+        "Cost: 0.08 device-hours, 0 training tokens.",
+    ]
+
+
+def test_result_without_a_finished_trial_says_why(tmp_path: Path) -> None:
+    failed = trial(0, state=FAILED, message="the worker died")
+    lines = result(StudyRecord(folder=tmp_path, name="x", spec={}, trials=(failed,)))
+    assert lines == ["No trial was trained to its end (1 failed).", "Trial 0 said: the worker died"]
+
+
+def test_words() -> None:
+    assert [clock(s) for s in (0, 7.9, 60, 3599, 3600, 36125)] == ["0:00", "0:07", "1:00", "59:59", "1:00:00", "10:02:05"]
+    assert params({"learning_rate": 3e-4, "lora_r": 8, "use_rslora": True}) == "rank 8, learning rate 3e-4, rsLoRA yes"
+    mixed = [trial(0, state=RUNNING), trial(1, state=PAUSED), trial(2, state=COMPLETE), trial(3, state=COMPLETE)]
+    assert counts(mixed) == "2 complete, 1 paused, 1 running"
+    assert counts(mixed, at_work=False) == "2 complete, 1 paused, 1 interrupted"
+    assert varied(mixed) == ["lora_r"]
+    assert varied(mixed[:1]) == ["lora_r", "learning_rate"]

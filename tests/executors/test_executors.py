@@ -1,0 +1,187 @@
+"""The contract of every executor, with the real engine and real processes: success, crash, hang, cancel, kill -9."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratune import demo, executors
+from loratune.executors import Executor
+from loratune.files import write_atomically
+from loratune.record import open_record
+from loratune.work import Hyperparameters, ModelRecipe, Outcome, Pack, Progress, Recipe, Segment, State, TrainingRecipe
+
+PATIENCE = 240.0  # seconds; a worker's first sign of life takes as long as importing torch on a busy machine
+STEPS = 24
+
+
+@pytest.fixture
+def recipe(demo_data: Path) -> Recipe:
+    training = TrainingRecipe(micro_batch_size=4, validation_batch_size=32, checkpoint_steps=4)
+    return Recipe(model=ModelRecipe(name_or_path=str(demo.model_folder())), training=training, data=str(demo_data), device="cpu")
+
+
+def pack(trial: int, stop: int = STEPS) -> Pack:
+    hyperparameters = Hyperparameters(lora_r=4, learning_rate=3e-3, batch_size=4, epochs=1.0)
+    return Pack(segments=(Segment(trial=trial, hyperparameters=hyperparameters, seed=0, total_steps=STEPS, stop_step=stop),))
+
+
+@contextmanager
+def executor(name: Any, recipe: Recipe, root: Path, **options: Any) -> Iterator[Executor]:
+    with open_record(root) as record:
+        write_atomically(root / "recipe.json", recipe.to_json())
+        given: dict[str, Any] = {"devices": [], "workers": 1, "threads": 1, "max_retries": 2, "hang_timeout": None} | options
+        made = executors.build(name, recipe=recipe, root=root, lock=record.lock, **given)
+        try:
+            yield made
+        finally:
+            made.close(grace=30)
+
+
+def finish(made: Executor, count: int, on_progress: Callable[[Progress], None] = lambda _: None) -> dict[str, Outcome]:
+    """Collect `count` outcomes, by key."""
+    outcomes: dict[str, Outcome] = {}
+    deadline = time.monotonic() + PATIENCE
+    while len(outcomes) < count and time.monotonic() < deadline:
+        for item in made.collect(1.0):
+            if isinstance(item, Outcome):
+                assert item.key not in outcomes, "one outcome per segment"
+                outcomes[item.key] = item
+            else:
+                on_progress(item)
+    return outcomes
+
+
+def workers_of(root: Path) -> list[int]:
+    """Processes whose command line names this study's folder as a worker's."""
+    found = subprocess.run(["pgrep", "-f", f"executors.worker {root}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split() if int(pid) != os.getpid()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The validation loss that every way of running the same segment must give."""
+    training = TrainingRecipe(micro_batch_size=4, validation_batch_size=32, checkpoint_steps=4)
+    recipe = Recipe(model=ModelRecipe(name_or_path=str(demo.model_folder())), training=training, data=str(demo_data), device="cpu")
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the workers; the number of threads decides the order of sums
+    try:
+        with executor("inline", recipe, tmp_path_factory.mktemp("inline")) as made:
+            made.submit(pack(0))
+            (outcome,) = finish(made, 1).values()
+    finally:
+        torch.set_num_threads(threads)
+    assert outcome.state is State.COMPLETED, outcome.message
+    assert outcome.validation_loss is not None
+    return outcome.validation_loss
+
+
+def test_two_workers_give_what_one_process_gives(recipe: Recipe, tmp_path: Path, undisturbed: float) -> None:
+    seen: list[Progress] = []
+    with executor("local", recipe, tmp_path, workers=2) as made:
+        assert made.capacity == 2
+        made.submit(pack(0))
+        made.submit(pack(1))
+        outcomes = finish(made, 2, seen.append)
+    assert {o.state for o in outcomes.values()} == {State.COMPLETED}
+    assert [o.validation_loss for o in outcomes.values()] == [undisturbed] * 2, "same seed, same hyperparameters, same loss"
+    assert {p.key for p in seen} == set(outcomes)
+    assert (tmp_path / "trials" / "0000" / "main" / "adapter" / "adapter_config.json").is_file()
+    assert workers_of(tmp_path) == [], "closing ends the processes"
+
+
+def test_a_killed_and_a_frozen_worker_are_replaced_and_the_result_is_the_same(recipe: Recipe, tmp_path: Path, undisturbed: float) -> None:
+    signals = [signal.SIGKILL, signal.SIGSTOP]
+
+    def disturb(progress: Progress) -> None:
+        if progress.step >= 2 and signals:
+            os.kill(workers_of(tmp_path)[0], signals.pop())
+
+    with executor("local", recipe, tmp_path, hang_timeout=60.0) as made:
+        made.submit(pack(0))
+        (outcome,) = finish(made, 1, disturb).values()
+    assert not signals, "the worker was disturbed twice"
+    assert outcome.state is State.COMPLETED, outcome.message
+    assert outcome.validation_loss == undisturbed
+
+
+def test_a_worker_that_always_dies_is_given_up(recipe: Recipe, tmp_path: Path) -> None:
+    def kill(progress: Progress) -> None:
+        for pid in workers_of(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+
+    with executor("local", recipe, tmp_path, max_retries=1) as made:
+        made.submit(pack(0))
+        (outcome,) = finish(made, 1, kill).values()
+    assert outcome.state is State.CRASHED
+    assert outcome.message.startswith("gave up after 2 tries. the worker process died, killed by SIGKILL")
+    assert str(tmp_path / "workers" / "0.log") in outcome.message
+
+
+def test_closing_checkpoints_and_the_next_executor_goes_on(recipe: Recipe, tmp_path: Path, undisturbed: float) -> None:
+    with executor("local", recipe, tmp_path) as made:
+        made.submit(pack(0))
+        began = time.monotonic()
+        while time.monotonic() < began + PATIENCE:
+            if any(isinstance(item, Progress) and item.step >= 2 for item in made.collect(1.0)):
+                break
+    assert workers_of(tmp_path) == []
+    steps: list[int] = []
+    with executor("local", recipe, tmp_path) as made:
+        made.submit(pack(0))
+        (outcome,) = finish(made, 1, lambda p: steps.append(p.step)).values()
+    assert min(steps) > 0, "it went on from the checkpoint"
+    assert outcome.validation_loss == undisturbed
+
+
+def test_a_model_that_cannot_be_loaded_is_bad_input(recipe: Recipe, tmp_path: Path, demo_data: Path) -> None:
+    from dataclasses import replace
+
+    wrong = replace(recipe, model=ModelRecipe(name_or_path=str(tmp_path / "nowhere")))
+    with executor("local", wrong, tmp_path / "study") as made:
+        made.submit(pack(0))
+        (outcome,) = finish(made, 1).values()
+    assert outcome.state is State.BAD_INPUT
+    assert "nowhere" in outcome.message
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from loratune import executors
+from loratune.record import open_record
+from loratune.work import Pack, Recipe
+root = Path(sys.argv[1])
+with open_record(root) as record:
+    recipe = Recipe.from_json((root / "recipe.json").read_text())
+    options = {"devices": [], "workers": 1, "threads": 1, "max_retries": 0, "hang_timeout": None}
+    made = executors.build("local", recipe=recipe, root=root, lock=record.lock, **options)
+    made.submit(Pack.from_json(sys.argv[2]))
+    while True:
+        print(made.collect(1.0), flush=True)
+"""
+
+
+def test_a_killed_driver_takes_its_workers_along(recipe: Recipe, tmp_path: Path) -> None:
+    write_atomically(tmp_path / "recipe.json", recipe.to_json())
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), pack(0).to_json()], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    assert any("Progress" in line for line in driver.stdout), "training began"
+    assert len(workers_of(tmp_path)) == 1
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 30
+    while workers_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers_of(tmp_path) == []
+    with open_record(tmp_path):
+        pass  # and the lock is free

@@ -1,0 +1,35 @@
+"""Run segments in a process of its own, or in each of torchrun's: ROOT OUTCOMES SEGMENT...
+
+The outcomes are appended to the file OUTCOMES, one JSON per line. With LORATUNE_STOP_AT set, process 0 asks to stop
+once it has seen a report of that step.
+"""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from loratune.finetune.engine import broadcast, load_engine
+from loratune.work import Pack, Progress, Recipe, Segment
+
+
+def main(root: Path, outcomes: Path, *segments: str) -> None:
+    engine = load_engine(Recipe.from_json((root / "recipe.json").read_text()), root)
+    stop = threading.Event()
+    stop_at = int(os.environ.get("LORATUNE_STOP_AT", "-1"))
+
+    def report(progress: Progress) -> None:
+        if progress.step == stop_at:
+            stop.set()
+
+    for text in segments:
+        assert broadcast(text) == text
+        for outcome in engine.run(Pack(segments=(Segment.from_json(text),)), report, stop):
+            if os.environ.get("RANK", "0") == "0":
+                with open(outcomes, "a") as file:
+                    file.write(outcome.to_json() + "\n")
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

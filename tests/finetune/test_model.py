@@ -1,0 +1,125 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_engine
+import torch
+import transformers
+
+from loratune.errors import ModelError
+from loratune.finetune import model
+from loratune.work import ModelRecipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_engine.build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def load(path: Path | str, **options: object) -> model.BaseModel:
+    return model.load(ModelRecipe(name_or_path=str(path), **options), CPU)  # type: ignore[arg-type]
+
+
+def test_loads_frozen_and_without_its_own_dropout(folder: Path) -> None:
+    base = load(folder)
+    assert base.dtype == torch.float32
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert base.model.config.attention_dropout == 0
+    assert {m.attention_dropout for m in base.model.modules() if hasattr(m, "attention_dropout")} == {0.0}
+    ids = torch.arange(12)[None]
+    assert torch.equal(base.model.train()(input_ids=ids).logits, base.model.eval()(input_ids=ids).logits)
+    assert len(base.tokenizer)
+    assert base.pad_id == base.tokenizer.eos_token_id  # it has no pad token
+
+
+@pytest.mark.parametrize("name", ["float64", "bfloat16", "float16"])
+def test_dtypes(folder: Path, name: str) -> None:
+    base = load(folder, dtype=name)
+    assert base.model.dtype == base.dtype == getattr(torch, name)
+
+
+def test_no_attention_mask_is_needed(folder: Path) -> None:
+    """Padding on the right changes no real position, which is why batches carry no mask."""
+    network = load(folder, dtype="float64").model
+    ids = torch.arange(3, 15)[None]
+    padded = torch.cat([ids, torch.full((1, 5), 9)], dim=1)
+    mask = (torch.arange(17) < 12).long()[None]
+    plain = network(input_ids=padded).logits[:, :12]
+    torch.testing.assert_close(plain, network(input_ids=padded, attention_mask=mask).logits[:, :12], rtol=0, atol=1e-12)
+    torch.testing.assert_close(plain, network(input_ids=ids).logits, rtol=0, atol=1e-12)
+
+
+def test_missing_folder() -> None:
+    with pytest.raises(ModelError, match="there is no folder ./nowhere"):
+        load("./nowhere")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        load(tmp_path)
+
+
+def test_broken_config(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"cannot load its config\.json"):
+        load(copy)
+
+
+@pytest.mark.parametrize("change", ["truncate", "garbage", "remove"])
+def test_broken_weights(copy: Path, change: str) -> None:
+    weights = copy / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if change != "remove":
+        weights.write_bytes(content[: len(content) // 2] if change == "truncate" else b"<html>404</html>" * 99)
+    with pytest.raises(ModelError, match="cannot load its weights"):
+        load(copy)
+
+
+def test_weights_of_another_shape_or_missing(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match=r"9 weights are missing.*model\.layers\.2"):
+        load(copy)
+    (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(ModelError, match="weights"):
+        load(copy)
+
+
+def test_not_a_causal_model(tmp_path: Path) -> None:
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"not a causal language model.*BertForMaskedLM"):
+        load(tmp_path)
+
+
+def test_no_tokenizer(copy: Path) -> None:
+    for path in copy.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        load(copy)
+
+
+def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"nobody/no-such-model.*hub id, the network"):
+        load("nobody/no-such-model")
+
+
+def test_requests_that_cannot_be_met(folder: Path) -> None:
+    with pytest.raises(ModelError, match="allowed: auto, float32"):
+        load(folder, dtype="int8")
+    with pytest.raises(ModelError, match="needs a CUDA device"):
+        load(folder, load_in_4bit=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="torch sees no CUDA device"):
+            model.choose_device("cuda")

@@ -1,0 +1,77 @@
+"""The counts of a dry run, against the schedules and hand arithmetic."""
+
+from dataclasses import replace
+
+import pytest
+
+from loratune.plan import Plan, _expected, _expected_epochs, _largest
+from loratune.spec import StudySpec
+
+
+def spec(**sections: object) -> StudySpec:
+    return StudySpec.load(None, (), {"model": "m", "data": {"train": ["d"], "validation_fraction": 0.1}, **sections})
+
+
+PLAN = Plan(
+    trials=10,
+    full_runs=10,
+    steps=100,
+    trial_tokens=360_000,
+    validation_tokens=3_600,
+    validations=11,
+    training_tokens_per_second=100.0,
+    validation_tokens_per_second=200.0,
+    workers=2,
+    devices_per_trial=4,
+    device="NVIDIA H200, 139 GiB",
+    peak_memory_bytes=3 * 2**30,
+    largest_rank=512,
+    adapter_bytes=2**20,
+    adapters_kept=2,
+)
+
+
+def test_hours_are_tokens_over_speed() -> None:
+    assert PLAN.trial_seconds == 3600 + 18
+    assert PLAN.device_hours == pytest.approx((10 * 3600 + 11 * 18) * 4 / 3600)
+    assert PLAN.wall_hours == pytest.approx((10 * 3600 + 11 * 18) / 2 / 3600)
+
+
+def test_the_text_tells_what_matters() -> None:
+    text = str(PLAN)
+    for said in (
+        "60 min per trial; 5.0 h in all, 40.22 device-hours",
+        "3.0 GiB at its peak, per device, at rank 512",
+        "2.0 MiB for 2 adapters",
+    ):
+        assert said in text
+    assert "budget" not in text
+    assert "max_hours: 1 ends it earlier, after about 1 trials" in str(replace(PLAN, max_hours=1.0))
+    assert "rank 512: out of memory: too big" in str(replace(PLAN, problem="out of memory: too big", training_tokens_per_second=0.0))
+
+
+def test_a_full_schedule_spends_one_run_per_trial() -> None:
+    assert _expected(spec(budget={"trials": 10}, training={"validations": 4})) == (10, 41)
+
+
+@pytest.mark.parametrize("fidelity", ["steps", "budget"])
+def test_halving_spends_less_than_full_and_more_than_its_bottom_rung(fidelity: str) -> None:
+    runs, validations = _expected(spec(budget={"trials": 27}, schedule={"name": "halving", "fidelity": fidelity}))
+    # 27 at 1/9, about 9 at 1/3, about 3 at 1: 9 runs when restarted, less when resumed; asynchrony promotes a little more
+    assert 27 / 9 < runs < 14
+    assert 27 + 1 < validations < 27 + 9 + 3 + 12
+    if fidelity == "steps":
+        assert runs < _expected(spec(budget={"trials": 27}, schedule={"name": "halving", "fidelity": "budget"}))[0]
+
+
+def test_the_largest_adapter_of_the_space() -> None:
+    searched = spec(search_space={"lora_r": [4, 64, 16], "target_modules": ["qv", "all-linear"]} | {"lora_r": [4, 16, 64]})
+    largest = _largest(searched, searched.hyperparameters(searched.search_space.default_values()))
+    assert (largest.lora_r, largest.target_modules) == (64, "all-linear")
+    fixed = spec(search_space={"learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}})
+    assert _largest(fixed, fixed.hyperparameters({})).lora_r == 8
+
+
+def test_searched_epochs_count_with_their_mean() -> None:
+    searched = spec(search_space={"preset": "published", "epochs": [1, 2, 6]})
+    assert _expected_epochs(searched, searched.hyperparameters(searched.search_space.default_values())) == 3

@@ -1,0 +1,33 @@
+"""`import loratune`: light, and its names are there."""
+
+import subprocess
+import sys
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_is_light_and_names_come_when_used() -> None:
+    code = """
+import sys, loratune
+print(sorted({"torch", "optuna", "pydantic", "numpy", "yaml"} & set(sys.modules)))
+assert set(loratune.__all__) <= set(dir(loratune))
+print(loratune.StudySpec.__name__, loratune.read.__name__, loratune.samplers.NomadSampler.__name__)
+print(callable(loratune.tune), callable(loratune.tune))
+import loratune.record
+print(callable(loratune.tune), loratune.__version__)
+"""
+    from importlib.metadata import version
+
+    assert run(code).splitlines() == ["[]", "StudySpec read NomadSampler", "True True", f"True {version('loratune')}"]
+
+
+def test_tune_stays_the_function_after_its_module_was_imported() -> None:
+    assert run("from loratune.tune import deliver\nimport loratune\nprint(type(loratune.tune).__name__)") == "function"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert run("import loratune\ntry:\n    loratune.tuna\nexcept AttributeError as error:\n    print(error)") == (
+        "module 'loratune' has no attribute 'tuna'"
+    )
