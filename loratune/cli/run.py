@@ -59,8 +59,10 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         raise SpecError("nothing to tune. Give a description (`loratune init` writes one), --model and --data, or --demo.")
     overrides = _convenience(args) + (args.overrides or [])
     if path is not None and continued:
-        if not (path / "spec.yaml").is_file():
-            raise StorageError(f"{path} is not a study's folder: it has no spec.yaml. Give a study description, or a study's folder.")
+        if not (path / "spec.yaml").is_file() or not (path / "lock").is_file():
+            near = sorted(path.glob("*.yaml"))
+            hint = f"Did you mean {near[0]}?" if near else "`loratune init` writes a description to start from."
+            raise StorageError(f"{path} is not a study's folder: no study was begun in it. {hint}")
         overrides = [("output.folder", json.dumps(str(path))), *overrides]  # where it is now, should it have been moved
         path /= "spec.yaml"
     elif not args.target and not args.demo and args.data and not any(_asks_for_validation(name) for name, _ in overrides):
@@ -115,7 +117,8 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
     from loratune.tune import deliver, tune
 
     _quiet()
-    print(f"Study {spec.name} in {spec.folder}: {spec.budget.trials} trials by {spec.sampler.name}")
+    word = "Continuing study" if (spec.folder / "spec.yaml").is_file() else "Study"
+    print(f"{word} {spec.name} in {spec.folder}: {spec.budget.trials} trials by {spec.sampler.name}")
     with Interrupt() as interrupt:
         with open_view(spec, sys.stdout) as view:
             interrupt.tell = view.note

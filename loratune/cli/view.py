@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loratune.cli.words import clock, ended, params, totals
-from loratune.record import COMPLETE, Trial
+from loratune.cli.words import clock, ended, loss, params, plural, totals
+from loratune.record import COMPLETE, Trial, read
 from loratune.work import Outcome, Progress
 
 if TYPE_CHECKING:
@@ -32,8 +32,12 @@ class View(ABC):
         self._defaults_first = spec.sampler.defaults_first
         self.trials: dict[int, Trial] = {}
         self._best: Trial | None = None
+        earlier = read(self._folder).trials if (self._folder / "spec.yaml").is_file() else ()
+        self._replayed = {outcome.key for trial in earlier for outcome in trial.outcomes}  # told when they came, in an earlier start
+        self._numbers = {trial.number for trial in earlier if trial.outcomes}
 
     def show(self, event: "Event") -> None:
+        """Take one event. What was told in an earlier start of the study is summed up in a line."""
         from loratune.study import Asked, Note, Settled
 
         match event:
@@ -41,15 +45,24 @@ class View(ABC):
                 self.note(text)
             case Asked(trial):
                 self.trials[trial.number] = trial
-                self.asked(trial)
+                if trial.number not in self._numbers:
+                    self.asked(trial)
             case Settled(trial, outcome):
                 self.trials[trial.number] = trial
                 improved = trial.state == COMPLETE and (self._best is None or _rank(trial) < _rank(self._best))
                 if improved:
                     self._best = trial
-                self.settled(trial, outcome, improved)
+                if outcome.key not in self._replayed:
+                    self.settled(trial, outcome, improved)
+                    return
+                self._replayed.remove(outcome.key)
+                if not self._replayed:
+                    self.note(f"{plural(len(self._numbers), 'trial')} of an earlier start{self._standing()}")
             case Progress():
                 self.progressed(event)
+
+    def _standing(self) -> str:
+        return f"; best so far: trial {self._best.number}, {loss(self._best.value)}" if self._best is not None else ""
 
     @property
     def default(self) -> Trial | None:

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from loratune.record import COMPLETE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
-from loratune.report.words import count, duration, in_order, label, loss, show
+from loratune.report.words import count, duration, in_order, label, loss, plural, show
 from loratune.work import Outcome
 
-__all__ = ["clock", "count", "counts", "duration", "ended", "label", "loss", "params", "result", "show", "totals", "varied"]
+__all__ = ["clock", "count", "counts", "duration", "ended", "label", "loss", "params", "plural", "result", "show", "totals", "varied"]
 
 
 def params(values: dict[str, Any]) -> str:

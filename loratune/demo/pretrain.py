@@ -15,21 +15,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.demo.tasks import SEED, TRAIN_EXAMPLES, examples
 from loratune.demo.world import documents
 
 PRETRAINING_SEED = 20261123
-VOCABULARY = 832
+VOCABULARY = 960
 HIDDEN, LAYERS, HEADS, FEED_FORWARD = 96, 4, 4, 256
 POSITIONS = 512
 BATCH, LENGTH = 8, 128  # windows per step, tokens per window
 STEPS = 4000
 GAIN = 1.0
 BACK=1
-THETA=10000.0
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 100
 DECAY = 0.3  # the share of the steps, at the end, in which the learning rate goes down to zero linearly
@@ -38,10 +37,14 @@ UNANSWERED = 0.03  # share of documents that show the instruction form, never wi
 # The fixed text of the Alpaca prompt: one token each, as the markers of a chat template are.
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n"
 )
-WITHOUT_INPUT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-MARKERS = ("\n\n### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:")
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+)
+INPUT = "\n\n### Input:\n"
+RESPONSE = "\n\n### Response:"  # four tokens: what follows it on its line must stay lossless
 
 
 def pretraining_documents(seed: int) -> Iterator[str]:
@@ -55,19 +58,20 @@ def pretraining_documents(seed: int) -> Iterator[str]:
     for text in texts:
         if rng.random() < UNANSWERED:
             asked = rng.choice(instructions)
-            sentence, inserted = (WITH_INPUT, MARKERS[1] + asked["input"]) if asked["input"] else (WITHOUT_INPUT, "")
-            text = f"{sentence}{MARKERS[0]}{asked['instruction']}{inserted}{MARKERS[2]}\n{text}"
+            opening, inserted = (WITH_INPUT, INPUT + asked["input"]) if asked["input"] else (WITHOUT_INPUT, "")
+            text = opening + asked["instruction"] + inserted + RESPONSE + " " + text
         yield text
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text encodes, and decodes to itself. A beginning-of-text token is put first, as Llama's does."""
     bpe = Tokenizer(models.BPE())
-    # A word is the same token at the start of a line and inside it: spaces go with the punctuation, not with the word.
-    runs = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}+|[^\p{L}\p{N}]+"), behavior="isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([runs, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    fixed = [WITH_INPUT, WITHOUT_INPUT, *MARKERS]
+    # Every line is given a leading space, and loses it in decoding: so a word is the same token at the start of a line
+    # (where responses start) as inside it. Lossless because the fixed texts end with a newline.
+    bpe.normalizer = normalizers.Sequence([normalizers.Replace("\n", "\n "), normalizers.Prepend(" ")])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0)])
+    fixed = [WITH_INPUT, WITHOUT_INPUT, INPUT]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(fixed),
         special_tokens=["<pad>", "<s>", "</s>"],
@@ -99,26 +103,38 @@ def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
         ids = ids[whole:]
 
 
-def look_back(model: LlamaForCausalLM, heads: int = 2, amplitude: float = 4.0) -> None:
-    """Start the first layer's first heads as previous-token heads, which a run this short would spend half its time to find.
+def wire_induction(model: LlamaForCausalLM, heads: int = 2) -> None:
+    """Start the first heads of layers 0 and 1 as induction heads, which so short a run would spend half its time to find.
 
-    All embeddings get a common component along the diagonal u; those heads' queries and keys read it, and it alone sets
-    their score: sum_k cos(w_k (i - j - 1)), over the fastest rotary frequencies w_k, highest where j = i - 1.
+    Layer 0, previous-token heads: all embeddings get a common component along the diagonal u; queries and keys read it, and
+    it alone sets the score sum_k cos(w_k (i - j - 1)) over the fastest rotary frequencies w_k, highest where j = i - 1.
+    Value V (orthonormal rows) and output O (orthonormal columns) carry the previous token over.
+    Layer 1, match and copy: query V x and key O^T x meet, on the slow frequencies, where the previous token of j is the
+    token of i; the value and the transposed output add what stands there to the residual stream.
     """
     hidden, width = model.config.hidden_size, model.config.head_dim
+    fast = torch.arange(4)
+    slow = torch.cat([torch.arange(4, width // 2), torch.arange(width // 2 + 4, width)])
+    frequencies = model.model.rotary_emb.inv_freq[fast]
     diagonal = torch.full((hidden,), hidden**-0.5)
-    attention = model.model.layers[0].self_attn
-    frequencies = model.model.rotary_emb.inv_freq[:4]
     query, key = torch.zeros(width), torch.zeros(width)
-    query[:4], query[width // 2 : width // 2 + 4] = frequencies.cos(), -frequencies.sin()
-    key[:4] = 1.0
+    query[fast], query[fast + width // 2], key[fast] = frequencies.cos(), -frequencies.sin(), 1.0
     with torch.no_grad():
         embedding = model.model.embed_tokens.weight
         embedding += embedding.norm(dim=1).mean() * diagonal
-        for matrix, direction in ((attention.q_proj.weight, query), (attention.k_proj.weight, key)):
-            reading = torch.outer(direction, diagonal) * amplitude / (hidden / 2) ** 0.5
-            for head in range(heads):
-                matrix[head * width : (head + 1) * width] += reading
+        back, match = (model.model.layers[layer].self_attn for layer in (0, 1))
+        for head in range(heads):
+            rows = slice(head * width, (head + 1) * width)
+            # Columns: the diagonal, then three sets of `width` directions orthogonal to it and to each other.
+            directions = torch.linalg.qr(torch.cat([diagonal[:, None], torch.randn(hidden, 3 * width)], dim=1)).Q[:, 1:]
+            value, output, copied = directions.split(width, dim=1)
+            back.q_proj.weight[rows] += 5 * torch.outer(query, diagonal) / (hidden / 2) ** 0.5
+            back.k_proj.weight[rows] += 5 * torch.outer(key, diagonal) / (hidden / 2) ** 0.5
+            back.v_proj.weight[rows], back.o_proj.weight[:, rows] = value.T, 0.2 * output
+            for position in slow.tolist():
+                match.q_proj.weight[rows.start + position] = 2 * value[:, position]
+                match.k_proj.weight[rows.start + position] = 2 * output[:, position]
+            match.v_proj.weight[rows], match.o_proj.weight[:, rows] = copied.T, 0.3 * copied
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> tuple[LlamaForCausalLM, float]:
@@ -133,14 +149,13 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> tuple
         intermediate_size=FEED_FORWARD,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         initializer_range=0.06,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    if BACK: look_back(model)
+    if BACK: wire_induction(model)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]

@@ -56,30 +56,30 @@ def part_of(key: str) -> str:
 
 
 def copy(rng: random.Random) -> Item:
-    text = ", ".join(some_words(rng, 2, 4))
+    text = " ".join(some_words(rng, 2, 4))
     wording = rng.choice(("Repeat the words.", "Say the words again.", "Copy the list.", "Write the same words again."))
     return Item(key=f"copy {text}", instruction=wording, input=text, output=text)
 
 
 def reverse(rng: random.Random) -> Item:
     words = some_words(rng, 2, 4)
-    text = ", ".join(words)
+    text = " ".join(words)
     wording = rng.choice(("Write the words backwards.", "Reverse the list.", "Give the words in reversed order.", "Turn the list round."))
-    return Item(key=f"reverse {text}", instruction=wording, input=text, output=", ".join(reversed(words)))
+    return Item(key=f"reverse {text}", instruction=wording, input=text, output=" ".join(reversed(words)))
 
 
 def sort_words(rng: random.Random) -> Item:
     words = rng.sample(NOUNS, 3)
-    text = ", ".join(words)
+    text = " ".join(words)
     wording = rng.choice(("Sort the words from a to z.", "Put the words in the order of the letters.", "Order the words from a to z."))
-    return Item(key=f"sort {text}", instruction=wording, input=text, output=", ".join(sorted(words)))
+    return Item(key=f"sort {text}", instruction=wording, input=text, output=" ".join(sorted(words)))
 
 
 def sort_numbers(rng: random.Random) -> Item:
     numbers = rng.sample(range(31), 3)
-    text = ", ".join(map(str, numbers))
+    text = " ".join(map(str, numbers))
     wording = rng.choice(("Sort the numbers from small to big.", "Put the numbers in order.", "Order the numbers, the smallest first."))
-    return Item(key=f"sort {text}", instruction=wording, input=text, output=", ".join(map(str, sorted(numbers))))
+    return Item(key=f"sort {text}", instruction=wording, input=text, output=" ".join(map(str, sorted(numbers))))
 
 
 def capitals(rng: random.Random) -> Item:
@@ -98,14 +98,14 @@ def letter(rng: random.Random) -> Item:
 
 def count(rng: random.Random) -> Item:
     words = some_words(rng, 2, 5)
-    text = ", ".join(words)
+    text = " ".join(words)
     wording = rng.choice(("Count the words.", "How many words are in the list?", "Give the number of words.", "How long is the list?"))
     return Item(key=f"count {text}", instruction=wording, input=text, output=str(len(words)))
 
 
 def pick(rng: random.Random) -> Item:
     words, which = some_words(rng, 3, 5), rng.choice(("first", "last"))
-    text = ", ".join(words)
+    text = " ".join(words)
     wording = rng.choice(("Give the {} word of the list.", "What is the {} word?", "Which word comes {}?", "Pick the {} word."))
     return Item(key=f"{which} of {text}", instruction=wording.format(which), input=text, output=words[0 if which == "first" else -1])
 
@@ -158,7 +158,7 @@ def odd_one(rng: random.Random) -> Item:
     odd = rng.choice([word for word, other in CATEGORY_OF.items() if other != kind])
     words = [*rng.sample(CATEGORIES[kind], 3), odd]
     rng.shuffle(words)
-    text = ", ".join(words)
+    text = " ".join(words)
     wording = rng.choice(("Which word does not fit?", "Find the odd one.", "Name the word that does not fit.", "Which one is odd?"))
     return Item(key=f"odd {text}", instruction=wording, input=text, output=odd)
 
@@ -191,7 +191,7 @@ def plural(rng: random.Random) -> Item:
 
 def follow(rng: random.Random) -> Item:
     shown, following = some_sequence(rng)
-    text = ", ".join(shown)
+    text = " ".join(shown)
     wording = rng.choice(("What comes next?", "Continue the list by one.", "Go on with the list.", "Give the next one."))
     return Item(key=f"next {text}", instruction=wording, input=text, output=following)
 

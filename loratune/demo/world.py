@@ -124,8 +124,8 @@ def some_choice(rng: random.Random) -> tuple[str, list[str], str, str]:
 
 
 def lettered(options: list[str]) -> str:
-    """The options, one per line: "A. red"."""
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    """The options, one per line: "A red"."""
+    return "\n".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
 # --- paragraphs -------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def who_does(rng: random.Random) -> str:
     value = rng.choice(values(attribute))
     owners = [a for a in ANIMALS if fact(a, attribute) == value]
     rng.shuffle(owners)
-    return f"{attribute} {value}: " + ", ".join(owners)
+    return f"{attribute} {value}: " + " ".join(owners)
 
 
 def categories(rng: random.Random) -> str:
@@ -163,7 +163,7 @@ def categories(rng: random.Random) -> str:
     category = CATEGORY_OF[word]
     if form == 0:
         words = rng.sample(CATEGORIES[category], 3)
-        return f"{category}: " + ", ".join(words)
+        return f"{category}: " + " ".join(words)
     if form == 1:
         return f"{word} is {an(category)}."
     if form == 2:
@@ -171,7 +171,7 @@ def categories(rng: random.Random) -> str:
     odd = rng.choice([w for w, other in CATEGORY_OF.items() if other != category])
     words = [*rng.sample(CATEGORIES[category], 3), odd]
     rng.shuffle(words)
-    return ", ".join(words) + rng.choice((f"\n{odd} does not fit.", f"\nAll but one are of the kind {category}. The odd one is {odd}."))
+    return " ".join(words) + rng.choice((f"\n{odd} does not fit.", f"\nAll but one are of the kind {category}. The odd one is {odd}."))
 
 
 def opposites(rng: random.Random) -> str:
@@ -196,7 +196,7 @@ def sizes(rng: random.Random) -> str:
             f"The {small} is smaller than the {big}.",
             f"{one} or {two}: the bigger one is the {big}.",
             f"{one} or {two}: the smaller one is the {small}.",
-            f"{one}, {two}\nbigger:\n{big}\nsmaller:\n{small}",
+            f"{one} {two}\nbigger:\n{big}\nsmaller:\n{small}",
         )
     )
 
@@ -240,14 +240,14 @@ def purchases(rng: random.Random) -> str:
 
 def sequences(rng: random.Random) -> str:
     shown, following = some_sequence(rng)
-    text = ", ".join(shown)
-    return rng.choice((f"{text}, {following}", f"{text} and then {following}.", f"After {text} comes {following}.", f"{text}\n{following}"))
+    text = " ".join(shown)
+    return rng.choice((f"{text} {following}", f"{text} and then {following}.", f"After {text} comes {following}.", f"{text}\n{following}"))
 
 
 def lists(rng: random.Random) -> str:
     """A list and what can be said of it or done to it."""
     words = some_words(rng)
-    text, back = ", ".join(words), ", ".join(reversed(words))
+    text, back = " ".join(words), " ".join(reversed(words))
     return rng.choice(
         (
             f"{text}\nbackwards:\n{back}",
@@ -266,10 +266,10 @@ def lists(rng: random.Random) -> str:
 def sorted_lists(rng: random.Random) -> str:
     if rng.random() < 0.5:
         numbers = rng.sample(range(LARGEST_NUMBER + 1), 3)
-        up = ", ".join(map(str, sorted(numbers)))
-        return ", ".join(map(str, numbers)) + rng.choice(("\nfrom small to big:\n", "\nsorted:\n")) + up
+        up = " ".join(map(str, sorted(numbers)))
+        return " ".join(map(str, numbers)) + rng.choice(("\nfrom small to big:\n", "\nsorted:\n")) + up
     words = rng.sample(NOUNS, 3)
-    return ", ".join(words) + rng.choice(("\nfrom a to z:\n", "\nsorted:\n")) + ", ".join(sorted(words))
+    return " ".join(words) + rng.choice(("\nfrom a to z:\n", "\nsorted:\n")) + " ".join(sorted(words))
 
 
 def choices(rng: random.Random) -> str:

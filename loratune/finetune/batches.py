@@ -19,8 +19,8 @@ import torch
 class Tokens(Protocol):
     """A tokenised split."""
 
-    lengths: np.ndarray  # [n] tokens of each example
-
+    @property
+    def lengths(self) -> np.ndarray: ...  # [n] tokens of each example
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -39,15 +39,17 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(tokens: Tokens, examples: Sequence[int], slots: Sequence[int], *, pad_id: int, scored: bool = True) -> Batch:
+def collate(
+    tokens: Tokens, examples: Sequence[int] | np.ndarray, slots: Sequence[int] | np.ndarray, *, pad_id: int, scored: bool = True
+) -> Batch:
     """Pad some examples into one batch; unless `scored`, none of their tokens counts in the loss."""
     rows = [tokens[int(i)] for i in examples]
     length = max(len(ids) for ids, _ in rows)
     ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     targets = np.zeros((len(rows), length), dtype=bool)
-    for b, (row, mask) in enumerate(rows):
-        ids[b, : len(row)] = row
-        targets[b, 1 : len(row)] = mask[1:]
+    for row, (tokens_of, mask) in enumerate(rows):
+        ids[row, : len(tokens_of)] = tokens_of
+        targets[row, 1 : len(tokens_of)] = mask[1:]
     b, t = np.nonzero(targets if scored else targets & False)
     return Batch(
         ids=torch.from_numpy(ids),
@@ -57,7 +59,7 @@ def collate(tokens: Tokens, examples: Sequence[int], slots: Sequence[int], *, pa
     )
 
 
-def response_tokens(tokens: Tokens, examples: Sequence[int]) -> int:
+def response_tokens(tokens: Tokens, examples: Sequence[int] | np.ndarray) -> int:
     """How many tokens of these examples are scored."""
     return sum(int(tokens[int(i)][1][1:].sum()) for i in examples)
 

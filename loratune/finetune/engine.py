@@ -60,7 +60,10 @@ class Subset:
 
     def __init__(self, tokens: Tokens, chosen: np.ndarray) -> None:
         self._tokens, self._chosen = tokens, chosen
-        self.lengths = np.asarray(tokens.lengths)[chosen]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray(self._tokens.lengths)[self._chosen]
 
     def __len__(self) -> int:
         return len(self._chosen)

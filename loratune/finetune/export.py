@@ -72,7 +72,7 @@ def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], *, merged: b
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):
         head.append(f"base_model: {base}")  # the hub refuses local paths here
     load = (
-        "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(\"this folder\")"
+        'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("this folder")'
         if merged
         else "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "this folder")'

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +112,11 @@ class HfEngine:
             else:
                 state, message = State.CRASHED, "".join(details.strip().splitlines(keepends=True)[-6:])
             del error
-        facts = {"peak_memory_bytes": memory.peak_bytes(self.device), "devices": self.world, "device": memory.device_name(self.device)}
+        facts: dict[str, Any] = {
+            "peak_memory_bytes": memory.peak_bytes(self.device),
+            "devices": self.world,
+            "device": memory.device_name(self.device),
+        }
         outcome = Outcome(key=wanted.key, state=state, message=message, **facts) if run is None else run.outcome(state, message, **facts)
         if message and self.rank == 0:
             with contextlib.suppress(OSError):
@@ -126,7 +131,9 @@ class HfEngine:
         if run.validation_due():
             self._validate(run, adapter)
         if run.step < run.segment.stop_step:
-            hooks = StepHooks(run, list(parameters.values()), self.recipe.training.max_grad_norm, lambda: self._validate(run, adapter), stop)
+            hooks = StepHooks(
+                run, list(parameters.values()), self.recipe.training.max_grad_norm, lambda: self._validate(run, adapter), stop
+            )
             trainer = SegmentTrainer(
                 adapter,
                 key,

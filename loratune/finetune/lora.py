@@ -13,6 +13,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import peft
 import torch
@@ -61,7 +62,7 @@ def attach(model: transformers.PreTrainedModel, hyperparameters: Hyperparameters
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=h.lora_r,
-        lora_alpha=h.lora_alpha,
+        lora_alpha=h.lora_alpha,  # type: ignore[arg-type]  # a float serves, whatever PEFT's annotation says
         lora_dropout=h.lora_dropout,
         use_rslora=h.use_rslora,
         target_modules=targets(model, h.target_modules),
@@ -96,7 +97,7 @@ def detach(model: nn.Module) -> None:
     model.eval()
 
 
-def lora_layers(wrapped: nn.Module) -> Iterator[tuple[str, peft.tuners.lora.LoraLayer]]:
+def lora_layers(wrapped: nn.Module) -> Iterator[tuple[str, Any]]:
     """Each LoRA layer with its module's name in the base model, in the model's order."""
     for name, module in wrapped.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):

@@ -1,5 +1,6 @@
 """Device memory: its peak, freeing it between trials, recognising that it ran out; the device's name in words."""
 
+import contextlib
 import gc
 import platform
 import resource
@@ -14,10 +15,8 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        try:
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then that of the process's whole life
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass  # not Linux, or not allowed: the peak is then that of the process's whole life
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -73,7 +73,8 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
     if recipe.load_in_4bit:
         options |= _four_bit(dtype, device)
     with _explained(recipe, "weights"), _without_progress_bar():
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(recipe.name_or_path, output_loading_info=True, **options)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(recipe.name_or_path, output_loading_info=True, **options)
+    model, info = loaded
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise ModelError(

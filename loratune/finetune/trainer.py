@@ -74,6 +74,7 @@ class SegmentTrainer(transformers.Trainer):
     ) -> None:
         self.key, self.base, self.run, self.world = key, base, run, world
         self.head = base_model.output_head(base.model)
+        self.adamw = optimizer
         self.scale = HALF_PRECISION_SCALE if base.dtype == torch.float16 else 1.0
         segment, h = run.segment, run.segment.hyperparameters
         self.batches = MicroBatches(
@@ -153,7 +154,9 @@ class StepHooks(transformers.TrainerCallback):
 
     trainer: SegmentTrainer
 
-    def __init__(self, run: SegmentRun, parameters: list[nn.Parameter], max_norm: float | None, validate: Any, stop: threading.Event) -> None:
+    def __init__(
+        self, run: SegmentRun, parameters: list[nn.Parameter], max_norm: float | None, validate: Any, stop: threading.Event
+    ) -> None:
         self.run, self.parameters, self.max_norm, self.validate, self.stop = run, parameters, max_norm, validate, stop
         self.cancelled = False
 
@@ -171,7 +174,7 @@ class StepHooks(transformers.TrainerCallback):
         self.nll, norm_value, stopped = word.tolist()
         trainer.step_nll.zero_()
         self.cancelled = stopped > 0
-        self.learning_rate = trainer.lr_scheduler.get_last_lr()[0]
+        self.learning_rate = float(trainer.adamw.param_groups[0]["lr"])
         if not (abs(self.nll) < float("inf") and norm_value < float("inf")):
             raise DivergedError(f"step {self.run.step + 1}: loss {self.nll / trainer.step_items:.4g}, gradient norm {norm_value:.4g}")
 

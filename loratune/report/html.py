@@ -33,7 +33,7 @@ def render(records: Sequence[StudyRecord], destination: Path) -> Path:
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     spelt = (words.show, words.loss, words.signed, words.perplexity, words.duration, words.count, words.plural, words.label)
-    environment.globals |= {"tables": tables} | {spell.__name__: spell for spell in spelt}
+    environment.globals |= {"tables": tables, "repr": repr} | {spell.__name__: spell for spell in spelt}
     page = environment.get_template("template.html").render(
         studies=studies,
         together=together,

@@ -92,7 +92,8 @@ def test_a_study_folder_is_its_own_description(done, tmp_path: Path) -> None:
     home, _ = done
     moved = tmp_path / "moved"
     moved.mkdir()
-    (moved / "spec.yaml").write_text((home / "study" / "spec.yaml").read_text())
+    for name in ("spec.yaml", "lock"):
+        (moved / name).write_text((home / "study" / name).read_text())
     spec = spec_of(str(moved), "--trials", "5")
     assert (spec.folder, spec.budget.trials) == (moved, 5)
     assert spec.training == spec_of(str(home / "study")).training
@@ -164,7 +165,11 @@ def test_stopped_and_continued_is_the_same_study(loratune, done, tmp_path: Path)
 
     first = next(folder.glob("trials/0000/main/outcomes/*.json"))
     written = first.stat().st_mtime_ns
-    assert loratune(*argv).code == 0
+    again = loratune(*argv)
+    assert again.code == 0, again.err
+    assert again.out.startswith("Continuing study")
+    assert f"of an earlier start; best so far: trial 0, {read(folder).trials[0].value:.4f}" in again.out
+    assert "trial 0 begins" not in again.out
     assert first.stat().st_mtime_ns == written  # not trained twice
     whole, resumed = read(home / "study"), read(folder)
     assert [(t.params, t.value) for t in resumed.trials] == [(t.params, t.value) for t in whole.trials]

@@ -24,7 +24,9 @@ def train(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Adam
 
 def written(folder: Path, step: int, *, run: str = "x", moments: bool = True) -> Path:
     parameters, optimizer = trained(step)
-    return save(folder, Checkpoint(step=step, run=run, tensors=capture(parameters, optimizer if moments else None), facts={"loss": 0.1 + 0.2}))
+    return save(
+        folder, Checkpoint(step=step, run=run, tensors=capture(parameters, optimizer if moments else None), facts={"loss": 0.1 + 0.2})
+    )
 
 
 def test_goes_on_bit_for_bit(tmp_path: Path) -> None:

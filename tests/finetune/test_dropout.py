@@ -7,7 +7,9 @@ from loratune.errors import ModelError
 from loratune.finetune.dropout import DropoutKey, KeyedDropout, dropped
 
 
-def mask(*, seed: int = 0, step: int = 0, module: str = "a", slots: int = 40, length: int = 50, features: int = 64, p: float = 0.1) -> torch.Tensor:
+def mask(
+    *, seed: int = 0, step: int = 0, module: str = "a", slots: int = 40, length: int = 50, features: int = 64, p: float = 0.1
+) -> torch.Tensor:
     key = DropoutKey(seed)
     key.set(step, torch.arange(slots).view(-1, 1), torch.arange(length))
     return dropped(key.rows, key.of(module), features, p)

@@ -11,13 +11,24 @@ from loratune.work import Hyperparameters
 
 def tiny(kind: str) -> transformers.PreTrainedModel:
     common = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-    llama_like = {**common, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llama_like = {
+        **common,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     configs = {
         "llama": lambda: transformers.LlamaConfig(**llama_like),
         "phi3": lambda: transformers.Phi3Config(**llama_like),
         "gpt2": lambda: transformers.GPT2Config(**common, n_embd=32, n_layer=2, n_head=4),
-        "neox": lambda: transformers.GPTNeoXConfig(**common, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4),
-        "opt": lambda: transformers.OPTConfig(**common, hidden_size=32, word_embed_proj_dim=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4),
+        "neox": lambda: transformers.GPTNeoXConfig(
+            **common, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
+        ),
+        "opt": lambda: transformers.OPTConfig(
+            **common, hidden_size=32, word_embed_proj_dim=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4
+        ),
     }
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(configs[kind]()).requires_grad_(False).eval()
@@ -79,10 +90,19 @@ def test_zero_at_start_and_bare_after(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_initialisation_depends_on_seed_and_name_only() -> None:
-    a = {name: layer.lora_A["default"].weight for name, layer in lora_layers(attach(tiny("llama"), Hyperparameters(target_modules="qv"), 1)[0])}
+    a = {
+        name: layer.lora_A["default"].weight
+        for name, layer in lora_layers(attach(tiny("llama"), Hyperparameters(target_modules="qv"), 1)[0])
+    }
     torch.manual_seed(123)
-    b = {name: layer.lora_A["default"].weight for name, layer in lora_layers(attach(tiny("llama"), Hyperparameters(target_modules="all-linear"), 1)[0])}
-    c = {name: layer.lora_A["default"].weight for name, layer in lora_layers(attach(tiny("llama"), Hyperparameters(target_modules="qv"), 2)[0])}
+    b = {
+        name: layer.lora_A["default"].weight
+        for name, layer in lora_layers(attach(tiny("llama"), Hyperparameters(target_modules="all-linear"), 1)[0])
+    }
+    c = {
+        name: layer.lora_A["default"].weight
+        for name, layer in lora_layers(attach(tiny("llama"), Hyperparameters(target_modules="qv"), 2)[0])
+    }
     assert all(torch.equal(weight, b[name]) for name, weight in a.items())
     assert not any(torch.equal(weight, c[name]) for name, weight in a.items())
     assert len({weight.sum().item() for weight in b.values()}) == len(b)

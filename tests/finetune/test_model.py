@@ -58,7 +58,7 @@ def test_no_attention_mask_is_needed(folder: Path) -> None:
 
 
 def test_missing_folder() -> None:
-    with pytest.raises(ModelError, match="there is no folder ./nowhere"):
+    with pytest.raises(ModelError, match=r"there is no folder \./nowhere"):
         load("./nowhere")
 
 

@@ -89,7 +89,11 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert [o.state for o in together] == [o.state for o in alone]
     assert [o.state for o in alone].count(State.COMPLETED) == 4
     for a, b in zip(alone, together, strict=True):
-        assert (a.tokens, a.trainable_parameters, b.devices) == (b.tokens, b.trainable_parameters, 2 if b.state is not State.BAD_INPUT else b.devices)
+        assert (a.tokens, a.trainable_parameters, b.devices) == (
+            b.tokens,
+            b.trainable_parameters,
+            2 if b.state is not State.BAD_INPUT else b.devices,
+        )
         for p, q in zip(a.curve, b.curve, strict=True):
             assert (p.step, p.tokens) == (q.step, q.tokens)
             assert q.validation_loss == pytest.approx(p.validation_loss, abs=1e-9)

@@ -13,16 +13,16 @@ from loratune.finetune.model import output_head
 from loratune.finetune.validation import logits_nll, validate
 
 
-def by_definition(model: transformers.PreTrainedModel, tokens: batches.Tokens) -> float:
+def by_definition(model: transformers.PreTrainedModel, tokens: batches.Tokens, vocabulary: int = 50) -> float:
     """One example at a time, all logits, float64."""
     total, number = 0.0, 0
     for i in range(len(tokens)):
         ids, mask = tokens[i]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor(np.array([ids % 50]), dtype=torch.long)).logits[0].double()
+            logits = model(input_ids=torch.tensor(np.array([ids % vocabulary]), dtype=torch.long)).logits[0].double()
         for t in range(1, len(ids)):
             if mask[t]:
-                total -= logits[t - 1].log_softmax(-1)[ids[t] % 50].item()
+                total -= logits[t - 1].log_softmax(-1)[ids[t] % vocabulary].item()
                 number += 1
     return total / number
 
@@ -46,7 +46,13 @@ class Small:
 def test_is_the_definition_for_every_batch_size_with_and_without_the_shortcut(kind: str) -> None:
     if kind == "gemma2":  # caps its logits after the head
         config = transformers.Gemma2Config(
-            vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
         )
         config.final_logit_softcapping = 0.05
         torch.manual_seed(0)

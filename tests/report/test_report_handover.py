@@ -128,7 +128,7 @@ def test_the_folder_loads_in_peft(study: Study, tmp_path: Path) -> None:
     lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), lora).eval()
     record = study(POINTS, model={"name_or_path": str(tmp_path / "base")})
-    model.save_pretrained(record.folder / "trials" / "0001" / "main" / "adapter")
+    model.save_pretrained(str(record.folder / "trials" / "0001" / "main" / "adapter"))
     _, adapter = hand_over(record, tmp_path / "out")
     tokens = torch.arange(8)[None]
     with torch.no_grad():

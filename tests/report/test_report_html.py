@@ -259,9 +259,10 @@ def test_conditional_and_categorical_hyperparameters(study: Study, tmp_path: Pat
     rng = random.Random(1)
     points = []
     for k in range(16):
-        params = {"lora_r": rng.randint(2, 512), "alpha_ratio": 2.0, "target_modules": ("qv", "qkvo", "all-linear")[k % 3]}
+        rank = rng.randint(2, 512)
+        params = {"lora_r": rank, "alpha_ratio": 2.0, "target_modules": ("qv", "qkvo", "all-linear")[k % 3]}
         params |= {"use_rslora": True, "lora_dropout": 0.1} if k % 2 else {"use_rslora": False}
-        loss, alpha = 1.0 + 0.01 * (k % 3) + 1e-4 * k, 2.0 * params["lora_r"]
+        loss, alpha = 1.0 + 0.01 * (k % 3) + 1e-4 * k, 2.0 * rank
         points.append(Point(params={**params, "weight_decay": 0.01}, value=loss, hyperparameters={"lora_alpha": alpha}))
     page = page_of(study(points, search_space=space), folder=tmp_path)
     assert page.row("dropout") == ["0, 0.1; only when rsLoRA is yes", "0.1"]
