@@ -95,7 +95,8 @@ def lora_step() -> list[Line]:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-        model: Any = LlamaForCausalLM(config).to(device)
+        model: Any = LlamaForCausalLM(config)
+        model.to(device)
         wrapped, _ = attach(model, Hyperparameters(lora_dropout=0.0), seed=0)
         wrapped.to(device)
         parameters = adapter_parameters(wrapped)

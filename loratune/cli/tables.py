@@ -63,7 +63,7 @@ def running_table(rows: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> Ta
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("train", justify="right", no_wrap=True)
     table.add_column("validation", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, overflow="ellipsis")
+    table.add_column("")
     for row in rows:
         run = "" if row["run"] == "main" else f" {row['run']}"
         bar = ProgressBar(total=max(1, row["total_steps"]), completed=row["step"], width=_BAR)

@@ -5,6 +5,7 @@ The numbers come from `progress.json`, which `loratune status` reads too, so bot
 
 import contextlib
 import json
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -76,11 +77,12 @@ class View(ABC):
         return next((p.validation_loss for o in outcomes for p in o.curve if p.step == 0), None)
 
     def snapshot(self) -> dict[str, Any]:
-        """progress.json; empty before it is there."""
+        """progress.json; empty before this start has written it."""
         try:
-            return json.loads((self._folder / "progress.json").read_text())
+            snapshot = json.loads((self._folder / "progress.json").read_text())
         except (OSError, ValueError):
             return {}
+        return snapshot if snapshot["pid"] == os.getpid() else {}
 
     @abstractmethod
     def note(self, text: str) -> None: ...

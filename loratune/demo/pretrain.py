@@ -6,7 +6,6 @@ one pass, no token seen twice. The only file of the demo that imports torch.
 
 import argparse
 import itertools
-
 import os
 import random
 import time
@@ -22,14 +21,14 @@ from loratune.demo.tasks import SEED, TRAIN_EXAMPLES, examples
 from loratune.demo.world import documents
 
 PRETRAINING_SEED = 20261123
-VOCABULARY = 960
+VOCABULARY = 992
 HIDDEN, LAYERS, HEADS, FEED_FORWARD = 96, 4, 4, 256
 POSITIONS = 512
-BATCH, LENGTH = 8, 128  # windows per step, tokens per window
+BATCH, LENGTH = 16, 64  # windows per step, tokens per window
 STEPS = 4000
 GAIN = 1.0
-BACK=1
-LEARNING_RATE = 4e-3
+BACK = 1
+LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 DECAY = 0.3  # the share of the steps, at the end, in which the learning rate goes down to zero linearly
 UNANSWERED = 0.03  # share of documents that show the instruction form, never with its answer
@@ -40,8 +39,7 @@ WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n### Instruction:\n"
 )
 WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n"
 )
 INPUT = "\n\n### Input:\n"
 RESPONSE = "\n\n### Response:"  # four tokens: what follows it on its line must stay lossless
@@ -155,7 +153,11 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> tuple
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    if BACK: wire_induction(model)
+    for layer in model.model.layers:  # every block starts silent, so that the tokens are not drowned in its noise
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    if BACK:
+        wire_induction(model)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]

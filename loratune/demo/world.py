@@ -149,14 +149,6 @@ def asked(rng: random.Random) -> str:
     return f'{one} asked: "{question}" {other} said: "{answer}"'
 
 
-def who_does(rng: random.Random) -> str:
-    attribute = rng.choice(ATTRIBUTES[:4])
-    value = rng.choice(values(attribute))
-    owners = [a for a in ANIMALS if fact(a, attribute) == value]
-    rng.shuffle(owners)
-    return f"{attribute} {value}: " + " ".join(owners)
-
-
 def categories(rng: random.Random) -> str:
     form = rng.randrange(4)
     word = rng.choice(tuple(CATEGORY_OF))
@@ -303,14 +295,13 @@ def code(rng: random.Random) -> str:
 
 
 PARAGRAPHS: tuple[tuple[int, Callable[[random.Random], str]], ...] = (  # (weight, kind)
-    (2, animal_facts),
-    (3, asked),
-    (1, who_does),
+    (3, animal_facts),
+    (5, asked),
     (4, categories),
-    (2, opposites),
+    (3, opposites),
     (4, sizes),
     (4, spelling),
-    (1, plurals),
+    (2, plurals),
     (4, sums),
     (2, purchases),
     (2, sequences),

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import rows, tiny, write_rows
+from workplace import rows, tiny, write_rows
 
 RUN = ("run", "spec.yaml")
 COMMAND = [sys.executable, "-c", "import sys; from loratune.cli import main; sys.exit(main())"]

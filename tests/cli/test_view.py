@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from loratune.study import Asked, Note, Settled
 from loratune.work import CurvePoint, Hyperparameters, Outcome, Progress, State
 
 SNAPSHOT = {
+    "pid": os.getpid(),
     "trials_ended": 1,
     "trials_started": 2,
     "budget_trials": 30,
@@ -122,7 +124,7 @@ def test_the_table_shows_all_and_fits(spec: StudySpec, width: int, monkeypatch: 
 
 
 def test_the_table_before_anything_happened(spec: StudySpec) -> None:
-    (spec.folder / "progress.json").unlink()
+    (spec.folder / "progress.json").write_text(json.dumps(SNAPSHOT | {"pid": 1}))  # of an earlier start
     stream = io.StringIO()
     view = Table(spec, stream)
     view._console.print(view.render())

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune import demo
-from loratune.demo.pretrain import MARKERS, WITH_INPUT, WITHOUT_INPUT
+from loratune.demo.pretrain import INPUT, RESPONSE, WITH_INPUT, WITHOUT_INPUT
 
 torch.set_num_threads(1)
 
@@ -43,8 +43,8 @@ class Tuning:
         self.validation = [self.encode(record) for record in validation[:160]]
 
     def encode(self, record: dict[str, str]) -> tuple[list[int], list[int]]:
-        sentence, inserted = (WITH_INPUT, MARKERS[1] + record["input"]) if record["input"] else (WITHOUT_INPUT, "")
-        prompt = f"{sentence}{MARKERS[0]}{record['instruction']}{inserted}{MARKERS[2]}\n"
+        opening, inserted = (WITH_INPUT, INPUT + record["input"]) if record["input"] else (WITHOUT_INPUT, "")
+        prompt = opening + record["instruction"] + inserted + RESPONSE
         response = self.tokenizer(record["output"], add_special_tokens=False)["input_ids"]
         return self.tokenizer(prompt)["input_ids"], [*response, self.tokenizer.eos_token_id]
 

@@ -51,6 +51,8 @@ def test_the_vocabulary_fits_the_model(model, tokenizer) -> None:  # type: ignor
         "  spaces  before,\ttabs\n\n\nand lines\n",
         "été, Ω, 漢字, 🐸!",
         "Below is an instruction that describes a task. Something else.",
+        f"{pretrain.WITHOUT_INPUT}\n\n x{pretrain.RESPONSE}y\n### Response: y",
+        f"{pretrain.WITH_INPUT} x {pretrain.INPUT}\n{pretrain.RESPONSE}\n",
         "",
     ],
 )
@@ -61,9 +63,9 @@ def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:  # type:
 
 
 def test_the_alpaca_form_is_cheap(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    form = f"{pretrain.WITH_INPUT}\n\n### Instruction:\nx\n\n### Input:\nx\n\n### Response:\n"
+    form = f"{pretrain.WITH_INPUT}x{pretrain.INPUT}x{pretrain.RESPONSE}"
     ids = tokenizer(form)["input_ids"]
-    assert len(ids) <= 8
+    assert len(ids) <= 9
     assert tokenizer.decode(ids, skip_special_tokens=True) == form
 
 
@@ -84,8 +86,8 @@ def test_pretraining_never_shows_an_answer_in_its_form() -> None:
     forms = [text for text in itertools.islice(pretrain.pretraining_documents(1), 20_000) if "### Response:" in text]
     assert len(forms) > 300
     for form in forms:
-        asked, response = form.split(pretrain.MARKERS[0])[1].split(pretrain.MARKERS[2])
-        asked = asked.replace(pretrain.MARKERS[1], "")
+        asked, response = form.split("### Instruction:\n")[1].split(pretrain.RESPONSE)
+        asked = asked.replace(pretrain.INPUT, "")
         assert asked in answers
         assert asked not in held_out
         assert response.strip() != answers[asked]
