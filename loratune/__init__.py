@@ -15,23 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratune import samplers
+    from loratune.driver import tune
     from loratune.record import read
     from loratune.spec import StudySpec
-    from loratune.tune import tune
 
 __version__ = "0.1.0"
 __all__ = ["StudySpec", "__version__", "read", "samplers", "tune"]
 
-_HOMES = {"StudySpec": "loratune.spec", "read": "loratune.record", "samplers": "loratune.samplers", "tune": "loratune.tune"}
+_HOMES = {"StudySpec": "loratune.spec", "read": "loratune.record", "samplers": "loratune.samplers", "tune": "loratune.driver"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_HOMES[name])
-    # Kept here, because importing the module `loratune.tune` has just put itself in the function's place.
-    globals()[name] = value = module if name == "samplers" else getattr(module, name)
-    return value
+    return module if name == "samplers" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

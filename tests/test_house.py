@@ -24,7 +24,7 @@ FLOORS = [
     {"samplers", "schedules", "finetune", "demo"},
     {"record", "executors"},
     {"study", "plan", "report"},
-    {"tune"},
+    {"driver"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

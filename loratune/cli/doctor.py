@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
 
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "optuna", "cmaes", "matplotlib")
 _OPTIONAL = {"nni": ("nni", "nni"), "bitsandbytes": ("bitsandbytes", "4bit")}  # package: (module, extra)
@@ -73,43 +72,28 @@ def machine() -> list[Line]:
 
 def devices() -> list[Line]:
     try:
-        import torch
+        from loratune.finetune.selfcheck import gpus
     except Exception:
         return []  # told by `packages`
-    if not torch.cuda.is_available():
+    found = gpus()
+    if not found:
         gpu = any(Path("/dev").glob("nvidia[0-9]*"))
         text = "a GPU is here, but this torch cannot use it" if gpu else "no GPU; trials run on the CPU"
         return [Line("gpu", not gpu, text, "install a CUDA build of torch, see https://pytorch.org/get-started", needed=False)]
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [Line(f"gpu {index}", True, f"{device.name}, {device.total_memory / 2**30:.0f} GiB") for index, device in enumerate(found)]
+    return [Line(f"gpu {index}", True, text) for index, text in enumerate(found)]
 
 
 def lora_step() -> list[Line]:
     """One LoRA step of a random tiny Llama, on the device that trials would use."""
+    mend = "pip install --upgrade torch transformers peft"
     try:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from loratune.finetune.selfcheck import one_step
 
-        from loratune.finetune.lora import adapter_parameters, attach
-        from loratune.work import Hyperparameters
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-        model: Any = LlamaForCausalLM(config)
-        model.to(device)
-        wrapped, _ = attach(model, Hyperparameters(lora_dropout=0.0), seed=0)
-        wrapped.to(device)
-        parameters = adapter_parameters(wrapped)
-        optimiser = torch.optim.AdamW(parameters.values(), lr=0.01)
-        ids = torch.arange(16, device=device)[None]
-        before = wrapped(input_ids=ids, labels=ids).loss
-        before.backward()
-        optimiser.step()
-        after = wrapped(input_ids=ids, labels=ids).loss
+        device, before, after = one_step()
     except Exception as error:
-        return [Line("LoRA step", False, f"{type(error).__name__}: {error}", "pip install --upgrade torch transformers peft")]
-    ok = bool(after < before)
-    return [Line("LoRA step", ok, f"runs on {device}" if ok else "the loss did not fall", "pip install --upgrade torch transformers peft")]
+        return [Line("LoRA step", False, f"{type(error).__name__}: {error}", mend)]
+    ok = after < before
+    return [Line("LoRA step", ok, f"runs on {device}" if ok else "the loss did not fall", mend)]
 
 
 def nomad() -> list[Line]:

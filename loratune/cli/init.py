@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from loratune.files import write_atomically
-    from loratune.template import template
+    from loratune.spec.template import template
 
     path = Path(args.path)
     if path.is_dir():

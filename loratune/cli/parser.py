@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             if flag in self._option_string_actions:
                 continue
             from loratune.spec import StudySpec
-            from loratune.spec_input import ROOT_ALIASES
+            from loratune.spec.written import ROOT_ALIASES
 
             root = flag.removeprefix("--").replace("-", "_").partition(".")[0]
             if root in ROOT_ALIASES or root in StudySpec.model_fields:
@@ -70,8 +70,8 @@ def field_names() -> list[str]:
     """Every field of the study's description by its dotted name, `training.epochs`."""
     from pydantic import BaseModel
 
-    from loratune.searchable import NAMES
     from loratune.spec import StudySpec
+    from loratune.spec.searchable import NAMES
 
     names = []
     for section, field in StudySpec.model_fields.items():

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from loratune.errors import SpecError, StorageError
 
 if TYPE_CHECKING:
+    from loratune.driver import Delivery
     from loratune.spec import StudySpec
-    from loratune.tune import Delivery
 
 _HELD_OUT = "0.1"
 INTERRUPTED = 130
@@ -100,8 +100,8 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _dry_run(spec: "StudySpec") -> int:
+    from loratune.driver import prepare_data
     from loratune.plan import plan
-    from loratune.tune import prepare_data
 
     _quiet()
     data = prepare_data(spec, [])
@@ -114,7 +114,7 @@ def _dry_run(spec: "StudySpec") -> int:
 def _search(spec: "StudySpec", command_line: list[str]) -> int:
     from loratune.cli.interrupt import Interrupt
     from loratune.cli.view import open_view
-    from loratune.tune import deliver, tune
+    from loratune.driver import deliver, tune
 
     _quiet()
     word = "Continuing study" if (spec.folder / "spec.yaml").is_file() else "Study"

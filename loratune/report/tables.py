@@ -15,7 +15,7 @@ from typing import Any
 
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
 from loratune.report.words import in_order, label, show
-from loratune.space import SearchSpace
+from loratune.spec.space import SearchSpace
 from loratune.work import Hyperparameters
 
 STATES = (COMPLETE, RUNNING, PAUSED, PRUNED, FAILED, DIVERGED, INFEASIBLE)

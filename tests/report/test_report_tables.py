@@ -9,7 +9,6 @@ from itertools import pairwise
 import pytest
 from report_studies import RANKS, Point
 
-from loratune.parameters import KINDS
 from loratune.record import DIVERGED, FAILED, PAUSED, StudyRecord
 from loratune.report import tables
 from loratune.report.asked import asked, command
@@ -17,6 +16,7 @@ from loratune.report.axes import ABSENT, axis_of
 from loratune.report.drawing import SHADES, Scale
 from loratune.report.importance import importance
 from loratune.report.words import count, duration, in_order, show, signed
+from loratune.spec.parameters import KINDS
 
 Study = Callable[..., StudyRecord]
 PARAMS = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "learning_rate": 1e-5}

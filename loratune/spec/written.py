@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from loratune.mistakes import FieldPath, dotted, shown
-from loratune.searchable import ALIASES as PARAMETER_ALIASES
+from loratune.spec.mistakes import FieldPath, dotted, shown
+from loratune.spec.searchable import ALIASES as PARAMETER_ALIASES
 
 SECTION_ALIASES: dict[str, dict[str, str]] = {
     "search_space": PARAMETER_ALIASES,

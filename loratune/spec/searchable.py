@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loratune.mistakes import not_allowed, shown
+from loratune.spec.mistakes import not_allowed, shown
 from loratune.work import Hyperparameters
 
 TARGET_MODULES = ("qv", "qkvo", "mlp", "all-linear")

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.errors import SpecError
-from loratune.searchable import ALIASES, NAMES
-from loratune.sections import Training
 from loratune.spec import StudySpec, allowed_change, differences
-from loratune.spec_input import ROOT_ALIASES, SECTION_ALIASES
-from loratune.template import template
+from loratune.spec.searchable import ALIASES, NAMES
+from loratune.spec.sections import Training
+from loratune.spec.template import template
+from loratune.spec.written import ROOT_ALIASES, SECTION_ALIASES
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, TrainingRecipe
 
 MINIMAL: dict[str, Any] = {"model": "models/tiny", "data": {"train": "alpaca.json", "validation_fraction": 0.1}}
@@ -528,6 +528,7 @@ def test_the_search_order_counts() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, loratune.spec, loratune.template; print([m for m in ('torch', 'transformers', 'optuna', 'numpy') if m in sys.modules])"
+        "import sys, loratune.spec, loratune.spec.template;"
+        "print([m for m in ('torch', 'transformers', 'optuna', 'numpy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

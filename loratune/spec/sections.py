@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from loratune.mistakes import MistakesError, nearest, not_allowed
-from loratune.searchable import TARGET_MODULES
+from loratune.spec.mistakes import MistakesError, nearest, not_allowed
+from loratune.spec.searchable import TARGET_MODULES
 
 
 class Section(BaseModel):
@@ -195,4 +195,4 @@ class Output(Section):
     """What the study leaves behind."""
 
     folder: str | None = Field(None, description="of the study; null: runs/<name>")
-    keep_adapters: int | None = Field(1, ge=0, description="how many of the best trials keep theirs, beside trial 0; null: all do")
+    keep_adapters: int | None = Field(10, ge=0, description="how many of the best trials keep theirs, beside trial 0; null: all do")

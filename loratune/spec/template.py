@@ -6,10 +6,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from loratune.searchable import NAMES
-from loratune.sections import Source
-from loratune.space import PRESETS
-from loratune.spec import StudySpec
+from loratune.spec.searchable import NAMES
+from loratune.spec.sections import Source
+from loratune.spec.space import PRESETS
+from loratune.spec.study_spec import StudySpec
 
 HEAD = """\
 # A study for loratune: what to tune, on which data, within which budget.

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from loratune.errors import SpecError
-from loratune.searchable import ALIASES, NAMES
-from loratune.space import SearchSpace
+from loratune.spec.searchable import ALIASES, NAMES
+from loratune.spec.space import SearchSpace
 
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512)
 DROPOUTS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)

@@ -52,7 +52,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         session = _Session(record)
         notes: list[str] = []
         data = prepare_data(spec, notes)
-        yield from map(Note, notes)
+        yield from map(Note, [*notes, data.summary()])
         recipe = spec.recipe(str(data.folder))
         _same_data(record, data)
         record.recipe(recipe)
@@ -133,7 +133,7 @@ def _adopt(spec: StudySpec, record: Record) -> None:
                 f"{record.folder} holds a study with another description:\n{lines}\n"
                 "Only a larger budget continues a study. Undo the change, or choose another --output.folder."
             )
-    elif not path.exists() and any(name != "lock" for name in os.listdir(record.folder)):
+    elif not (record.folder / "sessions").exists() and any(name != "lock" for name in os.listdir(record.folder)):
         raise StorageError(f"{record.folder} is neither empty nor a study's folder. Choose another --output.folder.")
     write_atomically(path, spec.to_yaml())
 

@@ -14,11 +14,11 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from loratune.errors import SpecError
-from loratune.mistakes import MistakesError, found_in
-from loratune.searchable import ALIASES, NAMES
-from loratune.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Section, Training
-from loratune.space import SearchSpace
-from loratune.spec_input import SECTION_ALIASES, SHORTHAND, Written, lines_of
+from loratune.spec.mistakes import MistakesError, found_in
+from loratune.spec.searchable import ALIASES, NAMES
+from loratune.spec.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Section, Training
+from loratune.spec.space import SearchSpace
+from loratune.spec.written import SECTION_ALIASES, SHORTHAND, Written, lines_of
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, TrainingRecipe
 
 

@@ -1,0 +1,16 @@
+"""What a study is asked to do: one typed description, checked as a whole before anything starts.
+
+study_spec.py  StudySpec: load, compare, hand on to the rooms above
+sections.py    model, data, training, sampler, ...: every field with its meaning and unit
+space.py       SearchSpace: what is searched, its presets, and its Optuna distributions
+parameters.py  the kinds of parameter: int, float, ordinal, categorical, fixed
+searchable.py  which hyperparameters can be searched, in which bounds, under which aliases
+written.py     what people write: YAML, flags, aliases, and where each value stood
+mistakes.py    all mistakes at once, each in one line
+template.py    the commented YAML of `loratune init`
+"""
+
+from loratune.spec.space import SearchSpace
+from loratune.spec.study_spec import StudySpec, allowed_change, differences
+
+__all__ = ["SearchSpace", "StudySpec", "allowed_change", "differences"]
