@@ -26,6 +26,7 @@ FLOORS = [
     {"study", "plan", "report"},
     {"driver"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALONE = {"torch": "finetune", "PyNomad": "samplers/nomad_process.py", "nni": "samplers/nni_tpe.py"}  # library -> its one place
