@@ -45,22 +45,25 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
     except LoratuneError as error:  # a model that cannot be loaded: every pack gets the same clear answer
         trouble = error
     while (pack := packs.get()) is not None:
-        _share(pack)
         if engine is None:
             outcomes = [Outcome(key=s.key, state=State.BAD_INPUT, message=str(trouble)) for s in pack.segments]
         else:
+            _share(pack)
             outcomes = engine.run(pack, lambda progress: _send(driver, {"progress": _plain(progress)}), stop)
         for outcome in outcomes:
             _send(driver, {"outcome": _plain(outcome)})
-    _share(None)
     if engine is not None:
+        _share(None)
         engine.close()
 
 
 def _follow(recipe: Recipe, root: Path) -> None:
     from loratune.finetune.engine import load_engine
 
-    engine = load_engine(recipe, root)
+    try:
+        engine = load_engine(recipe, root)
+    except LoratuneError:
+        return  # rank 0 met the same error, and tells it
     never = threading.Event()  # rank 0's word counts; the engine agrees on it across ranks
     while (pack := _share(None)) is not None:
         engine.run(pack, lambda _: None, never)

@@ -16,43 +16,20 @@ own starts one and answers it from that log, and NOMAD, being deterministic, end
 Points that another trial has answered, or is about to, are not evaluated again.
 """
 
-import contextlib
-import itertools
-import json
-import math
-import os
-import subprocess
-import sys
 import threading
 import warnings
-import weakref
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from loratune.errors import LoratuneError, SearchSpentError
-from loratune.samplers.base import (
-    Space,
-    answer,
-    derived_seed,
-    from_internal,
-    index_of,
-    known_search_space,
-    number_of_values,
-    random_value,
-    to_internal,
-    value_at,
-)
-
-KEY = "nomad"
-Point = list[float]  # coordinates as NOMAD sees them
-Answer = float | None  # loss to minimise; None: failed
-Slot = tuple[int, int, int]  # run, block, index in the block
+from loratune.errors import SearchSpentError
+from loratune.samplers.base import Space, derived_seed, from_internal, known_search_space, random_value, to_internal
+from loratune.samplers.nomad_child import Child, Run
+from loratune.samplers.nomad_points import KEY, Code, Evaluated, Point, Slot, told_of
 
 
 class NomadSampler(BaseSampler):
@@ -105,7 +82,7 @@ class NomadSampler(BaseSampler):
         self._restart = restart
         self._when_spent = when_spent
         self._warned = False
-        self._child: _Child | None = None
+        self._child: Child | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,8 +136,8 @@ class NomadSampler(BaseSampler):
 
     def _next(self, study: Study, space: Space) -> tuple[Slot, dict[str, Any]] | None:
         """The next point nobody has taken, after telling NOMAD all that can be told; None while results are pending."""
-        code = _Code(space)
-        evaluated = _Evaluated(study, space, code)
+        code = Code(space)
+        evaluated = Evaluated(study, space, code)
         log = _read_log(study)
         if not log or log[-1].start["space"] != code.key:
             log.append(self._new_run(study, len(log), code, evaluated, evaluated.unseen(self._seed, len(log))))
@@ -184,16 +161,16 @@ class NomadSampler(BaseSampler):
                     return (*here, index), code.decode(child.block[index])
             if not all(owner.state.is_finished() for owner in owners if owner is not None):
                 return None
-            answers = [_answer(owner, study.direction) for owner in owners if owner is not None]
+            answers = [told_of(owner, study.direction) for owner in owners if owner is not None]
             study._storage.set_study_system_attr(study._study_id, f"{KEY}:{here[0]:04d}:{here[1]:06d}", answers)
             run.told.append(answers)
 
-    def _replayed(self, run: "_Run") -> "_Child":
+    def _replayed(self, run: "Run") -> "Child":
         """A child that has been told exactly what `run` says."""
         if self._child is not None and not self._child.can_follow(run):
             self.close()
         if self._child is None:
-            self._child = _Child(run.start)
+            self._child = Child(run.start)
         child = self._child
         try:
             for answers in run.told[len(child.told) :]:
@@ -203,7 +180,7 @@ class NomadSampler(BaseSampler):
             raise
         return child
 
-    def _new_run(self, study: Study, number: int, code: "_Code", evaluated: "_Evaluated", unseen: Point | None) -> "_Run":
+    def _new_run(self, study: Study, number: int, code: "Code", evaluated: "Evaluated", unseen: Point | None) -> "Run":
         """Decide how run `number` starts, and store it."""
         if number == 0:
             x0 = [code.encode_checked(params) for params in self._x0] + evaluated.promising()
@@ -224,7 +201,7 @@ class NomadSampler(BaseSampler):
             "max_evaluations": self._max_evaluations,
         }
         study._storage.set_study_system_attr(study._study_id, f"{KEY}:{number:04d}", start)
-        return _Run(start, [])
+        return Run(start, [])
 
     def _spent(self, why: str) -> None:
         if self._when_spent == "raise":
@@ -241,221 +218,12 @@ class NomadSampler(BaseSampler):
         self._warned = True
 
 
-class _Run(NamedTuple):
-    """One NOMAD optimisation: how it was started, and what each of its blocks was answered."""
-
-    start: dict[str, Any]
-    told: list[list[Answer]]
-
-
-def _answer(trial: FrozenTrial, direction: StudyDirection) -> Answer:
-    """A finished trial's loss as NOMAD is told it: None where the trial failed, is infeasible, or its loss infinite.
-
-    Infeasible is failed (an extreme barrier): as a PB constraint, one violation among many points that
-    violate nothing sent NOMAD 4.6's quadratic models into sub-searches of minutes.
-    """
-    told = answer(trial, direction)
-    return told[0] if told is not None and told[1] == 0 and math.isfinite(told[0]) else None
-
-
-def _read_log(study: Study) -> list[_Run]:
+def _read_log(study: Study) -> list[Run]:
     attrs = study._storage.get_study_system_attrs(study._study_id)
-    log: list[_Run] = []
+    log: list[Run] = []
     for key in sorted(key for key in attrs if key.startswith(f"{KEY}:")):  # a run sorts before its blocks
         if key.count(":") == 1:
-            log.append(_Run(attrs[key], []))
+            log.append(Run(attrs[key], []))
         else:
             log[-1].told.append(list(attrs[key]))
     return log
-
-
-class _Code:
-    """The search space as NOMAD sees it: integers (I) and reals (R) between bounds, parameters in their given order."""
-
-    def __init__(self, space: Space) -> None:
-        self.space = space
-        self.key = json.dumps({name: json.loads(distribution_to_json(d)) for name, d in space.items()})
-        self.counts = [number_of_values(d) for d in space.values()]
-        self.types = "".join("R" if count is None else "I" for count in self.counts)
-        self.size = None if None in self.counts else int(np.prod([float(c) for c in self.counts if c is not None]))
-        bounds = [_bounds(distribution) for distribution in space.values()]
-        self.lower: Point = [low for low, _ in bounds]
-        self.upper: Point = [high for _, high in bounds]
-
-    def encode(self, params: dict[str, Any]) -> Point:
-        """Raises KeyError for a missing parameter, ValueError for a value outside its distribution."""
-        return [
-            _real(d, params[name]) if count is None else float(index_of(d, params[name]))
-            for (name, d), count in zip(self.space.items(), self.counts, strict=True)
-        ]
-
-    def encode_checked(self, params: dict[str, Any]) -> Point:
-        """`encode` for a user's starting point. Raises ValueError naming the parameter that does not fit."""
-        for name, distribution in self.space.items():
-            if name not in params:
-                raise ValueError(f"NomadSampler: x0 has no value for {name!r}")
-            try:
-                fits = distribution._contains(distribution.to_internal_repr(params[name]))
-            except (ValueError, TypeError):
-                fits = False
-            if not fits:
-                raise ValueError(f"NomadSampler: x0 has {name} = {params[name]!r}, which is not in {distribution}")
-        return self.encode(params)
-
-    def contains(self, point: Point) -> bool:
-        return all(low <= x <= high for low, x, high in zip(self.lower, point, self.upper, strict=True))
-
-    def decode(self, point: Point) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for (name, d), count, x in zip(self.space.items(), self.counts, point, strict=True):
-            if count is not None:
-                values[name] = value_at(d, round(x))
-            elif isinstance(d, FloatDistribution):
-                values[name] = min(max(10.0**x if d.log else x, d.low), d.high)
-        return values
-
-
-def _bounds(distribution: BaseDistribution) -> tuple[float, float]:
-    count = number_of_values(distribution)
-    if count is not None:
-        return 0.0, count - 1.0
-    if not isinstance(distribution, FloatDistribution):
-        raise TypeError(f"NomadSampler cannot search {distribution}")
-    return _real(distribution, distribution.low), _real(distribution, distribution.high)
-
-
-def _real(distribution: BaseDistribution, value: float) -> float:
-    return float(np.log10(value)) if getattr(distribution, "log", False) else float(value)
-
-
-class _Evaluated:
-    """The study's trials as points: who evaluates which."""
-
-    def __init__(self, study: Study, space: Space, code: _Code) -> None:
-        self._code = code
-        self._direction = study.direction
-        self._trials: list[FrozenTrial] = []
-        self._slots: dict[Slot, FrozenTrial] = {}
-        points: list[Point] = []
-        for trial in study.get_trials(deepcopy=False):
-            record = trial.system_attrs.get(KEY)
-            if record is not None and record["slot"] is not None:
-                self._slots[tuple(record["slot"])] = trial
-            params = trial.params
-            if not trial.state.is_finished():  # its parameters may not be stored yet
-                proposed = from_internal(record["params"], space) if record is not None and record["params"].keys() == space.keys() else {}
-                params = {**proposed, **trial.system_attrs.get("fixed_params", {}), **params}
-            with contextlib.suppress(KeyError, ValueError, TypeError):  # of another search space
-                point = code.encode(params)
-                if code.contains(point):
-                    points.append(point)
-                    self._trials.append(trial)
-        self._points = np.array(points).reshape(len(points), len(space))
-        # NOMAD's mesh and our logarithms are exact to about 1e-15 of a range; two points this near are one.
-        self._near = 1e-12 * (np.array(code.upper) - np.array(code.lower))
-
-    def owner(self, slot: Slot, point: Point) -> FrozenTrial | None:
-        """The trial that was asked for this slot, or else the first one at this point."""
-        if slot in self._slots:
-            return self._slots[slot]
-        found = np.flatnonzero(np.all(np.abs(self._points - point) <= self._near, axis=1))
-        return self._trials[found[0]] if len(found) else None
-
-    def promising(self) -> list[Point]:
-        """Points that did not fail: evaluated or about to be."""
-        return [
-            point.tolist()
-            for point, trial in zip(self._points, self._trials, strict=True)
-            if not trial.state.is_finished() or _answer(trial, self._direction) is not None
-        ]
-
-    def best(self) -> Point | None:
-        """The feasible point of least loss."""
-        ranked = []
-        for number, trial in enumerate(self._trials):
-            told = _answer(trial, self._direction) if trial.state.is_finished() else None
-            if told is not None:
-                ranked.append((told, number))
-        return self._points[min(ranked)[1]].tolist() if ranked else None
-
-    def unseen(self, seed: int, run: int) -> Point | None:
-        """A random point that no trial has; None when the finite space is exhausted."""
-        rng = np.random.default_rng(derived_seed(seed, run, "unseen"))
-        for _ in range(100):
-            point = [
-                float(rng.uniform(low, high) if kind == "R" else rng.integers(int(low), int(high) + 1))
-                for kind, low, high in zip(self._code.types, self._code.lower, self._code.upper, strict=True)
-            ]
-            if self.owner((-1, -1, -1), point) is None:
-                return point
-        seen = {tuple(point) for point in self._points.tolist()}
-        every = itertools.product(*(range(int(high) + 1) for high in self._code.upper))
-        left = (point for point in every if point not in seen) if "R" not in self._code.types else iter(())
-        first = next(left, None)
-        return None if first is None else [float(x) for x in first]
-
-
-class _Child:
-    """A NOMAD process. `block` holds the points it waits for, None once it has ended, `reason` says why."""
-
-    def __init__(self, start: dict[str, Any]) -> None:
-        self.start = start
-        self.told: list[list[Answer]] = []
-        self.block: list[Point] | None = None
-        self.reason = ""
-        program = Path(__file__).with_name("nomad_process.py")
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(program)],  # -P: our folder must not shadow other modules
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # the terminal's Ctrl-C is not for it
-        )
-        self.close = weakref.finalize(self, _end, self._process, os.getpid())
-        self._send(start)
-        self._receive()
-
-    def can_follow(self, run: _Run) -> bool:
-        return self.start == run.start and self.told == run.told[: len(self.told)]
-
-    def tell(self, answers: list[Answer]) -> None:
-        self.told.append(answers)
-        self._send(answers)
-        self._receive()
-
-    def _send(self, message: Any) -> None:
-        if self._process.stdin is None:
-            raise RuntimeError("the NOMAD process has no input")
-        with contextlib.suppress(BrokenPipeError):  # it died; `_receive` says how
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-
-    def _receive(self) -> None:
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        message: dict[str, Any] = json.loads(line) if line.endswith("\n") else self._post_mortem()
-        if "error" in message:
-            self.close()
-            raise LoratuneError(f"NOMAD could not start: {message['error']}. Install it with: pip install PyNomadBBO")
-        self.block = message.get("block")
-        self.reason = message.get("end", "")
-
-    def _post_mortem(self) -> dict[str, str]:
-        """NOMAD answers some searches (one integer parameter, ...) with a crash, always at the same point: its end."""
-        status = self._process.wait()
-        if status in (-6, -11):  # abort, segmentation fault
-            return {"end": f"it crashed with signal {-status}"}
-        self.close()
-        raise LoratuneError(f"The NOMAD process was killed from outside (status {status}). Run the same command again to continue.")
-
-
-def _end(process: subprocess.Popen[str], owner: int) -> None:
-    if os.getpid() != owner:  # a fork of the process that the child belongs to
-        return
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # what was left unsent has no reader
-                pipe.close()

@@ -154,6 +154,29 @@ def test_a_model_that_cannot_be_loaded_is_bad_input(recipe: Recipe, tmp_path: Pa
     assert "nowhere" in outcome.message
 
 
+@pytest.mark.slow
+def test_two_processes_train_one_trial_together(recipe: Recipe, tmp_path: Path, undisturbed: float) -> None:
+    from dataclasses import replace
+
+    with executor("local", replace(recipe, devices_per_trial=2), tmp_path) as made:
+        made.submit(pack(0))
+        (outcome,) = finish(made, 1).values()
+    assert outcome.state is State.COMPLETED, outcome.message
+    assert outcome.devices == 2
+    assert outcome.validation_loss == pytest.approx(undisturbed, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_group_with_a_model_that_cannot_be_loaded_says_so(recipe: Recipe, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    wrong = replace(recipe, devices_per_trial=2, model=ModelRecipe(name_or_path=str(tmp_path / "nowhere")))
+    with executor("local", wrong, tmp_path / "study") as made:
+        made.submit(pack(0))
+        (outcome,) = finish(made, 1).values()
+    assert outcome.state is State.BAD_INPUT
+
+
 DRIVER = """
 import sys
 from pathlib import Path
