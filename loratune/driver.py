@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from optuna.samplers import BaseSampler
+
 from loratune import executors, samplers
 from loratune.environment import environment
 from loratune.errors import SpecError, StorageError
@@ -47,6 +49,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     """
     stop = stop or threading.Event()
     devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
+    _sampler(spec, workers=1)  # a mistake in its options is told before the data are read
     with open_record(spec.folder) as record:
         _adopt(spec, record)
         session = _Session(record)
@@ -68,16 +71,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             hang_timeout=spec.executor.hang_timeout,
         )
         try:
-            ordinals = samplers.ordinals(spec.sampler.name)
-            sampler = samplers.build(
-                spec.sampler.name,
-                search_space=spec.search_space.distributions(ordinals),
-                seed=spec.seed,
-                options=spec.sampler.options,
-                x0=spec.search_space.defaults(ordinals),
-                workers=executor.capacity,
-                conditional=spec.search_space.conditional,
-            )
+            sampler = _sampler(spec, workers=executor.capacity)
             study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
             meter = Meter(budget_trials=spec.budget.trials, workers=executor.capacity, earlier_seconds=session.earlier_seconds)
             loop = Loop(spec=spec, record=record, study=study, examples=len(data.train), executor=executor, meter=meter, stop=stop)
@@ -118,6 +112,19 @@ def deliver(folder: Path) -> Delivery:
     return Delivery(record=record, report=write_report([record], folder / "report.html"), best=best, adapter=adapter)
 
 
+def _sampler(spec: StudySpec, workers: int) -> BaseSampler:
+    ordinals = samplers.ordinals(spec.sampler.name)
+    return samplers.build(
+        spec.sampler.name,
+        search_space=spec.search_space.distributions(ordinals),
+        seed=spec.seed,
+        options=spec.sampler.options,
+        x0=spec.search_space.defaults(ordinals),
+        workers=workers,
+        conditional=spec.search_space.conditional,
+    )
+
+
 def _adopt(spec: StudySpec, record: Record) -> None:
     """Make the folder this study's, or see that it is."""
     path = record.folder / "spec.yaml"
@@ -150,15 +157,15 @@ def _same_data(record: Record, data: Prepared) -> None:
 
 
 def _tidy(spec: StudySpec, folder: Path) -> None:
-    """Remove the adapters that `output.keep_adapters` does not ask for, and what only a restart would need."""
-    if spec.output.keep_adapters is None:
-        return
-    trials = read(folder).trials
-    ranking = sorted((t for t in trials if t.state == COMPLETE), key=lambda t: (t.value, t.number))
-    kept = {0} | {trial.number for trial in ranking[: spec.output.keep_adapters]}
-    for trial in trials:
-        if trial.number not in kept:
-            for adapter in (folder / "trials" / f"{trial.number:04d}").glob("*/adapter"):
+    """Remove checkpoints that nothing can need again, and the adapters that `output.keep_adapters` does not ask for."""
+    done = sorted((t for t in read(folder).trials if t.state == COMPLETE), key=lambda t: (t.value, t.number))
+    kept = {0} | {trial.number for trial in done[: spec.output.keep_adapters]}
+    for trial in done:
+        own = folder / "trials" / f"{trial.number:04d}"
+        for checkpoint in own.glob("*/checkpoint-*"):
+            checkpoint.unlink(missing_ok=True)
+        for adapter in own.glob("*/adapter"):
+            if adapter.parent.name != "main" or trial.number not in kept:  # a short run's adapter was a step on the way
                 shutil.rmtree(adapter, ignore_errors=True)
 
 

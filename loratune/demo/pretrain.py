@@ -25,10 +25,9 @@ VOCABULARY = 992
 HIDDEN, LAYERS, HEADS, FEED_FORWARD = 96, 4, 4, 256
 POSITIONS = 512
 BATCH, LENGTH = 16, 64  # windows per step, tokens per window
-STEPS = 4000
-GAIN = 1.0
-BACK = 1
-LEARNING_RATE = 3e-3
+STEPS = 4500
+GAIN = 1.0  # folded into the norms at the end, see save()
+LEARNING_RATE = 3e-3  # peak
 WARMUP_STEPS = 100
 DECAY = 0.3  # the share of the steps, at the end, in which the learning rate goes down to zero linearly
 UNANSWERED = 0.03  # share of documents that show the instruction form, never with its answer
@@ -62,7 +61,7 @@ def pretraining_documents(seed: int) -> Iterator[str]:
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text encodes, and decodes to itself. A beginning-of-text token is put first, as Llama's does."""
+    """Byte-level BPE: any text encodes, and decodes to itself. <s> is put first, as Llama's does."""
     bpe = Tokenizer(models.BPE())
     # Every line is given a leading space, and loses it in decoding: so a word is the same token at the start of a line
     # (where responses start) as inside it. Lossless because the fixed texts end with a newline.
@@ -92,7 +91,8 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
     """Batches [BATCH, LENGTH] of token ids: documents end to end, `<s> text </s>` each, cut without regard to borders."""
-    texts, ids = pretraining_documents(seed), []
+    texts = pretraining_documents(seed)
+    ids: list[int] = []
     while True:
         for encoded in tokenizer(list(itertools.islice(texts, 1000)))["input_ids"]:
             ids += [*encoded, tokenizer.eos_token_id]
@@ -156,8 +156,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> tuple
     for layer in model.model.layers:  # every block starts silent, so that the tokens are not drowned in its noise
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    if BACK:
-        wire_induction(model)
+    wire_induction(model)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
