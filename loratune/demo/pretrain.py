@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.demo.tasks import SEED, TRAIN_EXAMPLES, examples
 from loratune.demo.world import documents
+from loratune.files import write_atomically
 
 PRETRAINING_SEED = 20261123
 VOCABULARY = 992
@@ -26,7 +27,7 @@ HIDDEN, LAYERS, HEADS, FEED_FORWARD = 96, 4, 4, 256
 POSITIONS = 512
 BATCH, LENGTH = 16, 64  # windows per step, tokens per window
 STEPS = 4500
-GAIN = 1.0  # folded into the norms at the end, see save()
+GAIN = 8.0  # folded into the norms at the end, see save()
 LEARNING_RATE = 3e-3  # peak
 WARMUP_STEPS = 100
 DECAY = 0.3  # the share of the steps, at the end, in which the learning rate goes down to zero linearly
@@ -200,7 +201,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_atomically(folder / "model.safetensors", serialized(weights, metadata={"format": "pt"}))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from loratune import demo
 from loratune.demo.pretrain import INPUT, RESPONSE, WITH_INPUT, WITHOUT_INPUT
 
 torch.set_num_threads(1)
+STEPS = 12
 
 
 def test_importing_the_demo_is_light() -> None:
@@ -34,12 +35,12 @@ def test_the_study_names_what_is_there() -> None:
 
 
 class Tuning:
-    """A bare fine-tuning of the demo, 25 steps, in plain Transformers and PEFT."""
+    """A bare fine-tuning of the demo, STEPS steps of 32 examples, in plain Transformers and PEFT."""
 
     def __init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(demo.model_folder())
         train, validation = ([json.loads(line) for line in path.read_text().splitlines()] for path in demo.data_files())
-        self.train = random.Random(0).sample([self.encode(record) for record in train], 25 * 32)
+        self.train = random.Random(0).sample([self.encode(record) for record in train], STEPS * 32)
         self.validation = [self.encode(record) for record in validation[:160]]
 
     def encode(self, record: dict[str, str]) -> tuple[list[int], list[int]]:
