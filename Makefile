@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 
 ## make test       style, types and tests
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 ## make lint       style and types only
 lint: $(VENV)/installed-dev

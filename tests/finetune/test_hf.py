@@ -116,7 +116,7 @@ def test_stop_writes_a_checkpoint_and_the_rest_gives_the_same(engine) -> None:  
     expected = run(engine, segment(trial=3, total=40, validate_at=(10,)))
     stop = threading.Event()
     wanted = segment(trial=4, total=40, validate_at=(10,))
-    cancelled = run(engine, wanted, stop=stop, report=lambda p: stop.set(), state=State.CANCELLED)
+    cancelled = run(engine, wanted, stop=stop, report=lambda p: stop.set() if p.step >= 10 else None, state=State.CANCELLED)
     assert 10 <= cancelled.curve[-1].step < 40
     assert cancelled.validation_loss is None
     later = engine.run(Pack(segments=(wanted, segment(trial=5))), lambda p: None, stop)  # still set
