@@ -111,7 +111,7 @@ def wire_induction(model: LlamaForCausalLM, heads: int = 2) -> None:
     Layer 1, match and copy: query V x and key O^T x meet, on the slow frequencies, where the previous token of j is the
     token of i; the value and the transposed output add what stands there to the residual stream.
     """
-    hidden, width = model.config.hidden_size, model.config.head_dim
+    hidden, width = model.config.hidden_size, HIDDEN // HEADS
     fast = torch.arange(4)
     slow = torch.cat([torch.arange(4, width // 2), torch.arange(width // 2 + 4, width)])
     frequencies = model.model.rotary_emb.inv_freq[fast]
