@@ -20,7 +20,7 @@ def data_files() -> tuple[Path, Path]:
 
 
 def study() -> dict[str, Any]:
-    """The demo study, in the sections of a study's YAML file: 20 trials, two or three minutes on two CPU cores."""
+    """The demo study, in the sections of a study's YAML file: 20 trials, about two minutes on two CPU cores."""
     train, validation = data_files()
     return {
         "name": "demo",
@@ -28,7 +28,7 @@ def study() -> dict[str, Any]:
         "data": {
             "train": [{"path": str(train)}],
             "validation": [{"path": str(validation)}],
-            "train_count": 1200,  # of the 2,000: a trial takes seconds
+            "train_count": 800,  # of the 2,000: a trial takes seconds
             "prompt": "alpaca",
             "max_length": 128,
         },

@@ -44,6 +44,8 @@ class LocalExecutor(Executor):
         self.capacity = len(self._places)
 
     def _start(self, pack: Pack) -> None:
+        for place in self._places:  # all at the first pack: while one trains, the others import torch
+            place.process.launch()
         self._waiting.append(pack)
         self._dispatch()
 
