@@ -40,6 +40,8 @@ def study() -> dict[str, Any]:
             "target_modules": "all-linear",
             "validations": 3,
         },
+        # The published space, but for ranks beyond the model's width, which cost time and add nothing.
+        "search_space": {"preset": "published", "lora_r": {"values": [4, 8, 16, 32, 64]}},
         "sampler": {"name": "nomad"},
         "budget": {"trials": 20},
         "executor": {"name": "local", "workers": 2},
