@@ -52,7 +52,7 @@ def test_a_driver_killed_at_random_moments(study: tuple[list[str], list[tuple[An
     while True:
         driver = subprocess.Popen(command(folder, options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            _, errors = driver.communicate(timeout=chance.uniform(2, 40) if kills < KILLS else None)
+            _, errors = driver.communicate(timeout=chance.uniform(3, 30) if kills < KILLS else None)
         except subprocess.TimeoutExpired:
             driver.kill()
             driver.communicate()
