@@ -19,12 +19,12 @@ from loratune.record import open_record
 from loratune.work import Hyperparameters, ModelRecipe, Outcome, Pack, Progress, Recipe, Segment, State, TrainingRecipe
 
 PATIENCE = 240.0  # seconds; a worker's first sign of life takes as long as importing torch on a busy machine
-STEPS = 24
+STEPS = 400  # seconds of training: long enough to be disturbed between two signs of life
 
 
 @pytest.fixture
 def recipe(demo_data: Path) -> Recipe:
-    training = TrainingRecipe(micro_batch_size=4, validation_batch_size=32, checkpoint_steps=4)
+    training = TrainingRecipe(micro_batch_size=4, validation_batch_size=32, checkpoint_steps=25)
     return Recipe(model=ModelRecipe(name_or_path=str(demo.model_folder())), training=training, data=str(demo_data), device="cpu")
 
 
@@ -68,7 +68,7 @@ def workers_of(root: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def undisturbed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     """The validation loss that every way of running the same segment must give."""
-    training = TrainingRecipe(micro_batch_size=4, validation_batch_size=32, checkpoint_steps=4)
+    training = TrainingRecipe(micro_batch_size=4, validation_batch_size=32, checkpoint_steps=25)
     recipe = Recipe(model=ModelRecipe(name_or_path=str(demo.model_folder())), training=training, data=str(demo_data), device="cpu")
     import torch
 
