@@ -28,9 +28,9 @@ def recipe(demo_data: Path) -> Recipe:
     return Recipe(model=ModelRecipe(name_or_path=str(demo.model_folder())), training=training, data=str(demo_data), device="cpu")
 
 
-def pack(trial: int, stop: int = STEPS) -> Pack:
+def pack(trial: int, steps: int = STEPS) -> Pack:
     hyperparameters = Hyperparameters(lora_r=4, learning_rate=3e-3, batch_size=4, epochs=1.0)
-    return Pack(segments=(Segment(trial=trial, hyperparameters=hyperparameters, seed=0, total_steps=STEPS, stop_step=stop),))
+    return Pack(segments=(Segment(trial=trial, hyperparameters=hyperparameters, seed=0, total_steps=steps, stop_step=steps),))
 
 
 @contextmanager
@@ -155,15 +155,19 @@ def test_a_model_that_cannot_be_loaded_is_bad_input(recipe: Recipe, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_trial_together(recipe: Recipe, tmp_path: Path, undisturbed: float) -> None:
+def test_two_processes_train_one_trial_together(recipe: Recipe, tmp_path: Path) -> None:
+    """Few steps: over hundreds of them, at this learning rate, the last digits of float32 grow into the first."""
     from dataclasses import replace
 
-    with executor("local", replace(recipe, devices_per_trial=2), tmp_path) as made:
-        made.submit(pack(0))
-        (outcome,) = finish(made, 1).values()
-    assert outcome.state is State.COMPLETED, outcome.message
-    assert outcome.devices == 2
-    assert outcome.validation_loss == pytest.approx(undisturbed, abs=1e-4)
+    found = []
+    for size in (1, 2):
+        with executor("local", replace(recipe, devices_per_trial=size), tmp_path / str(size)) as made:
+            made.submit(pack(0, steps=24))
+            (outcome,) = finish(made, 1).values()
+        assert outcome.state is State.COMPLETED, outcome.message
+        assert outcome.devices == size
+        found.append(outcome.validation_loss)
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
 @pytest.mark.slow
