@@ -59,8 +59,7 @@ def test_a_driver_killed_at_random_moments(study: tuple[list[str], list[tuple[An
             kills += 1
             continue
         assert driver.returncode == 0, errors.decode()
-        if kills >= KILLS or outline(read(folder)) == expected:
-            break
+        break
     print(f"the driver was killed {kills} times")
     assert kills >= 3, "it was over before it could be killed"
     assert outline(read(folder)) == expected
