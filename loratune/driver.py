@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from optuna.samplers import BaseSampler
@@ -24,6 +24,7 @@ from loratune.executors.devices import cuda_devices
 from loratune.files import write_atomically
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.prepare import Prepared, prepare
+from loratune.plan import slots_for
 from loratune.record import COMPLETE, Record, StudyRecord, open_record, read
 from loratune.record.progress import Meter
 from loratune.record.storage import open_study
@@ -56,8 +57,8 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         notes: list[str] = []
         data = prepare_data(spec, notes)
         yield from map(Note, [*notes, data.summary()])
-        recipe = spec.recipe(str(data.folder))
         _same_data(record, data)
+        recipe = replace(spec.recipe(str(data.folder)), slots=record.slots(slots_for(spec, data)))
         record.recipe(recipe)
         executor = executors.build(
             spec.executor.name,
@@ -73,8 +74,17 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         try:
             sampler = _sampler(spec, workers=executor.capacity)
             study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
-            meter = Meter(budget_trials=spec.budget.trials, workers=executor.capacity, earlier_seconds=session.earlier_seconds)
-            loop = Loop(spec=spec, record=record, study=study, examples=len(data.train), executor=executor, meter=meter, stop=stop)
+            meter = Meter(budget_trials=spec.budget.trials, workers=executor.processes, earlier_seconds=session.earlier_seconds)
+            loop = Loop(
+                spec=spec,
+                record=record,
+                study=study,
+                examples=len(data.train),
+                validation_examples=len(data.validation),
+                executor=executor,
+                meter=meter,
+                stop=stop,
+            )
             for event in loop.run():
                 session.tick()
                 yield event

@@ -29,6 +29,10 @@ class ModelError(LoratuneError):
     exit_code = 4
 
 
+class NotPackableError(ModelError):
+    """The packed engine cannot train this model; the text is the reason alone. The `hf` engine takes over."""
+
+
 class StorageError(LoratuneError):
     """The study's folder or Optuna storage cannot be read, written or continued."""
 
@@ -55,3 +59,15 @@ class SearchSpentError(LoratuneError):
     """A sampler has nothing more to propose: its finite space is exhausted. Ends a study cleanly."""
 
     exit_code = 8
+
+
+class EvaluationError(LoratuneError):
+    """A score that would not mean what it says: the adapter is not on, or a benchmark may not run as asked."""
+
+    exit_code = 9
+
+
+class SandboxError(LoratuneError):
+    """Untrusted code cannot be run safely on this machine, or its sandbox broke."""
+
+    exit_code = 10

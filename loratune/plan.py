@@ -1,10 +1,11 @@
 """What a study will cost, told before it is spent: trials, tokens, hours, memory and disk.
 
-The hours come from a probe: the study's own engine trains the largest adapter of the search space for a
-few steps on this machine. Tokens are counted, not guessed; how often successive halving lets a trial go
+The hours come from a probe: the study's own engine trains the largest adapter of the search space, in every
+slot, for a few steps on this machine. Tokens are counted, not guessed; how often successive halving lets a trial go
 on is simulated with the schedule itself, all losses being equally likely.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,12 +14,15 @@ from statistics import fmean
 from typing import Any
 
 from loratune import schedules
+from loratune.executors.devices import cuda_devices
 from loratune.finetune.order import order, total_steps
 from loratune.finetune.prepared import Prepared
 from loratune.spec import StudySpec
 from loratune.work import Hyperparameters
 
 _BYTES = 4  # of an adapter's parameter: float32
+_FILLS_CPU, _FILLS_CUDA = 2_048, 16_384  # training tokens, of one batch of every slot, that keep a device busy
+_MOST_SLOTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +35,10 @@ class Plan:
     trial_tokens: int  # training tokens of one trial
     validation_tokens: int  # of one validation
     validations: float  # in all
-    training_tokens_per_second: float  # per worker
+    training_tokens_per_second: float  # per process, all its slots together
     validation_tokens_per_second: float
-    workers: int  # trials that train at the same time
+    processes: int  # that train at the same time, each on devices of its own
+    slots: int  # trials that one process trains together, sharing its speed
     devices_per_trial: int
     device: str
     peak_memory_bytes: int  # per device, for the largest adapter of the space
@@ -51,7 +56,7 @@ class Plan:
 
     @property
     def trial_seconds(self) -> float:
-        """One trial on its device, its last validation included."""
+        """One trial's share of its device's time, its last validation included."""
         return self.trial_tokens / self.training_tokens_per_second + self.validation_tokens / self.validation_tokens_per_second
 
     @property
@@ -61,7 +66,7 @@ class Plan:
 
     @property
     def wall_hours(self) -> float:
-        return self.device_hours / self.devices_per_trial / self.workers
+        return self.device_hours / self.devices_per_trial / self.processes
 
     def __str__(self) -> str:
         lines = [f"trials        {self.trials}, the work of {self.full_runs:.4g} full runs at the defaults"]
@@ -73,9 +78,9 @@ class Plan:
             return "\n".join([*lines, f"device        {self.device}", f"problem       rank {self.largest_rank}: {self.problem}"])
         training, validating = self.training_tokens_per_second, self.validation_tokens_per_second
         in_all = f"{_hours(self.wall_hours)} in all, {self.device_hours:.2f} device-hours"
-        kept, temporary = self.adapters_kept * self.adapter_bytes, self.workers * 2 * 3 * self.adapter_bytes
+        kept, temporary = self.adapters_kept * self.adapter_bytes, self.processes * self.slots * 2 * 3 * self.adapter_bytes
         lines += [
-            f"device        {self.device}; {self.workers} at a time",
+            f"device        {self.device}; {self.processes * self.slots} at a time",
             f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
             f"time          {_hours(self.trial_seconds / 3600)} per trial; {in_all}",
             *self._limits(),
@@ -95,20 +100,16 @@ class Plan:
 
 def plan(spec: StudySpec, data: Prepared) -> Plan:
     """Count and probe. Trains for some seconds; leaves nothing behind. Raises ModelError, DataError, TrainingError."""
-    from loratune.executors.devices import cuda_devices
     from loratune.finetune.engine import probe  # torch
     from loratune.work import State
 
-    devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
-    workers = 1
-    if spec.executor.name == "local":
-        workers = max(1, len(devices) // spec.training.devices_per_trial) * spec.executor.workers
+    slots = slots_for(spec, data)
     default = spec.hyperparameters(spec.search_space.default_values())
     steps = total_steps(len(data.train), default.batch_size, default.epochs)
     shown = order(spec.seed, len(data.train), steps * default.batch_size)
     runs, validations = _expected(spec)
     largest = _largest(spec, default)
-    probed = probe(spec.recipe(str(data.folder.resolve())), Path.cwd(), largest)
+    probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest)
     adapter = probed.trainable_parameters * _BYTES
     kept = spec.output.keep_adapters
     return Plan(
@@ -120,7 +121,8 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
         validations=validations,
         training_tokens_per_second=probed.training_tokens_per_second,
         validation_tokens_per_second=probed.validation_tokens_per_second,
-        workers=workers,
+        processes=_processes(spec),
+        slots=slots,
         devices_per_trial=spec.training.devices_per_trial,
         device=probed.device,
         peak_memory_bytes=probed.peak_memory_bytes,
@@ -131,6 +133,32 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
         max_hours=spec.budget.max_hours,
         max_device_hours=spec.budget.max_device_hours,
     )
+
+
+def slots_for(spec: StudySpec, data: Prepared) -> int:
+    """How many trials one process should train together: as the spec says, else the fewest that fill the device.
+
+    slots = ceil(tokens that fill the device / tokens of one batch at the defaults), at most 8, and few enough that
+    the sampler chooses at least four times: each of its choices knows the results of all but the trials in training.
+    """
+    if spec.training.slots is not None:
+        return spec.training.slots
+    if spec.training.engine == "hf" or spec.training.devices_per_trial > 1:
+        return 1
+    tokens = spec.hyperparameters(spec.search_space.default_values()).batch_size * float(data.train.lengths.mean())
+    fills = _FILLS_CUDA if _devices(spec) else _FILLS_CPU
+    return max(1, min(math.ceil(fills / tokens), _MOST_SLOTS, math.ceil(spec.budget.trials / (4 * _processes(spec)))))
+
+
+def _processes(spec: StudySpec) -> int:
+    """Processes that train at the same time."""
+    if spec.executor.name == "inline":
+        return 1
+    return len(_devices(spec)) // spec.training.devices_per_trial or spec.executor.workers
+
+
+def _devices(spec: StudySpec) -> list[int]:
+    return cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
 
 
 def _expected(spec: StudySpec) -> tuple[float, float]:

@@ -2,12 +2,13 @@
 
 There is no resume path. Every start runs the same loop from the first trial: a trial that the storage
 holds is not asked for again, and a segment whose outcome is on disk is not trained again. Results are
-applied in the order in which segments were sent, so the study is a function of its spec and not of timing.
+applied in the order of a virtual clock, by which a segment takes a time that is known when it is sent; so
+the study is a function of its spec and not of timing, and yet a short segment need not wait for a long one.
 """
 
+import heapq
 import math
 import threading
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -17,7 +18,7 @@ from optuna.trial import TrialState
 
 from loratune import samplers, schedules
 from loratune.errors import SearchSpentError, TrainingError
-from loratune.executors import Executor
+from loratune.executors import Executor, Notice
 from loratune.finetune.order import total_steps
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
 from loratune.record.progress import Meter
@@ -61,13 +62,14 @@ class Loop:
         record: Record,
         study: optuna.Study,
         examples: int,
+        validation_examples: int,
         executor: Executor,
         meter: Meter,
         stop: threading.Event,
     ) -> None:
         self.stop = stop
         self._spec, self._record, self._study, self._executor, self._meter = spec, record, study, executor, meter
-        self._examples = examples  # in the training set
+        self._examples, self._validation_examples = examples, validation_examples  # in the training and the validation set
         self._ordinals = samplers.ordinals(spec.sampler.name)
         self._schedule = schedules.build(
             spec.schedule.name,
@@ -79,28 +81,28 @@ class Loop:
         )
         self._trials: dict[int, Trial] = {}
         self._open: dict[int, optuna.Trial] = {}  # not yet finished in the storage
-        self._flying: deque[tuple[Stretch, Segment]] = deque()  # sent, not yet applied, oldest first
+        self._flying: list[tuple[int, int, Stretch, Segment]] = []  # sent, not yet applied: heap by (end on the clock, number sent)
+        self._clock = self._sent = self._earliest = 0
         self._arrived: dict[str, Outcome] = {}
         self._settled = 0
         self._began_at = record.began_at()  # trial -> segments settled when it began the first time
         self._spent = ""  # why the sampler proposes no more
 
     def run(self) -> Iterator[Event]:
-        while True:
+        while not self.stop.is_set():
             yield from self._send()
             if not self._flying:
                 break
-            stretch, segment = self._flying[0]
-            while (outcome := self._arrived.pop(segment.key, None)) is None:
+            while self._flying[0][-1].key not in self._arrived:
                 yield from self._listen()
                 if self.stop.is_set():
                     return
-            self._flying.popleft()
-            yield self._apply(stretch, outcome)
-        yield from self._close()
+            yield self._apply()
+        if not self.stop.is_set():
+            yield from self._close()
 
     def _send(self) -> Iterator[Event]:
-        """Fill the executor's free places."""
+        """Fill the executor's free slots."""
         while len(self._flying) < self._executor.capacity and not self.stop.is_set():
             stretch = self._schedule.next(may_start=self._may_start())
             if stretch is None:
@@ -109,7 +111,10 @@ class Loop:
                 self._trials[stretch.trial] = self._ask(stretch.trial)
                 yield Asked(self._trials[stretch.trial])
             segment = self._segment(stretch)
-            self._flying.append((stretch, segment))
+            end = self._clock + self._work(segment)
+            self._earliest = self._earliest or end  # no result before the first, which has the untuned model's loss
+            heapq.heappush(self._flying, (max(end, self._earliest), self._sent, stretch, segment))
+            self._sent += 1
             known = self._record.outcome(segment)
             if known is not None:
                 self._arrived[segment.key] = known
@@ -174,12 +179,19 @@ class Loop:
             validate_at=tuple(sorted(p for p in points if p in range(start, stop) and (p > start or start == 0))),
         )
 
+    def _work(self, segment: Segment) -> int:
+        """How long the segment takes on the virtual clock, whose unit is one example validated: a third of one trained."""
+        trained = (segment.stop_step - segment.start_step) * segment.hyperparameters.batch_size
+        return 3 * trained + (len(segment.validate_at) + 1) * self._validation_examples
+
     def _listen(self) -> Iterator[Event]:
         """Take what the executor has, and keep it, before anything else is done with it."""
         for item in self._executor.collect(timeout=1.0):
             if isinstance(item, Progress):
                 self._meter.progressed(item)
                 yield item
+            elif isinstance(item, Notice):
+                yield Note(item.text)
             elif item.state is State.BAD_INPUT:
                 raise TrainingError(item.message)
             elif item.state is not State.CANCELLED:
@@ -188,11 +200,14 @@ class Loop:
                 self._arrived[item.key] = item
         self._record.progress(self._meter.snapshot())
 
-    def _apply(self, stretch: Stretch, outcome: Outcome) -> Event:
-        """Tell the schedule and the storage what became of a segment."""
+    def _apply(self) -> Event:
+        """Turn the clock to the end of the next segment, and tell the schedule and the storage what became of it."""
+        self._clock, _, stretch, segment = heapq.heappop(self._flying)
+        outcome = self._arrived.pop(segment.key)
         self._settled += 1
         fate = self._schedule.tell(stretch, outcome.validation_loss)
         trial = self._trials[stretch.trial]
+        trial = self._trials[trial.number] = replace(trial, outcomes=(*trial.outcomes, outcome))
         state = _STATES.get(outcome.state) or {Fate.COMPLETE: COMPLETE, Fate.PAUSED: PAUSED}[fate]
         value = outcome.validation_loss
         if state in (DIVERGED, INFEASIBLE):  # no better than anything seen, the untuned model included
@@ -200,7 +215,6 @@ class Loop:
                 [p.validation_loss for t in self._trials.values() for p in t.curve if p.validation_loss is not None], default=math.inf
             )
         trial = replace(trial, state=state, value=value if value is not None else trial.value, message=outcome.message)
-        trial = replace(trial, outcomes=(*trial.outcomes, outcome))
         self._trials[trial.number] = trial
         self._tell(trial, outcome)
         return Settled(trial, outcome)

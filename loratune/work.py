@@ -43,6 +43,7 @@ class Hyperparameters(Json):
     warmup_ratio: float = 0.03  # share of the run's steps spent in linear warmup
     batch_size: int = 128  # examples per optimiser step, over all devices
     epochs: float = 2.0  # passes over the training set
+    loraplus_lr_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A's
     target_modules: str | tuple[str, ...] = "qv"  # a named set (see finetune/lora.py) or module names
 
 
@@ -70,6 +71,7 @@ class TrainingRecipe(Json):
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0  # clip each adapter's global gradient norm; None: no clipping
+    tokens_per_pass: int | None = None  # of the packed engine: in one forward pass, at most; None: by the device. Never changes results
     gradient_checkpointing: bool = False
     checkpoint_steps: int | None = None  # steps between crash checkpoints; None: a tenth of the run
     report_to: tuple[str, ...] = ()  # Transformers' trackers: tensorboard, wandb, ...
@@ -82,7 +84,8 @@ class Recipe(Json):
     model: ModelRecipe
     training: TrainingRecipe
     data: str  # folder of the prepared (tokenised, split) data, see finetune/prepare.py
-    engine: str = "hf"
+    engine: str = "packed"  # packed where the model allows it | hf
+    slots: int = 1  # trials that one process of the packed engine trains at the same time
     devices_per_trial: int = 1
     device: str = "auto"  # auto | cpu | cuda
 

@@ -7,29 +7,21 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
 FLOORS = [
-    {
-        "errors",
-        "files",
-        "work",
-        "spec",
-        "environment",
-        "space",
-        "parameters",
-        "searchable",
-        "sections",
-        "spec_input",
-        "mistakes",
-        "template",
-    },
+    {"errors", "files", "work", "spec", "environment", "statistics"},
     {"samplers", "schedules", "finetune", "demo"},
-    {"record", "executors"},
-    {"study", "plan", "report"},
+    {"record", "executors", "downstream"},
+    {"study", "plan", "selection", "preference"},
+    {"report"},
     {"driver"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ALONE = {"torch": "finetune", "PyNomad": "samplers/nomad_process.py", "nni": "samplers/nni_tpe.py"}  # library -> its one place
+ALONE = {
+    "torch": ("finetune", "downstream"),
+    "PyNomad": ("samplers/nomad_process.py",),
+    "nni": ("samplers/nni_tpe.py",),
+}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
@@ -57,5 +49,5 @@ def test_imports_go_down(file: Path) -> None:
             assert target in FLOOR, f"{place} imports the package root or an unknown room: {name}"
             same = FLOOR[target] == FLOOR[room] == 0 or target == room  # the ground floor is one room
             assert same or FLOOR[target] < FLOOR[room], f"{place} imports {name}, which is not below it"
-        elif first in ALONE and not place.as_posix().startswith((ALONE[first], "demo/pretrain")):
+        elif first in ALONE and not place.as_posix().startswith((*ALONE[first], "demo/pretrain")):
             raise AssertionError(f"{place} imports {name}, which belongs in {ALONE[first]} alone")

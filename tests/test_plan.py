@@ -1,10 +1,15 @@
 """The counts of a dry run, against the schedules and hand arithmetic."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from loratune.plan import Plan, _expected, _expected_epochs, _largest
+from loratune.errors import SpecError
+from loratune.finetune.prepared import Prepared, pack
+from loratune.plan import Plan, _expected, _expected_epochs, _largest, slots_for
+from loratune.record import open_record
 from loratune.spec import StudySpec
 
 
@@ -21,7 +26,8 @@ PLAN = Plan(
     validations=11,
     training_tokens_per_second=100.0,
     validation_tokens_per_second=200.0,
-    workers=2,
+    processes=2,
+    slots=1,
     devices_per_trial=4,
     device="NVIDIA H200, 139 GiB",
     peak_memory_bytes=3 * 2**30,
@@ -75,3 +81,45 @@ def test_the_largest_adapter_of_the_space() -> None:
 def test_searched_epochs_count_with_their_mean() -> None:
     searched = spec(search_space={"preset": "published", "epochs": [1, 2, 6]})
     assert _expected_epochs(searched, searched.hyperparameters(searched.search_space.default_values())) == 3
+
+
+def test_slots_share_a_process_and_its_speed() -> None:
+    packed = replace(PLAN, slots=3)
+    assert packed.wall_hours == PLAN.wall_hours
+    assert "6 at a time" in str(packed)
+    assert "36.0 MiB for checkpoints" in str(packed)
+
+
+@pytest.mark.parametrize(
+    ("training", "trials", "executor", "slots"),
+    [
+        ({"engine": "packed", "batch_size": 4}, 100, {}, 6),  # 2,048 / (4 * 100 tokens)
+        ({"engine": "packed", "batch_size": 1}, 100, {}, 8),
+        ({"engine": "packed", "batch_size": 128}, 100, {}, 1),
+        ({"engine": "packed", "batch_size": 4}, 9, {}, 3),
+        ({"engine": "packed", "batch_size": 4}, 9, {"workers": 2}, 2),
+        ({"engine": "packed", "batch_size": 4}, 9, {"workers": 2, "name": "inline"}, 3),
+        ({"engine": "packed", "batch_size": 4, "devices_per_trial": 2}, 100, {}, 1),
+        ({"engine": "packed", "batch_size": 128, "slots": 5}, 100, {}, 5),
+        ({"engine": "hf", "batch_size": 1}, 100, {}, 1),
+    ],
+)
+def test_as_few_slots_as_fill_the_device(training: dict[str, object], trials: int, executor: dict[str, object], slots: int) -> None:
+    tokens = pack([(np.zeros(length, np.int32), np.ones(length, bool)) for length in (50, 150)])
+    data = Prepared(folder=Path(), manifest=None, train=tokens, validation=tokens)  # type: ignore[arg-type]
+    described = spec(training=training, budget={"trials": trials}, executor={"device": "cpu", **executor})
+    assert slots_for(described, data) == slots
+
+
+def test_hf_has_no_slots() -> None:
+    with pytest.raises(SpecError, match=r"training\.slots: got 4; engine hf trains one trial at a time; write engine: packed"):
+        spec(training={"engine": "hf", "slots": 4})
+
+
+def test_the_slots_of_a_study_stay(tmp_path: Path) -> None:
+    with open_record(tmp_path) as record:
+        assert record.slots(4) == 4
+        assert record.slots(2) == 2, "nothing was trained yet"
+        record.begin(0, 0)
+    with open_record(tmp_path) as record:
+        assert record.slots(7) == 2

@@ -1,4 +1,4 @@
-"""Executors run packs somewhere: `inline` in this process, `local` in one long-lived process per device.
+"""Executors train segments somewhere: `inline` in this process, `local` in one long-lived process per device.
 
 Executor        the contract, and the retries that all executors share
 InlineExecutor  this process: for debugging and for one device
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from loratune.executors.base import Executor
+from loratune.executors.base import Executor, Notice
 from loratune.executors.inline import InlineExecutor
 from loratune.executors.local import LocalExecutor
 from loratune.work import Recipe
 
-__all__ = ["Executor", "InlineExecutor", "LocalExecutor", "build"]
+__all__ = ["Executor", "InlineExecutor", "LocalExecutor", "Notice", "build"]
 
 
 def build(
@@ -31,7 +31,8 @@ def build(
 ) -> Executor:
     """Make the executor called `name` for the study in the folder `root`.
 
-    `devices` are CUDA device indices, empty on CPU, where `workers` processes share the cores.
+    `devices` are CUDA device indices, empty on CPU, where `workers` processes share the cores; each process
+    is sent `recipe.slots` segments at a time, and an engine that trains fewer lets the others wait.
     `lock` is the file descriptor of the study's lock, which workers inherit.
     """
     if name == "inline":

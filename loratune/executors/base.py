@@ -1,36 +1,52 @@
 """What an executor is given and what it then holds."""
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from loratune.work import Outcome, Pack, Progress, Segment, State
+from loratune.work import Json, Outcome, Pack, Progress, Segment, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice(Json):
+    """A line for the user from where trials are trained."""
+
+    text: str
+
+
+News = Progress | Outcome | Notice
 
 
 class Executor(ABC):
-    """Runs packs. The caller submits no more than `capacity` at once and collects what comes.
+    """Trains segments. The caller submits no more than `capacity` at once and collects what comes, in any order.
 
     A segment that crashed is sent again, to go on from its last checkpoint, `max_retries` times; every
     segment submitted is answered by exactly one outcome, unless the executor is closed before.
     """
 
-    capacity: int = 1  # packs that run at the same time
+    capacity: int = 1  # segments that train at the same time, in all processes
+    processes: int = 1  # that train at the same time, each on devices of its own
 
     def __init__(self, *, max_retries: int) -> None:
         self._max_retries = max_retries
         self._tries: dict[str, int] = {}
         self._segments: dict[str, Segment] = {}
+        self._notices: set[Notice] = set()
 
     def submit(self, pack: Pack) -> None:
-        """Take a pack and return at once."""
+        """Take segments that are sent together, and return at once."""
         for segment in pack.segments:
             self._tries[segment.key] = 1
             self._segments[segment.key] = segment
         self._start(pack)
 
-    def collect(self, timeout: float) -> list[Progress | Outcome]:
-        """What came in, waiting at most `timeout` seconds for the first of it."""
-        news: list[Progress | Outcome] = []
+    def collect(self, timeout: float) -> list[News]:
+        """What came in, waiting at most `timeout` seconds for the first of it. A notice comes once, not from every process."""
+        news: list[News] = []
         for item in self._poll(timeout):
+            if isinstance(item, Notice):
+                if item in self._notices:
+                    continue
+                self._notices.add(item)
             if isinstance(item, Outcome) and item.key not in self._tries:
                 continue  # answered already: a worker that was given up spoke after all
             if isinstance(item, Outcome) and item.state is State.CRASHED and self._tries[item.key] <= self._max_retries:
@@ -45,12 +61,16 @@ class Executor(ABC):
             news.append(item)
         return news
 
-    @abstractmethod
-    def _start(self, pack: Pack) -> None:
-        """Run the pack as soon as there is a free place."""
+    def _again(self, key: str) -> bool:
+        """Whether the segment crashed before."""
+        return self._tries[key] > 1
 
     @abstractmethod
-    def _poll(self, timeout: float) -> list[Progress | Outcome]:
+    def _start(self, pack: Pack) -> None:
+        """Train the pack's segments as soon as there are free slots."""
+
+    @abstractmethod
+    def _poll(self, timeout: float) -> list[News]:
         """As `collect`, crashes included."""
 
     @abstractmethod

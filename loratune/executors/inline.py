@@ -1,19 +1,24 @@
-"""Runs packs in this process, one after the other, in a thread, so that the caller sees their progress."""
+"""Trains in this process, in a thread, so that the caller sees its progress."""
 
 import queue
 import threading
 from pathlib import Path
 
-from loratune.executors.base import Executor
-from loratune.work import Outcome, Pack, Progress, Recipe
+from loratune.executors.base import Executor, News, Notice
+from loratune.executors.inbox import QueueInbox
+from loratune.executors.places import dispatch
+from loratune.work import Outcome, Pack, Recipe, Segment
 
 
 class InlineExecutor(Executor):
     def __init__(self, *, recipe: Recipe, root: Path, max_retries: int) -> None:
         super().__init__(max_retries=max_retries)
+        self.capacity = recipe.slots
         self._recipe, self._root = recipe, root
-        self._packs: queue.SimpleQueue[Pack | None] = queue.SimpleQueue()
-        self._news: queue.SimpleQueue[Progress | Outcome | BaseException] = queue.SimpleQueue()
+        self._waiting: list[Segment] = []
+        self.owed: set[str] = set()  # as the one place where segments train
+        self._inbox = QueueInbox()
+        self._news: queue.SimpleQueue[News | BaseException] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="loratune-inline", daemon=True)
         self._thread.start()
@@ -23,18 +28,32 @@ class InlineExecutor(Executor):
             from loratune.finetune.engine import load_engine  # torch: seconds to import
 
             engine = load_engine(self._recipe, self._root)
-            while (pack := self._packs.get()) is not None:
-                for outcome in engine.run(pack, self._news.put, self._stop):
-                    self._news.put(outcome)
+            if engine.notice:
+                self._news.put(Notice(text=engine.notice))
+            engine.run(self._inbox, self._news.put, self._stop)
             engine.close()
         except BaseException as error:
             self._news.put(error)  # raised in the caller's thread
 
     def _start(self, pack: Pack) -> None:
-        self._packs.put(pack)
+        self._waiting += pack.segments
+        self._dispatch()
 
-    def _poll(self, timeout: float) -> list[Progress | Outcome]:
-        items: list[Progress | Outcome] = []
+    def _dispatch(self) -> None:
+        dispatch(self._waiting, [self], self.capacity, self._again)
+
+    def take(self, segment: Segment) -> None:
+        self.owed.add(segment.key)
+        self._inbox.put(segment)
+
+    def _poll(self, timeout: float) -> list[News]:
+        items = self._heard(timeout)
+        self.owed -= {item.key for item in items if isinstance(item, Outcome)}
+        self._dispatch()
+        return items
+
+    def _heard(self, timeout: float) -> list[News]:
+        items: list[News] = []
         try:
             item = self._news.get(timeout=timeout)
             while True:
@@ -47,5 +66,5 @@ class InlineExecutor(Executor):
 
     def close(self, grace: float = 60.0) -> None:
         self._stop.set()
-        self._packs.put(None)
+        self._inbox.end()
         self._thread.join(grace)

@@ -1,20 +1,21 @@
 """One long-lived worker process per device (or per group of devices): the base model is loaded once.
 
-A worker that dies is replaced when there is work for it; its segment is answered as crashed. One that
-gives no sign of life for `hang_timeout` seconds is killed. A killed driver takes its workers along.
+A segment goes to the worker with most free slots. A worker that dies is replaced when there is work for
+it; the segments that it had are answered as crashed. One that gives no sign of life for `hang_timeout`
+seconds is killed. A killed driver takes its workers along.
 """
 
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from loratune.executors.base import Executor
+from loratune.executors.base import Executor, News
+from loratune.executors.places import dispatch
 from loratune.executors.process import WorkerProcess
-from loratune.work import Outcome, Pack, Progress, Recipe, State
+from loratune.work import Outcome, Pack, Recipe, Segment, State
 
 
 class LocalExecutor(Executor):
@@ -39,35 +40,44 @@ class LocalExecutor(Executor):
             _Place(WorkerProcess(number=n, root=root, lock=lock, devices=group, size=size, threads=threads))
             for n, group in enumerate(groups)
         ]
-        self._hang_timeout = hang_timeout
-        self._waiting: deque[Pack] = deque()
-        self.capacity = len(self._places)
+        self._slots, self._hang_timeout = recipe.slots, hang_timeout
+        self._waiting: list[Segment] = []
+        self.processes = len(self._places)
+        self.capacity = self.processes * self._slots
 
     def _start(self, pack: Pack) -> None:
-        for place in self._places:  # all at the first pack: while one trains, the others import torch
+        for place in self._places:  # all at the first segment: while one trains, the others import torch
             place.process.launch()
-        self._waiting.append(pack)
+        self._waiting += pack.segments
         self._dispatch()
 
     def _dispatch(self) -> None:
-        for place in self._places:
-            if self._waiting and not place.owed:
-                place.take(self._waiting.popleft())
+        dispatch(self._waiting, self._places, self._slots, self._again)
 
-    def _poll(self, timeout: float) -> list[Progress | Outcome]:
+    def _poll(self, timeout: float) -> list[News]:
         deadline = time.monotonic() + timeout
-        items: list[Progress | Outcome] = []
+        items: list[News] = []
         while not items and (left := deadline - time.monotonic()) > 0:
             working = {place.process.connection: place for place in self._places if place.owed}
             ready = wait([c for c in working if c is not None], min(left, 1.0))  # hangs are looked for every second
             for connection, place in working.items():
                 if connection in ready:
-                    items += place.hear()
+                    try:
+                        items += place.hear()
+                    except EOFError:
+                        place.process.end(5.0)
+                        items += self._lost(place, "the worker process died" + _in_words(place.process.returncode))
                 elif self._hang_timeout and time.monotonic() - place.heard > self._hang_timeout:
                     place.process.kill()
-                    items += place.crashed(f"no sign of life for {self._hang_timeout:g} s")
+                    items += self._lost(place, f"no sign of life for {self._hang_timeout:g} s")
             self._dispatch()
         return items
+
+    def _lost(self, place: "_Place", why: str) -> list[Outcome]:
+        """The answers that a dead worker owed."""
+        keys, place.owed = sorted(place.owed), set()
+        message = f"{why}. Its last words are in {place.process.log}"
+        return [Outcome(key=key, state=State.CRASHED, message=message) for key in keys]
 
     def close(self, grace: float = 60.0) -> None:
         self._waiting.clear()
@@ -86,26 +96,19 @@ class _Place:
         self.owed: set[str] = set()
         self.heard = 0.0  # when it last spoke, in monotonic seconds
 
-    def take(self, pack: Pack) -> None:
+    def take(self, segment: Segment) -> None:
         self.process.launch()
-        self.owed = {segment.key for segment in pack.segments}
-        self.heard = time.monotonic()
-        self.process.say({"pack": pack})
+        if not self.owed:
+            self.heard = time.monotonic()
+        self.owed.add(segment.key)
+        self.process.say({"segment": segment})
 
-    def hear(self) -> list[Progress | Outcome]:
+    def hear(self) -> list[News]:
+        """What came in. Raises EOFError when the process is gone."""
         self.heard = time.monotonic()
-        try:
-            items = self.process.receive()
-        except EOFError:
-            self.process.end(5.0)
-            return self.crashed("the worker process died" + _in_words(self.process.returncode))
+        items = self.process.receive()
         self.owed -= {item.key for item in items if isinstance(item, Outcome)}
         return items
-
-    def crashed(self, why: str) -> list[Progress | Outcome]:
-        keys, self.owed = sorted(self.owed), set()
-        message = f"{why}. Its last words are in {self.process.log}"
-        return [Outcome(key=key, state=State.CRASHED, message=message) for key in keys]
 
 
 def _in_words(code: int | None) -> str:

@@ -14,8 +14,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from loratune.errors import TrainingError
+from loratune.executors.base import News, Notice
 from loratune.work import Json, Outcome, Progress
 
+_KINDS: dict[str, type[News]] = {"progress": Progress, "outcome": Outcome, "notice": Notice}
 _START_PATIENCE = 120.0  # seconds for a new process to call back; torchrun imports torch before it starts the workers
 
 
@@ -63,16 +65,13 @@ class WorkerProcess:
             with contextlib.suppress(OSError):  # it died; whoever receives will see the end of the stream
                 self.connection.send_bytes(dumps(plain).encode())
 
-    def receive(self) -> list[Progress | Outcome]:
+    def receive(self) -> list[News]:
         """Everything that came in, without waiting. Raises EOFError when the process is gone."""
-        items: list[Progress | Outcome] = []
+        items: list[News] = []
         try:
             while self.connection is not None and self.connection.poll():
-                message = loads(self.connection.recv_bytes())
-                if "progress" in message:
-                    items.append(Progress.from_json(dumps(message["progress"])))
-                elif "outcome" in message:
-                    items.append(Outcome.from_json(dumps(message["outcome"])))
+                for kind, content in loads(self.connection.recv_bytes()).items():
+                    items.append(_KINDS[kind].from_json(dumps(content)))
         except OSError as error:  # EOFError is none of OSError; a reset is
             raise EOFError from error
         except EOFError:

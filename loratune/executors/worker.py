@@ -1,12 +1,12 @@
-"""A worker: a process that trains the packs it is sent, until told to stop or left alone.
+"""A worker: a process that trains the segments it is sent, until told to stop or left alone.
 
     python -m loratune.executors.worker STUDY_FOLDER SOCKET
 
-It speaks JSON, one message at a time, over a Unix socket: in come {"pack": ...} and {"stop": true}; out
-go {"progress": ...} and {"outcome": ...}, one outcome per segment. The loss of the socket means that the
-driver is gone: the worker then ends at once, since nobody would record what it finished, and a checkpoint
-is on the disk. Under torchrun every process of the group trains; the one of rank 0 alone speaks, and
-passes the packs on to the others.
+It speaks JSON, one message at a time, over a Unix socket: in come {"segment": ...} and {"stop": true}; out
+go {"progress": ...}, {"notice": ...} and {"outcome": ...}, one outcome per segment. The loss of the socket
+means that the driver is gone: the worker then ends at once, since nobody would record what it finished, and
+a checkpoint is on the disk. Under torchrun every process of the group trains; the one of rank 0 alone
+speaks, and passes the segments on to the others.
 """
 
 import json
@@ -16,10 +16,11 @@ import sys
 import threading
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from queue import SimpleQueue
 
 from loratune.errors import LoratuneError
-from loratune.work import Outcome, Pack, Progress, Recipe, State
+from loratune.executors.base import News, Notice
+from loratune.executors.inbox import QueueInbox
+from loratune.work import Outcome, Recipe, Segment, State
 
 
 def main(root: Path, address: str) -> None:
@@ -33,28 +34,21 @@ def main(root: Path, address: str) -> None:
 
 def _lead(recipe: Recipe, root: Path, address: str) -> None:
     driver = Client(address, family="AF_UNIX")
-    packs: SimpleQueue[Pack | None] = SimpleQueue()
-    stop = threading.Event()
-    threading.Thread(target=_listen, args=(driver, packs, stop), daemon=True).start()
+    inbox, stop = QueueInbox(), threading.Event()
+    threading.Thread(target=_listen, args=(driver, inbox, stop), daemon=True).start()
 
     from loratune.finetune.engine import load_engine  # torch: seconds to import; the socket is open meanwhile
 
-    engine, trouble = None, None
     try:
         engine = load_engine(recipe, root)
-    except LoratuneError as error:  # a model that cannot be loaded: every pack gets the same clear answer
-        trouble = error
-    while (pack := packs.get()) is not None:
-        if engine is None:
-            outcomes = [Outcome(key=s.key, state=State.BAD_INPUT, message=str(trouble)) for s in pack.segments]
-        else:
-            _share(pack)
-            outcomes = engine.run(pack, lambda progress: _send(driver, {"progress": _plain(progress)}), stop)
-        for outcome in outcomes:
-            _send(driver, {"outcome": _plain(outcome)})
-    if engine is not None:
-        _share(None)
-        engine.close()
+    except LoratuneError as error:  # a model that cannot be loaded: every segment gets the same clear answer
+        while (segment := inbox(wait=True)) is not None:
+            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error)))
+        return
+    if engine.notice:
+        _send(driver, Notice(text=engine.notice))
+    engine.run(lambda wait: _share(inbox(wait)), lambda item: _send(driver, item), stop)
+    engine.close()
 
 
 def _follow(recipe: Recipe, root: Path) -> None:
@@ -65,43 +59,38 @@ def _follow(recipe: Recipe, root: Path) -> None:
     except LoratuneError:
         return  # rank 0 met the same error, and tells it
     never = threading.Event()  # rank 0's word counts; the engine agrees on it across ranks
-    while (pack := _share(None)) is not None:
-        engine.run(pack, lambda _: None, never)
+    engine.run(lambda wait: _share(None), lambda _: None, never)
     engine.close()
 
 
-def _share(pack: Pack | None) -> Pack | None:
-    """Rank 0's pack, in every process of the group; None ends them."""
+def _share(segment: Segment | None) -> Segment | None:
+    """Rank 0's segment, or its None, in every process of the group."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return pack
+        return segment
     from loratune.finetune.engine import broadcast
 
-    text = broadcast(pack.to_json() if pack is not None else None)
-    return Pack.from_json(text) if text is not None else None
+    text = broadcast(segment.to_json() if segment is not None else None)
+    return Segment.from_json(text) if text is not None else None
 
 
-def _listen(driver: Connection, packs: SimpleQueue[Pack | None], stop: threading.Event) -> None:
+def _listen(driver: Connection, inbox: QueueInbox, stop: threading.Event) -> None:
     try:
         while True:
             message = json.loads(driver.recv_bytes())
-            if "pack" in message:
-                packs.put(Pack.from_json(json.dumps(message["pack"])))
+            if "segment" in message:
+                inbox.put(Segment.from_json(json.dumps(message["segment"])))
             else:
                 stop.set()
-                packs.put(None)
+                inbox.end()
     except (EOFError, OSError):
         os._exit(3)
 
 
-def _send(driver: Connection, message: dict[str, object]) -> None:
+def _send(driver: Connection, item: News) -> None:
     try:
-        driver.send_bytes(json.dumps(message).encode())
+        driver.send_bytes(json.dumps({type(item).__name__.lower(): json.loads(item.to_json())}).encode())
     except OSError:
         os._exit(3)
-
-
-def _plain(item: Progress | Outcome) -> object:
-    return json.loads(item.to_json())
 
 
 if __name__ == "__main__":

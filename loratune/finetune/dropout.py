@@ -38,7 +38,7 @@ class DropoutKey:
     def set(self, step: int, slots: torch.Tensor, positions: torch.Tensor) -> None:
         """`step` counts from 0; `slots` [B, 1] or [B, T] and `positions` [T] or [B, T] broadcast to a row per token."""
         self.step = step
-        self.rows = _mix(_mix(slots.to(torch.int32)) ^ positions.to(torch.int32))
+        self.rows = row_hashes(slots, positions)
 
     def of(self, module: str) -> int:
         """The key of one module at this step, as int32."""
@@ -73,6 +73,11 @@ class KeyedDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def row_hashes(slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A hash per token of (its example's slot, its position), int32, of the shape to which both broadcast."""
+    return _mix(_mix(slots.to(torch.int32)) ^ positions.to(torch.int32))
 
 
 def dropped(rows: torch.Tensor, key: int, features: int, p: float) -> torch.Tensor:

@@ -1,42 +1,88 @@
-"""What an engine is, loading one, and probing what a trial costs before a study spends it."""
+"""What an engine is, loading one, running one, and probing what a trial costs before a study spends it."""
 
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from loratune.errors import ModelError
+from loratune.errors import ModelError, NotPackableError
 from loratune.finetune.batches import Tokens
 from loratune.finetune.distributed import broadcast
-from loratune.work import Hyperparameters, Outcome, Pack, Progress, Recipe, Segment, State
+from loratune.work import Hyperparameters, Outcome, Progress, Recipe, Segment, State
 
-__all__ = ["Engine", "Probe", "broadcast", "load_engine", "probe"]
+__all__ = ["Engine", "Inbox", "Probe", "broadcast", "load_engine", "probe", "run_all"]
+
+
+class Inbox(Protocol):
+    """Where an engine takes its segments from, one at a time, whenever it has a free slot."""
+
+    def __call__(self, wait: bool) -> Segment | None:
+        """The next segment. None: nothing now, or, having waited, nothing ever again."""
 
 
 class Engine(Protocol):
-    """Trains packs. It may hold a base model on a device; nothing of one trial reaches the next.
+    """Trains segments in `slots`. It may hold a base model on a device; nothing of one trial reaches another.
 
-    `run` returns one outcome per segment, in order, and never raises for what a trial did: that is the
-    outcome's state. When `stop` is set it finishes the optimiser step, writes a checkpoint and answers CANCELLED.
+    `run` takes segments while slots are free, tells progress on the way and exactly one outcome for each
+    segment taken, as soon as it is known, and returns when the inbox has ended and every slot is empty. It
+    never raises for what a trial did: that is the outcome's state. When `stop` is set it finishes the
+    optimiser step, writes checkpoints, and answers CANCELLED for what it trains and takes.
+
+    An outcome's seconds are the segment's share of the engine's: what trained together adds up to the clock.
     """
 
-    def run(self, pack: Pack, report: Callable[[Progress], None], stop: threading.Event) -> list[Outcome]: ...
+    slots: int  # segments that it trains at the same time
+    notice: str  # a line for the user, on what the engine is or does; usually empty
+    train: Tokens
+    validation: Tokens
+
+    def run(self, inbox: Inbox, tell: Callable[[Progress | Outcome], None], stop: threading.Event) -> None: ...
 
     def close(self) -> None: ...
 
 
 def load_engine(recipe: Recipe, root: Path) -> Engine:
-    """The recipe's engine for the study in the folder `root`. Raises ModelError, DataError, StorageError."""
-    if recipe.engine == "hf":
-        from loratune.finetune.hf import HfEngine
+    """The recipe's engine for the study in the folder `root`; `hf`, with a notice, for what `packed` cannot train.
 
-        return HfEngine(recipe, root)
-    raise ModelError(f"engine: {recipe.engine!r} is not known; allowed: hf.")
+    Raises ModelError, DataError, StorageError.
+    """
+    notice = ""
+    if recipe.engine == "packed":
+        try:
+            from loratune.finetune.packed.engine import PackedEngine
+
+            return PackedEngine(recipe, root)
+        except NotPackableError as error:
+            notice = f"the packed engine cannot train this model: {error}; training one trial at a time with hf"
+    elif recipe.engine != "hf":
+        raise ModelError(f"engine: {recipe.engine!r} is not known; allowed: hf, packed.")
+    from loratune.finetune.hf import HfEngine
+
+    engine = HfEngine(recipe, root)
+    engine.notice = notice
+    return engine
+
+
+def run_all(
+    engine: Engine, segments: Sequence[Segment], *, tell: Callable[[Progress], None] = lambda _: None, stop: threading.Event | None = None
+) -> list[Outcome]:
+    """Train `segments` with as many at a time as there are slots; their outcomes, in the segments' order."""
+    waiting = iter(segments)
+    outcomes: dict[str, Outcome] = {}
+
+    def hear(item: Progress | Outcome) -> None:
+        if isinstance(item, Outcome):
+            outcomes[item.key] = item
+        else:
+            tell(item)
+
+    engine.run(lambda wait: next(waiting, None), hear, stop or threading.Event())
+    return [outcomes[segment.key] for segment in segments]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +92,11 @@ class Probe:
     state: State  # completed, or out_of_memory, ...
     message: str  # why, when not completed
     seconds_to_load: float  # model and data
-    training_tokens_per_second: float  # prompt and response tokens, padding excluded; 0 unless completed
+    training_tokens_per_second: float  # of all slots together; prompt and response, padding excluded; 0 unless completed
     validation_tokens_per_second: float
     training_tokens: int  # in one pass over the training set
     validation_tokens: int  # in one validation
-    peak_memory_bytes: int  # while training and validating on the longest examples
+    peak_memory_bytes: int  # while training and validating on the longest examples, every slot being full
     trainable_parameters: int
     device: str
 
@@ -73,20 +119,19 @@ class Subset:
 
 
 def probe(recipe: Recipe, root: Path, hyperparameters: Hyperparameters, *, steps: int = 3, validation_examples: int = 64) -> Probe:
-    """Load the engine and train `hyperparameters` for a few steps: first on the longest examples, then timed on usual ones.
+    """Load the engine and train `hyperparameters` in all of its slots, first on the longest examples, then timed on usual ones.
 
     Writes nothing into `root`. Raises what `load_engine` raises; out of memory is a state of the answer.
     """
-    from loratune.finetune.hf import HfEngine
-
     recipe = replace(recipe, data=str((root / recipe.data).resolve()), training=replace(recipe.training, report_to=()))
     with tempfile.TemporaryDirectory(prefix="loratune-probe-") as scratch:
         began = time.perf_counter()
-        engine = HfEngine(recipe, Path(scratch))
+        engine = load_engine(recipe, Path(scratch))
         loading = time.perf_counter() - began
         train, validation = engine.train, engine.validation
 
         def measured(train_on: Tokens, validate_on: Tokens, count: int, name: str) -> Outcome:
+            """All slots' work as one outcome; the first that failed counts for all."""
             engine.train, engine.validation = train_on, validate_on
             wanted = Segment(
                 trial=0,
@@ -96,7 +141,14 @@ def probe(recipe: Recipe, root: Path, hyperparameters: Hyperparameters, *, steps
                 total_steps=count,
                 stop_step=count,
             )
-            return engine.run(Pack(segments=(wanted,)), lambda _: None, threading.Event())[0]
+            outcomes = run_all(engine, [replace(wanted, trial=slot) for slot in range(engine.slots)])
+            return replace(
+                min(outcomes, key=lambda outcome: outcome.state is State.COMPLETED),
+                tokens=sum(outcome.tokens for outcome in outcomes),
+                train_seconds=sum(outcome.train_seconds for outcome in outcomes),
+                validation_seconds=sum(outcome.validation_seconds for outcome in outcomes),
+                peak_memory_bytes=max(outcome.peak_memory_bytes for outcome in outcomes),
+            )
 
         worst = measured(
             Subset(train, np.argsort(-np.asarray(train.lengths), kind="stable")[: hyperparameters.batch_size]),
@@ -116,7 +168,7 @@ def probe(recipe: Recipe, root: Path, hyperparameters: Hyperparameters, *, steps
         message=usual.message,
         seconds_to_load=loading,
         training_tokens_per_second=usual.tokens / usual.train_seconds if done else 0.0,
-        validation_tokens_per_second=validated / usual.validation_seconds if done else 0.0,
+        validation_tokens_per_second=engine.slots * validated / usual.validation_seconds if done else 0.0,
         training_tokens=int(np.sum(train.lengths)),
         validation_tokens=int(np.sum(validation.lengths)),
         peak_memory_bytes=max(worst.peak_memory_bytes, usual.peak_memory_bytes),

@@ -1,6 +1,6 @@
 """The reference engine: Transformers' Trainer and PEFT, one adapter at a time, on one or several devices.
 
-One process per device under torchrun; every process calls `run` with the same pack, process 0 writes and reports.
+One process per device under torchrun; every process calls `run` with the same segments, process 0 writes and reports.
 """
 
 import contextlib
@@ -20,21 +20,25 @@ from loratune.errors import DataError, ModelError, StorageError, TrainingError
 from loratune.files import write_atomically
 from loratune.finetune import distributed, lora, memory, model, segment
 from loratune.finetune.batches import Tokens
+from loratune.finetune.engine import Inbox
 from loratune.finetune.optimisation import make_optimizer
 from loratune.finetune.prepared import Prepared
 from loratune.finetune.segment import SegmentRun
 from loratune.finetune.trainer import DivergedError, SegmentTrainer, StepHooks
 from loratune.finetune.validation import validate
-from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
+from loratune.work import Outcome, Progress, Recipe, Segment, State
 
 _LAST_WORDS = "last-words.json"
 
 
 class HfEngine:
-    """Holds the base model and the data; trains the segments of a pack one after the other.
+    """Holds the base model and the data; trains one segment after the other.
 
     Raises ModelError and DataError when either cannot be loaded.
     """
+
+    slots = 1
+    notice = ""
 
     def __init__(self, recipe: Recipe, root: Path) -> None:
         self.recipe, self.root = recipe, root
@@ -48,9 +52,10 @@ class HfEngine:
         gc.freeze()  # what is loaded stays: collecting between trials need not look at it again
         self._base_loss: float | None = None  # of the base model, which is every trial's at step 0
 
-    def run(self, pack: Pack, report: Callable[[Progress], None], stop: threading.Event) -> list[Outcome]:
-        """One outcome per segment, in the pack's order. Raises TrainingError only where one process of several failed."""
-        return [self._outcome(wanted, report, stop) for wanted in pack.segments]
+    def run(self, inbox: Inbox, tell: Callable[[Progress | Outcome], None], stop: threading.Event) -> None:
+        """Train what the inbox gives, in its order. Raises TrainingError only where one process of several failed."""
+        while (wanted := inbox(wait=True)) is not None:
+            tell(self._outcome(wanted, tell, stop))
 
     def close(self) -> None:
         """Free the model; the engine is of no use afterwards."""
@@ -83,7 +88,7 @@ class HfEngine:
             if self.recipe.training.gradient_checkpointing:
                 model.checkpoint_activations(self.base.model, True)
             parameters = lora.adapter_parameters(adapter)
-            optimizer = make_optimizer(parameters.values(), wanted.hyperparameters, self.recipe.training)
+            optimizer = make_optimizer(parameters, wanted.hyperparameters, self.recipe.training)
             run = SegmentRun(
                 wanted,
                 folder=folder,

@@ -11,16 +11,20 @@ import difflib
 import hashlib
 import math
 import re
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
-from loratune.errors import ModelError
+from loratune.errors import ModelError, StorageError
 from loratune.finetune.dropout import DropoutKey, KeyedDropout
 from loratune.work import Hyperparameters
 
@@ -57,18 +61,7 @@ def attach(model: transformers.PreTrainedModel, hyperparameters: Hyperparameters
     model does not have and for a rank or dropout out of range.
     """
     h = hyperparameters
-    if h.lora_r < 1 or not 0 <= h.lora_dropout <= 1:
-        raise ModelError(f"lora_r must be at least 1 and lora_dropout in [0, 1]; got {h.lora_r} and {h.lora_dropout}.")
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=h.lora_r,
-        lora_alpha=h.lora_alpha,  # type: ignore[arg-type]  # a float serves, whatever PEFT's annotation says
-        lora_dropout=h.lora_dropout,
-        use_rslora=h.use_rslora,
-        target_modules=targets(model, h.target_modules),
-        init_lora_weights=False,
-        fan_in_fan_out=any(isinstance(module, transformers.pytorch_utils.Conv1D) for module in model.modules()),
-    )
+    config = peft_config(model, h)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it per layer
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # an old name that PEFT asks for
@@ -84,6 +77,47 @@ def attach(model: transformers.PreTrainedModel, hyperparameters: Hyperparameters
             a.weight.copy_(initial_a(seed, name, h.lora_r, a.weight.shape[1]))
             b.weight.zero_()
     return wrapped, key
+
+
+def peft_config(model: nn.Module, h: Hyperparameters) -> peft.LoraConfig:
+    """PEFT's description of the adapter. Raises ModelError as `attach` does."""
+    if h.lora_r < 1 or not 0 <= h.lora_dropout <= 1:
+        raise ModelError(f"lora_r must be at least 1 and lora_dropout in [0, 1]; got {h.lora_r} and {h.lora_dropout}.")
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=h.lora_r,
+        lora_alpha=h.lora_alpha,  # type: ignore[arg-type]  # a float serves, whatever PEFT's annotation says
+        lora_dropout=h.lora_dropout,
+        use_rslora=h.use_rslora,
+        target_modules=targets(model, h.target_modules),
+        init_lora_weights=False,
+        fan_in_fan_out=any(isinstance(module, transformers.pytorch_utils.Conv1D) for module in model.modules()),
+    )
+
+
+def scale(h: Hyperparameters) -> float:
+    """What B A x is multiplied with."""
+    return h.lora_alpha / (math.sqrt(h.lora_r) if h.use_rslora else h.lora_r)
+
+
+def save_folder(folder: Path, model: nn.Module, h: Hyperparameters, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write an ordinary PEFT folder, aside, then put it in place of the old one. Raises StorageError.
+
+    `tensors` are the A's and B's by `<module>.lora_A.weight` and `<module>.lora_B.weight`.
+    """
+    config = peft_config(model, h)
+    config.base_model_name_or_path = getattr(model, "name_or_path", None)
+    config.inference_mode = True
+    aside = folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        config.save_pretrained(str(aside))
+        named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(named, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write {folder}: {error}. Free the disk, then run the same command.") from error
 
 
 def detach(model: nn.Module) -> None:
@@ -117,26 +151,42 @@ def initial_a(seed: int, module: str, r: int, features: int) -> torch.Tensor:
     return torch.empty(r, features).uniform_(-bound, bound, generator=generator)
 
 
-def targets(model: transformers.PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
+def targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     """The shortest name endings that select exactly the wanted linear layers, for PEFT's `target_modules`.
+
+    Raises ModelError as `chosen_layers` does.
+    """
+    chosen = chosen_layers(model, wanted)
+    if isinstance(wanted, tuple):
+        return sorted(wanted)
+    if wanted not in NAMED_SETS:
+        return [wanted]
+    return _endings(chosen, [name for name, module in model.named_modules() if name])
+
+
+def chosen_layers(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
+    """The names of the wanted linear layers, in the model's order.
 
     `qv`: query and value projections; `qkvo`: all of attention; `mlp`; `all-linear`: both. Where a family fuses
     q, k and v, the fused layer stands for each of them. Raises ModelError naming the layers that exist.
     """
-    linear = _linear_layers(model)
-    if isinstance(wanted, tuple):
-        for name in wanted:
-            if not any(layer == name or layer.endswith("." + name) for layer in linear):
-                _refuse(name, linear)
-        return sorted(wanted)
-    if wanted not in NAMED_SETS:  # a single module name is allowed too
-        return targets(model, (wanted,))
+    linear = linear_layers(model)
+    if wanted not in NAMED_SETS:
+        endings = wanted if isinstance(wanted, tuple) else (wanted,)
+        for ending in endings:
+            if not any(_ends(layer, ending) for layer in linear):
+                _refuse(ending, linear)
+        return [layer for layer in linear if any(_ends(layer, ending) for ending in endings)]
     chosen = [layer for layer in linear if wanted in _sets(layer)]
     leaves = {_leaf(layer) for layer in chosen}
     complete = bool(leaves & _QUERY and leaves & _VALUE) or bool(leaves & _FUSED) if wanted in ("qv", "qkvo") else bool(chosen)
     if not complete:
-        _refuse(wanted, linear)
-    return _endings(chosen, [name for name, module in model.named_modules() if name])
+        _refuse(str(wanted), linear)
+    return chosen
+
+
+def _ends(layer: str, ending: str) -> bool:
+    return layer == ending or layer.endswith("." + ending)
 
 
 def _sets(layer: str) -> set[str]:
@@ -153,7 +203,8 @@ def _sets(layer: str) -> set[str]:
     return found
 
 
-def _linear_layers(model: transformers.PreTrainedModel) -> list[str]:
+def linear_layers(model: Any) -> list[str]:
+    """The names of all linear layers but the output head."""
     head = model.get_output_embeddings()
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)  # bitsandbytes' quantised layers are nn.Linear
     return [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
@@ -165,7 +216,7 @@ def _endings(chosen: list[str], everything: list[str]) -> list[str]:
         parts = layer.split(".")
         for length in range(1, len(parts) + 1):
             ending = ".".join(parts[-length:])
-            if all(name in wanted for name in everything if name == ending or name.endswith("." + ending)):
+            if all(name in wanted for name in everything if _ends(name, ending)):
                 endings.add(ending)
                 break
     return sorted(endings)

@@ -28,9 +28,12 @@ class BaseModel:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills a batch on the right. Nothing attends to it and no loss counts it, so any one serves."""
+        """The token that fills a batch on the right. Nothing attends to it and no loss counts it, so any one serves.
+
+        Some tokenizers name one that the model has no embedding for.
+        """
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
+            if candidate is not None and candidate < self.model.config.get_text_config().vocab_size:
                 return int(candidate)
         return 0
 

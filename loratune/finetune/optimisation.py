@@ -5,7 +5,7 @@ The gradient of a step is that of its summed NLL over the response tokens of the
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -41,11 +41,18 @@ def learning_rate_factor(kind: str, step: int, warmup: int, total_steps: int) ->
     raise ModelError(f"lr_scheduler_type: {kind!r} is not known; allowed: cosine, linear, constant.")
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], h: Hyperparameters, training: TrainingRecipe) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over the adapter, weight decay on all of it."""
+def make_optimizer(parameters: Mapping[str, nn.Parameter], h: Hyperparameters, training: TrainingRecipe) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) over the adapter, weight decay on all of it.
+
+    With LoRA+ (Hayou et al. 2024, arXiv 2402.12354) the B matrices learn `loraplus_lr_ratio` times as fast as the A's.
+    Each group's `initial_lr` is its peak learning rate.
+    """
+    sides: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in parameters.items():
+        sides["lora_B" in name and h.loraplus_lr_ratio != 1].append(parameter)
+    rates = {False: h.learning_rate, True: h.learning_rate * h.loraplus_lr_ratio}
     return torch.optim.AdamW(
-        list(parameters),
-        lr=h.learning_rate,
+        [{"params": side, "lr": rates[is_b], "initial_lr": rates[is_b]} for is_b, side in sides.items() if side],
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         weight_decay=h.weight_decay,

@@ -87,8 +87,6 @@ class SegmentTrainer(transformers.Trainer):
             rank=rank,
             world=world,
         )
-        for group in optimizer.param_groups:
-            group["initial_lr"] = h.learning_rate
         warmup = warmup_steps(h.warmup_ratio, segment.total_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer,

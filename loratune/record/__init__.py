@@ -3,6 +3,8 @@
     study/
       spec.yaml            the study as asked for, complete
       recipe.json          what workers need of it (work.Recipe)
+      data.txt             the prepared data's name: others cannot continue the study
+      slots.txt            trials that one process trains together, chosen when the study began
       study.db             the Optuna study (unless another storage URL is given)
       sessions/0001.json   one per start of the driver: command, versions, git, machine, seconds
       progress.json        what runs right now, for `loratune status`

@@ -20,7 +20,7 @@ class Meter:
     """
 
     budget_trials: int
-    workers: int
+    workers: int  # processes; a trial's seconds are its share of one's
     earlier_seconds: float = 0.0  # wall clock of former sessions
     _started: float = field(default_factory=time.monotonic)
     _running: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -53,6 +53,16 @@ class Record:
         """What `begin` noted, by trial: a replayed study starts each trial at the same point."""
         return {int(path.parent.name): int(text_of(path)) for path in (self.folder / "trials").glob("*/began")}
 
+    def slots(self, chosen: int) -> int:
+        """Trials that one process trains together: what the study began with, else `chosen`, from now on.
+
+        It decides what the sampler knows when it proposes, so it must not follow a change of machine or budget.
+        """
+        path = self.folder / "slots.txt"
+        if not path.exists() or not (self.folder / "trials").exists():
+            write_atomically(path, str(chosen))
+        return int(text_of(path))
+
     def progress(self, progress: dict[str, Any]) -> None:
         write_atomically(self.folder / "progress.json", json.dumps(progress))
 

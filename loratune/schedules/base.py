@@ -32,8 +32,8 @@ class Fate(StrEnum):
 class Schedule(ABC):
     """Decides what to train next. Deterministic: the same calls in the same order give the same answers.
 
-    The study calls `next` whenever a place is free and `tell` with each result, in the order in which
-    the stretches were handed out. Trials are numbered 0, 1, 2, ... in the order the schedule starts them.
+    The study calls `next` whenever a place is free and `tell` with each result, in an order
+    that depends on the stretches alone, not on how long they took. Trials are numbered 0, 1, 2, ... in the order the schedule starts them.
     """
 
     @abstractmethod

@@ -54,6 +54,7 @@ NAMES: dict[str, Searchable] = {
     "warmup_ratio": Searchable(kind="float", low=0, high=1),
     "batch_size": Searchable(kind="int", low=1),
     "epochs": Searchable(kind="float", low=0, low_open=True, often_whole=True),
+    "loraplus_lr_ratio": Searchable(kind="float", low=0, low_open=True, often_whole=True),
     "target_modules": Searchable(kind="text"),
 }
 

@@ -104,16 +104,34 @@ class Training(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    tokens_per_pass: int | None = Field(
+        None, ge=1, description="of the packed engine, in one forward pass; null: by the device; memory and speed, never results"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
     target_modules: str | tuple[str, ...] = Field(
         "qv", description="layers with an adapter: qv, qkvo, mlp, all-linear, or a list of module names"
     )
     use_rslora: bool = Field(False, description="scale adapters by alpha / sqrt(r) instead of alpha / r")
+    loraplus_lr_ratio: float = Field(1.0, gt=0, description="LoRA+: learning rate of the B matrices over that of the A's")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between crash checkpoints; null: a tenth of the run")
     validations: int = Field(1, ge=1, description="validations per run, evenly spread, the last at its end: the learning curve")
     report_to: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Transformers' trackers: tensorboard, wandb, ...")
-    engine: Literal["hf"] = Field("hf", description="hf: Transformers' Trainer and PEFT")
+    engine: Literal["hf", "packed"] = Field(
+        "packed",
+        description="packed: many adapters together on one frozen base, where the model allows it; hf: Transformers' Trainer and PEFT",
+    )
+    slots: int | None = Field(
+        None, ge=1, description="trials that one process trains together; null: chosen from the model, the data and the device"
+    )
     devices_per_trial: int = Field(1, ge=1, description="GPUs that train one trial together")
+
+    @model_validator(mode="after")
+    def _slots_need_packed(self) -> Self:
+        if (self.slots or 1) > 1 and self.engine == "hf":
+            raise MistakesError(((("slots",), f"got {self.slots}; engine hf trains one trial at a time; write engine: packed"),))
+        if (self.slots or 1) > 1 and self.devices_per_trial > 1:
+            raise MistakesError(((("slots",), f"got {self.slots}; a trial on several devices (devices_per_trial) has them to itself"),))
+        return self
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -93,7 +93,7 @@ class StudySpec(Section):
             model=ModelRecipe(**self.model.model_dump()),
             training=TrainingRecipe(seed=self.seed, **training),
             data=prepared_folder,
-            engine=self.training.engine,
+            engine=self.training.engine if self.training.devices_per_trial == 1 else "hf",
             devices_per_trial=self.training.devices_per_trial,
             device=self.executor.device,
         )
@@ -151,7 +151,7 @@ def _home(name: str) -> str:
 
 def allowed_change(path: str) -> bool:
     """Whether a study may go on although this field changed: it bears on how long, where or how visibly trials run, not on results."""
-    if path.startswith(("budget.", "output.")) or path == "training.report_to":
+    if path.startswith(("budget.", "output.")) or path in ("training.report_to", "training.tokens_per_pass"):
         return True
     # Workers in flight decide what the sampler knows when it proposes; the kind of device decides the dtype.
     return path.startswith("executor.") and path not in ("executor.workers", "executor.device")

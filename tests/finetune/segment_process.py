@@ -9,8 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
-from loratune.finetune.engine import broadcast, load_engine
-from loratune.work import Pack, Progress, Recipe, Segment
+from loratune.finetune.engine import broadcast, load_engine, run_all
+from loratune.work import Progress, Recipe, Segment
 
 
 def main(root: Path, outcomes: Path, *segments: str) -> None:
@@ -24,10 +24,10 @@ def main(root: Path, outcomes: Path, *segments: str) -> None:
 
     for text in segments:
         assert broadcast(text) == text
-        for outcome in engine.run(Pack(segments=(Segment.from_json(text),)), report, stop):
-            if os.environ.get("RANK", "0") == "0":
-                with open(outcomes, "a") as file:
-                    file.write(outcome.to_json() + "\n")
+        (outcome,) = run_all(engine, [Segment.from_json(text)], tell=report, stop=stop)
+        if os.environ.get("RANK", "0") == "0":
+            with open(outcomes, "a") as file:
+                file.write(outcome.to_json() + "\n")
     engine.close()
 
 

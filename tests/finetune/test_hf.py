@@ -15,11 +15,12 @@ from tiny_engine import adapter, recipe, run, segment
 
 from loratune.finetune import optimisation
 from loratune.finetune.batches import collate, response_tokens
-from loratune.finetune.engine import load_engine
+from loratune.finetune.engine import load_engine, run_all
+from loratune.finetune.hf import HfEngine
 from loratune.finetune.lora import adapter_parameters, attach, detach
 from loratune.finetune.order import order
 from loratune.finetune.validation import token_nll
-from loratune.work import Outcome, Pack, State
+from loratune.work import Outcome, State
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -119,7 +120,7 @@ def test_stop_writes_a_checkpoint_and_the_rest_gives_the_same(engine) -> None:  
     cancelled = run(engine, wanted, stop=stop, report=lambda p: stop.set() if p.step >= 10 else None, state=State.CANCELLED)
     assert 10 <= cancelled.curve[-1].step < 40
     assert cancelled.validation_loss is None
-    later = engine.run(Pack(segments=(wanted, segment(trial=5))), lambda p: None, stop)  # still set
+    later = run_all(engine, [wanted, segment(trial=5)], stop=stop)  # still set
     assert [o.state for o in later] == [State.CANCELLED, State.CANCELLED]
     resumed = run(engine, wanted)
     assert losses(resumed) == losses(expected)
@@ -250,3 +251,13 @@ def test_learns_on_a_real_model(tinystories: Path, shared_data: Path, tmp_path: 
     assert base is not None
     assert good < base - 0.3
     assert good < (outcomes[1].validation_loss or 0)
+
+
+def test_what_the_packed_engine_cannot_train_hf_does(tmp_path: Path) -> None:
+    """One trial over several devices is such a thing; the user is told, once."""
+    engine = load_engine(replace(recipe(tmp_path), engine="packed", slots=4, devices_per_trial=2), tmp_path)
+    assert isinstance(engine, HfEngine)
+    assert engine.notice.startswith("the packed engine cannot train this model: ")
+    assert engine.notice.endswith("; training one trial at a time with hf")
+    outcomes = run_all(engine, [segment(trial=trial, total=2) for trial in (3, 1)])
+    assert [(o.key[:4], o.state) for o in outcomes] == [("0003", State.COMPLETED), ("0001", State.COMPLETED)]

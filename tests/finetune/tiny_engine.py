@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from loratune.finetune.data import DataRecipe
+from loratune.finetune.engine import run_all
 from loratune.finetune.prepared import Manifest, SetCounts, Tokens, pack, write
-from loratune.work import Hyperparameters, ModelRecipe, Outcome, Pack, Recipe, Segment, State, TrainingRecipe
+from loratune.work import Hyperparameters, ModelRecipe, Outcome, Recipe, Segment, State, TrainingRecipe
 
 VOCABULARY = 96
 
@@ -71,6 +72,7 @@ def recipe(root: Path, *, model: Path | None = None, dtype: str = "float64", **t
         model=ModelRecipe(name_or_path=str(model), dtype=dtype),
         training=TrainingRecipe(**{"micro_batch_size": 3, "validation_batch_size": 4, "max_grad_norm": 1.0, **training}),  # type: ignore[arg-type]
         data="data",
+        engine="hf",
         device="cpu",
     )
 
@@ -93,7 +95,7 @@ def segment(
 def run(
     engine, wanted: Segment, *, report=lambda progress: None, stop: threading.Event | None = None, state: State | None = State.COMPLETED
 ) -> Outcome:  # type: ignore[no-untyped-def]
-    outcome = engine.run(Pack(segments=(wanted,)), report, stop or threading.Event())[0]
+    (outcome,) = run_all(engine, [wanted], tell=report, stop=stop)
     assert state is None or outcome.state is state, outcome.message
     return outcome
 

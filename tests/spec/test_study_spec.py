@@ -74,12 +74,14 @@ def test_recipe_carries_every_field() -> None:
         "max_grad_norm": None,
         "gradient_checkpointing": True,
         "checkpoint_steps": 7,
+        "tokens_per_pass": 99,
     }
     spec = minimal(seed=5, model=model, training={**own, "report_to": "wandb", "devices_per_trial": 2}, executor={"device": "cuda"})
     assert spec.recipe("d") == Recipe(
         model=ModelRecipe(**model),
         training=TrainingRecipe(seed=5, report_to=("wandb",), **own),
         data="d",
+        engine="hf",  # what trains on several devices
         devices_per_trial=2,
         device="cuda",
     )

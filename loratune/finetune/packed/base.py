@@ -1,0 +1,157 @@
+"""The frozen base model of the packed engine: a flat batch in, the NLL of each response token out.
+
+Transformers' own model files run unchanged. What is ours is hung into them: a hook on each linear layer adds the
+adapters' deltas, an attention function keeps sequences apart, and the output head is left out of the model's
+forward pass, to be taken together with the loss. Whether a model bears that is tried when it is loaded: three
+sequences must come out as they do one by one.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from loratune.errors import NotPackableError
+from loratune.finetune import dropout, lora
+from loratune.finetune import model as base_model
+from loratune.finetune.batches import Tokens, collate
+from loratune.finetune.model import BaseModel
+from loratune.finetune.packed import attention
+from loratune.finetune.packed.adapter import Adapter
+from loratune.finetune.packed.delta import Backend, Part, add_deltas
+from loratune.finetune.packed.head import frozen_head_nll
+from loratune.finetune.packed.layout import Flat, Share, Span, flatten
+from loratune.finetune.validation import token_nll
+
+
+class PackedBase:
+    """A base model made ready for flat batches. Raises NotPackableError, leaving the model as it was."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base, self.model, self.device = base, base.model, base.device
+        self.head = base_model.output_head(self.model)
+        if not isinstance(self.head, nn.Linear):
+            raise NotPackableError("it has no linear output head")
+        self.linear = {name: self.model.get_submodule(name) for name in lora.linear_layers(self.model)}
+        odd = {type(layer).__name__ for layer in self.linear.values() if not isinstance(layer, nn.Linear)}
+        if odd:
+            raise NotPackableError(f"{type(self.model).__name__} has linear layers of type {', '.join(sorted(odd))}")
+        self._anchor = torch.zeros((), device=self.device, requires_grad=True)
+        self._spans: Sequence[Span] = ()
+        self._adapters: Sequence[Adapter] = ()
+        self._rows: torch.Tensor = torch.empty(0)
+        self._hidden: torch.Tensor = torch.empty(0)  # what the head was given last
+        self._training = self.checkpointing = False
+        self.backend: Callable[[Sequence[Adapter]], Backend] = choose_backend
+        self._before = self.model.config._attn_implementation
+        self._hooks: list[Any] = []
+        attention.register()
+        expected = self._reference()
+        self.model.config._attn_implementation = attention.NAME
+        for name, layer in self.linear.items():
+            self._hooks.append(layer.register_forward_hook(partial(self._add, name)))
+        self._hooks.append(self.head.register_forward_pre_hook(self._cut))
+        try:
+            self._try(expected)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Take everything out of the model again."""
+        for hook in self._hooks:
+            hook.remove()
+        self.model.config._attn_implementation = self._before
+
+    def features(self, layer: str) -> tuple[int, int]:
+        """A linear layer's (in, out)."""
+        module: Any = self.linear[layer]
+        return module.in_features, module.out_features
+
+    def nll(self, flat: Flat, adapters: Sequence[Adapter], step_of: Sequence[int] | None = None) -> torch.Tensor:
+        """NLL of each response token, [N], float32 or better; `flat.spans` say whose rows are whose.
+
+        With `step_of`, each adapter's step, dropout is on and the result differentiable; the rest of a forward pass must not
+        be begun before its backward pass is done.
+        """
+        self._spans, self._adapters, self._training = flat.spans if adapters else (), adapters, step_of is not None
+        self._rows = dropout.row_hashes(flat.slots, flat.positions[0])
+        for adapter, step in zip(adapters, step_of or (), strict=False):
+            adapter.key.step = step
+        if self.checkpointing:
+            self.model.train(self._training)  # Transformers recomputes layers in training mode only
+        with base_model.autocast(self.base):
+            self.model(input_ids=flat.ids, position_ids=flat.positions, use_cache=False, flat=flat)
+        hidden, self._hidden = self._hidden[0].index_select(0, flat.predictors), torch.empty(0)
+        head: Any = self.head
+        return frozen_head_nll(hidden, head.weight, head.bias, flat.labels)
+
+    def _cut(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Keep what the head is given; let it compute nothing."""
+        (self._hidden,) = arguments
+        return (self._hidden[:, :0],)
+
+    def _add(self, name: str, _: nn.Module, arguments: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+        """Hook: add the adapters' deltas to a layer's output."""
+        parts = []
+        for span in self._spans:
+            adapter = self._adapters[span.owner]
+            if name in adapter.layers:
+                p = adapter.hyperparameters.lora_dropout if self._training else 0.0
+                parts.append(
+                    Part(
+                        start=span.start,
+                        stop=span.stop,
+                        a=adapter.work_a[name],
+                        b=adapter.work_b[name],
+                        grad_a=adapter.grad_a[name],
+                        grad_b=adapter.grad_b[name],
+                        scale=adapter.scale,
+                        p=p,
+                        key=adapter.key.of(name) if 0 < p < 1 else 0,
+                    )
+                )
+        if not parts:
+            return y
+        return add_deltas(arguments[0], y, parts, self._rows, self._anchor, self.backend(self._adapters))
+
+    def _reference(self) -> torch.Tensor:
+        with torch.no_grad(), base_model.autocast(self.base):
+            return torch.cat([token_nll(self.model, self.head, collate(_TRIAL, [i], [0], pad_id=0).to(self.device)) for i in range(3)])
+
+    def _try(self, expected: torch.Tensor) -> None:
+        flat = flatten(_TRIAL, [Share(owner=0, examples=np.arange(3), slots=np.arange(3))], self.device)
+        try:
+            with torch.no_grad():
+                got = self.nll(flat, ())
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
+            raise NotPackableError(f"{type(self.model).__name__} does not take a flat batch ({type(error).__name__}: {error})") from error
+        tolerance = 0.05 if self.base.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        if got.shape != expected.shape or not torch.allclose(got, expected.to(got.dtype), rtol=tolerance, atol=tolerance):
+            raise NotPackableError(f"{type(self.model).__name__} gives other losses in a flat batch")
+
+
+def choose_backend(adapters: Sequence[Adapter]) -> Backend:
+    """A loop on CPU; on a GPU, where a call costs more than the extra work, one product for all small adapters."""
+    if adapters[0].parameters["lora_A"].device.type == "cpu":
+        return "loop"
+    return "concatenated" if sum(adapter.hyperparameters.lora_r for adapter in adapters) <= 256 else "grouped"
+
+
+class _Trial:
+    """Three short sequences on which a model is tried."""
+
+    lengths = np.asarray([7, 12, 5])
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]:
+        length = int(self.lengths[index])
+        return ((np.arange(length) * 7 + index * 5) % 40 + 3).astype(np.int32), np.ones(length, dtype=bool)
+
+
+_TRIAL: Tokens = _Trial()

@@ -1,0 +1,118 @@
+"""A lane: one trial on its way through the packed engine, from entering its slot to its outcome.
+
+A lane never waits for another one: it offers the examples that its present optimiser step still needs, takes part in
+whatever passes they are put into, and steps as soon as the last of them has been seen.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loratune.finetune import lora
+from loratune.finetune.batches import Tokens, response_tokens
+from loratune.finetune.optimisation import HALF_PRECISION_SCALE, learning_rate_factor, warmup_steps
+from loratune.finetune.packed.adapter import Adapter
+from loratune.finetune.packed.base import PackedBase
+from loratune.finetune.packed.layout import Share
+from loratune.finetune.segment import SegmentRun
+from loratune.finetune.trainer import DivergedError
+from loratune.work import Progress, Recipe, Segment
+
+
+class Lane:
+    """Trains one segment. Raises ModelError for hyperparameters that do not fit the model."""
+
+    def __init__(
+        self, segment: Segment, *, base: PackedBase, recipe: Recipe, root: Path, tokens: Tokens, report: Callable[[Progress], None]
+    ) -> None:
+        h = segment.hyperparameters
+        self.segment, self.tokens, self._kind = segment, tokens, recipe.training.lr_scheduler_type
+        layers = {name: base.features(name) for name in lora.chosen_layers(base.model, h.target_modules)}
+        lora.peft_config(base.model, h)  # refuses what PEFT would
+        self.adapter = Adapter(layers, h, segment.seed, recipe.training, dtype=base.base.dtype, device=base.device)
+        self.scale = HALF_PRECISION_SCALE if base.base.dtype == torch.float16 else 1.0
+        self.waiting: np.ndarray = np.zeros(0, dtype=np.int64)  # slots of the present step's batch that are still to be seen
+        self.items = 1  # response tokens of that batch
+        self._nll = torch.zeros((), dtype=torch.float64, device=base.device)
+        self._warmup = warmup_steps(h.warmup_ratio, segment.total_steps)
+        self.run = SegmentRun(
+            segment,
+            folder=root / segment.folder,
+            training=recipe.training,
+            tokens=tokens,
+            parameters=self.adapter.parameters,
+            optimizer=self.adapter.optimizer,
+            report=report,
+        )
+        self.run.resume()
+        self.adapter.refresh()
+        self._begin_step()
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.run.step >= self.segment.stop_step
+
+    @property
+    def complete(self) -> bool:
+        """Whether the present step has seen all its examples."""
+        return not len(self.waiting)
+
+    def offer(self, room: int, owner: int, *, at_least: int = 0) -> Share | None:
+        """The next examples of the present step that fit into `room` tokens, longest first; None when there are none."""
+        lengths = np.asarray(self.tokens.lengths)[self._examples[self.waiting]]
+        count = max(int(np.searchsorted(np.cumsum(lengths), room, side="right")), min(at_least, len(lengths)))
+        if not count:
+            return None
+        slots = self.waiting[:count]
+        return Share(owner=owner, examples=self._examples[slots], slots=slots)
+
+    def seen(self, share: Share, nll: torch.Tensor) -> None:
+        """A pass is done: `share`'s examples gave a summed `nll`, and their gradients are in the adapter."""
+        self.waiting = self.waiting[len(share.slots) :]
+        self._nll = self._nll + nll.detach().double()
+
+    def again(self) -> None:
+        """Begin the present step anew: a pass broke off."""
+        self.adapter.forget_gradients()
+        self._begin_step()
+
+    def step(self) -> None:
+        """Take the optimiser step that all examples have been seen for. Raises DivergedError, before the weights are touched."""
+        norm = self.adapter.clip(self.scale)
+        nll, norm_value = torch.stack([self._nll, norm.double()]).tolist()
+        if not (abs(nll) < float("inf") and norm_value < float("inf")):
+            raise DivergedError(f"step {self.run.step + 1}: loss {nll / self.items:.4g}, gradient norm {norm_value:.4g}")
+        factor = learning_rate_factor(self._kind, self.run.step, self._warmup, self.segment.total_steps)
+        self.adapter.update(factor)
+        if not self.adapter.finite:  # a step too large for float32: no neighbour may ever multiply with it
+            raise DivergedError(f"step {self.run.step + 1}: the adapter's weights are not finite")
+        self.run.stepped(nll, self.items, self.segment.hyperparameters.learning_rate * factor)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._nll = torch.zeros_like(self._nll)
+        self._examples = self.waiting = np.zeros(0, dtype=np.int64)
+        if self.done:
+            return
+        self._examples = self.run.examples(self.run.step)
+        self.items = response_tokens(self.tokens, self._examples)
+        self.waiting = np.argsort(-np.asarray(self.tokens.lengths)[self._examples], kind="stable")
+
+
+def fill(lanes: Sequence[Lane], room: int) -> list[Share]:
+    """What goes into the next pass of at most `room` tokens: the first lane's examples, then the next one's, while they fit.
+
+    A single example that is longer than `room` goes alone. So a lane with a large batch has passes to itself, small
+    batches share one, and no pass holds more adapters than it takes to fill it.
+    """
+    shares: list[Share] = []
+    for owner, lane in enumerate(lanes):
+        share = lane.offer(room, owner, at_least=0 if shares else 1)
+        if share is None:
+            continue
+        shares.append(share)
+        room -= int(np.asarray(lane.tokens.lengths)[share.examples].sum())
+    return shares

@@ -1,0 +1,52 @@
+"""Validation of several adapters together: each of them sees every example, in flat batches."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from loratune.errors import DataError
+from loratune.finetune.batches import Tokens
+from loratune.finetune.packed.adapter import Adapter
+from loratune.finetune.packed.base import PackedBase
+from loratune.finetune.packed.layout import Share, flatten
+
+
+def validate_together(
+    base: PackedBase, adapters: Sequence[Adapter], tokens: Tokens, *, room: int, interrupted: Callable[[], bool] = lambda: False
+) -> tuple[list[float], float]:
+    """The one loss (finetune/validation.py) of each adapter over all of `tokens`, and the seconds all of it took.
+
+    `room`: tokens per pass. Raises DataError without a response token, InterruptedError when asked to give up.
+    """
+    began = time.perf_counter()
+    lengths = np.asarray(tokens.lengths)
+    sums = torch.zeros(len(adapters), dtype=torch.float64, device=base.device)
+    number = 0
+    for examples in _chunks(lengths, max(1, room // len(adapters))):
+        if interrupted():
+            raise InterruptedError
+        shares = [Share(owner=k, examples=examples, slots=np.zeros(len(examples), dtype=np.int64)) for k in range(len(adapters))]
+        flat = flatten(tokens, shares, base.device)
+        with torch.no_grad():
+            nll = base.nll(flat, adapters).double()
+        sums += torch.stack([nll[span.first : span.last].sum() for span in flat.spans])
+        number += flat.spans[0].last
+    if not number:
+        raise DataError("the validation set holds no response token; give data with non-empty responses, or a larger validation share.")
+    return (sums / number).tolist(), time.perf_counter() - began
+
+
+def _chunks(lengths: np.ndarray, room: int) -> list[np.ndarray]:
+    """All examples, longest first, in chunks of at most `room` tokens, at least one example each."""
+    order = np.argsort(-lengths, kind="stable")
+    chunks: list[list[int]] = []
+    left = 0
+    for example in order:
+        if not chunks or lengths[example] > left:
+            chunks.append([])
+            left = room
+        chunks[-1].append(int(example))
+        left -= int(lengths[example])
+    return [np.asarray(chunk) for chunk in chunks]

@@ -1,0 +1,130 @@
+"""Segments stream through the slots of every executor, around an engine that follows a script."""
+
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scripted_engine
+from scripted_engine import FATAL, POISONOUS, SLOTS
+
+from loratune import executors
+from loratune.executors import Executor, Notice
+from loratune.executors.inbox import QueueInbox
+from loratune.executors.process import WorkerProcess
+from loratune.files import write_atomically
+from loratune.record import open_record
+from loratune.work import Hyperparameters, ModelRecipe, Outcome, Pack, Progress, Recipe, Segment, State, TrainingRecipe
+
+EVERY = pytest.mark.parametrize("name", ["inline", "local"])
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "loratune.finetune.engine", scripted_engine.module())
+    monkeypatch.setattr(WorkerProcess, "_launcher", lambda _: [scripted_engine.__file__])
+
+
+@contextmanager
+def executor(name: Any, root: Path, **options: Any) -> Iterator[Executor]:
+    recipe = Recipe(model=ModelRecipe(name_or_path=""), training=TrainingRecipe(), data="", slots=SLOTS)
+    with open_record(root) as record:
+        write_atomically(root / "recipe.json", recipe.to_json())
+        given: dict[str, Any] = {"devices": [], "workers": 1, "threads": 1, "max_retries": 1, "hang_timeout": None} | options
+        made = executors.build(name, recipe=recipe, root=root, lock=record.lock, **given)
+        try:
+            yield made
+        finally:
+            made.close(grace=10)
+
+
+def segment(trial: int, steps: int, seed: int = 0) -> Segment:
+    return Segment(trial=trial, hyperparameters=Hyperparameters(), seed=seed, total_steps=steps, stop_step=steps)
+
+
+def finish(made: Executor, segments: list[Segment], on_news: Callable[[Any], None] = lambda _: None) -> dict[int, Outcome]:
+    """Keep the executor filled, as the study does; the outcomes by trial, in the order in which they came."""
+    waiting, outcomes, flying = list(segments), {}, 0
+    deadline = time.monotonic() + 30
+    while len(outcomes) < len(segments):
+        assert time.monotonic() < deadline, f"only {outcomes} came"
+        while waiting and flying < made.capacity:
+            made.submit(Pack(segments=(waiting.pop(0),)))
+            flying += 1
+        for item in made.collect(1.0):
+            on_news(item)
+            if isinstance(item, Outcome):
+                trial = int(item.key.split("/")[0])
+                assert trial not in outcomes, "one outcome per segment"
+                outcomes[trial] = item
+                flying -= 1
+    return outcomes
+
+
+@EVERY
+def test_segments_enter_and_leave_while_others_train(name: str, tmp_path: Path) -> None:
+    with executor(name, tmp_path) as made:
+        assert (made.capacity, made.processes) == (3, 1)
+        outcomes = finish(made, [segment(0, 60), *(segment(trial, 5) for trial in range(1, 8))])
+    assert {o.state for o in outcomes.values()} == {State.COMPLETED}
+    assert list(outcomes)[-1] == 0, "seven short ones passed the long one by"
+    assert outcomes[0].message == "neighbours: 2"
+
+
+@EVERY
+def test_a_notice_comes_once(name: str, tmp_path: Path) -> None:
+    heard: list[Any] = []
+    with executor(name, tmp_path, workers=2) as made:
+        finish(made, [segment(trial, 5) for trial in range(6)], heard.append)
+    assert [item.text for item in heard if isinstance(item, Notice)] == ["this engine follows a script"]
+
+
+def test_the_emptiest_worker_is_given_the_next_segment(tmp_path: Path) -> None:
+    with executor("local", tmp_path, workers=2) as made:
+        assert (made.capacity, made.processes) == (6, 2)
+        outcomes = finish(made, [segment(trial, 20) for trial in range(4)])
+    assert sorted(Counter(o.device for o in outcomes.values()).values()) == [2, 2]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("local", FATAL), ("local", POISONOUS), ("inline", POISONOUS)])
+def test_the_neighbours_of_one_that_crashes_never_notice(name: str, kind: int, tmp_path: Path) -> None:
+    """One retry is enough for them: it happens alone, from their checkpoints; and the slots are filled again afterwards."""
+    wanted = [segment(0, 20), segment(1, 20, seed=kind), segment(2, 20), *(segment(trial, 4) for trial in range(3, 9))]
+    with executor(name, tmp_path) as made:
+        outcomes = finish(made, wanted)
+    states = {trial: o.state for trial, o in outcomes.items()}
+    assert states == {trial: State.CRASHED if trial == 1 else State.COMPLETED for trial in range(9)}
+    assert outcomes[1].message.startswith("gave up after 2 tries")
+    for trial in (0, 2):
+        assert outcomes[trial].message == "neighbours: 0"
+        assert 0 < outcomes[trial].tokens < 20, "it went on from its checkpoint"
+    assert "neighbours: 2" in {outcomes[trial].message for trial in range(3, 9)}
+
+
+@EVERY
+def test_closing_ends_all_slots_and_the_next_executor_goes_on(name: str, tmp_path: Path) -> None:
+    wanted = [segment(trial, 80) for trial in range(SLOTS)]
+    with executor(name, tmp_path) as made:
+        made.submit(Pack(segments=tuple(wanted)))
+        seen: set[str] = set()
+        while len(seen) < SLOTS:
+            seen |= {item.key for item in made.collect(1.0) if isinstance(item, Progress) and item.step >= 3}
+    with executor(name, tmp_path) as made:
+        outcomes = finish(made, wanted)
+    assert all(0 < o.tokens < 80 for o in outcomes.values())
+
+
+def test_an_inbox_ends_after_what_was_put() -> None:
+    inbox = QueueInbox()
+    assert inbox(wait=False) is None
+    inbox.put(segment(0, 1))
+    threading.Timer(0.05, inbox.end).start()
+    assert inbox(wait=True) == segment(0, 1)
+    assert inbox(wait=True) is None
+    assert inbox(wait=False) is None
+    assert inbox(wait=True) is None, "it has ended for ever"
