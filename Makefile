@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) --editable '.[nni,dev]'
+	@$(PIP) --editable '.[nni,compare,dev]'
 	@touch $@
 
 ## make demo       tune the embedded model from scratch: a whole study in a few minutes, no network

@@ -17,7 +17,9 @@ from loratune.errors import LoratuneError
 COMMANDS = {
     "run": "search for the best hyperparameters, or continue a study",
     "status": "what a study is doing, and its best trials so far",
+    "evaluate": "score the best adapters, the default's and the bare model on downstream benchmarks",
     "report": "write the report of one study, or the comparison of several",
+    "compare": "let people, or a language model, say blindly which of two models answers better",
     "export": "copy a trial's adapter, or the model merged with it",
     "init": "write a commented study description to start from",
     "schema": "print the JSON Schema of a study description, for editors",

@@ -1,0 +1,189 @@
+"""Let people say, blindly, which of two models answers better: tuned, default, base, trial:NUMBER, or an adapter's folder.
+
+Answers are generated once and kept; then a page opens in the browser, and every vote is stored at once. Stop it
+with Ctrl-C and go on later with the same command. A language model can judge too, apart from people (--judge)."""
+
+import argparse
+import os
+import re
+import secrets
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import DataError, MissingExtraError, SpecError
+from loratune.preference.answers import Generation, write_answers
+from loratune.preference.contestants import base_of, choose
+from loratune.preference.questions import Question, demo_questions, read_questions
+from loratune.preference.record import Comparison, read, settle
+from loratune.preference.words import table
+from loratune.record import StudyRecord
+from loratune.record import read as read_study
+from loratune.work import ModelRecipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="A", help="tuned (the study's best), default (trial 0), base, trial:17, or an adapter's folder")
+    parser.add_argument("second", metavar="B", help="likewise")
+    parser.add_argument("--study", metavar="FOLDER", type=Path, help="default: the current folder, if it is a study's")
+    parser.add_argument(
+        "--questions", metavar="FILE", type=Path, help="JSON Lines (Vicuna's form, or a question each), or text, one per line"
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: preference/A-vs-B in the study's folder")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the sides, the order of questions, and sampling (default: 0)")
+
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--model", metavar="NAME", help="base model, when there is no study to say it")
+    answers.add_argument("--prompt", choices=("alpaca", "chat"), help="default: the study's own form, else alpaca")
+    answers.add_argument("--max-new-tokens", metavar="N", type=_positive, default=512, help="length limit of an answer (default: 512)")
+    answers.add_argument("--temperature", metavar="T", type=_temperature, default=0.0, help="default: 0, the likeliest token each time")
+    answers.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="questions at a time (default: 8)")
+    answers.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+    page = parser.add_argument_group("page")
+    page.add_argument("--no-page", action="store_true", help="generate, judge and print the results only")
+    page.add_argument("--no-browser", action="store_true", help="print the page's address, open nothing")
+    page.add_argument("--port", metavar="N", type=int, help="default: 8652, or any free one")
+    page.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="whom to listen to, 0.0.0.0 for everyone; needs --token")
+    page.add_argument("--token", metavar="TEXT", nargs="?", const="", help="ask for a token; without TEXT one is made up at every start")
+    page.add_argument("--raters", metavar="NAME", nargs="+", default=[], help="who may vote; default: anyone who opens the page")
+
+    judge = parser.add_argument_group("language model as judge")
+    judge.add_argument("--judge", metavar="URL", help="an OpenAI-compatible endpoint, up to /v1")
+    judge.add_argument("--judge-model", metavar="NAME", help="the model to ask there")
+    judge.add_argument(
+        "--judge-key", metavar="VARIABLE", default="OPENAI_API_KEY", help="environment variable with the key (default: OPENAI_API_KEY)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.judge and not args.judge_model:
+        raise SpecError("--judge needs --judge-model, the name of the model to ask there.")
+    study = _study(args.study)
+    comparison = _comparison(args, study)
+    folder = args.out or _default_folder(comparison, study)
+    page = None if args.no_page else _open_port(args)  # a mistake in it is told before minutes of generation
+    try:
+        settle(comparison, folder)
+        write_answers(comparison, folder, device=args.device)
+        if args.judge:
+            _judge(args, folder)
+        if page is not None:
+            _vote(args, folder, page)
+    finally:
+        if page is not None:
+            page.close()
+    print(table(read(folder)))
+    print(f"Kept in {folder}")
+    return 0
+
+
+def _study(given: Path | None) -> StudyRecord | None:
+    here = Path()
+    return read_study(given) if given is not None else read_study(here) if (here / "spec.yaml").is_file() else None
+
+
+def _comparison(args: argparse.Namespace, study: StudyRecord | None) -> Comparison:
+    first, second = choose(args.first, study), choose(args.second, study)
+    if (first.adapter, first.weights) == (second.adapter, second.weights):
+        raise SpecError(f"{args.first} and {args.second} are the same model ({first.label}); there is nothing to compare.")
+    model = ModelRecipe(**study.spec["model"]) if study is not None else base_of(first, second) if not args.model else None
+    if args.model or model is None:
+        model = ModelRecipe(name_or_path=args.model)
+    return Comparison(
+        first=first,
+        second=second,
+        model=model,
+        prompt=args.prompt or (study.spec["data"].get("prompt", "alpaca") if study is not None else "alpaca"),
+        questions=_questions(args.questions, model),
+        generation=Generation(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, batch_size=args.batch_size),
+        seed=args.seed,
+    )
+
+
+def _questions(given: Path | None, model: ModelRecipe) -> tuple[Question, ...]:
+    if given is not None:
+        return read_questions(given)
+    from loratune.demo import model_folder
+
+    if Path(model.name_or_path).expanduser().resolve() == model_folder().resolve():
+        return demo_questions()
+    raise DataError(
+        "no questions: give --questions with a file, one question per line, or JSON Lines such as Vicuna's question.jsonl (FastChat) "
+        'or {"question": "Why is the sky blue?", "category": "science"}.'
+    )
+
+
+def _default_folder(comparison: Comparison, study: StudyRecord | None) -> Path:
+    home = study.folder / "preference" if study is not None else Path("preference")
+    return home / f"{comparison.first.name}-vs-{comparison.second.name}"
+
+
+def _judge(args: argparse.Namespace, folder: Path) -> None:
+    from loratune.preference.judge import Judge, ask_judge
+
+    judge = Judge(url=args.judge, model=args.judge_model, key=os.environ.get(args.judge_key, ""))
+    ask_judge(judge, read(folder).pairs, folder)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _open_port(args: argparse.Namespace) -> Any:
+    try:
+        from loratune.preference.server import listen
+    except ImportError as error:
+        raise MissingExtraError("the voting page's web server", "compare", str(error)) from error
+    if args.token == "":
+        args.token = secrets.token_urlsafe(16)
+    if args.token is not None and not re.fullmatch(r"[\w-]{8,200}", args.token, re.ASCII):
+        raise SpecError("--token: needed are at least 8 letters, digits, '-' or '_', for it stands in a link. Without TEXT one is made up.")
+    return listen(args.host, args.port, args.token)
+
+
+def _vote(args: argparse.Namespace, folder: Path, listening: Any) -> None:
+    from loratune.preference.server import create_app, serve
+    from loratune.preference.votes import NAME, Votes
+
+    record = read(folder)
+    if not record.pairs:
+        print("Both gave the same answer to every question; there is nothing to vote on.")
+        return
+    with Votes(folder / NAME) as votes:
+        app = create_app(record.pairs, votes, seed=record.comparison.seed, raters=args.raters, token=args.token)
+        address = _address(args, listening.getsockname()[1])
+        print(
+            f"Vote at {address}\nEvery vote is stored at once. Ctrl-C ends the page and shows the results; the same command goes on.",
+            flush=True,
+        )
+        if not args.no_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            webbrowser.open(address)
+        try:
+            serve(app, listening)
+        except KeyboardInterrupt:  # uvicorn raises the signal again when it has closed
+            print()
+
+
+def _address(args: argparse.Namespace, port: int) -> str:
+    import socket
+
+    anywhere = args.host in ("0.0.0.0", "::")
+    host = socket.gethostname() if anywhere else f"[{args.host}]" if ":" in args.host else args.host
+    return f"http://{host}:{port}/" + (f"?token={args.token}" if args.token else "")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; needed: a whole number >= 1")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"got {text!r}; needed: a number from 0 to 10")
+    return value

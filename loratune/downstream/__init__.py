@@ -1,0 +1,1 @@
+"""Downstream benchmarks: what a model is worth besides its validation loss."""

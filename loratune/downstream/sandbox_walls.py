@@ -1,0 +1,257 @@
+"""The walls around an untrusted process, each one Linux call or a few: namespaces, Landlock, seccomp, limits, privileges.
+
+Runs in the sandbox's own processes (`sandbox_child.py`), which start without site-packages: the standard library only,
+and nothing of loratune. Every function raises OSError when the kernel says no.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import stat
+import struct
+from typing import Any
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = (
+    1,
+    4,
+    8,
+    22,
+    24,
+    36,
+    38,
+)
+CAP_DAC_READ_SEARCH = 1 << 2
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
+    0x20000,
+    0x4000000,
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, AT_RECURSIVE = 1, 2, 4, 0x8000
+SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT, SYS_MOUNT_SETATTR = 444, 445, 446, 442  # the same on every architecture
+SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+# Denied system calls, by number: name -> (x86_64, aarch64). Sockets of every family, looking into or tracing other
+# processes, new namespaces and mounts, shared memory that outlives its processes, large kernel interfaces.
+DENIED = {
+    "socket": (41, 198), "io_uring_setup": (425, 425),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": (438, 438),
+    "open_by_handle_at": (304, 265),
+    "unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51), "pivot_root": (155, 41), "mount": (165, 40), "umount2": (166, 39),
+    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fspick": (433, 433), "mount_setattr": (442, 442),
+    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+}  # fmt: skip
+SIGNALLING = {
+    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
+}  # fmt: skip
+CLONE, CLONE3 = (56, 220), 435
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+
+def _call(what: str, result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def prctl(option: int, *values: int) -> None:
+    padded = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
+    _call(f"prctl {option}", _libc.prctl(option, *padded))
+
+
+def _mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    encoded = [text.encode() if text is not None else None for text in (source, target, kind)]
+    result = _libc.mount(*encoded, ctypes.c_ulong(flags), options.encode() if options is not None else None)
+    _call(f"mount {target}", result)
+
+
+def _seal(path: str, *, recursive: bool = True) -> None:
+    """Make a mount read-only, without set-uid programs and devices."""
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
+    flags = AT_RECURSIVE if recursive else 0
+    _call(f"mount_setattr {path}", _libc.syscall(SYS_MOUNT_SETATTR, -100, path.encode(), flags, attributes, len(attributes)))
+
+
+def enter_namespaces(readable: list[str], *, owner: int, scratch_bytes: int) -> None:
+    """Give this process and its children a world of their own.
+
+    Mounts: a root that holds `readable` (files and folders, at their own paths, read-only) and /tmp, an own file system
+    in memory of at most `scratch_bytes`, owned by user `owner`; nothing else of the machine's files, and no /proc.
+    Network: none, not even a loopback that is up. Processes: children of this one live in a fresh PID namespace whose
+    first process takes all others with it. Also own System V IPC, message queues and host name.
+    """
+    spaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
+    user, group = os.geteuid(), os.getegid()
+    if user == 0:
+        _call("unshare", _libc.unshare(spaces))
+    else:
+        _call("unshare", _libc.unshare(spaces | CLONE_NEWUSER))
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    _mount("none", "/", None, MS_REC | MS_PRIVATE)  # else the mounts below would appear outside
+    root = "/proc"  # any folder that exists everywhere and is not needed; covered in this namespace only
+    _mount("root", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for path in readable:
+        _show(path, root)
+    os.mkdir(f"{root}/tmp")
+    _mount("scratch", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={scratch_bytes},nr_inodes=1024,mode=700,uid={owner}")
+    _seal(root, recursive=False)
+    os.chdir(root)
+    _call("pivot_root", _libc.syscall(SYS_PIVOT_ROOT[platform.machine()], b".", b"."))
+    _call("umount2", _libc.umount2(b".", MNT_DETACH))
+    os.chdir("/tmp")
+
+
+def _show(path: str, root: str) -> None:
+    """Let a folder or file appear below the new root, read-only; a link becomes what it points to."""
+    target = root + path
+    if os.path.lexists(target) or not os.path.exists(path):
+        return  # already there as part of another one, or not on this machine
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.isdir(path):
+        os.mkdir(target)
+    else:
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
+    _mount(path, target, None, MS_BIND | MS_REC)
+    _seal(target)
+
+
+def landlock_version() -> int:
+    """Of the kernel's Landlock; 0: it has none, or it is switched off."""
+    return max(0, int(_libc.syscall(SYS_LANDLOCK_CREATE, None, 0, 1)))
+
+
+def landlock(readable: list[str], scratch: str) -> int:
+    """Confine this process and its descendants by Landlock; returns its version, 0 where there is none.
+
+    Files: read and execute `readable`, everything below `scratch`, write /dev/null; nothing else. Besides, no tracing of
+    processes outside (all versions), no TCP (from version 4), no signals and no abstract UNIX sockets to the outside (from 6).
+    Source: the kernel's userspace-api/landlock.
+    """
+    version = landlock_version()
+    if not version:
+        return 0
+    prctl(PR_SET_NO_NEW_PRIVS, 1)  # the kernel asks for it
+    every = (1 << (13 + (version >= 2) + (version >= 3) + (version >= 5))) - 1
+    on_files, reading = 0b1_00000000_00000111 | (version >= 3) << 14, 0b1101
+    scoped = 0b11 if version >= 6 else 0
+    attributes = struct.pack("QQQ", every, 0b11 if version >= 4 else 0, scoped)[: 24 if version >= 6 else 16 if version >= 4 else 8]
+    ruleset = _call("landlock", _libc.syscall(SYS_LANDLOCK_CREATE, attributes, len(attributes), 0))
+    allowed = [(path, reading) for path in readable] + [(scratch, every), ("/dev/null", 0b110)]
+    for path, access in allowed:
+        if not os.path.exists(path):
+            continue
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        if not stat.S_ISDIR(os.fstat(place).st_mode):
+            access &= on_files
+        rule = struct.pack("=Qi", access & every, place)
+        _call(f"landlock {path}", _libc.syscall(SYS_LANDLOCK_ADD, ruleset, 1, rule, 0))
+        os.close(place)
+    _call("landlock", _libc.syscall(SYS_LANDLOCK_RESTRICT, ruleset, 0))
+    os.close(ruleset)
+    return version
+
+
+def seccomp(*, signalling: bool) -> None:
+    """Deny the system calls in DENIED (and SIGNALLING unless `signalling`) with EPERM, for good, here and in descendants.
+
+    On a processor other than x86-64 and AArch64 nothing is denied.
+    """
+    machine = platform.machine()
+    if machine not in AUDIT_ARCH:
+        return
+    column = list(AUDIT_ARCH).index(machine)
+    denied = sorted(pair[column] for pair in [*DENIED.values(), *([] if signalling else SIGNALLING.values())])
+    load, jump_eq, jump_ge, jump_set, ret = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF opcodes
+    allow, eperm, enosys, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
+    filters: list[tuple[int, int, int, int]] = [
+        (load, 0, 0, 4),  # seccomp_data.arch
+        (jump_eq, 1, 0, AUDIT_ARCH[machine]),
+        (ret, 0, 0, kill),
+        (load, 0, 0, 0),  # seccomp_data.nr
+        (jump_ge, 0, 1, 0x40000000),  # the x32 numbers of x86-64
+        (ret, 0, 0, eperm),
+        (jump_eq, 0, 1, CLONE3),  # its flags lie behind a pointer; the C library falls back to clone
+        (ret, 0, 0, enosys),
+    ]
+    for number in denied:
+        filters += [(jump_eq, 0, 1, number), (ret, 0, 0, eperm)]
+    filters += [
+        (jump_eq, 0, 3, CLONE[column]),
+        (load, 0, 0, 16),  # its first argument, lower half: flags
+        (jump_set, 0, 1, CLONE_NEWUSER),
+        (ret, 0, 0, eperm),
+        (ret, 0, 0, allow),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in filters))
+    program = struct.pack("HxxxxxxP", len(filters), ctypes.addressof(code))
+    _call("seccomp", _libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.c_char_p(program), ctypes.c_ulong(0), ctypes.c_ulong(0)))
+
+
+def drop_privileges(user: int, *, keep_reading: bool) -> None:
+    """Become `user` (when root), give up capabilities for good, and let no program being executed add any.
+
+    keep_reading: under root, keep the one capability that reads whatever a file's mode says, for a Python below /root;
+    only where other walls (Landlock) decide what may be read.
+    """
+    reading = CAP_DAC_READ_SEARCH if keep_reading and os.geteuid() == 0 else 0
+    for capability in range(64):
+        try:
+            prctl(PR_CAPBSET_DROP, capability)
+        except OSError:
+            break  # past the last one, or not ours to drop
+    if os.geteuid() == 0:
+        prctl(PR_SET_KEEPCAPS, bool(reading))
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    header, kept = struct.pack("Ii", 0x20080522, 0), struct.pack("6I", reading, reading, 0, 0, 0, 0)
+    _call("capset", _libc.capset(header, kept))
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def limit_resources(limits: dict[str, Any]) -> None:
+    """Limits that hold for each process on its own: address space, CPU time, size of a file, open files, no core dumps."""
+    seconds = int(limits["timeout"]) + 1
+    for kind, value in (
+        (resource.RLIMIT_AS, limits["memory_bytes"]),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, limits["scratch_bytes"]),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+    ):
+        _, hard = resource.getrlimit(kind)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def limit_processes(count: int) -> None:
+    """At most `count` processes and threads of this user (of this user in this user namespace, from Linux 5.14)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    count = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NPROC, (count, count))
+
+
+def tasks_of_user() -> int:
+    """Processes and threads that run under this process's user now."""
+    number = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if os.stat(f"/proc/{name}").st_uid == os.geteuid():
+                    number += len(os.listdir(f"/proc/{name}/task"))
+            except OSError:
+                pass  # it ended while we looked
+    return number

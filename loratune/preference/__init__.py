@@ -1,0 +1,23 @@
+"""Blind comparison of two models: people, or a language model as judge, say which of two answers is better.
+
+preference/trial-17-vs-trial-0/     in the study's folder, or --out
+  comparison.json    who is compared, the questions, how answers are generated
+  answers.jsonl      one answer per contestant and question
+  votes.db           what people said: SQLite, one row per vote, nothing is ever changed or removed
+  judge.jsonl        what a language model said; never mixed with the above
+
+questions.py    Question, read_questions: Vicuna's JSONL, one's own JSONL or text
+contestants.py  choose: "tuned", "default", "base", "trial:17" or a folder -> Contestant
+answers.py      write_answers: generation, once, resumable
+votes.py        Votes: the SQLite file
+server.py       create_app: the page and its four requests; guard.py: who may send them
+judge.py        ask_judge: any OpenAI-compatible endpoint, both orders
+analysis.py     win rate, sign test, agreement, position bias: votes in, numbers out
+record.py       Comparison, PreferenceRecord, read, find: the folder as data; needs no web framework
+words.py        the same as text
+"""
+
+from loratune.preference.record import Comparison, PreferenceRecord, find, read
+from loratune.preference.words import table
+
+__all__ = ["Comparison", "PreferenceRecord", "find", "read", "table"]

@@ -1,0 +1,108 @@
+"""From what the user writes (tuned, default, base, trial:17, a folder) to an adapter on disk."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratune.errors import ModelError, StorageError
+from loratune.record import StudyRecord, Trial
+from loratune.work import Json, ModelRecipe
+
+NAMES = ("tuned", "default", "base")
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant(Json):
+    """One of the two models: the base model, alone or with an adapter."""
+
+    label: str  # for people: "trial 17 (tuned)"
+    name: str  # for folders: "trial-17"
+    adapter: str | None  # PEFT folder; None: the base model alone
+    weights: str = ""  # SHA-256 of the adapter's config and weights: whether it is still the same
+
+
+def choose(given: str, study: StudyRecord | None) -> Contestant:
+    """The contestant that `given` names.
+
+    Raises StorageError when the study has no such trial or its adapter is gone, ModelError for a folder
+    without an adapter.
+    """
+    if given == "base":
+        return Contestant(label="base model", name="base", adapter=None)
+    trial = _trial(given, study)
+    if trial is not None and study is not None:
+        adapter = _adapter_of(study, trial)
+        label = f"trial {trial.number}" + (f" ({given})" if given in NAMES else "")
+        return Contestant(label=label, name=f"trial-{trial.number}", adapter=str(adapter), weights=_digest(adapter))
+    folder = Path(given)
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing:
+        what = f"has no {' and no '.join(missing)}" if folder.is_dir() else "is no folder"
+        raise ModelError(f"{given!r} is none of {', '.join(NAMES)}, trial:NUMBER, and as an adapter's folder it {what}.")
+    weights = _digest(folder)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-.") or "adapter"
+    return Contestant(label=given, name=f"{name}-{weights[:6]}", adapter=str(folder.resolve()), weights=weights)
+
+
+def base_of(*contestants: Contestant) -> ModelRecipe:
+    """The base model that the adapters name, when there is no study to say it. Raises ModelError."""
+    named: dict[str, str] = {}
+    for contestant in contestants:
+        if contestant.adapter is not None:
+            config = json.loads((Path(contestant.adapter) / _FILES[0]).read_text())
+            named[str(config.get("base_model_name_or_path") or "")] = contestant.label
+    if len(named) != 1 or "" in named:
+        said = ", ".join(f"{label}: {name or 'none'}" for name, label in named.items()) or "no adapter is given"
+        raise ModelError(f"which base model? The adapters do not tell ({said}). Give --model, or --study with the study's folder.")
+    return ModelRecipe(name_or_path=next(iter(named)))
+
+
+def _trial(given: str, study: StudyRecord | None) -> Trial | None:
+    """The study's trial that `given` names; None when it names none."""
+    number = re.fullmatch(r"trial[:-](\d+)", given)
+    if given not in NAMES and number is None:
+        return None
+    if study is None:
+        raise StorageError(f"{given!r} is a study's: give --study with the study's folder.")
+    if given == "default":
+        if study.default is None:
+            raise StorageError(
+                f"{study.folder} did not begin with the defaults (sampler.defaults_first). Choose a trial with trial:NUMBER."
+            )
+        return study.default
+    if given == "tuned":
+        if study.best is None:
+            raise StorageError(f"{study.folder} has no trial that was trained to its end yet. See `loratune status {study.folder}`.")
+        return study.best
+    wanted = int(number[1]) if number else -1
+    found = next((trial for trial in study.trials if trial.number == wanted), None)
+    if found is None:
+        has = f"its trials are 0 to {study.trials[-1].number}" if study.trials else "it has none yet"
+        raise StorageError(f"{study.folder} has no trial {wanted}; {has}.")
+    return found
+
+
+def _adapter_of(study: StudyRecord, trial: Trial) -> Path:
+    """Where the trial's adapter lies: where it was trained, else the one handed over."""
+    places = [study.folder / "trials" / f"{trial.number:04d}" / "main" / "adapter"]
+    if study.best is not None and trial.number == study.best.number:
+        places.append(study.folder / "adapter")
+    for place in places:
+        if all((place / name).is_file() for name in _FILES):
+            return place.resolve()
+    kept = sorted(int(path.parents[2].name) for path in study.folder.glob(f"trials/*/main/adapter/{_FILES[0]}"))
+    raise StorageError(
+        f"the adapter of trial {trial.number} ({trial.state}) is not on disk; adapters there: {', '.join(map(str, kept)) or 'none'}. "
+        "The field output.keep_adapters says how many a study keeps."
+    )
+
+
+def _digest(adapter: Path) -> str:
+    digest = hashlib.sha256()
+    for name in _FILES:
+        with open(adapter / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

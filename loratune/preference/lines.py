@@ -1,0 +1,40 @@
+"""Files of one JSON object per line that only grow: a line that a kill cut short is dropped, what stands before it is whole."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import StorageError
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in the file; none when there is no file. Raises StorageError for a damaged line that is not the last."""
+    if not path.exists():
+        return []
+    try:
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise StorageError(f"{path}, line {number}: damaged ({error}). Remove that line; what it held is done again.") from error
+    return rows
+
+
+def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add the objects and flush them to the disk. Raises StorageError."""
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    try:
+        with open(path, "a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # what a kill left of a last line
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}. Nothing before it was lost.") from error

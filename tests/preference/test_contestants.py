@@ -1,0 +1,71 @@
+"""What A and B may be, and what is said of what they cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loratune.errors import ModelError, StorageError
+from loratune.preference.contestants import base_of, choose
+from loratune.record import COMPLETE, FAILED, StudyRecord, Trial, read
+from loratune.work import Hyperparameters
+
+
+def adapter(folder: Path, weights: bytes = b"w", base: str = "some/base") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyRecord:
+    """Three trials: the default, the best, and a failed one."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "spec.yaml").write_text(yaml.safe_dump({"name": "s", "model": {"name_or_path": "some/base"}}))
+    for number, (state, value) in enumerate(((COMPLETE, 2.0), (COMPLETE, 1.0), (FAILED, None))):
+        own = folder / "trials" / f"{number:04d}"
+        own.mkdir(parents=True)
+        trial = Trial(number=number, hyperparameters=Hyperparameters(), params={}, state=state, value=value)
+        (own / "trial.json").write_text(trial.to_json())
+        if value:
+            adapter(own / "main" / "adapter", str(number).encode())
+    return read(folder)
+
+
+def test_by_role_number_and_folder(study: StudyRecord, tmp_path: Path) -> None:
+    tuned, default, base = (choose(name, study) for name in ("tuned", "default", "base"))
+    assert (tuned.label, tuned.name) == ("trial 1 (tuned)", "trial-1")
+    assert (default.label, default.name) == ("trial 0 (default)", "trial-0")
+    assert (base.label, base.adapter) == ("base model", None)
+    assert choose("trial:1", study).weights == tuned.weights != default.weights
+    own = choose(str(adapter(tmp_path / "my adapter")), None)
+    assert own.name.startswith("my-adapter-")
+    assert Path(str(own.adapter)).is_absolute()
+
+
+def test_what_is_not_there(study: StudyRecord, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no trial 9; its trials are 0 to 2"):
+        choose("trial:9", study)
+    with pytest.raises(StorageError, match=r"trial 2 \(failed\) is not on disk; adapters there: 0, 1"):
+        choose("trial:2", study)
+    with pytest.raises(StorageError, match="give --study"):
+        choose("tuned", None)
+    with pytest.raises(
+        ModelError, match="'tunde' is none of tuned, default, base, trial:NUMBER, and as an adapter's folder it is no folder"
+    ):
+        choose("tunde", study)
+    with pytest.raises(ModelError, match=r"has no adapter_config\.json and no adapter_model\.safetensors"):
+        choose(str(tmp_path), study)
+
+
+def test_the_base_model_as_adapters_tell_it(tmp_path: Path) -> None:
+    one = choose(str(adapter(tmp_path / "one")), None)
+    two = choose(str(adapter(tmp_path / "two", base="other/base")), None)
+    base = choose("base", None)
+    assert base_of(one, base).name_or_path == "some/base"
+    for some in ((one, two), (base, base)):
+        with pytest.raises(ModelError, match="which base model"):
+            base_of(*some)
