@@ -2,11 +2,12 @@
 
 Registered with Transformers under a name, so that its model files run unchanged. On a GPU in half precision the
 variable-length kernel takes the flat batch as it is; elsewhere sequences of similar length are gathered into
-rectangles (`layout.Bucket`) for scaled_dot_product_attention.
+rectangles (`layout.Buckets`) for scaled_dot_product_attention.
 
 Notation: T tokens, H query heads, G key and value heads, D features of a head; n sequences of L positions.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import transformers
 from torch.nn import functional
 
 from loratune.errors import NotPackableError
-from loratune.finetune.packed.layout import Bucket, Flat
+from loratune.finetune.packed.layout import Buckets, Flat
 
 NAME = "loratune_flat"
 
@@ -45,26 +46,25 @@ def attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and window is None:
         return _varlen(q, k, v, flat, scaling).unsqueeze(0), None
-    if len(flat.buckets) == 1:
-        bucket = flat.buckets[0]
-        return _Unpad.apply(_rectangle(q, k, v, bucket, scaling, window), bucket, len(q)).unsqueeze(0), None
-    out = sum(_Unpad.apply(_rectangle(q, k, v, bucket, scaling, window), bucket, len(q)) for bucket in flat.buckets)
-    return out.unsqueeze(0), None
+    buckets = flat.buckets
+    sides = [_Pad.apply(x, buckets).split([n * length for n, length in buckets.shapes]) for x in (q, k, v)]
+    rectangles = [
+        _rectangle([x.view(n, length, *x.shape[1:]).transpose(1, 2) for x in one], scaling, window)
+        for one, (n, length) in zip(zip(*sides, strict=True), buckets.shapes, strict=True)
+    ]
+    return _Unpad.apply(torch.cat(rectangles) if len(rectangles) > 1 else rectangles[0], buckets).unsqueeze(0), None
 
 
-def _rectangle(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bucket: Bucket, scaling: float | None, window: int | None
-) -> torch.Tensor:
-    """Attention among the sequences of a bucket, [n * L, H, D]."""
-    n, length = bucket.sequences, bucket.length
-    q, k, v = (_Pad.apply(x, bucket).view(n, length, x.shape[1], x.shape[2]).transpose(1, 2) for x in (q, k, v))
-    mask = None
-    if window is not None:  # position i sees i - window + 1 ... i
-        distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
+def _rectangle(qkv: Sequence[torch.Tensor], scaling: float | None, window: int | None) -> torch.Tensor:
+    """Attention among the sequences of a rectangle: three of [n, heads, L, D] -> [n * L, H, D]."""
+    q, k, v = qkv
+    length, mask = q.shape[2], None
+    if window is not None and window < length:  # position i sees i - window + 1 ... i
+        distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
         mask = (distance >= 0) & (distance < window)
     grouped = q.shape[1] != k.shape[1]
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2).reshape(n * length, out.shape[1], out.shape[3])
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flat: Flat, scaling: float | None) -> torch.Tensor:
@@ -76,28 +76,27 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flat: Flat, scali
 
 
 class _Pad(torch.autograd.Function):
-    """Flat rows [T, ...] -> a bucket's rectangle [n * L, ...]. Places past a sequence's end get no gradient: none reaches them."""
+    """Flat rows [T, ...] -> places [P, ...]. Places past a sequence's end send no gradient back: none reaches them."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-        ctx.bucket, ctx.rows = bucket, len(x)
-        return x.index_select(0, bucket.places)
+    def forward(ctx: Any, x: torch.Tensor, buckets: Buckets) -> torch.Tensor:
+        ctx.buckets = buckets
+        return x.index_select(0, buckets.places)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        whole = grads[0].new_zeros(ctx.rows, *grads[0].shape[1:])
-        return whole.index_copy_(0, ctx.bucket.rows, grads[0].index_select(0, ctx.bucket.real)), None
+        return grads[0].index_select(0, ctx.buckets.homes), None
 
 
 class _Unpad(torch.autograd.Function):
-    """A bucket's rectangle [n * L, ...] -> flat rows [T, ...]; rows of other buckets are zero."""
+    """Places [P, ...] -> flat rows [T, ...]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bucket: Bucket, rows: int) -> torch.Tensor:
-        ctx.bucket, ctx.places = bucket, len(x)
-        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, bucket.rows, x.index_select(0, bucket.real))
+    def forward(ctx: Any, x: torch.Tensor, buckets: Buckets) -> torch.Tensor:
+        ctx.buckets, ctx.places = buckets, len(x)
+        return x.index_select(0, buckets.homes)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         whole = grads[0].new_zeros(ctx.places, *grads[0].shape[1:])
-        return whole.index_copy_(0, ctx.bucket.real, grads[0].index_select(0, ctx.bucket.rows)), None, None
+        return whole.index_copy_(0, ctx.buckets.homes, grads[0]), None

@@ -1,9 +1,9 @@
 """The frozen base model of the packed engine: a flat batch in, the NLL of each response token out.
 
 Transformers' own model files run unchanged. What is ours is hung into them: a hook on each linear layer adds the
-adapters' deltas, an attention function keeps sequences apart, and the output head is left out of the model's
-forward pass, to be taken together with the loss. Whether a model bears that is tried when it is loaded: three
-sequences must come out as they do one by one.
+adapters' deltas, an attention function keeps sequences apart, the last MLP sees only the rows that predict a
+response token, and the output head is left out of the model's forward pass, to be taken together with the
+loss. Whether a model bears that is tried when it is loaded: three sequences must come out as they do one by one.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,17 +43,22 @@ class PackedBase:
         self._spans: Sequence[Span] = ()
         self._adapters: Sequence[Adapter] = ()
         self._rows: torch.Tensor = torch.empty(0)
+        self._predictors, self._width = torch.empty(0, dtype=torch.int64), 0
         self._hidden: torch.Tensor = torch.empty(0)  # what the head was given last
         self._training = self.checkpointing = False
         self.backend: Callable[[Sequence[Adapter]], Backend] = choose_backend
         self._before = self.model.config._attn_implementation
         self._hooks: list[Any] = []
+        self._last = self._last_mlp()
         attention.register()
         expected = self._reference()
         self.model.config._attn_implementation = attention.NAME
         for name, layer in self.linear.items():
             self._hooks.append(layer.register_forward_hook(partial(self._add, name)))
         self._hooks.append(self.head.register_forward_pre_hook(self._cut))
+        if self._last:
+            mlp = self.model.get_submodule(self._last)
+            self._hooks += [mlp.register_forward_pre_hook(self._narrow), mlp.register_forward_hook(self._widen)]
         try:
             self._try(expected)
         except BaseException:
@@ -78,7 +83,7 @@ class PackedBase:
         be begun before its backward pass is done.
         """
         self._spans, self._adapters, self._training = flat.spans if adapters else (), adapters, step_of is not None
-        self._rows = dropout.row_hashes(flat.slots, flat.positions[0])
+        self._rows, self._predictors = dropout.row_hashes(flat.slots, flat.positions[0]), flat.predictors
         for adapter, step in zip(adapters, step_of or (), strict=False):
             adapter.key.step = step
         if self.checkpointing:
@@ -94,17 +99,32 @@ class PackedBase:
         (self._hidden,) = arguments
         return (self._hidden[:, :0],)
 
+    def _narrow(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of the last layer's MLP nothing is seen but the rows that predict a response token: give it those alone."""
+        (hidden,) = arguments
+        self._width = hidden.shape[1]
+        return (hidden.index_select(1, self._predictors),)
+
+    def _widen(self, _: nn.Module, arguments: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+        return y.new_zeros(1, self._width, y.shape[-1]).index_copy(1, self._predictors, y)
+
+    def _last_mlp(self) -> str:
+        """The name of the last layer's MLP, which works on each row by itself; "" where the model has none by that name."""
+        layers = getattr(self.model.get_decoder(), "layers", None)
+        mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, nn.ModuleList) and len(layers) else None
+        return next((name for name, module in self.model.named_modules() if mlp is not None and module is mlp), "")
+
     def _add(self, name: str, _: nn.Module, arguments: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
         """Hook: add the adapters' deltas to a layer's output."""
-        parts = []
+        parts, narrowed = [], bool(self._last) and name.startswith(self._last + ".")
         for span in self._spans:
             adapter = self._adapters[span.owner]
             if name in adapter.layers:
                 p = adapter.hyperparameters.lora_dropout if self._training else 0.0
                 parts.append(
                     Part(
-                        start=span.start,
-                        stop=span.stop,
+                        start=span.first if narrowed else span.start,
+                        stop=span.last if narrowed else span.stop,
                         a=adapter.work_a[name],
                         b=adapter.work_b[name],
                         grad_a=adapter.grad_a[name],
@@ -116,7 +136,8 @@ class PackedBase:
                 )
         if not parts:
             return y
-        return add_deltas(arguments[0], y, parts, self._rows, self._anchor, self.backend(self._adapters))
+        rows = self._rows[self._predictors] if narrowed else self._rows
+        return add_deltas(arguments[0], y, parts, rows, self._anchor, self.backend(self._adapters))
 
     def _reference(self) -> torch.Tensor:
         with torch.no_grad(), base_model.autocast(self.base):

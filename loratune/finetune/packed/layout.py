@@ -12,7 +12,7 @@ import torch
 
 from loratune.finetune.batches import Tokens
 
-_ALIKE = 0.8  # a sequence at least this share of its bucket's longest joins the bucket
+_ALIKE = 0.85  # a sequence at least this share of its bucket's longest joins the bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +36,16 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bucket:
-    """Sequences of similar length, as rows of a rectangle of n sequences times L positions.
+class Buckets:
+    """Sequences of similar length side by side in rectangles of n sequences times L positions, laid end to end: P places.
 
-    `places` [n * L] are the flat rows that fill the rectangle. A place past its sequence's end holds that sequence's
-    own first token: causality hides it from the real ones, and nothing of a neighbour can leak in.
-    `real` [m] are the rectangle's places that hold real tokens, `rows` [m] the flat rows they come from.
+    A place past its sequence's end holds that sequence's own first token: causality hides it from the real ones, and
+    nothing of a neighbour can leak in.
     """
 
-    sequences: int
-    length: int
-    places: torch.Tensor
-    real: torch.Tensor
-    rows: torch.Tensor
+    shapes: tuple[tuple[int, int], ...]  # (n, L) of each rectangle
+    places: torch.Tensor  # int64 [P]; the flat row in each place
+    homes: torch.Tensor  # int64 [T]; the place of each flat row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ class Flat:
     predictors: torch.Tensor  # int64 [N]; flat rows whose hidden states predict a response token
     labels: torch.Tensor  # int64 [N]; those tokens
     spans: tuple[Span, ...]
-    buckets: tuple[Bucket, ...]
+    buckets: Buckets
     starts: torch.Tensor  # int32 [sequences + 1]; where each sequence begins, and T
     longest: int
 
@@ -99,27 +96,28 @@ def flatten(tokens: Tokens, shares: Sequence[Share], device: torch.device) -> Fl
         predictors=tensor(predictors),
         labels=tensor(labels),
         spans=tuple(spans),
-        buckets=tuple(_buckets(np.asarray(lengths), starts, device)),
+        buckets=_buckets(np.asarray(lengths), starts, device),
         starts=torch.from_numpy(starts.astype(np.int32)).to(device),
         longest=max(lengths),
     )
 
 
-def _buckets(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> list[Bucket]:
-    order = np.argsort(-lengths, kind="stable")
+def _buckets(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> Buckets:
     groups: list[list[int]] = []
-    for sequence in order:
+    for sequence in np.argsort(-lengths, kind="stable"):
         if not groups or lengths[sequence] < _ALIKE * lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(int(sequence))
-    buckets = []
+    places, homes, shapes, begun = [], np.zeros(starts[-1], dtype=np.int64), [], 0
     for group in groups:
         longest = int(lengths[group[0]])
         column = np.arange(longest)
-        inside = column[None, :] < lengths[group][:, None]  # [n, L]
-        places = starts[group][:, None] + np.where(inside, column[None, :], 0)
+        inside = column < lengths[group][:, None]  # [n, L]
+        rows = (starts[group][:, None] + np.where(inside, column, 0)).reshape(-1)
         real = np.flatnonzero(inside)
-        flat = places.reshape(-1)
-        one = [torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)).to(device) for a in (flat, real, flat[real])]
-        buckets.append(Bucket(sequences=len(group), length=longest, places=one[0], real=one[1], rows=one[2]))
-    return buckets
+        homes[rows[real]] = begun + real
+        places.append(rows)
+        shapes.append((len(group), longest))
+        begun += len(rows)
+    held = [torch.from_numpy(array).to(device) for array in (np.concatenate(places), homes)]
+    return Buckets(shapes=tuple(shapes), places=held[0], homes=held[1])
