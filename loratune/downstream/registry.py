@@ -1,0 +1,46 @@
+"""Names -> benchmarks. Each is imported when it is asked for.
+
+A new benchmark is a file of this folder, its line here, and nothing else.
+"""
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+from loratune.downstream.base import Benchmark
+from loratune.errors import DataError, EvaluationError
+
+_PLACES = {  # name -> file, class
+    "mmlu": ("mmlu", "Mmlu"),
+    "mmlu_loglikelihood": ("mmlu", "MmluLoglikelihood"),
+    "bbh": ("bbh", "Bbh"),
+    "drop": ("drop", "Drop"),
+    "humaneval": ("humaneval", "HumanEval"),
+    "demo_choice": ("embedded", "DemoChoice"),
+    "demo_match": ("embedded", "DemoMatch"),
+    "demo_code": ("embedded", "DemoCode"),
+}
+PUBLISHED = ("mmlu", "bbh", "drop", "humaneval")  # the four of the published study
+EMBEDDED = ("demo_choice", "demo_match", "demo_code")
+NAMES = tuple(_PLACES)
+HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
+
+
+def build(name: str, data: Path | None = None, *, weaker: bool = False) -> Benchmark:
+    """The benchmark called `name`, its data from the folder `data`, else from the hub.
+
+    weaker: for those that run code, accept the sandbox's weaker walls where namespaces are missing.
+
+    Raises EvaluationError for an unknown name, with the near ones, and DataError for data that are not there.
+    """
+    if name not in _PLACES:
+        near = difflib.get_close_matches(name.lower(), NAMES, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(NAMES)};"
+        raise EvaluationError(f"there is no benchmark {name!r}; {hint} A task of lm-evaluation-harness is named {HARNESS}TASK.")
+    file, kind = _PLACES[name]
+    make: Any = getattr(importlib.import_module(f"loratune.downstream.{file}"), kind)
+    if name == "humaneval" and data is None:
+        raise DataError("humaneval is read from a folder: give --data FOLDER with HumanEval.jsonl.gz of github.com/openai/human-eval.")
+    places = () if name in EMBEDDED else (data,)
+    return make(*places, weaker=weaker) if make.runs_code else make(*places)

@@ -1,0 +1,44 @@
+"""`loratune evaluate` on a finished study of seconds."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def study(done: tuple[Path, str], tmp_path: Path) -> Path:
+    shutil.copytree(done[0] / "study", tmp_path / "study")
+    return tmp_path / "study"
+
+
+def test_table_at_chance(loratune: Callable[..., Any], study: Path, shared_data: Path) -> None:
+    """Models that tell stories cannot answer MMLU, and it is said so."""
+    asked = ("evaluate", study, "--benchmarks", "mmlu_loglikelihood", "--data", shared_data, "--subset", 24)
+    answer = loratune(*asked)
+    assert answer.code == 0, answer.err
+    assert "Proved: " in answer.out
+    assert "default, trial 0" in answer.out
+    assert "base model, untuned" in answer.out
+    assert "No model is above chance (25.0 %)" in answer.out
+    again = loratune(*asked)
+    assert "All of it was scored before." in again.out
+    assert again.out.partition("Scores in %")[2] == answer.out.partition("Scores in %")[2]
+
+
+def test_mistakes(loratune: Callable[..., Any], study: Path) -> None:
+    for flags, said in (
+        (("--benchmarks", "mmul"), "did you mean 'mmlu'"),
+        (("--benchmarks", "humaneval"), "give --data FOLDER"),
+        (("--benchmarks", "demo_code"), "--allow-code-execution"),
+        (("--subset", 0), "whole numbers above 0"),
+    ):
+        answer = loratune("evaluate", study, *flags)
+        assert answer.code != 0
+        assert said in answer.err
+    for trial in (study / "trials").glob("*/main/adapter"):
+        shutil.rmtree(trial)
+    shutil.rmtree(study / "adapter")
+    assert "holds no adapter" in loratune("evaluate", study, "--benchmarks", "mmlu").err

@@ -1,0 +1,161 @@
+"""A whole evaluation of trained adapters: proof, answers, resuming; and what it refuses. On the demo's model."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loratune import demo
+from loratune.downstream import registry
+from loratune.downstream.adapters import Adapters, read_adapter
+from loratune.downstream.evaluate import Model, Note, Progress, evaluate
+from loratune.downstream.proof import Prover
+from loratune.downstream.scores import read_results
+from loratune.errors import EvaluationError, MissingExtraError, StorageError
+from loratune.finetune import lora
+from loratune.finetune.model import BaseModel, load, output_head
+from loratune.finetune.prepared import Prepared
+from loratune.finetune.validation import validate
+from loratune.work import Hyperparameters, ModelRecipe
+
+RECIPE = ModelRecipe(name_or_path=str(demo.model_folder()))
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    torch.set_num_threads(1)
+    return load(RECIPE, torch.device("cpu"))
+
+
+def trained(base: BaseModel, data: Prepared, folder: Path, steps: int, h: Hyperparameters) -> Model:
+    """An adapter after a few plain AdamW steps, with its true validation loss."""
+    wrapped, _ = lora.attach(base.model, h, seed=0)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=h.learning_rate, weight_decay=0)
+    for step in range(steps):
+        ids, mask = data.train[step % len(data.train)]
+        labels = torch.where(torch.from_numpy(mask), torch.from_numpy(ids).long(), -100)
+        wrapped(input_ids=torch.from_numpy(ids).long()[None], labels=labels[None]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loss, _ = validate(wrapped, data.validation, batch_size=16, pad_id=base.pad_id, head=output_head(base.model))
+    wrapped.save_pretrained(str(folder))
+    lora.detach(base.model)
+    return Model(name=folder.name, adapter=folder, loss=loss)
+
+
+@pytest.fixture(scope="module")
+def models(base: BaseModel, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
+    """Two that learnt, one whose adapter is silent, and the bare model."""
+    home, data = tmp_path_factory.mktemp("trials"), Prepared.load(demo_data)
+    h = Hyperparameters(lora_r=8, lora_alpha=32, lora_dropout=0, learning_rate=1e-3, target_modules="all-linear")
+    found = [trained(base, data, home / f"{n:04d}", steps, h) for n, steps in ((1, 40), (2, 15), (3, 0))]
+    bare, _ = validate(base.model, data.validation, batch_size=16, pad_id=base.pad_id, head=output_head(base.model))
+    assert found[0].loss is not None
+    assert found[0].loss < bare - 0.5
+    assert found[2].loss == pytest.approx(bare)
+    return [*found, Model(name="base", adapter=None, loss=bare)]
+
+
+def scored(folder: Path, models: list[Model], data: Path, benchmarks: list[str], **options: Any) -> Iterator[Any]:
+    arguments = {"recipe": RECIPE, "validation": data, "recorded_base": models[-1].loss, "device": "cpu", "subset": 16}
+    return evaluate(folder, models=models, benchmarks=benchmarks, **arguments | options)
+
+
+def kept(folder: Path) -> dict[tuple[str, str, str], tuple[str, float]]:
+    return {(r.model, r.benchmark, i): (r.answers[i], r.scores[i]) for r in read_results(folder) for i in r.scores}
+
+
+def test_whole_and_resumed(models: list[Model], demo_data: Path, tmp_path: Path) -> None:
+    names = ["demo_choice", "demo_match"]
+    events = list(scored(tmp_path / "whole", models, demo_data, names))
+    assert any(isinstance(event, Note) and event.text.startswith("Proved: 3 adapters are on; 1 of them without effect") for event in events)
+    ends = [event for event in events if isinstance(event, Progress) and event.done == event.total]
+    assert [event.total for event in ends] == [64, 64]
+    whole = kept(tmp_path / "whole")
+    assert len(whole) == 2 * 4 * 16
+    proof = json.loads((tmp_path / "whole" / "0001" / "proof.json").read_text())
+    assert proof["logits_differ"]
+    assert proof["loss"] == pytest.approx(models[0].loss, abs=1e-5)
+    assert {key[1:]: v for key, v in whole.items() if key[0] == "0003"} == {key[1:]: v for key, v in whole.items() if key[0] == "base"}
+    assert {key[1:]: v for key, v in whole.items() if key[0] == "0001"} != {key[1:]: v for key, v in whole.items() if key[0] == "base"}
+    assert [event.text for event in scored(tmp_path / "whole", models, demo_data, names)] == ["All of it was scored before."]
+
+    # killed: one model lacks its last items and half a line, another has nothing
+    part = tmp_path / "whole" / "0002" / "demo_match.jsonl"
+    cut = part.read_bytes()
+    part.write_bytes(cut[: len(cut) // 2])
+    (tmp_path / "whole" / "base" / "demo_choice.jsonl").unlink()
+    untouched = (tmp_path / "whole" / "0001" / "demo_match.jsonl").read_bytes()
+    list(scored(tmp_path / "whole", models, demo_data, names))
+    assert kept(tmp_path / "whole") == whole
+    assert (tmp_path / "whole" / "0001" / "demo_match.jsonl").read_bytes() == untouched
+
+
+def test_stop(models: list[Model], demo_data: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+    for event in scored(tmp_path, models[:1] + models[-1:], demo_data, ["demo_match"], stop=stop, subset=120):
+        if isinstance(event, Progress):
+            stop.set()
+            last = event
+    assert last.done < last.total
+    assert 0 < len(kept(tmp_path)) == last.done
+
+
+def test_adapter_that_is_not_on(base: BaseModel, models: list[Model], demo_data: Path) -> None:
+    data, real = Prepared.load(demo_data).validation, models[0]
+    assert real.adapter is not None
+    assert real.loss is not None
+    adapters = Adapters(base, [None, read_adapter(real.adapter, base)])
+    try:
+        prover = Prover(base, adapters, data, base_place=0, recorded_base=models[-1].loss)
+        assert prover.prove(1, "trial 1", real.loss).logits_differ
+        with pytest.raises(EvaluationError, match=r"trial 1: validation loss .* recorded .*: the adapter is not on"):
+            prover.prove(0, "trial 1", real.loss)  # the bare model in its place
+        with pytest.raises(EvaluationError, match=r"validation loss .* was recorded"):
+            prover.prove(1, "trial 1", real.loss + 0.01)  # another adapter than the recorded one
+        with pytest.raises(EvaluationError, match="equal the bare model's"):
+            prover.prove(0, "trial 1", None)
+        assert not prover.prove(0, "trial 3", models[-1].loss).logits_differ  # learnt nothing, as recorded
+        sampled = Prover(base, adapters, data, base_place=0, recorded_base=models[-1].loss, limit=100)
+        found = sampled.prove(1, "trial 1", real.loss)
+        assert found.examples < found.of == len(data)
+        with pytest.raises(EvaluationError):
+            sampled.prove(0, "trial 1", real.loss)
+    finally:
+        adapters.close()
+
+
+def test_hooks_taken_off(base: BaseModel, models: list[Model], demo_data: Path) -> None:
+    """The field's known mistake: everything runs, but the base answers. The proof must see it."""
+    assert models[0].adapter is not None
+    adapters = Adapters(base, [None, read_adapter(models[0].adapter, base)])
+    adapters.close()
+    prover = Prover(base, adapters, Prepared.load(demo_data).validation, base_place=0, recorded_base=models[-1].loss)
+    with pytest.raises(EvaluationError, match="the adapter is not on"):
+        prover.prove(1, "trial 1", models[0].loss)
+
+
+def test_other_adapter_stops_before_scoring(models: list[Model], demo_data: Path, tmp_path: Path) -> None:
+    swapped = [Model(name="0001", adapter=models[1].adapter, loss=models[0].loss), models[-1]]
+    with pytest.raises(EvaluationError, match="trial 1: validation loss"):
+        list(scored(tmp_path, swapped, demo_data, ["demo_choice"]))
+    assert not kept(tmp_path)
+
+
+def test_refusals(models: list[Model], demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EvaluationError, match="--allow-code-execution"):
+        list(scored(tmp_path, models, demo_data, ["demo_choice", "demo_code"]))
+    with pytest.raises(EvaluationError, match="did you mean 'demo_choice'"):
+        list(scored(tmp_path, models, demo_data, ["demo_choise"]))
+    with pytest.raises(EvaluationError, match="twice"):
+        list(scored(tmp_path, models, demo_data, ["demo_choice", "demo_choice"]))
+    with pytest.raises(StorageError, match="holds no adapter"):
+        list(scored(tmp_path, [Model(name="0009", adapter=tmp_path, loss=1.0)], demo_data, ["demo_choice"]))
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'loratune\[eval\]'"):
+        list(scored(tmp_path, models, demo_data, [registry.HARNESS + "arc_easy"]))
+    assert not kept(tmp_path)
