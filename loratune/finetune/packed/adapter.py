@@ -80,6 +80,11 @@ class Adapter:
             parameter.grad.zero_()
 
     @property
+    def size(self) -> int:
+        """How many parameters it has."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
     def finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.parameters.values())
 

@@ -19,6 +19,7 @@ import torch
 from loratune.errors import DataError, ModelError, NotPackableError, StorageError
 from loratune.finetune import memory, model, segment
 from loratune.finetune.batches import Tokens
+from loratune.finetune.packed import capacity
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.lane import Lane, fill
 from loratune.finetune.packed.layout import flatten
@@ -50,6 +51,7 @@ class PackedEngine:
         if recipe.training.gradient_checkpointing:
             model.checkpoint_activations(self.base.model, True)
             self.base.checkpointing = True
+        self.capacity = capacity.measure(self.base, self.train)
         self.room = recipe.training.tokens_per_pass or TOKENS_PER_PASS[self.device.type]
         self._lanes: list[Lane] = []
         self._returned: deque[Segment] = deque()  # put out of their slots for want of memory
@@ -63,7 +65,7 @@ class PackedEngine:
         self._tell = tell
         memory.reset_peak(self.device)
         while True:
-            while len(self._lanes) < self._limit:
+            while len(self._lanes) < self._limit and self._has_room():
                 wanted = self._returned.popleft() if self._returned else inbox(not self._lanes)
                 if wanted is None and not self._lanes:
                     return
@@ -72,6 +74,13 @@ class PackedEngine:
                 self._enter(wanted, stop)
             if self._lanes:
                 self._round(stop)
+
+    def _has_room(self) -> bool:
+        """Whether another adapter, as large as the largest of those here, leaves room for the longest example."""
+        sizes = [lane.adapter.size for lane in self._lanes]
+        if not sizes:
+            return True
+        return self.capacity.room(sum(sizes) + max(sizes)) >= int(np.max(self.train.lengths))
 
     def close(self) -> None:
         """Free the model; the engine is of no use afterwards."""
@@ -115,7 +124,8 @@ class PackedEngine:
 
     def _train(self, lanes: list[Lane]) -> None:
         """One pass, and the lanes behind it come to the front."""
-        shares = fill(lanes, self.room)
+        fits = self.capacity.room(sum(lane.adapter.size for lane in self._lanes))
+        shares = fill(lanes, min(self.room, max(fits, 1)))
         members = [lanes[share.owner] for share in shares]
         began = time.perf_counter()
         try:

@@ -1,0 +1,118 @@
+"""How much fits on the device: how many tokens into a pass, how many adapters beside them.
+
+    bytes = fixed + sum over adapters k of c P_k + T * per_token         T tokens in the pass, P_k parameters of adapter k
+    c     = 4 (master weights) + 4 (gradient) + 8 (AdamW's two moments) + 2 (copy for half-precision arithmetic)
+
+`fixed` is what the loaded base model leaves in use. `per_token` comes from a short probe on the longest examples: on a GPU
+the growth of the measured peak from a small pass to a larger one, forward and backward; on CPU, where a peak
+that small cannot be told from the allocator's habits, the bytes that autograd keeps for the backward pass.
+Where the model is wrong after all, the engine meets the limit, halves its passes and remembers (engine.py).
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loratune.finetune import lora
+from loratune.finetune.batches import Tokens
+from loratune.finetune.packed.adapter import Adapter
+from loratune.finetune.packed.base import PackedBase
+from loratune.finetune.packed.layout import Share, flatten
+from loratune.work import Hyperparameters, TrainingRecipe
+
+_SAFE = 0.9  # share of the memory that is planned with; the rest is for fragments and what others take
+_SMALL, _LARGE = 256, 1024  # tokens of the two probing passes, on a GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """A device's memory, as far as it bears on packs."""
+
+    limit: int  # bytes in all
+    fixed: int  # bytes in use before any adapter
+    per_token: float  # bytes that a token of a pass takes
+    per_parameter: int  # bytes of an adapter's training state
+
+    def room(self, parameters: int) -> int:
+        """Tokens that a pass may hold beside adapters of that many parameters; 0 or less when there is no room at all."""
+        return int((self.limit - self.fixed - parameters * self.per_parameter) / self.per_token)
+
+
+def measure(base: PackedBase, tokens: Tokens) -> Capacity:
+    """Probe the device: a moment of computing, nothing is left behind. Raises what running out of memory raises."""
+    device, half = base.device, base.base.dtype in (torch.bfloat16, torch.float16)
+    longest = np.argsort(-np.asarray(tokens.lengths), kind="stable")
+    h = Hyperparameters(lora_r=16, lora_dropout=0.1, target_modules="all-linear")
+    layers = {name: base.features(name) for name in lora.linear_layers(base.model)}
+    adapter = Adapter(layers, h, 0, TrainingRecipe(), dtype=base.base.dtype, device=device)
+    if device.type == "cuda":
+        small, large = (_peak(base, adapter, tokens, longest, count) for count in (_SMALL, _LARGE))
+        per_token = (large[1] - small[1]) / max(1, large[0] - small[0])
+        fixed, limit = torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        count, kept = _kept(base, adapter, tokens, longest[:1])
+        per_token, fixed = 2 * kept / count, resident()  # twice: gradients and intermediate results come on top
+        limit = fixed + available()
+    del adapter
+    return Capacity(limit=int(_SAFE * limit), fixed=fixed, per_token=max(1.0, per_token), per_parameter=16 + (2 if half else 0))
+
+
+def available() -> int:
+    """Bytes of main memory that this process may still take: the machine's, or its control group's where that is less."""
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable"):
+            free = [int(line.split()[1]) * 1024]  # caches can be given back
+    group = Path("/sys/fs/cgroup")
+    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
+    if limit and used and limit[0].isdigit():
+        free.append(int(limit[0]) - int(used[0]))
+    return max(0, min(free))
+
+
+def resident() -> int:
+    """Bytes of main memory that this process holds."""
+    sizes = _lines(Path("/proc/self/statm"))
+    return int(sizes[0].split()[1]) * os.sysconf("SC_PAGE_SIZE") if sizes else 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []  # not Linux, or no control group
+
+
+def _share(tokens: Tokens, longest: np.ndarray, count: int) -> Share:
+    """The fewest of the longest examples that hold `count` tokens."""
+    needed = int(np.searchsorted(np.cumsum(np.asarray(tokens.lengths)[longest]), count)) + 1
+    chosen = longest[:needed]
+    return Share(owner=0, examples=chosen, slots=np.arange(len(chosen)))
+
+
+def _peak(base: PackedBase, adapter: Adapter, tokens: Tokens, longest: np.ndarray, count: int) -> tuple[int, int]:
+    """(tokens, peak bytes) of a pass, forward and backward."""
+    flat = flatten(tokens, [_share(tokens, longest, count)], base.device)
+    torch.cuda.reset_peak_memory_stats(base.device)
+    base.nll(flat, [adapter], [0]).sum().backward()
+    return flat.tokens, torch.cuda.max_memory_allocated(base.device)
+
+
+def _kept(base: PackedBase, adapter: Adapter, tokens: Tokens, examples: np.ndarray) -> tuple[int, int]:
+    """(tokens, bytes that autograd keeps) of a forward pass; weights are not counted, nor a tensor twice."""
+    flat = flatten(tokens, [Share(owner=0, examples=examples, slots=np.arange(len(examples)))], base.device)
+    weights = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        base.nll(flat, [adapter], [0])
+    return flat.tokens, sum(kept.values())
