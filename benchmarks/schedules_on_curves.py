@@ -36,7 +36,7 @@ class Table:
         curve = self.rows[row][run]["curve"]
         last = self.rows[row][run]["state"] == "completed"
         if share == 1.0:
-            step, tokens, loss = curve[-1] if curve else (0, 0, None)
+            _, tokens, loss = curve[-1] if curve else (0, 0, None)
             return (loss if last else None), tokens
         place = sorted(RUNGS.values()).index(share)
         return (curve[place][2], curve[place][1]) if place < len(curve) else (None, curve[-1][1] if curve else 0)
@@ -122,6 +122,10 @@ def draw(table: Table, path: Path) -> None:
     figure.savefig(path)
 
 
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['spearman']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
@@ -132,9 +136,8 @@ def main() -> None:
     report: dict[str, Any] = {"best": best, "configurations": len(table.rows), "diverged": len(table.rows) - len(finals)}
     report["full_tokens"], report["correlations"], report["schedules"] = whole, correlations(table), []
     for row in report["correlations"]:
-        near = row["within 0.3 of the best"]
-        print(f"{row['axis']:7} {row['share']:>5}  Spearman {row['all']['spearman']:.3f} [{row['all']['low']:.3f}, {row['all']['high']:.3f}]"
-              f"   near the best ({near['n']}) {near['spearman']:.3f} [{near['low']:.3f}, {near['high']:.3f}]")  # fmt: skip
+        everyone, near = row["all"], row["within 0.3 of the best"]
+        print(f"{row['axis']:7} {row['share']:>5}  Spearman {_interval(everyone)}   near the best ({near['n']}) {_interval(near)}")
     for axis in ("steps", "budget"):
         for name, smallest in RUNGS.items():
             runs = [simulate(table, axis, smallest, seed) for seed in range(args.seeds)]
@@ -143,8 +146,12 @@ def main() -> None:
             report["schedules"].append(
                 {"axis": axis, "first rung": name, "lost": lost, "share of tokens": share, "random search at the same tokens lost": alone}
             )
-            print(f"halving on {axis:7} from {name:>5}: lost {statistics.median(lost):.4f} (worst {max(lost):.4f}) "
-                  f"for {statistics.median(share):.1%} of the tokens; random search for the same: {statistics.median(alone):.4f}")  # fmt: skip
+            middle = [statistics.median(values) for values in (lost, share, alone)]
+            print(
+                f"halving on {axis:7} from {name:>5}: lost {middle[0]:.4f} (worst {max(lost):.4f}) for {middle[1]:.1%} of the tokens;",
+                end=" ",
+            )
+            print(f"random search for the same: {middle[2]:.4f}")
     (RESULTS / "schedules.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(table, RESULTS / "figure.svg")
 
