@@ -93,13 +93,13 @@ def test_slots_share_a_process_and_its_speed() -> None:
 @pytest.mark.parametrize(
     ("training", "trials", "executor", "slots"),
     [
-        ({"engine": "packed", "batch_size": 4}, 100, {}, 6),  # 2,048 / (4 * 100 tokens)
-        ({"engine": "packed", "batch_size": 1}, 100, {}, 8),
+        ({"engine": "packed", "batch_size": 1}, 100, {}, 3),  # 256 / 100 tokens
+        ({"engine": "packed", "batch_size": 2}, 100, {}, 2),
         ({"engine": "packed", "batch_size": 128}, 100, {}, 1),
-        ({"engine": "packed", "batch_size": 4}, 9, {}, 3),
-        ({"engine": "packed", "batch_size": 4}, 9, {"workers": 2}, 2),
-        ({"engine": "packed", "batch_size": 4}, 9, {"workers": 2, "name": "inline"}, 3),
-        ({"engine": "packed", "batch_size": 4, "devices_per_trial": 2}, 100, {}, 1),
+        ({"engine": "packed", "batch_size": 1}, 9, {}, 3),
+        ({"engine": "packed", "batch_size": 1}, 9, {"workers": 2}, 2),
+        ({"engine": "packed", "batch_size": 1}, 9, {"workers": 2, "name": "inline"}, 3),
+        ({"engine": "packed", "batch_size": 1, "devices_per_trial": 2}, 100, {}, 1),
         ({"engine": "packed", "batch_size": 128, "slots": 5}, 100, {}, 5),
         ({"engine": "hf", "batch_size": 1}, 100, {}, 1),
     ],

@@ -39,6 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(root: Path) -> Iterator[PackedEngine]:
     engine = PackedEngine(replace(recipe(root), engine="packed", slots=5), root)
+    engine.enough = float("inf")  # all share passes, as on a GPU; by default batches as small as these do, too
     yield engine
     engine.close()
 
@@ -87,6 +88,20 @@ def test_companions_change_nothing(packed: PackedEngine, root: Path, reference, 
         got = adapter(root, wanted[k])
         for name, weight in reference[k][1].items():
             torch.testing.assert_close(got[name], weight, rtol=1e-9, atol=1e-11)
+
+
+def test_alone_in_its_passes_a_trial_is_the_same_to_the_last_bit(packed: PackedEngine, root: Path) -> None:
+    """What a CPU does: lanes take turns, and who else is there leaves no trace, not even in the rounding."""
+    packed.enough = 0
+    together, alone = segments("turns"), segments("alone")
+    run_all(packed, together)
+    packed.slots = packed._limit = 1
+    run_all(packed, alone[::-1])
+    packed.slots = packed._limit = 5
+    packed.enough = float("inf")
+    for one, two in zip(together, alone, strict=True):
+        a, b = adapter(root, one), adapter(root, two)
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_pause_and_resume_bit_for_bit(packed: PackedEngine, root: Path) -> None:

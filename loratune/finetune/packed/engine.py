@@ -28,7 +28,8 @@ from loratune.finetune.prepared import Prepared
 from loratune.finetune.trainer import DivergedError
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
-TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # where the recipe leaves it open: enough to fill the device
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # where the recipe leaves it open
+ENOUGH = {"cpu": 256, "cuda": 16384}  # tokens that keep the device busy: a batch of so many shares its passes with no other
 
 
 class PackedEngine:
@@ -53,6 +54,7 @@ class PackedEngine:
             self.base.checkpointing = True
         self.capacity = capacity.measure(self.base, self.train)
         self.room = recipe.training.tokens_per_pass or TOKENS_PER_PASS[self.device.type]
+        self.enough: float = ENOUGH[self.device.type]
         self._lanes: list[Lane] = []
         self._returned: deque[Segment] = deque()  # put out of their slots for want of memory
         self._limit = self.slots
@@ -125,7 +127,7 @@ class PackedEngine:
     def _train(self, lanes: list[Lane]) -> None:
         """One pass, and the lanes behind it come to the front."""
         fits = self.capacity.room(sum(lane.adapter.size for lane in self._lanes))
-        shares = fill(lanes, min(self.room, max(fits, 1)))
+        shares = fill(lanes, min(self.room, max(fits, 1)), self.enough)
         members = [lanes[share.owner] for share in shares]
         began = time.perf_counter()
         try:
@@ -191,6 +193,10 @@ class PackedEngine:
         if not lanes:
             return
         interrupted = stop.is_set if stop is not None else lambda: False
+        if self.device.type == "cpu" and len(lanes) > 1:  # as fast, and the same to the last bit whoever else is due
+            for lane in lanes:
+                self._validate([lane], stop)
+            return
         losses, seconds = self._validated(lanes, interrupted)
         for lane, loss in zip(lanes, losses, strict=True):
             if not np.isfinite(loss):

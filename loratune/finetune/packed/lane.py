@@ -32,6 +32,7 @@ class Lane:
         layers = {name: base.features(name) for name in lora.chosen_layers(base.model, h.target_modules)}
         lora.peft_config(base.model, h)  # refuses what PEFT would
         self.adapter = Adapter(layers, h, segment.seed, recipe.training, dtype=base.base.dtype, device=base.device)
+        self.batch_tokens = h.batch_size * float(np.mean(tokens.lengths))  # of one step, on average
         self.scale = HALF_PRECISION_SCALE if base.base.dtype == torch.float16 else 1.0
         self.waiting: np.ndarray = np.zeros(0, dtype=np.int64)  # slots of the present step's batch that are still to be seen
         self.items = 1  # response tokens of that batch
@@ -102,17 +103,20 @@ class Lane:
         self.waiting = np.argsort(-np.asarray(self.tokens.lengths)[self._examples], kind="stable")
 
 
-def fill(lanes: Sequence[Lane], room: int) -> list[Share]:
-    """What goes into the next pass of at most `room` tokens: the first lane's examples, then the next one's, while they fit.
+def fill(lanes: Sequence[Lane], room: int, enough: float) -> list[Share]:
+    """What goes into the next pass of at most `room` tokens: the first lane's examples, and others' beside them.
 
-    A single example that is longer than `room` goes alone. So a lane with a large batch has passes to itself, small
-    batches share one, and no pass holds more adapters than it takes to fill it.
+    A lane whose batches hold `enough` tokens to keep the device busy has its passes to itself: what it computes is then
+    the same to the last bit, whoever its companions are. Smaller ones share a pass. A single example longer than
+    `room` goes alone.
     """
+    first = lanes[0]
+    companions = [k for k, lane in enumerate(lanes) if k == 0 or (first.batch_tokens < enough and lane.batch_tokens < enough)]
     shares: list[Share] = []
-    for owner, lane in enumerate(lanes):
-        share = lane.offer(room, owner, at_least=0 if shares else 1)
+    for owner in companions:
+        share = lanes[owner].offer(room, owner, at_least=0 if shares else 1)
         if share is None:
             continue
         shares.append(share)
-        room -= int(np.asarray(lane.tokens.lengths)[share.examples].sum())
+        room -= int(np.asarray(lanes[owner].tokens.lengths)[share.examples].sum())
     return shares
