@@ -21,7 +21,7 @@ from loratune.spec import StudySpec
 from loratune.work import Hyperparameters
 
 _BYTES = 4  # of an adapter's parameter: float32
-_FILLS_CPU, _FILLS_CUDA = 256, 16_384  # training tokens, of one batch of every slot, that keep a device busy
+_FILLS_CPU, _FILLS_CUDA = 64, 16_384  # training tokens, of one batch of every slot, that keep a device busy
 _MOST_SLOTS = 8
 
 

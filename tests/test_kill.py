@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 KILLS = 10
 STUDIES = {
-    "nomad-full": ["--sampler", "nomad", "--trials", "6"],
+    "nomad-full": ["--sampler", "nomad", "--trials", "12"],
     "tpe-halving": ["--sampler", "tpe", "--trials", "9", "--schedule.name", "halving", "--schedule.fidelity", "steps"],
 }
 

@@ -93,7 +93,7 @@ def test_slots_share_a_process_and_its_speed() -> None:
 @pytest.mark.parametrize(
     ("training", "trials", "executor", "slots"),
     [
-        ({"engine": "packed", "batch_size": 1}, 100, {}, 3),  # 256 / 100 tokens
+        ({"engine": "packed", "batch_size": 1}, 100, {}, 3),  # 64 / 25 tokens
         ({"engine": "packed", "batch_size": 2}, 100, {}, 2),
         ({"engine": "packed", "batch_size": 128}, 100, {}, 1),
         ({"engine": "packed", "batch_size": 1}, 9, {}, 3),
@@ -105,7 +105,7 @@ def test_slots_share_a_process_and_its_speed() -> None:
     ],
 )
 def test_as_few_slots_as_fill_the_device(training: dict[str, object], trials: int, executor: dict[str, object], slots: int) -> None:
-    tokens = pack([(np.zeros(length, np.int32), np.ones(length, bool)) for length in (50, 150)])
+    tokens = pack([(np.zeros(length, np.int32), np.ones(length, bool)) for length in (12, 38)])
     data = Prepared(folder=Path(), manifest=None, train=tokens, validation=tokens)  # type: ignore[arg-type]
     described = spec(training=training, budget={"trials": trials}, executor={"device": "cpu", **executor})
     assert slots_for(described, data) == slots

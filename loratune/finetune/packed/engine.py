@@ -29,7 +29,7 @@ from loratune.finetune.trainer import DivergedError
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # where the recipe leaves it open
-ENOUGH = {"cpu": 256, "cuda": 16384}  # tokens that keep the device busy: a batch of so many shares its passes with no other
+ENOUGH = {"cpu": 64, "cuda": 16384}  # tokens that keep the device busy: a batch of so many shares its passes with no other
 
 
 class PackedEngine:
