@@ -114,7 +114,7 @@ def cache_folder() -> Path:
 
 
 def deliver(folder: Path) -> Delivery:
-    """Write the report, and hand over the best trial: `best.yaml` and the adapter, in the study's folder."""
+    """Write the report, and hand over the trial that `loratune select` chose, else the best: `best.yaml` and the adapter."""
     from loratune.report import hand_over, write_report
 
     record = read(folder)

@@ -21,6 +21,7 @@ from loratune.errors import SearchSpentError, TrainingError
 from loratune.executors import Executor, Notice
 from loratune.finetune.order import total_steps
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
+from loratune.record.goals import Goals, Sizes
 from loratune.record.progress import Meter
 from loratune.schedules import Fate, Stretch
 from loratune.spec import StudySpec
@@ -66,10 +67,12 @@ class Loop:
         executor: Executor,
         meter: Meter,
         stop: threading.Event,
+        sizes: Sizes | None = None,
     ) -> None:
         self.stop = stop
         self._spec, self._record, self._study, self._executor, self._meter = spec, record, study, executor, meter
         self._examples, self._validation_examples = examples, validation_examples  # in the training and the validation set
+        self._goals = Goals(spec, sizes)
         self._ordinals = samplers.ordinals(spec.sampler.name)
         self._schedule = schedules.build(
             spec.schedule.name,
@@ -85,6 +88,7 @@ class Loop:
         self._clock = self._sent = self._earliest = 0
         self._arrived: dict[str, Outcome] = {}
         self._settled = 0
+        self._first: int | None = None  # the first trial that was trained, which measures the untuned model too
         self._began_at = record.began_at()  # trial -> segments settled when it began the first time
         self._spent = ""  # why the sampler proposes no more
 
@@ -108,8 +112,12 @@ class Loop:
             if stretch is None:
                 return
             if stretch.trial not in self._trials:
-                self._trials[stretch.trial] = self._ask(stretch.trial)
-                yield Asked(self._trials[stretch.trial])
+                trial = self._trials[stretch.trial] = self._ask(stretch.trial)
+                yield Asked(trial)
+                if trial.state == INFEASIBLE:
+                    yield from self._refuse(stretch, trial)
+                    continue
+            self._first = stretch.trial if self._first is None else self._first
             segment = self._segment(stretch)
             end = self._clock + self._work(segment)
             self._earliest = self._earliest or end  # no result before the first, which has the untuned model's loss
@@ -158,8 +166,18 @@ class Loop:
                     asked.set_user_attr(name, value)
             self._open[number] = asked
         trial = Trial(number=number, hyperparameters=self._spec.hyperparameters(values), params=values)
+        refusal = self._goals.refusal(trial.hyperparameters)
+        if refusal:
+            trial = self._goals.valued(replace(trial, state=INFEASIBLE, message=refusal), self._trials.values())
         self._record.trial(trial)
         return trial
+
+    def _refuse(self, stretch: Stretch, trial: Trial) -> Iterator[Event]:
+        """End a trial that would break a known constraint, untrained."""
+        self._schedule.tell(stretch, None)
+        if trial.number in self._open:  # else it was told in an earlier start
+            yield Note(f"trial {trial.number} is infeasible and not trained: {trial.message}")
+        self._tell(trial)
 
     def _segment(self, stretch: Stretch) -> Segment:
         given = self._trials[stretch.trial].hyperparameters
@@ -167,7 +185,7 @@ class Loop:
         start, stop = math.ceil(stretch.start * total), math.ceil(stretch.stop * total)
         shares = range(1, self._spec.training.validations)
         points = {math.ceil(Fraction(i, self._spec.training.validations) * total) for i in shares}
-        points |= {0} if stretch.trial == 0 else set()  # the base model's own loss, once per study
+        points |= {0} if stretch.trial == self._first else set()  # the base model's own loss, once per study
         return Segment(
             trial=stretch.trial,
             run=stretch.run,
@@ -205,16 +223,13 @@ class Loop:
         self._clock, _, stretch, segment = heapq.heappop(self._flying)
         outcome = self._arrived.pop(segment.key)
         self._settled += 1
-        fate = self._schedule.tell(stretch, outcome.validation_loss)
         trial = self._trials[stretch.trial]
-        trial = self._trials[trial.number] = replace(trial, outcomes=(*trial.outcomes, outcome))
-        state = _STATES.get(outcome.state) or {Fate.COMPLETE: COMPLETE, Fate.PAUSED: PAUSED}[fate]
-        value = outcome.validation_loss
-        if state in (DIVERGED, INFEASIBLE):  # no better than anything seen, the untuned model included
-            value = max(
-                [p.validation_loss for t in self._trials.values() for p in t.curve if p.validation_loss is not None], default=math.inf
-            )
-        trial = replace(trial, state=state, value=value if value is not None else trial.value, message=outcome.message)
+        trial = replace(trial, outcomes=(*trial.outcomes, outcome))
+        broken = self._goals.broken(trial, end=stretch.length * stretch.stop == 1) if outcome.state is State.COMPLETED else ""
+        fate = self._schedule.tell(stretch, None if broken else outcome.validation_loss, self._goals.minimised(trial))
+        state = _STATES.get(outcome.state) or (INFEASIBLE if broken else {Fate.COMPLETE: COMPLETE, Fate.PAUSED: PAUSED}[fate])
+        trial = replace(trial, state=state, message=broken or outcome.message)
+        trial = self._goals.valued(trial, self._trials.values())
         self._trials[trial.number] = trial
         self._tell(trial, outcome)
         return Settled(trial, outcome)
@@ -222,18 +237,8 @@ class Loop:
     def _tell(self, trial: Trial, outcome: Outcome | None = None) -> None:
         handle = self._open.get(trial.number)
         if handle is not None:
-            reported = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
-            for point in outcome.curve if outcome is not None else ():
-                if point.step > 0 and point.validation_loss is not None and point.step not in reported:
-                    handle.report(point.validation_loss, point.step)
-            if trial.state == INFEASIBLE:
-                handle.set_constraint("fits_in_memory", 1.0)
+            self._goals.tell(self._study, handle, trial, outcome)
             if trial.state != PAUSED:
-                handle.set_user_attr("state", trial.state)
-                handle.set_user_attr("device_seconds", trial.device_seconds)
-                self._study.tell(
-                    handle, None if trial.state in (FAILED, PRUNED) else trial.value, _TOLD.get(trial.state, TrialState.COMPLETE)
-                )
                 del self._open[trial.number]
         self._record.trial(trial)
         self._meter.settled(trial)
@@ -251,4 +256,3 @@ class Loop:
 
 
 _STATES = {State.DIVERGED: DIVERGED, State.OUT_OF_MEMORY: INFEASIBLE, State.CRASHED: FAILED}
-_TOLD = {FAILED: TrialState.FAIL, PRUNED: TrialState.PRUNED}

@@ -89,7 +89,7 @@ def spec_of(
     return StudySpec.load(base={**given, **more})
 
 
-def events(spec: StudySpec, executor: Formula) -> Iterator[Event]:
+def events(spec: StudySpec, executor: Formula, **more: Any) -> Iterator[Event]:
     """A session of the study, as `tune` runs it."""
     ordinals = samplers.ordinals(spec.sampler.name)
     with open_record(spec.folder) as record:
@@ -105,8 +105,8 @@ def events(spec: StudySpec, executor: Formula) -> Iterator[Event]:
         study = open_study(url=spec.storage, folder=spec.folder, name=spec.name, sampler=sampler)
         meter = Meter(budget_trials=spec.budget.trials, workers=executor.capacity)
         stop = threading.Event()
-        sizes = {"examples": EXAMPLES, "validation_examples": VALIDATION}
-        yield from Loop(spec=spec, record=record, study=study, executor=executor, meter=meter, stop=stop, **sizes).run()
+        counts = {"examples": EXAMPLES, "validation_examples": VALIDATION}
+        yield from Loop(spec=spec, record=record, study=study, executor=executor, meter=meter, stop=stop, **counts, **more).run()
 
 
 def outline(record: StudyRecord) -> list[tuple[Any, ...]]:

@@ -91,7 +91,7 @@ def choose(record: StudyRecord, top: int) -> list["Model"]:
 def adapter_of(record: StudyRecord, trial: Trial) -> Path | None:
     """Where the trial's adapter lies: where it was trained, else, of the best, the one handed over."""
     places = [record.folder / "trials" / _name(trial) / "main" / "adapter"]
-    if record.best is not None and trial.number == record.best.number:
+    if record.best is not None and trial.number == record.best.number and not (record.folder / "selection.json").exists():
         places.append(record.folder / "adapter")
     return next((place for place in places if (place / "adapter_config.json").is_file()), None)
 

@@ -12,7 +12,7 @@ from loratune.work import ModelRecipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="the study's folder")
     parser.add_argument("destination", metavar="DESTINATION", help="folder to make")
-    parser.add_argument("--trial", type=int, metavar="N", help="default: the best trial")
+    parser.add_argument("--trial", type=int, metavar="N", help="default: the one that `loratune select` chose, else the best")
     parser.add_argument("--merged", action="store_true", help="the whole model, with the adapter merged into its weights")
 
 
@@ -21,14 +21,24 @@ def main(args: argparse.Namespace) -> int:
     destination = Path(args.destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise StorageError(f"{destination} exists and is not an empty folder. Choose another destination.")
-    trial = _choose(record, args.trial)
-    adapter = _adapter(record, trial)
+    from loratune import selection
+    from loratune.report.handover import model_card
+
+    chosen = selection.read(record.folder) if args.trial is None else None
+    card: dict[str, Any] | str
+    if chosen is not None and chosen.holds_for(record):
+        trial = chosen.trial_of(record)
+        adapter = selection.adapter_folder(record, trial, chosen.shipped.run) or _adapter(record, trial)
+        card = _card(record, trial) if args.merged else model_card(record, trial, chosen)
+    else:
+        trial = _choose(record, args.trial)
+        adapter, card = _adapter(record, trial), _card(record, trial)
     from loratune.finetune.export import export_adapter, merge  # torch
 
     if args.merged:
-        merge(ModelRecipe(**record.spec["model"]), adapter, destination, _card(record, trial))
+        merge(ModelRecipe(**record.spec["model"]), adapter, destination, card)
     else:
-        export_adapter(adapter, destination, _card(record, trial))
+        export_adapter(adapter, destination, card)
     print(destination)
     return 0
 
@@ -48,7 +58,7 @@ def _choose(record: StudyRecord, number: int | None) -> Trial:
 def _adapter(record: StudyRecord, trial: Trial) -> Path:
     """The folder of the trial's adapter: where it was trained, else the one handed over."""
     places = [record.folder / "trials" / f"{trial.number:04d}" / "main" / "adapter"]
-    if record.best is not None and trial.number == record.best.number:
+    if record.best is not None and trial.number == record.best.number and not (record.folder / "selection.json").exists():
         places.append(record.folder / "adapter")
     for place in places:
         if (place / "adapter_config.json").is_file():

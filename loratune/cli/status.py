@@ -5,10 +5,13 @@ import fcntl
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.errors import StorageError
-from loratune.record import FAILED, PAUSED, RUNNING, StudyRecord, Trial, read
+from loratune.record import FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Trial, read
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _LAST = 10  # trials in the table of the latest ones
 _BEST = 5
@@ -71,6 +74,7 @@ def facts(record: StudyRecord) -> dict[str, Any]:
         "budget_trials": budget,
         "in_training": progress.get("running", []) if running else [],
         "best": _brief(record.best),
+        "front": _front(record),
         "default": _brief(record.default),
         "base_loss": record.base_loss,
         "tokens": record.tokens,
@@ -92,6 +96,13 @@ def _finished(record: StudyRecord) -> bool:
 
 def _brief(trial: Trial | None) -> dict[str, Any] | None:
     return None if trial is None else {"trial": trial.number, "state": trial.state, "value": trial.value, "params": trial.params}
+
+
+def _front(record: StudyRecord) -> list[dict[str, Any]]:
+    """With several objectives, the trials that no other beats in all of them."""
+    names = list(record.objectives)
+    trials = record.front if len(names) > 1 else []
+    return [{"trial": t.number, "values": dict(zip(names, t.values, strict=True)), "params": t.params} for t in trials]
 
 
 def _holder(folder: Path) -> dict[str, Any]:
@@ -120,7 +131,7 @@ def _print(record: StudyRecord) -> None:
         f"about {duration(now['seconds_left'])} left" if now["seconds_left"] is not None else "",
     ]
     console.print(" · ".join(filter(None, costs)))
-    trained = [trial for trial in record.trials if trial.outcomes]
+    trained = [trial for trial in record.trials if trial.outcomes or trial.state == INFEASIBLE]
     if now["in_training"]:
         console.print()
         console.print(tables.running_table(now["in_training"], record.trials))
@@ -131,6 +142,9 @@ def _print(record: StudyRecord) -> None:
     if len(trained) > _LAST:
         console.print("\nbest trials")
         console.print(tables.trial_table(ranking[:_BEST], record.best))
+    if now["front"]:
+        console.print(f"\nfront of {len(now['front'])}: no trial is better in every objective")
+        console.print(_front_table(now["front"]))
     console.print()
     console.print(tables.standing(record.best, record.default, record.base_loss))
     for name in ("report.html", "adapter"):
@@ -139,6 +153,22 @@ def _print(record: StudyRecord) -> None:
     failed = [trial for trial in record.trials if trial.state == FAILED and trial.message]
     if failed:
         console.print(Text(f"trial {failed[-1].number} failed: {failed[-1].message}", style="red"))
+
+
+def _front_table(front: list[dict[str, Any]]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    from loratune.cli.words import params
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("trial", *front[0]["values"]):
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("")
+    for row in front:
+        loss, *others = row["values"].values()
+        table.add_row(str(row["trial"]), f"{loss:.4f}", *(f"{value:.4g}" for value in others), params(row["params"]))
+    return table
 
 
 def _state(now: dict[str, Any]) -> str:

@@ -102,10 +102,10 @@ def enter_namespaces(readable: list[str], *, owner: int, scratch_bytes: int) -> 
     _mount("none", "/", None, MS_REC | MS_PRIVATE)  # else the mounts below would appear outside
     root = "/proc"  # any folder that exists everywhere and is not needed; covered in this namespace only
     _mount("root", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for path in readable:
-        _show(path, root)
     os.mkdir(f"{root}/tmp")
     _mount("scratch", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={scratch_bytes},nr_inodes=1024,mode=700,uid={owner}")
+    for path in readable:  # after the scratch folder: Python itself may be installed below /tmp
+        _show(path, root)
     _seal(root, recursive=False)
     os.chdir(root)
     _call("pivot_root", _libc.syscall(SYS_PIVOT_ROOT[platform.machine()], b".", b"."))

@@ -88,7 +88,7 @@ def _trial(given: str, study: StudyRecord | None) -> Trial | None:
 def _adapter_of(study: StudyRecord, trial: Trial) -> Path:
     """Where the trial's adapter lies: where it was trained, else the one handed over."""
     places = [study.folder / "trials" / f"{trial.number:04d}" / "main" / "adapter"]
-    if study.best is not None and trial.number == study.best.number:
+    if study.best is not None and trial.number == study.best.number and not (study.folder / "selection.json").exists():
         places.append(study.folder / "adapter")
     for place in places:
         if all((place / name).is_file() for name in _FILES):

@@ -1,11 +1,14 @@
 """The Optuna storage behind a study: opened, checked, and its errors put into words."""
 
 from pathlib import Path
+from typing import Any
 
 import optuna
+import yaml
 from optuna.samplers import BaseSampler
 
 from loratune.errors import StorageError
+from loratune.record.trials import objectives_of, text_of
 
 
 def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler) -> optuna.Study:
@@ -13,12 +16,14 @@ def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler
 
     Without a `url` it lies in `study.db` (SQLite) in the study's folder. A path that ends in `.log` or
     `.journal` is Optuna's journal file, everything else goes to Optuna's RDB storage. A study found in the
-    storage must have been begun by this folder. Raises StorageError.
+    storage must have been begun by this folder. Its objectives are those of the folder's `spec.yaml`. Raises StorageError.
     """
+    spec = folder / "spec.yaml"
+    directions: list[Any] = list(objectives_of(yaml.safe_load(text_of(spec)) if spec.exists() else {}).values())
     where = url or f"sqlite:///{folder.resolve() / 'study.db'}"
     try:
         storage = _journal(where) if where.endswith((".log", ".journal")) else optuna.storages.RDBStorage(where)
-        study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, direction="minimize", load_if_exists=True)
+        study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, directions=directions, load_if_exists=True)
         owner = study.user_attrs.get("folder")
         if owner is None:
             study.set_user_attr("folder", str(folder.resolve()))

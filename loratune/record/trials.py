@@ -26,7 +26,8 @@ class Trial(Json):
     hyperparameters: Hyperparameters
     params: dict[str, Any]  # searched values only, by the search space's own names (alpha_ratio, ...)
     state: str = RUNNING
-    value: float | None = None  # latest validation loss; of a diverged or infeasible trial the worst value told
+    value: float | None = None  # latest validation loss; the worst seen of a trial that diverged or did not fit; None: not trained
+    values: tuple[float, ...] = ()  # as Optuna is told them, in the order of the spec's objectives
     message: str = ""
     outcomes: tuple[Outcome, ...] = ()  # in the order they were trained
 
@@ -59,13 +60,31 @@ class StudyRecord:
 
     @property
     def finished(self) -> list[Trial]:
-        """Trials trained to the end of the full run, in order of number."""
+        """Trials trained to the end of the full run and within every constraint, in order of number."""
         return [t for t in self.trials if t.state == COMPLETE]
 
     @property
     def best(self) -> Trial | None:
-        """The finished trial of the lowest validation loss; ties go to the earlier one."""
+        """The finished trial of the lowest validation loss, which keeps every constraint; ties go to the earlier one."""
         return min(self.finished, key=lambda t: (t.value, t.number), default=None)
+
+    @property
+    def objectives(self) -> dict[str, str]:
+        """The names of the objectives and their directions, `minimize` or `maximize`."""
+        return objectives_of(self.spec)
+
+    @property
+    def front(self) -> list[Trial]:
+        """The finished trials that no other beats in every objective, lowest validation loss first. With one objective, the best."""
+        if len(self.objectives) == 1:
+            return [] if self.best is None else [self.best]
+        from loratune.statistics.pareto import non_dominated  # numpy and scipy, for several objectives only
+
+        trials = sorted((t for t in self.finished if t.values), key=lambda t: (t.value, t.number))
+        maximise = [direction == "maximize" for direction in self.objectives.values()]
+        if not trials:
+            return []
+        return [trial for trial, on in zip(trials, non_dominated([t.values for t in trials], maximise), strict=True) if on]
 
     @property
     def default(self) -> Trial | None:
@@ -75,11 +94,9 @@ class StudyRecord:
 
     @property
     def base_loss(self) -> float | None:
-        """Validation loss of the base model, measured before the first step of trial 0."""
-        if not self.trials or not self.trials[0].outcomes:
-            return None
-        first = self.trials[0].outcomes[0].curve
-        return next((p.validation_loss for p in first if p.step == 0), None)
+        """Validation loss of the base model, measured before the first step of the first trial that was trained."""
+        first = next((t.outcomes[0] for t in self.trials if t.outcomes), None)
+        return next((p.validation_loss for p in first.curve if p.step == 0), None) if first is not None else None
 
     @property
     def device_seconds(self) -> float:
@@ -92,6 +109,12 @@ class StudyRecord:
     @property
     def wall_seconds(self) -> float:
         return sum(s.get("seconds", 0.0) for s in self.sessions)
+
+
+def objectives_of(spec: dict[str, Any]) -> dict[str, str]:
+    """The objectives of a `spec.yaml` by name, with their directions; of one from before there were several, the loss."""
+    given = spec.get("objectives") or ["validation_loss"]
+    return dict((o, "minimize") if isinstance(o, str) else (o["name"], o["direction"]) for o in given)
 
 
 def read(folder: Path) -> StudyRecord:

@@ -6,7 +6,7 @@ from typing import Any
 
 from loratune.record import StudyRecord
 from loratune.report.tables import sampler_of, space_of
-from loratune.report.words import count, in_order, label, plural, show
+from loratune.report.words import count, in_order, label, metric, plural, show
 
 
 def asked(record: StudyRecord) -> list[tuple[str, str]]:
@@ -18,6 +18,9 @@ def asked(record: StudyRecord) -> list[tuple[str, str]]:
     rows += [("Examples", counts)] if (counts := examples(record)) else []
     rows += [("Prompt", f"{data['prompt']}, at most {data['max_length']} tokens")] if "prompt" in data and "max_length" in data else []
     rows += [("Training", _training(training)), ("Budget", _budget(budget))]
+    goals = [f"{metric(name)}{' (more is better)' if way == 'maximize' else ''}" for name, way in record.objectives.items()]
+    rows += [("Objectives", "; ".join(goals))] if len(goals) > 1 else []
+    rows += [("Constraints", "; ".join(spec["constraints"]))] if spec.get("constraints") else []
     options = show(sampler.get("options") or {})
     rows.append(("Sampler", sampler_of(record).split(" + ")[0] + (f" ({options})" if options else "")))
     if schedule.get("name", "full") == "full":

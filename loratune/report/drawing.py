@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.path import Path as Curve
 
-WIDTH = 5.6  # inches: a column of a paper, and a phone's screen without tiny print
+WIDTH = 5.2  # inches: a column of a paper, and a phone's screen without tiny print
 INK, SOFT, FAINT, PAPER = "#1b1f24", "#5e6670", "#dfe3e8", "#fefefe"
 BEST = "#d1460b"  # also the curve "best so far"
 LEVELS = 24
@@ -102,6 +102,11 @@ def blank(height: float) -> tuple[Figure, Any]:
     """A figure of `height` inches with one pair of axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def literal(name: str) -> str:
+    """A name that matplotlib neither reads as mathematics nor leaves out of a legend."""
+    return name.lstrip("_").replace("$", r"\$") or "study"
 
 
 def smooth(heights: Sequence[float]) -> Curve:

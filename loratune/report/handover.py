@@ -1,13 +1,16 @@
-"""The hand-over: the best configuration as a file, its adapter as an ordinary PEFT folder with a model card."""
+"""The hand-over: the chosen configuration as a file, its adapter as an ordinary PEFT folder with a model card.
+
+Chosen is what `loratune select` chose, as long as the study did not go on since; before that, the lowest validation loss.
+"""
 
 import os
 import re
 import shutil
 import tempfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,31 +20,51 @@ from loratune.record import StudyRecord, Trial
 from loratune.report import asked, tables
 from loratune.report.words import count, duration, loss, perplexity, plural, show, signed
 
+if TYPE_CHECKING:
+    from loratune.selection import SelectionRecord
+
 
 def hand_over(record: StudyRecord, folder: Path) -> tuple[Path, Path | None]:
-    """Write `best.yaml` and `adapter/` of the study's best trial into `folder`; returns their paths.
+    """Write `best.yaml` and `adapter/` of the study's chosen trial into `folder`; returns their paths.
 
     An adapter of an earlier call is replaced once the new one is complete. A study that was told to keep
     no adapters (`output.keep_adapters: none`) hands over `best.yaml` alone, and None for the adapter.
     Raises TrainingError when no trial was trained to the end, StorageError when its adapter is missing.
     """
-    found = tables.answer(record)
+    from loratune.selection import adapter_folder  # scipy: a second of import
+
+    found, selection = tables.answer(record), _selection(record)
+    if selection is not None:
+        found = replace(found, best=selection.trial_of(record))
     if found.best is None:
         raise TrainingError(
             f"{record.name} has no trial that was trained to the end, so there is nothing to hand over. "
             f"See what became of them with `loratune status {record.folder}`."
         )
-    source = record.folder / "trials" / f"{found.best.number:04d}" / "main" / "adapter"
+    source = adapter_folder(record, found.best, selection.shipped.run) if selection else adapter_folder(record, found.best)
     adapter: Path | None = folder / "adapter"
-    if (source / "adapter_config.json").is_file():
-        _replace_folder(source, folder / "adapter", {"README.md": model_card(record, found.best)})
+    if source is not None:
+        _replace_folder(source, folder / "adapter", {"README.md": model_card(record, found.best, selection)})
     elif record.spec.get("output", {}).get("keep_adapters") == "none":
         adapter = None
     else:
-        raise StorageError(f"no adapter of trial {found.best.number}, the best, at {source}: it was removed, or training did not write it.")
+        which = "chosen" if selection else "best"
+        raise StorageError(
+            f"no adapter of trial {found.best.number}, the {which}, in {record.folder / 'trials'}: it was removed, or training did not "
+            f"write it. `loratune select {record.folder}` trains that of its choice again."
+        )
     best = folder / "best.yaml"
-    write_atomically(best, yaml.safe_dump(_best(record, found, found.best, adapter), sort_keys=False, allow_unicode=True, width=1000))
+    content = _best(record, found, found.best, adapter, selection)
+    write_atomically(best, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000))
     return best, adapter
+
+
+def _selection(record: StudyRecord) -> "SelectionRecord | None":
+    """The study's selection, unless it is out of date."""
+    from loratune import selection
+
+    made = selection.read(record.folder)
+    return made if made is not None and made.holds_for(record) else None
 
 
 def version_of_loratune() -> str:
@@ -51,7 +74,7 @@ def version_of_loratune() -> str:
         return "from source"
 
 
-def model_card(record: StudyRecord, best: Trial) -> str:
+def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | None" = None) -> str:
     """The adapter's README.md, with the YAML head that the Hugging Face Hub reads."""
     found, cost = tables.answer(record), tables.cost(record)
     base = asked.base_model(record)
@@ -67,7 +90,8 @@ def model_card(record: StudyRecord, best: Trial) -> str:
     lines = [
         f"---\n{local}{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# {_text(record.name)}",
-        f"A LoRA adapter for {_code(base)}, the best of {plural(found.finished, 'configuration')} that loratune trained and compared.",
+        f"A LoRA adapter for {_code(base)}, {'chosen from' if selection else 'the best of'} {plural(found.finished, 'configuration')} "
+        "that loratune trained and compared.",
         "## Load it",
         "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
         'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
@@ -83,7 +107,7 @@ def model_card(record: StudyRecord, best: Trial) -> str:
                     signed(its - found.default_loss) if its is not None and found.default_loss else "–",
                 )
                 for name, its in (
-                    ("this adapter", found.best_loss),
+                    ("this adapter", selection.shipped.validation_loss if selection else best.value),
                     ("default hyperparameters", found.default_loss),
                     ("base model", found.base),
                 )
@@ -100,6 +124,7 @@ def model_card(record: StudyRecord, best: Trial) -> str:
         f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(cost.trials, 'trial')}, "
         f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. This is trial {best.number}.",
         f"```\n{asked.command(record)}\n```",
+        *(["## Why this one", _why(selection)] if selection else []),
         "## Limits",
         "- The adapter was chosen by the validation loss shown here, which is therefore slightly flattering. It was measured once.\n"
         "- A lower loss on this data is not a better score on any benchmark, and says nothing about safety, bias or facts.\n"
@@ -114,20 +139,38 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)) and not Path(name).exists()
 
 
-def _best(record: StudyRecord, found: tables.Answer, best: Trial, adapter: Path | None) -> dict[str, Any]:
+def _why(selection: "SelectionRecord") -> str:
+    return "\n".join(f"- {_text(line)}" for line in selection.explain().splitlines())
+
+
+def _best(
+    record: StudyRecord, found: tables.Answer, best: Trial, adapter: Path | None, selection: "SelectionRecord | None"
+) -> dict[str, Any]:
     hyperparameters = {f.name: getattr(best.hyperparameters, f.name) for f in fields(best.hyperparameters)}
     return {
         "study": record.name,
         "trial": best.number,
-        "validation_loss": best.value,
+        "validation_loss": selection.shipped.validation_loss if selection else best.value,
         "default_validation_loss": found.default_loss,
         "base_validation_loss": found.base,
+        "chosen": _chosen(selection) if selection else "the lowest validation loss",
         "hyperparameters": {name: list(value) if isinstance(value, tuple) else value for name, value in hyperparameters.items()},
         "base_model": asked.base_model(record),
         "adapter": adapter.name if adapter else None,
         "load": "peft.AutoPeftModelForCausalLM.from_pretrained('adapter')" if adapter else None,
         "command": asked.command(record),
         "loratune": version_of_loratune(),
+    }
+
+
+def _chosen(selection: "SelectionRecord") -> dict[str, Any]:
+    honest = selection.honest
+    return {
+        "rule": selection.rule,
+        "seed": selection.shipped.seed,
+        "share_of_resamples": selection.share,
+        "loss_with_fresh_seeds": honest.chosen.value if honest else None,
+        "gain_over_default_with_fresh_seeds": honest.gain.value if honest and honest.gain else None,
     }
 
 

@@ -1,7 +1,11 @@
-"""The report as one HTML file: numbers from tables.py, figures inline as SVG, no script, nothing to download."""
+"""The report as one HTML file: numbers from tables.py and evidence.py, figures inline as SVG, no script, nothing to download.
 
+`templates/page.html` is the frame; each section of a study is a file of `templates/sections/`, in the order of `_sections`.
+"""
+
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,15 @@ import jinja2
 from loratune.errors import StorageError
 from loratune.files import write_atomically
 from loratune.record import PAUSED, PRUNED, RUNNING, StudyRecord
-from loratune.report import asked, figures, tables, words
+from loratune.report import asked, figures, tables, votes, words
 from loratune.report.drawing import DARK, SHADES, Plot
+from loratune.report.evidence import Evidence, gather
 from loratune.report.handover import version_of_loratune
 from loratune.report.svg import Inline, inline, save
+from loratune.selection import adapter_folder
 
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "templates"
+MANY = 12  # candidates of the table, at most
 
 
 def render(records: Sequence[StudyRecord], destination: Path) -> Path:
@@ -23,47 +30,92 @@ def render(records: Sequence[StudyRecord], destination: Path) -> Path:
     if not records:
         raise StorageError("a report needs at least one study: give the folder that `loratune run` made.")
     folder = destination.parent / "figures"
-    together = _figures(figures.OF_SEVERAL, records, folder, prefix="") if len(records) > 1 else {}
-    studies = []
-    for number, record in enumerate(records, 1):
-        prefix = f"{number}-{_slug(record.name)}-" if len(records) > 1 else ""
-        studies.append(_study(record, _figures(figures.OF_ONE, record, folder, prefix)))
-    rows, common = tables.compare(records)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    spelt = (words.show, words.loss, words.signed, words.perplexity, words.duration, words.count, words.plural, words.label)
-    environment.globals |= {"tables": tables, "repr": repr} | {spell.__name__: spell for spell in spelt}
-    page = environment.get_template("template.html").render(
-        studies=studies,
-        together=together,
-        rows=rows,
-        common=common,
-        repeats=tables.repeats(rows),
-        differences=tables.differences(records),
-        version=version_of_loratune(),
-        shades=list(zip(SHADES, DARK, strict=True)),
-    )
-    write_atomically(destination, page)
+    evidence = [gather(record) for record in records]
+    together = _figures(figures.of_several(records), folder, prefix="")
+    drawn = [_figures(figures.of_one(found), folder, prefix) for found, prefix in zip(evidence, _prefixes(records), strict=True)]
+    write_atomically(destination, compose(evidence, drawn, together))
     return destination
 
 
-def _figures(draw: Iterable[Callable[[Any], Plot | None]], what: Any, folder: Path, prefix: str) -> dict[str, Inline]:
-    """Draw the figures that there is something to show of; saved to `folder` and ready for the page, by name."""
-    plots = [plot for function in draw if (plot := function(what)) is not None]
-    return {plot.name: inline(plot, save(plot, folder / (prefix + plot.name)), key=prefix + plot.name) for plot in plots}
+def compose(evidence: Sequence[Evidence], drawn: Sequence[dict[str, Inline]], together: dict[str, Inline]) -> str:
+    """The page: of each study its evidence and its figures by name, and the figures of all of them `together`."""
+    records = [found.record for found in evidence]
+    studies = [_study(*parts) for parts in zip(evidence, drawn, _prefixes(records), strict=True)]
+    rows, common = tables.compare(records)
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            studies=studies,
+            together=together,
+            rows=rows,
+            common=common,
+            repeats=tables.repeats(rows),
+            differences=tables.differences(records),
+            benchmarks=list(dict.fromkeys(title for study in studies for title in study["means"])),
+            version=version_of_loratune(),
+            shades=list(zip(SHADES, DARK, strict=True)),
+        )
+    )
 
 
-def _study(record: StudyRecord, plots: dict[str, Inline]) -> dict[str, Any]:
-    """What the template shows of one study."""
+def _prefixes(records: Sequence[StudyRecord]) -> list[str]:
+    """What the names of each study's figures and ids begin with."""
+    return [f"{number}-{_slug(record.name)}-" if len(records) > 1 else "" for number, record in enumerate(records, 1)]
+
+
+def _environment() -> jinja2.Environment:
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    spelt = (words.show, words.loss, words.signed, words.perplexity, words.duration, words.count, words.plural, words.label)
+    found.globals |= {spell.__name__: spell for spell in (*spelt, words.percent, words.points, words.measured, words.metric)}
+    found.globals |= {"tables": tables, "votes": votes, "repr": repr, "exp": math.exp}
+    return found
+
+
+def _figures(plots: Iterable[Plot], folder: Path, prefix: str) -> dict[str, Inline]:
+    """The figures saved to `folder` and ready for the page, by name."""
+    return {plot.name: inline(plot, save(plot, folder / (prefix + plot.name)), key=_slug(f"{prefix}figure-{plot.name}")) for plot in plots}
+
+
+def _sections(evidence: Evidence, plots: dict[str, Inline]) -> list[tuple[str, str]]:
+    """(file of templates/sections, title) of what there is to tell, in the order of the story."""
+    best, selection = evidence.chosen, evidence.selection
+    told = [
+        ("asked", "What was asked", True),
+        ("cost", "What it cost", True),
+        ("against", f"{'Chosen' if selection else 'Best'} against default", best is not None),
+        ("search", "The search", {"history", "parallel-coordinates", "learning-curves"} & plots.keys()),
+        ("mattered", "What mattered", {"importance", "slices"} & plots.keys()),
+        ("tradeoffs", "Trade-offs", "front" in plots),
+        ("downstream", "Downstream scores", evidence.downstream is not None),
+        ("finalists", "Finalists and noise", selection is not None),
+        ("choice", "The choice, and how sure it is", selection is not None),
+        ("preference", "Blind preference", evidence.comparisons),
+        ("trials", "All trials", evidence.record.trials),
+        ("missing", "Not measured", best is not None and evidence.missing),
+        ("repeat", "To repeat it", True),
+    ]
+    return [(name, title) for name, title, there in told if there]
+
+
+def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, Any]:
+    """What the templates show of one study; `key` begins its ids."""
+    record, selection, downstream = evidence.record, evidence.selection, evidence.downstream
     top, others = tables.ranked(record)
     handed_over = record.folder / "adapter"
-    found = tables.answer(record)
-    trained = record.folder / "trials" / f"{found.best.number:04d}" / "main" / "adapter" if found.best else handed_over
+    chosen = evidence.chosen
+    trained = adapter_folder(record, chosen, *([selection.shipped.run] if selection else [])) if chosen else None
+    entrants = sorted(selection.candidates, key=lambda e: (e.trial != selection.chosen, -e.share, e.loss))[:MANY] if selection else []
     return {
+        "key": key,
         "record": record,
-        "answer": found,
-        "adapter": handed_over if handed_over.is_dir() else trained if trained.is_dir() else None,
+        "sections": _sections(evidence, plots),
+        "answer": tables.answer(record),
+        "chosen": chosen,
+        "edges": tables.edges(record, chosen) if chosen else (),
+        "adapter": handed_over if handed_over.is_dir() else trained,
         "base_model": asked.base_model(record),
         "cost": tables.cost(record),
         "open": sum(t.state in (RUNNING, PAUSED) for t in record.trials),
@@ -73,6 +125,13 @@ def _study(record: StudyRecord, plots: dict[str, Inline]) -> dict[str, Any]:
         "top": top,
         "others": others,
         "plots": plots,
+        "downstream": downstream,
+        "means": {f.title: words.percent(f.best.mean) for f in downstream.findings if f.best} if downstream else {},
+        "selection": selection,
+        "entrants": entrants,
+        "benchmarks": sorted({name for e in entrants for name in e.scores}),
+        "comparisons": evidence.comparisons,
+        "missing": evidence.missing,
         "sources": asked.sources(record),
         "asked": asked.asked(record),
         "space": asked.space(record),

@@ -48,7 +48,5 @@ def inline(plot: Plot, svg: str, key: str) -> Inline:
     body = re.sub(r"font: (?:\w+ )?([\d.]+px)[^;\"]*", r"font-size: \1", body)
     title, alt = f'<title id="{key}-title">{escape(plot.title)}</title>', f'<desc id="{key}-alt">{escape(plot.alt)}</desc>'
     opening = f'<svg viewBox="{box}" role="img" aria-labelledby="{key}-title {key}-alt">'
-    return Inline(
-        title=plot.title,
-        html=Markup(f'<figure id="{key}">{opening}{title}{alt}{body}<figcaption>{escape(plot.caption)}</figcaption></figure>'),
-    )
+    drawing = f'<div class="drawing">{opening}{title}{alt}{body}</div>'
+    return Inline(title=plot.title, html=Markup(f'<figure id="{key}">{drawing}<figcaption>{escape(plot.caption)}</figcaption></figure>'))

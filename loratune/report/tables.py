@@ -90,11 +90,12 @@ def answer(record: StudyRecord) -> Answer:
         finished=len(trials),
         near=sum(value(t) <= value(best) + NEAR for t in trials) if best else 0,
         better=sum(value(t) < value(default) for t in trials) if default else 0,
-        edges=_edges(record, best) if best else (),
+        edges=edges(record, best) if best else (),
     )
 
 
-def _edges(record: StudyRecord, best: Trial) -> tuple[str, ...]:
+def edges(record: StudyRecord, best: Trial) -> tuple[str, ...]:
+    """Searched hyperparameters whose value is the lowest or highest allowed, in words."""
     found = []
     for name, parameter in space_of(record).parameters.items():
         at = best.params.get(name)
@@ -149,6 +150,29 @@ def varied(record: StudyRecord) -> list[str]:
 def setting(trial: Trial, name: str) -> Any:
     """A trial's value of a searched or derived hyperparameter; None where it does not exist."""
     return trial.params[name] if name in trial.params else getattr(trial.hyperparameters, name, None)
+
+
+def settings(record: StudyRecord, trial: Trial) -> str:
+    """The searched hyperparameters of a trial in words."""
+    return ", ".join(f"{label(name)} {show(trial.params[name])}" for name in searched(record) if name in trial.params)
+
+
+def where_good(record: StudyRecord) -> str:
+    """Where the best quarter of the finished trials lies in the search space, in words; "" of fewer than eight."""
+    trials = sorted(scored(record), key=lambda t: (value(t), t.number))
+    good = trials[: len(trials) // 4]
+    if len(good) < 2:
+        return ""
+    parts = []
+    for name in searched(record):
+        values = [trial.params[name] for trial in good if name in trial.params]
+        if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            low, high = min(values), max(values)
+            parts.append(f"{label(name)} {show(low)}" + (f" to {show(high)}" if high > low else ""))
+        elif values:
+            most, times = Counter(map(show, values)).most_common(1)[0]
+            parts.append(f"{label(name)} {most} in {times}")
+    return f"The best quarter, {len(good)} of {len(trials)}: {', '.join(parts)}."
 
 
 def best_so_far(record: StudyRecord) -> list[float]:

@@ -19,6 +19,21 @@ LABELS = {
 }
 
 
+# Objectives with their units, as loratune.spec.objectives means them.
+METRICS = {
+    "validation_loss": "validation loss",
+    "tokens": "training tokens",
+    "train_seconds": "training seconds",
+    "adapter_mb": "adapter size in MB",
+    "peak_memory_gib": "peak memory in GiB",
+    "inference_cost": "multiply-adds per token",
+}
+
+
+def metric(name: str) -> str:
+    return METRICS.get(name, name.replace("_", " "))
+
+
 def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
@@ -61,6 +76,21 @@ def perplexity(loss: float | None) -> str:
 
 def signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share without its sign, for a table in %: `45.2`."""
+    return f"{100 * share:.1f}"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points: `+1.2`."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def measured(value: float) -> str:
+    """Three significant digits; `–` for NaN, which was not measured."""
+    return "–" if math.isnan(value) else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,21 +32,28 @@ def known_search_space(study: Study, given: Space | None) -> Space:
     return {name: distribution for name, distribution in space.items() if not distribution.single()}
 
 
-def answer(trial: FrozenTrial, direction: StudyDirection) -> tuple[float, float] | None:
-    """A finished trial's (loss to minimise, constraint violation >= 0), or None where it failed.
+SO_FAR = "loratune:so_far"
+"""System attribute of a trial of several objectives that is paused: {"values": [...], "constraints": {...}} as of now.
+
+With one objective, a paused trial's latest intermediate value says it; with several, Optuna keeps none.
+"""
+
+
+def answer(trial: FrozenTrial, directions: Sequence[StudyDirection]) -> tuple[tuple[float, ...], float] | None:
+    """A finished trial's (values to minimise, constraint violation >= 0), or None where it failed.
 
     A pruned trial answers with its last intermediate value. The violation is the Euclidean norm of
     the violated constraints, 0 when feasible.
     """
-    value = None
+    values = None
     if trial.state == TrialState.COMPLETE:
-        value = trial.value
+        values = trial.values
     elif trial.state == TrialState.PRUNED and trial.intermediate_values:
-        value = trial.intermediate_values[max(trial.intermediate_values)]
-    if value is None or math.isnan(value):
+        values = [trial.intermediate_values[max(trial.intermediate_values)]]
+    if values is None or any(math.isnan(value) for value in values):
         return None
     violation = math.hypot(*(max(0.0, c) for c in trial.constraints.values()))
-    return (-value if direction == StudyDirection.MAXIMIZE else value), violation
+    return tuple(-v if d == StudyDirection.MAXIMIZE else v for v, d in zip(values, directions, strict=True)), violation
 
 
 def to_internal(params: dict[str, Any], space: Space) -> dict[str, float]:

@@ -199,10 +199,10 @@ class _Replay:
 
 
 def _loss(trial: FrozenTrial, study: Study) -> float | None:
-    told = answer(trial, study.direction)
+    told = answer(trial, study.directions)
     if told is None:
         return None
-    loss, violation = told
+    (loss,), violation = told
     return math.inf if violation > 0 else loss
 
 

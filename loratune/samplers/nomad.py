@@ -10,7 +10,7 @@ attribute of the Optuna study, written before NOMAD hears it. A process that fin
 own starts one and answers it from that log, and NOMAD, being deterministic, ends where it was.
 
     study   "nomad:0002"         how run 2 was started: x0, bounds, types, seed, search space
-            "nomad:0002:000005"  what was told about its block 5: [loss or null, ...]
+            "nomad:0002:000005"  what was told about its block 5: [loss or null, ...]; of several objectives [[...] or null, ...]
     trial   "nomad"              {"slot": [run, block, index] or null, "params": {name: number}}
 
 Points that another trial has answered, or is about to, are not evaluated again.
@@ -26,14 +26,17 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from loratune.errors import SearchSpentError
+from loratune.errors import LoratuneError, SearchSpentError
 from loratune.samplers.base import Space, derived_seed, from_internal, known_search_space, random_value, to_internal
 from loratune.samplers.nomad_child import Child, Run
 from loratune.samplers.nomad_points import KEY, Code, Evaluated, Point, Slot, told_of
 
 
 class NomadSampler(BaseSampler):
-    """Proposes what NOMAD's MADS wants to evaluate next. Single-objective; constraints by extreme barrier.
+    """Proposes what NOMAD's MADS wants to evaluate next. Constraints by extreme barrier.
+
+    Several objectives are searched by DMulti-MADS (Bigeon, Audet and Le Digabel, Computational Optimization and
+    Applications 79, 2021), which polls around points of the front by turns.
 
     Floats are continuous, on log10 when `log`; stepped floats, integers and categoricals are integer
     indices, so the choices of a categorical should stand in a meaningful order. Failed trials are told
@@ -46,10 +49,10 @@ class NomadSampler(BaseSampler):
     search_space: None takes the intersection of the study's trials, the first of which is then random.
     x0: starting points, in the search space's own values; the study's trials so far are added to them.
     latin_hypercube: number of points of an initial Latin hypercube.
-    block_size: points that NOMAD hands out at once; about 1/8 of the places stay empty.
+    block_size: points that NOMAD hands out at once; about 1/8 of the places stay empty, with several objectives 4 in 10.
     max_evaluations: of one NOMAD run.
     restart: when a NOMAD run ends (its mesh is as fine as it gets), start another one from the best
-        point and a random new one, with another seed.
+        point (of several objectives the front) and a random new one, with another seed.
     when_spent: after the last point of a finite space, or of the last run, "raise" SearchSpentError
         or propose "random" points.
     """
@@ -107,11 +110,9 @@ class NomadSampler(BaseSampler):
             return not space or self._next(study, space) is not None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Space:
-        self._raise_error_if_multi_objective(study)
         return known_search_space(study, self._space)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Space) -> dict[str, Any]:
-        self._raise_error_if_multi_objective(study)
         if not search_space:
             return {}
         with self._lock:
@@ -131,7 +132,6 @@ class NomadSampler(BaseSampler):
             return params
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
-        self._raise_error_if_multi_objective(study)
         return random_value(self._seed, trial, param_name, param_distribution)
 
     def _next(self, study: Study, space: Space) -> tuple[Slot, dict[str, Any]] | None:
@@ -145,6 +145,8 @@ class NomadSampler(BaseSampler):
             run = log[-1]
             child = self._replayed(run)
             if child.block is None:
+                if not run.told:  # it refused to begin, and so would the next
+                    raise LoratuneError(f"NOMAD ended before its first point: {child.reason or 'it gives no reason'}.")
                 unseen = evaluated.unseen(self._seed, len(log))
                 if not self._restart:
                     self._spent(f"NOMAD stopped: {child.reason}")
@@ -161,7 +163,7 @@ class NomadSampler(BaseSampler):
                     return (*here, index), code.decode(child.block[index])
             if not all(owner.state.is_finished() for owner in owners if owner is not None):
                 return None
-            answers = [told_of(owner, study.direction) for owner in owners if owner is not None]
+            answers = [told_of(owner, study.directions) for owner in owners if owner is not None]
             study._storage.set_study_system_attr(study._study_id, f"{KEY}:{here[0]:04d}:{here[1]:06d}", answers)
             run.told.append(answers)
 
@@ -187,7 +189,7 @@ class NomadSampler(BaseSampler):
             if not x0 and not self._latin_hypercube and unseen is not None:
                 x0 = [unseen]
         else:
-            x0 = [point for point in (evaluated.best(), unseen) if point is not None]
+            x0 = evaluated.best() + ([unseen] if unseen is not None else [])
         start: dict[str, Any] = {
             "space": code.key,
             "x0": [point for i, point in enumerate(x0) if point not in x0[:i]],
@@ -200,6 +202,8 @@ class NomadSampler(BaseSampler):
             "block_size": self._block_size,
             "max_evaluations": self._max_evaluations,
         }
+        if len(study.directions) > 1:
+            start["objectives"] = len(study.directions)
         study._storage.set_study_system_attr(study._study_id, f"{KEY}:{number:04d}", start)
         return Run(start, [])
 

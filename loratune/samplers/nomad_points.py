@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,24 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from loratune.samplers.base import Space, answer, derived_seed, from_internal, index_of, number_of_values, value_at
+from loratune.statistics.pareto import non_dominated
 
 KEY = "nomad"
 Point = list[float]  # coordinates as NOMAD sees them
-Answer = float | None  # loss to minimise; None: failed
+Answer = float | list[float] | None  # value to minimise, or values, when there are several; None: failed
 Slot = tuple[int, int, int]  # run, block, index in the block
 
 
-def told_of(trial: FrozenTrial, direction: StudyDirection) -> Answer:
-    """A finished trial's loss as NOMAD is told it: None where the trial failed, is infeasible, or its loss infinite.
+def told_of(trial: FrozenTrial, directions: Sequence[StudyDirection]) -> Answer:
+    """A finished trial's values as NOMAD is told them: None where the trial failed, is infeasible, or a value is infinite.
 
     Infeasible is failed (an extreme barrier): as a PB constraint, one violation among many points that
     violate nothing sent NOMAD 4.6's quadratic models into sub-searches of minutes.
     """
-    told = answer(trial, direction)
-    return told[0] if told is not None and told[1] == 0 and math.isfinite(told[0]) else None
+    told = answer(trial, directions)
+    if told is None or told[1] > 0 or not all(map(math.isfinite, told[0])):
+        return None
+    return list(told[0]) if len(directions) > 1 else told[0][0]
 
 
 class Code:
@@ -93,7 +97,7 @@ class Evaluated:
 
     def __init__(self, study: Study, space: Space, code: Code) -> None:
         self._code = code
-        self._direction = study.direction
+        self._directions = study.directions
         self._trials: list[FrozenTrial] = []
         self._slots: dict[Slot, FrozenTrial] = {}
         points: list[Point] = []
@@ -126,17 +130,21 @@ class Evaluated:
         return [
             point.tolist()
             for point, trial in zip(self._points, self._trials, strict=True)
-            if not trial.state.is_finished() or told_of(trial, self._direction) is not None
+            if not trial.state.is_finished() or told_of(trial, self._directions) is not None
         ]
 
-    def best(self) -> Point | None:
-        """The feasible point of least loss."""
+    def best(self) -> list[Point]:
+        """The feasible point of least loss; of several objectives the points that no other beats, the least first objective first."""
         ranked = []
         for number, trial in enumerate(self._trials):
-            told = told_of(trial, self._direction) if trial.state.is_finished() else None
+            told = told_of(trial, self._directions) if trial.state.is_finished() else None
             if told is not None:
-                ranked.append((told, number))
-        return self._points[min(ranked)[1]].tolist() if ranked else None
+                ranked.append((told if isinstance(told, list) else [told], number))
+        if not ranked:
+            return []
+        ranked.sort()
+        front = non_dominated([values for values, _ in ranked]) if len(self._directions) > 1 else [True]
+        return [self._points[number].tolist() for (_, number), best in zip(ranked, front, strict=False) if best]
 
     def unseen(self, seed: int, run: int) -> Point | None:
         """A random point that no trial has; None when the finite space is exhausted."""

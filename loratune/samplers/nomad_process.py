@@ -2,7 +2,7 @@
 
     parent: {"x0": [[...], ...], "lower": [...], "upper": [...], "types": "IIR", "seed": 1, ...}
     child:  {"block": [[...], ...]}           points to evaluate (one, unless block_size > 1)
-    parent: [loss, null, ...]                 one answer per point; null: the evaluation failed
+    parent: [loss, null, ...]                 one answer per point; null: it failed; of several objectives [[...], null, ...]
     child:  {"block": ...} ... and at last {"end": "why NOMAD stopped"}
 
 NOMAD wants to call its blackbox, so its callback is where the two sides meet. It runs in a process
@@ -52,7 +52,8 @@ def main() -> None:
             answers = json.loads(line)
             for x, answer in zip(points, answers, strict=True):
                 if answer is not None:
-                    x.setBBO(repr(float(answer)).encode())
+                    values = answer if isinstance(answer, list) else [answer]
+                    x.setBBO(" ".join(repr(float(value)) for value in values).encode())
             return [int(answer is not None) for answer in answers]
         except BaseException:
             os._exit(1)
@@ -72,18 +73,21 @@ def _parameters(start: dict[str, Any]) -> list[str]:
     dimension = len(start["types"])
     lines = [
         f"BB_INPUT_TYPE ( {' '.join(start['types'])} )",
-        "BB_OUTPUT_TYPE OBJ",
+        " ".join(["BB_OUTPUT_TYPE", *["OBJ"] * start.get("objectives", 1)]),
         f"SEED {start['seed']}",
         f"MAX_BB_EVAL {start['max_evaluations']}",
         "DISPLAY_DEGREE 0",
     ]
+    if start.get("objectives", 1) > 1:
+        lines += ["DMULTIMADS_OPTIMIZATION yes", "DIRECTION_TYPE ORTHO 2N"]  # which has no other directions
     if start["x0"]:
         lines.append("X0 x0.txt")
     if start["latin_hypercube"]:
         lines.append(f"LH_SEARCH {start['latin_hypercube']} 0")
     if start["block_size"] > 1:
-        # Only with the mega search poll are blocks filled: a poll's points then come together.
-        lines += [f"BB_MAX_BLOCK_SIZE {start['block_size']}", "MEGA_SEARCH_POLL yes"]
+        lines.append(f"BB_MAX_BLOCK_SIZE {start['block_size']}")
+        if start.get("objectives", 1) == 1:  # DMulti-MADS refuses it
+            lines.append("MEGA_SEARCH_POLL yes")  # only then are blocks filled: a poll's points come together
     if "R" not in start["types"]:
         # On integers alone NOMAD circles around its best point, asking its own cache, until this many.
         lines.append(f"MAX_EVAL {30 * dimension}")

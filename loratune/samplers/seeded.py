@@ -6,21 +6,23 @@ exactly as an uninterrupted one.
 
 `StudyView` is what the wrapped sampler is shown. A schedule pauses trials, but Optuna's states are
 final, so that a paused trial stays RUNNING in the storage: the view has it COMPLETE with its last
-intermediate value, and likewise a PRUNED one.
+intermediate value (of several objectives, with what `base.SO_FAR` says), and likewise a PRUNED one. A
+constraint that only some trials have been told of counts as kept by the others: Optuna's GP refuses gaps.
 """
 
 import copy
 import math
 import threading
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
+from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
 from optuna.trial import FrozenTrial, TrialState
 
-from loratune.samplers.base import Space, derived_seed
+from loratune.samplers.base import SO_FAR, Space, derived_seed
 
 
 class StudyView:
@@ -43,21 +45,39 @@ class StudyView:
 
     def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
         trials = self._study._get_trials(deepcopy=False, use_cache=use_cache)
-        if not self._study._is_multi_objective():
-            trials = [_seen(trial) for trial in trials]
+        trials = _without_gaps([_seen(trial) for trial in trials])
         if states is not None:
             trials = [trial for trial in trials if trial.state in states]
         return copy.deepcopy(trials) if deepcopy else trials
 
 
 def _seen(trial: FrozenTrial) -> FrozenTrial:
-    if trial.state not in (TrialState.RUNNING, TrialState.PRUNED) or not trial.intermediate_values:
+    if trial.state not in (TrialState.RUNNING, TrialState.PRUNED):
         return trial
-    value = trial.intermediate_values[max(trial.intermediate_values)]
-    if math.isnan(value):
+    so_far = trial.system_attrs.get(SO_FAR)
+    if so_far is None and not trial.intermediate_values:
+        return trial
+    values = so_far["values"] if so_far else [trial.intermediate_values[max(trial.intermediate_values)]]
+    if any(math.isnan(value) for value in values):
         return trial
     trial = copy.copy(trial)
-    trial.state, trial.value = TrialState.COMPLETE, value
+    trial.state, trial.values = TrialState.COMPLETE, values
+    return _constrained(trial, so_far["constraints"]) if so_far else trial
+
+
+def _without_gaps(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Every complete trial with the same constraints in the same order: Optuna's GP takes them for columns."""
+    names = sorted({name for trial in trials for name in trial.constraints})
+    if not names:
+        return trials
+    complete = TrialState.COMPLETE
+    return [_constrained(t, {name: t.constraints.get(name, -1.0) for name in names}) if t.state == complete else t for t in trials]
+
+
+def _constrained(trial: FrozenTrial, constraints: Mapping[str, float]) -> FrozenTrial:
+    trial = copy.copy(trial)
+    others = {key: value for key, value in trial.system_attrs.items() if not key.startswith(f"{_CONSTRAINTS_KEY}:")}
+    trial.system_attrs = {**others, **{f"{_CONSTRAINTS_KEY}:{name}": value for name, value in constraints.items()}}
     return trial
 
 

@@ -1,6 +1,7 @@
 """What a schedule is given and what it then holds."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -44,5 +45,8 @@ class Schedule(ABC):
         """
 
     @abstractmethod
-    def tell(self, stretch: Stretch, value: float | None) -> Fate:
-        """Take the validation loss at the end of a stretch; None when it failed or diverged."""
+    def tell(self, stretch: Stretch, value: float | None, values: Sequence[float] = ()) -> Fate:
+        """Take the validation loss at the end of a stretch; None when it failed, diverged or broke a constraint.
+
+        values: of several objectives all of them as far as they are known there, each to be minimised, the loss among them.
+        """

@@ -1,5 +1,7 @@
 """Everyone to the end: each configuration is one full training, as in the published study."""
 
+from collections.abc import Sequence
+
 from loratune.schedules.base import Fate, Schedule, Stretch
 
 
@@ -14,5 +16,5 @@ class FullSchedule(Schedule):
         self._started += 1
         return Stretch(trial=self._started - 1)
 
-    def tell(self, stretch: Stretch, value: float | None) -> Fate:
+    def tell(self, stretch: Stretch, value: float | None, values: Sequence[float] = ()) -> Fate:
         return Fate.DROPPED if value is None else Fate.COMPLETE

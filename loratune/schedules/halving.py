@@ -9,10 +9,15 @@ Two fidelity axes, which predict very differently (docs/design.md):
     steps    rungs are points of one long run, which pauses there and resumes from its checkpoint;
     budget   rungs are complete short runs with their own warmup and decay; a promoted trial starts again.
 
-Beyond the paper: the yardstick (the defaults, trial 0) is always promoted, since everything is compared
+With several objectives the results at a rung are ranked by non-dominated sorting, as in Schmucker et al.,
+"Multi-objective Asynchronous Successive Halving" (arXiv 2106.12639); within a front by the validation loss, where the
+paper spreads its choice over the front.
+
+Beyond the papers: the yardstick (the defaults, trial 0) is always promoted, since everything is compared
 with it at full length; and when all is done and nobody else reached the top, the best of the highest rung goes on.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 from loratune.schedules.base import Fate, Schedule, Stretch
@@ -28,6 +33,7 @@ class HalvingSchedule(Schedule):
         self._started = 0
         self._flying = 0  # stretches handed out and not yet told
         self._values: list[dict[int, float]] = [{} for _ in self.rungs]  # per rung: trial -> loss
+        self._several: list[dict[int, Sequence[float]]] = [{} for _ in self.rungs]  # trial -> objectives, where there are several
         self._promoted: list[set[int]] = [set() for _ in self.rungs]  # per rung: trials sent on from it
 
     def next(self, may_start: bool) -> Stretch | None:
@@ -44,12 +50,14 @@ class HalvingSchedule(Schedule):
             return self._last_resort()
         return None
 
-    def tell(self, stretch: Stretch, value: float | None) -> Fate:
+    def tell(self, stretch: Stretch, value: float | None, values: Sequence[float] = ()) -> Fate:
         self._flying -= 1
         rung = self.rungs.index(stretch.length * stretch.stop)
         if value is None:
             return Fate.DROPPED
         self._values[rung][stretch.trial] = value
+        if len(values) > 1:
+            self._several[rung][stretch.trial] = values
         return Fate.COMPLETE if rung == len(self.rungs) - 1 else Fate.PAUSED
 
     def _promotable(self, rung: int) -> int | None:
@@ -62,8 +70,9 @@ class HalvingSchedule(Schedule):
         return None
 
     def _ranking(self, rung: int) -> list[int]:
-        values = self._values[rung]
-        return sorted(values, key=lambda trial: (values[trial], trial))
+        values, several = self._values[rung], self._several[rung]
+        fronts = dict(zip(several, _front_ranks(list(several.values())), strict=True)) if several else {}
+        return sorted(values, key=lambda trial: (fronts.get(trial, 0), values[trial], trial))
 
     def _send(self, trial: int, rung: int) -> Stretch:
         self._flying += 1
@@ -85,6 +94,12 @@ class HalvingSchedule(Schedule):
                 if trial not in self._promoted[rung]:
                     return self._send(trial, rung + 1)
         return None
+
+
+def _front_ranks(points: list[Sequence[float]]) -> list[int]:
+    from loratune.statistics.pareto import front_ranks  # numpy and scipy, for several objectives only
+
+    return [int(rank) for rank in front_ranks(points)]
 
 
 def _rungs(smallest: Fraction, eta: int) -> list[Fraction]:

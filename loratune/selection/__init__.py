@@ -1,19 +1,34 @@
-"""Selection: from many noisy trials to the one adapter to ship, with how sure that is. Arrays in, decisions out.
+"""Selection: from many noisy trials to the one adapter to ship, with how sure that is.
 
-finalists     which trials may be the best, given the noise
-race          their repeats with fresh seeds: the clearly worse drop out; its test is in sequential.py
-bias          what the winner's loss really is
-choose        a rule over criteria, run over resamples
-constraints   `adapter_mb <= 50`
-pareto        several objectives: the front, and its hypervolume
+    for event in select(Path("runs/study")):
+        print(event)
+    print(read(Path("runs/study")).explain())
+
+Arrays in, decisions out:
+    finalists     which trials may be the best, given the noise
+    race          their repeats with fresh seeds: the clearly worse drop out; its test is in sequential.py
+    bias          what the winner's loss really is
+    choose        a rule over criteria, run over resamples
+    constraints   `adapter_mb <= 50`
+    pareto        several objectives: the front, and its hypervolume
+
+A study in, selection.json out:
+    candidates    what the study measured of its trials
+    rerun         trains trials again, with fresh seeds
+    decide        the whole of it: race, choice, honest losses
+    account       all of that as a record
+    selected      the file, as data
 """
 
 from loratune.selection.bias import Honest, expected_optimism, from_cross_fit, from_fresh_seeds, from_held_out
 from loratune.selection.choose import Candidate, Choice, Rule, choose
 from loratune.selection.constraints import METRICS, Constraint, parse
+from loratune.selection.decide import Planned, Selected, SelectEvent, adapter_folder, select
 from loratune.selection.finalists import Finalists, Noise, finalists, noise_from_twins, scaled
 from loratune.selection.pareto import hypervolume, non_dominated
 from loratune.selection.race import Drop, Race, Standing
+from loratune.selection.rerun import Note, Ran
+from loratune.selection.selected import Entrant, SelectionRecord, Shipped, read
 
 __all__ = [
     "METRICS",
@@ -21,12 +36,21 @@ __all__ = [
     "Choice",
     "Constraint",
     "Drop",
+    "Entrant",
     "Finalists",
     "Honest",
     "Noise",
+    "Note",
+    "Planned",
     "Race",
+    "Ran",
     "Rule",
+    "SelectEvent",
+    "Selected",
+    "SelectionRecord",
+    "Shipped",
     "Standing",
+    "adapter_folder",
     "choose",
     "expected_optimism",
     "finalists",
@@ -37,5 +61,7 @@ __all__ = [
     "noise_from_twins",
     "non_dominated",
     "parse",
+    "read",
     "scaled",
+    "select",
 ]

@@ -2,6 +2,8 @@
 
 study_spec.py  StudySpec: load, compare, hand on to the rooms above
 sections.py    model, data, training, sampler, ...: every field with its meaning and unit
+objectives.py  Objective: what the search makes small; which constraints it must keep
+limits.py      Constraint: `adapter_mb <= 50`, read from text
 space.py       SearchSpace: what is searched, its presets, and its Optuna distributions
 parameters.py  the kinds of parameter: int, float, ordinal, categorical, fixed
 searchable.py  which hyperparameters can be searched, in which bounds, under which aliases

@@ -8,13 +8,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import SpecError
+from loratune.spec.limits import Constraint
 from loratune.spec.mistakes import MistakesError, found_in
+from loratune.spec.objectives import METRICS, Objective, checked, limits, listed, not_for
 from loratune.spec.searchable import ALIASES, NAMES
 from loratune.spec.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Section, Training
 from loratune.spec.space import SearchSpace
@@ -28,6 +30,14 @@ class StudySpec(Section):
     name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$|^$", description="of the study; empty: from the model and the data")
     seed: int = Field(0, ge=0, lt=2**32, description="of everything: data order, initialisation, dropout, sampler")
     storage: str | None = Field(None, description="Optuna storage URL; null: an SQLite file in the study's folder")
+    objectives: Annotated[tuple[Objective, ...], Field(strict=False, min_length=1)] = Field(
+        ("validation_loss",),
+        validate_default=True,
+        description=f"what to make small, the first alone or a front of several: {' | '.join(METRICS)}",
+    )
+    constraints: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="what a trial must keep, of the same names: [adapter_mb <= 50, peak_memory_gib <= 24]"
+    )
     model: Model
     data: Data
     training: Training = Field(default_factory=Training)
@@ -48,6 +58,29 @@ class StudySpec(Section):
         if written.mistakes:
             raise MistakesError(written.mistakes)
         return written.values
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _one_objective(cls, given: Any) -> Any:
+        return listed(given)
+
+    @field_validator("objectives")
+    @classmethod
+    def _together(cls, given: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        return checked(given)
+
+    @field_validator("constraints", mode="before")
+    @classmethod
+    def _readable(cls, given: Any) -> Any:
+        several = listed(given)
+        return tuple(map(str, limits(several))) if isinstance(several, list | tuple) else several
+
+    @model_validator(mode="after")
+    def _sampler_is_able(self) -> Self:
+        unable = not_for(self.sampler.name, len(self.objectives), bool(self.constraints))
+        if unable:
+            raise MistakesError(((("sampler", "name"), unable),))
+        return self
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -81,6 +114,11 @@ class StudySpec(Section):
     def folder(self) -> Path:
         """The study's folder."""
         return Path(self.output.folder or f"runs/{self.name}")
+
+    @property
+    def limits(self) -> tuple[Constraint, ...]:
+        """The constraints, read."""
+        return limits(self.constraints)
 
     def to_yaml(self) -> str:
         """The complete description, every default written out; `load` reads it back as an equal one."""
@@ -131,6 +169,14 @@ class StudySpec(Section):
         for sources in ("train", "validation"):
             fields[sources]["items"] = {"anyOf": [text, fields[sources]["items"]]}
             fields[sources] = {"anyOf": [text, {"$ref": "#/$defs/Source"}, fields[sources]]}
+        for name in ("objectives", "constraints"):  # one may stand without its list
+            field = schema["properties"][name]
+            one = {"enum": list(METRICS)} if name == "objectives" else text
+            several = {**field, "items": {"anyOf": [one, field["items"]]}}
+            schema["properties"][name] = {
+                "anyOf": [one, field["items"], several],
+                **{key: field[key] for key in ("description", "default")},
+            }
         for section, meant in SHORTHAND.items():
             if section != "search_space":  # which knows its short forms
                 shorthand = schema["$defs"][section.capitalize()]["properties"][meant]

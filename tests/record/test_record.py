@@ -143,3 +143,29 @@ def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(tmp_path: Path
     assert "StorageError: cannot write" in done.stderr
     assert target.read_text() == "old"
     assert json.dumps(sorted(p.name for p in target.parent.iterdir())) == '["file.json"]', "no half-written file stays behind"
+
+
+def test_the_front_of_a_study_with_several_objectives(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("objectives: [validation_loss, {name: tokens, direction: maximize}]\n")
+    points = [(1.5, 10.0), (1.2, 5.0), (1.3, 4.0), (1.1, 1.0), (0.9, 99.0)]
+    with open_record(tmp_path) as record:
+        for number, values in enumerate(points):
+            state = DIVERGED if number == 4 else COMPLETE
+            record.trial(Trial(number=number, hyperparameters=HYPERPARAMETERS, params={}, state=state, value=values[0], values=values))
+    back = read(tmp_path)
+    assert back.objectives == {"validation_loss": "minimize", "tokens": "maximize"}
+    assert [t.number for t in back.front] == [3, 1, 0]
+
+
+def test_a_folder_from_before_there_were_objectives_is_read(tmp_path: Path) -> None:
+    study(tmp_path)
+    with open_record(tmp_path) as record:
+        record.trial(Trial(number=0, hyperparameters=HYPERPARAMETERS, params={}, state=COMPLETE, value=1.0))
+    path = tmp_path / "trials" / "0000" / "trial.json"
+    old = json.loads(path.read_text())
+    del old["values"]
+    path.write_text(json.dumps(old))
+    back = read(tmp_path)
+    assert back.trials[0].values == ()
+    assert back.objectives == {"validation_loss": "minimize"}
+    assert [t.number for t in back.front] == [0]

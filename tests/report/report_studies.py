@@ -1,6 +1,8 @@
 """Studies to report on, written to disk through `loratune.record` and read back, as the driver does."""
 
 import csv
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from loratune.work import CurvePoint, Hyperparameters, Outcome, State
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512)
 DROPOUTS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 TOKENS = 1_000_000  # of a full run
+DEFAULT = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "learning_rate": 1e-5}
 
 
 @dataclass
@@ -113,3 +116,19 @@ def published(shared_data: Path, sampler: str) -> list[Point]:
         )
         for rank, dropout, alpha, exponent, loss in rows
     ]
+
+
+def spread(number: int, seed: int = 0) -> list[Point]:
+    """The default and `number` - 1 random configurations with a loss that depends on the learning rate."""
+    rng = random.Random(seed)
+    points = [Point(params=DEFAULT, value=1.1672)]
+    while len(points) < number:
+        rate = 10 ** rng.uniform(-6, -3)
+        params = {
+            "lora_r": rng.choice(RANKS),
+            "lora_alpha": rng.randint(1, 64),
+            "lora_dropout": rng.choice(DROPOUTS),
+            "learning_rate": rate,
+        }
+        points.append(Point(params=params, value=0.96 + 0.05 * (math.log10(rate) + 3.5) ** 2 + rng.gauss(0, 0.005)))
+    return points

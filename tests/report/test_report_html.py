@@ -5,89 +5,18 @@ import math
 import random
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from report_studies import DROPOUTS, RANKS, Point, published, spec_of, write_study
+from report_page import Page
+from report_studies import DEFAULT, Point, published, spec_of, spread, write_study
 
 from loratune.errors import StorageError
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, RUNNING, StudyRecord, read
 from loratune.report import write_report
 
 Study = Callable[..., StudyRecord]
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-DEFAULT = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "learning_rate": 1e-5}
-
-
-class Page(HTMLParser):
-    """A page taken apart; checks as it goes that every tag is closed where it should be."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []  # cells' texts of all tables
-        self.headings: list[tuple[int, str]] = []
-        self.texts: list[str] = []
-        self.feed(self.source)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if re.fullmatch(r"h[1-6]", tag):
-            self.headings.append((int(tag[1]), ""))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open or "svg" in self.open:
-            return
-        self.texts.append(data)
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-        if re.fullmatch(r"h[1-6]", self.open[-1] if self.open else ""):
-            level, text = self.headings[-1]
-            self.headings[-1] = (level, text + data)
-
-    def row(self, head: str) -> list[str]:
-        """The cells after the first table row that begins with `head`."""
-        return next([" ".join(cell.split()) for cell in row[1:]] for row in self.rows if row and row[0].strip() == head)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.texts).split())
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def spread(number: int, seed: int = 0) -> list[Point]:
-    """The default and `number` - 1 random configurations with a loss that depends on the learning rate."""
-    rng = random.Random(seed)
-    points = [Point(params=DEFAULT, value=1.1672)]
-    while len(points) < number:
-        rate = 10 ** rng.uniform(-6, -3)
-        params = {
-            "lora_r": rng.choice(RANKS),
-            "lora_alpha": rng.randint(1, 64),
-            "lora_dropout": rng.choice(DROPOUTS),
-            "learning_rate": rate,
-        }
-        points.append(Point(params=params, value=0.96 + 0.05 * (math.log10(rate) + 3.5) ** 2 + rng.gauss(0, 0.005)))
-    return points
 
 
 def page_of(*records: StudyRecord, folder: Path) -> Page:

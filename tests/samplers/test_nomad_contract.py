@@ -1,20 +1,16 @@
-"""Optuna's own contract suite over NomadSampler.
-
-Left out: MultiObjectiveSamplerTestCase, because the sampler is single-objective; SingleOnlySamplerTestCase
-tests that it says so.
-"""
+"""Optuna's own contract suite over NomadSampler. Left out: SingleOnlySamplerTestCase, for it takes several objectives."""
 
 import functools
 from collections.abc import Callable
 
 import pytest
 from optuna.samplers import BaseSampler
-from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase
+from optuna.testing.pytest_samplers import BasicSamplerTestCase, MultiObjectiveSamplerTestCase, RelativeSamplerTestCase
 
 from loratune.samplers import NomadSampler
 
 
-class TestNomadContract(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
+class TestNomadContract(BasicSamplerTestCase, RelativeSamplerTestCase, MultiObjectiveSamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
         # The suite wants ten trials of three choices, where NOMAD would rather say that it is done.

@@ -126,3 +126,20 @@ def test_somebody_reaches_the_top_though_promotion_alone_would_not() -> None:
     """Five trials: a third of five is one, a third of one is none; the best of the highest rung goes on all the same."""
     done = play(make("halving-steps", 5), 1, trained)
     assert {s.trial for s, fate in done if fate is Fate.COMPLETE} - {0}
+
+
+def test_several_objectives_are_ranked_by_front_and_then_by_loss() -> None:
+    """Nine trials at the first rung, of which a third goes on: the front of (loss, size), not the three lowest losses."""
+    points = [(1.0, 9), (1.1, 8), (1.2, 8.5), (1.3, 7.5), (1.4, 9), (1.5, 9), (1.6, 9), (1.7, 9), (1.8, 6)]  # front: 0, 1, 3, 8
+    schedule = schedules.build("halving", trials=9, yardstick=False, fidelity="steps", reduction_factor=3, min_resource=1 / 3)
+    for point in points:
+        stretch = schedule.next(may_start=True)
+        while stretch is not None and stretch.start:  # promoted as soon as it is among the best third
+            stretch = schedule.next(may_start=True)
+        assert stretch is not None
+        schedule.tell(stretch, point[0], point)
+    sent = []
+    while (stretch := schedule.next(may_start=False)) is not None:
+        sent.append(stretch.trial)
+    assert set(sent) <= {0, 1, 3}, "trial 2 has a lower loss than trial 3, but trial 1 beats it in both"
+    assert 3 in sent

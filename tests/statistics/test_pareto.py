@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from optuna._hypervolume import compute_hypervolume
 
-from loratune.selection import hypervolume, non_dominated
+from loratune.statistics import front_ranks, hypervolume, non_dominated
 
 
 def test_a_front_by_hand() -> None:
@@ -34,3 +34,9 @@ def test_shapes_are_checked() -> None:
         non_dominated([[1.0, 2.0]], maximise=[True])
     with pytest.raises(ValueError, match="reference"):
         hypervolume([[1.0, 2.0]], [1.0])
+
+
+def test_fronts_behind_fronts() -> None:
+    points = [[1, 4], [2, 2], [3, 3], [4, 4], [2, 2], [np.nan, 0]]
+    assert front_ranks(points).tolist() == [0, 0, 1, 2, 0, 6]
+    assert front_ranks([[1.0, 1.0], [2.0, 1.0]], maximise=[True, False]).tolist() == [1, 0]

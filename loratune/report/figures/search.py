@@ -1,11 +1,7 @@
-"""The figures: each a function from study records to a `Plot`, that is a drawing with its words.
-
-Drawn with matplotlib's object interface on the SVG backend; pyplot and its global state are not used.
-Each returns None where there is nothing to show.
-"""
+"""The search as figures: every trial in its order, every configuration as a line, every learning curve."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -13,28 +9,27 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure
 
 from loratune.record import DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, StudyRecord, Trial
-from loratune.report import importance as importances
 from loratune.report import tables
-from loratune.report.axes import ABSENT, Axis, axis_of
+from loratune.report.axes import ABSENT, axis_of
 from loratune.report.drawing import (
     BEST,
     INK,
     LEVELS,
     SHADES,
     SOFT,
-    STUDIES,
     STYLE,
     WIDTH,
     Plot,
     Scale,
     blank,
     colour_key,
+    literal,
     smooth,
     tag,
     trace,
 )
 from loratune.report.tables import answer, scored, value
-from loratune.report.words import count, label, loss, plural, show
+from loratune.report.words import count, loss, plural
 
 LOST = (FAILED, DIVERGED, INFEASIBLE)
 
@@ -80,8 +75,14 @@ def history(record: StudyRecord) -> Plot | None:
     if hidden:
         caption += f"Losses above {loss(scale.high)} are drawn at the upper edge. "
     alt = (
-        f"Scatter of validation loss over trial number with a falling line, the best so far, from {loss(losses[0])} to {loss(min(losses))}."
+        f"Scatter of validation loss over trial number, {plural(len(trials), 'dot')} between {loss(min(losses))} and {loss(max(losses))}. "
+        f"The line of the best so far falls from {loss(next(filter(math.isfinite, path)))} to {loss(path[-1])}"
+        + (f", which trial {best.number} reaches." if best else ".")
     )
+    if found.default:
+        alt += f" A dashed line across marks the default, {loss(value(found.default))}."
+    if lost:
+        alt += f" Crosses at the upper edge: {plural(len(lost), 'trial')} failed or diverged."
     return Plot(name="history", title="History", figure=figure, alt=alt, caption=caption.strip())
 
 
@@ -96,21 +97,23 @@ def parallel(records: Sequence[StudyRecord]) -> Plot | None:
     figure = Figure(figsize=(WIDTH, 2.75 * len(shown) + 0.25), layout="constrained")
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for panel, record in zip(panels, shown, strict=True):
-        _parallel_panel(panel, record, scale, title=_literal(record.name) if len(records) > 1 else "")
+        _parallel_panel(panel, record, scale, title=f"{literal(record.name)} ({tables.sampler_of(record)})" if len(records) > 1 else "")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper left", ncols=3)
     tops = [(r, found.best) for r in shown if (found := answer(r)).best]
     sentences = [
-        (f"{r.name}: " if len(records) > 1 else "") + f"the best is trial {t.number}, {loss(value(t))}, with " + _settings(r, t)
+        (f"{r.name}: " if len(records) > 1 else "") + f"the best is trial {t.number}, {loss(value(t))}, with " + tables.settings(r, t)
         for r, t in tops
     ]
     beyond = scale.beyond(everything)
     clipped = f" {plural(beyond, 'configuration')} above {loss(scale.high)} end at the top." if beyond else ""
     return Plot(
         name="parallel-coordinates",
-        title="All configurations",
+        title="Every configuration tried" + (f", by {tables.sampler_of(shown[0])}" if len(records) == 1 else ", by sampler"),
         figure=figure,
-        alt=f"Parallel coordinates of {plural(len(everything), 'configuration')}, one line each, coloured by validation loss.",
+        alt=f"Parallel coordinates of {plural(len(everything), 'configuration')}, one line each over its hyperparameters "
+        f"to its loss, {loss(min(everything))} to {loss(max(everything))}. "
+        + " ".join(f"{r.name + ': ' if len(records) > 1 else ''}{good}" for r in shown if (good := tables.where_good(r))),
         caption="One line per configuration, coloured by its validation loss as on the right axis; " + "; ".join(sentences) + "." + clipped,
     )
 
@@ -203,116 +206,15 @@ def curves(record: StudyRecord) -> Plot | None:
         caption += f"All start at the base model's {loss(base)}. "
     if found.best:
         caption += f"The best trial ends at {loss(value(found.best))} after {count(max(x for x, _ in lines[found.best.number]))} tokens."
-    alt = f"Validation loss over training tokens, {plural(len(paths), 'falling line')}, the best ending at {loss(scale.low)}."
-    return Plot(name="learning-curves", title="Learning curves", figure=figure, alt=alt, caption=caption.strip())
-
-
-@matplotlib.rc_context(STYLE)
-def importance(record: StudyRecord) -> Plot | None:
-    """How much each hyperparameter tells good configurations from the rest."""
-    found = importances.importance(record)
-    if found is None:
-        return None
-    names = list(found.shares)
-    figure, axes = blank(0.65 + 0.3 * len(names))
-    axes.grid(False)
-    axes.barh(range(len(names)), [found.shares[n] for n in names], color=SHADES[LEVELS // 3], height=0.62)
-    for y, name in enumerate(names):
-        axes.text(found.shares[name] + 0.01, y, f"{found.shares[name]:.0%}", va="center", fontsize=8, color=INK)
-    axes.set_yticks(range(len(names)), [label(n) for n in names])
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(found.shares.values()) * 1.12)
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines["bottom"].set_visible(False)
-    numbers = ", ".join(f"{label(n)} {share:.0%}" for n, share in found.shares.items())
-    caption = (
-        f"{numbers}. PED-ANOVA (Optuna) on {found.trials} finished trials: how differently the best {found.quantile:.0%} "
-        "of them are distributed from all of them, each hyperparameter by itself, without interactions. "
-        "What the search hardly varied cannot look important."
+    ends_at = sorted(value(t) for t in ends)
+    middle = ends_at[len(ends_at) // 2]
+    alt = f"Validation loss over training tokens, {plural(len(paths), 'line')}" + (
+        f" that start at {loss(base)}. " if base is not None else ". "
     )
-    if found.few:
-        caption += f" With fewer than {importances.FEW} trials this is a rough guess."
-    alt = f"Bars of importance: {numbers}."
-    return Plot(name="importance", title="Which hyperparameters mattered", figure=figure, alt=alt, caption=caption)
-
-
-@matplotlib.rc_context(STYLE)
-def slices(record: StudyRecord) -> Plot | None:
-    """Loss against each searched hyperparameter."""
-    trials, found = scored(record), answer(record)
-    names = tables.searched(record)
-    if not trials or not names:
-        return None
-    scale = Scale.of([value(t) for t in trials])
-    rows = math.ceil(len(names) / 2)
-    parameters = tables.space_of(record).parameters
-    figure = Figure(figsize=(WIDTH, 1.85 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, 2, squeeze=False, sharey=True).flat)
-    for axes in grid[len(names) :]:
-        axes.remove()
-    for axes, name in zip(grid, names, strict=False):
-        _slice_panel(axes, axis_of(name, parameters[name]), trials, scale, found)
-        axes.set_ylim(scale.low - scale.room, scale.high + 2 * scale.room)
-        axes.set_ylabel("validation loss" if axes.get_subplotspec().is_first_col() else "")
-    best, names_in_words = found.best, ", ".join(label(n) for n in names)
-    numbers = _settings(record, best) if best else ""
-    caption = f"Loss of {plural(len(trials), 'finished trial')} against each hyperparameter by itself. Ringed: the best, at {numbers}."
-    if hidden := scale.beyond([value(t) for t in trials]):
-        caption += f" {plural(hidden, 'loss') if hidden == 1 else f'{hidden} losses'} above {loss(scale.high)} drawn at the upper edge."
-    alt = f"Scatter plots of validation loss against {names_in_words}."
-    return Plot(name="slices", title="One hyperparameter at a time", figure=figure, alt=alt, caption=caption)
-
-
-def _slice_panel(axes: Any, axis: Axis, trials: list[Trial], scale: Scale, found: tables.Answer) -> None:
-    def point(trial: Trial) -> tuple[float, float]:
-        return axis.place(trial.params.get(axis.name)), min(value(trial), scale.high + 0.03 * (scale.high - scale.low))
-
-    placed = [point(t) for t in trials]
-    shades = [scale.shade(value(t)) for t in trials]
-    axes.scatter([x for x, _ in placed], [y for _, y in placed], s=11, c=shades, alpha=0.8, linewidths=0, zorder=3)
-    if found.best:
-        axes.scatter(*point(found.best), s=46, facecolors="none", edgecolors=BEST, linewidths=1.5, zorder=4)
-    absent = any(x == ABSENT for x, _ in placed)
-    ticks = [*axis.ticks(), *([(ABSENT, "inactive")] if absent else [])]
-    axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
-    if max(len(text) for _, text in ticks) * len(ticks) > 34:
-        axes.tick_params(axis="x", rotation=30)
-    axes.set_xlim(ABSENT - 0.05 if absent else -0.04, 1.04)
-    axes.set_xlabel(axis.label)
-
-
-@matplotlib.rc_context(STYLE)
-def best_so_far(records: Sequence[StudyRecord]) -> Plot | None:
-    """The best loss so far of several studies, at equal numbers of evaluations."""
-    paths = [tables.best_so_far(r) for r in records]
-    finite = [v for path in paths for v in path if math.isfinite(v)]
-    if not finite:
-        return None
-    figure, axes = blank(3.0)
-    samplers = list(dict.fromkeys(tables.sampler_of(r) for r in records))
-    for k, (record, path) in enumerate(zip(records, paths, strict=True)):
-        by_sampler = samplers.index(tables.sampler_of(record)) if len(samplers) > 1 else k
-        dashes = ((None, None), (5, 2), (2, 1.5), (6, 2, 1, 2))[k % 4 if len(samplers) < len(records) else 0]
-        xs = range(1, len(path) + 1)
-        ys = [v if math.isfinite(v) else math.nan for v in path]
-        axes.step(xs, ys, where="post", color=STUDIES[by_sampler % len(STUDIES)], dashes=dashes, label=_literal(record.name))
-    scale = Scale.of(finite)
-    axes.set_ylim(scale.low - scale.room, scale.high + scale.room)
-    axes.set_xlabel("evaluations (trials, failed ones included)")
-    axes.set_ylabel("best validation loss so far")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="upper right")
-    ends = [
-        f"{r.name} {loss(path[-1])} after {len(path)}" for r, path in zip(records, paths, strict=True) if path and math.isfinite(path[-1])
-    ]
-    caption = "Best validation loss so far: " + ", ".join(ends) + "."
-    alt = f"Falling step lines of the best loss so far for {plural(len(records), 'study').replace('studys', 'studies')}."
-    return Plot(name="best-so-far", title="Best so far", figure=figure, alt=alt, caption=caption)
-
-
-OF_ONE: tuple[Callable[[StudyRecord], Plot | None], ...] = (history, lambda r: parallel([r]), curves, importance, slices)
-OF_SEVERAL: tuple[Callable[[Sequence[StudyRecord]], Plot | None], ...] = (best_so_far, parallel)
+    alt += f"Those trained to the end finish between {loss(ends_at[0])} and {loss(ends_at[-1])}, the median {loss(middle)}."
+    if found.default and found.best and found.default is not found.best:
+        alt += f" The best ends at {loss(value(found.best))}, the dashed default at {loss(value(found.default))}."
+    return Plot(name="learning-curves", title="Learning curves", figure=figure, alt=alt, caption=caption.strip())
 
 
 def _points(trials: Sequence[Trial], top: float) -> tuple[list[int], list[float]]:
@@ -325,14 +227,5 @@ def _measured(trial: Trial) -> list[tuple[float, float]]:
     return [(float(p.tokens), p.validation_loss) for p in curve if p.validation_loss is not None and math.isfinite(p.validation_loss)]
 
 
-def _literal(name: str) -> str:
-    """A name that matplotlib neither reads as mathematics nor leaves out of a legend."""
-    return name.lstrip("_").replace("$", r"\$") or "study"
-
-
 def _from_base(points: list[tuple[float, float]], base: float | None) -> list[tuple[float, float]]:
     return [(0.0, base), *points] if base is not None and points[0][0] > 0 else points
-
-
-def _settings(record: StudyRecord, trial: Trial) -> str:
-    return ", ".join(f"{label(name)} {show(trial.params[name])}" for name in tables.searched(record) if name in trial.params)

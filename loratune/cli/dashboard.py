@@ -1,0 +1,114 @@
+"""Open optuna-dashboard on a study: its trials as they come, every plot that Optuna has. It shows; it changes nothing.
+
+Only this machine is served (over SSH: ssh -L 8080:localhost:8080 HOST). Works while the study runs; Ctrl-C ends it."""
+
+import argparse
+import json
+import os
+import re
+import socketserver
+import sys
+import webbrowser
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from loratune.errors import LoratuneError, MissingExtraError, StorageError
+from loratune.record import StudyRecord, read
+
+HOST, PORT = "127.0.0.1", 8080
+_HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # whatever the port: an SSH tunnel changes it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="STUDY", help="the study's folder")
+    parser.add_argument("--port", type=int, metavar="N", help=f"default: {PORT}, or any free one")
+    parser.add_argument("--no-browser", action="store_true", help="print the page's address, open nothing")
+
+
+def main(args: argparse.Namespace) -> int:
+    with serve(read(Path(args.folder)), args.port) as server:
+        address = f"http://{HOST}:{server.server_port}{server.page}"
+        print(f"Dashboard at {address}\nIt shows the study and changes nothing. Ctrl-C ends it.", flush=True)
+        if not args.no_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            webbrowser.open(address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+    return 0
+
+
+class Server(socketserver.ThreadingMixIn, WSGIServer):
+    """Threads, for a browser holds connections open."""
+
+    daemon_threads = True
+    page = "/dashboard"  # of the study
+
+
+def serve(record: StudyRecord, port: int | None) -> Server:
+    """A listening server of the study's dashboard. Raises MissingExtraError, StorageError, and LoratuneError for a port that is taken."""
+    try:
+        from optuna_dashboard import wsgi
+    except ImportError as error:
+        raise MissingExtraError("optuna-dashboard", "dashboard", str(error)) from error
+    storage, number = _open(record)
+    problem = ""
+    for wanted in (PORT, 0) if port is None else (port,):
+        try:
+            server: Server = make_server(HOST, wanted, guarded(wsgi(storage)), server_class=Server, handler_class=_Quiet)
+        except (OSError, OverflowError) as error:
+            problem = str(getattr(error, "strerror", None) or error)
+            continue
+        server.page = f"/dashboard/studies/{number}"
+        return server
+    raise LoratuneError(f"cannot listen on port {port}: {problem}. Choose another --port.")
+
+
+def guarded(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """The WSGI application, read-only and for this machine.
+
+    The dashboard can delete and rename studies and finish trials, which the study could not go on after. A Host header that does not
+    name this machine comes from a web site that resolves its own name to 127.0.0.1 (DNS rebinding).
+    """
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if not re.fullmatch(_HERE, environ.get("HTTP_HOST", ""), re.IGNORECASE):
+            reason = "The Host header does not name this machine: open the page as http://localhost or http://127.0.0.1."
+        elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            reason = "loratune shows the dashboard read-only, so that the study can go on as it was."
+        else:
+            return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "application/json")])
+        return [json.dumps({"reason": reason}).encode()]
+
+    return application
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def _open(record: StudyRecord) -> tuple[Any, int]:
+    """The study's Optuna storage, opened to read, and the study's number in it. Raises StorageError."""
+    import optuna
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    where = str(record.spec.get("storage") or f"sqlite:///{record.folder.resolve() / 'study.db'}")
+    journal = where.endswith((".log", ".journal"))
+    file = Path(where.removeprefix("sqlite:///"))
+    if (journal or where.startswith("sqlite:///")) and not file.is_file():  # which either would make, empty
+        raise StorageError(f"the study has no storage yet: {file} is not there. `loratune run` makes it.")
+    try:
+        # An RDBStorage makes the tables that are missing, unless told not to.
+        storage = JournalStorage(JournalFileBackend(where)) if journal else RDBStorage(where, skip_table_creation=True)
+        return storage, storage.get_study_id_from_name(record.name)
+    except KeyError:
+        raise StorageError(f"storage {where} holds no study named {record.name!r}.") from None
+    except optuna.exceptions.OptunaError as error:
+        raise StorageError(f"storage {where}: {error}") from error
+    except Exception as error:  # SQLAlchemy and each database driver have errors of their own
+        raise StorageError(f"storage {where}: {str(getattr(error, 'orig', None) or error).splitlines()[0]}") from error

@@ -1,0 +1,103 @@
+"""Choose the trial to ship: race the best ones with fresh seeds, apply a rule, and tell what the chosen one is really worth.
+
+    loratune select runs/study
+    loratune select runs/study --require 'adapter_mb <= 50' --prefer loss,mmlu,adapter_mb
+    loratune select runs/study --no-rerun                      by the study's own losses; trains nothing
+
+The trials whose losses differ from the lowest only by noise are trained again with fresh seeds, those that fall behind drop
+out, and the rule picks one: by default the lowest loss, ties within noise by downstream score (see `loratune evaluate`), then
+by the smaller adapter. What it chooses is handed over: best.yaml, adapter/ and the report. Stopped or killed: the same command
+goes on.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratune.work import Progress
+
+if TYPE_CHECKING:
+    from loratune.selection import SelectEvent, SelectionRecord
+
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="STUDY", help="the study's folder")
+    parser.add_argument("--finalists", type=int, default=8, metavar="N", help="trials that race, at most (default: 8)")
+    parser.add_argument("--runs", type=int, metavar="N", help="re-trainings in all, at most (default: 3 for each finalist, and 6)")
+    parser.add_argument("--no-rerun", action="store_true", help="train nothing; choose by the study's own losses")
+    parser.add_argument(
+        "--require", action="append", default=[], metavar="'METRIC <= N'", help="a constraint, like 'adapter_mb <= 50'; may be repeated"
+    )
+    parser.add_argument("--prefer", metavar="METRICS", help="the rule: loss,mmlu,adapter_mb, or weights: loss=1,adapter_mb=0.1")
+    parser.add_argument("--yes", action="store_true", help="do not ask before training")
+
+
+def main(args: argparse.Namespace) -> int:
+    from loratune.cli.interrupt import Interrupt
+    from loratune.selection import Planned, Selected, select
+
+    record: SelectionRecord | None = None
+    with Interrupt() as interrupt:
+        events = select(
+            Path(args.folder),
+            most=args.finalists,
+            runs=args.runs,
+            rerun=not args.no_rerun,
+            require=args.require,
+            prefer=args.prefer,
+            stop=interrupt.stop,
+        )
+        for event in events:
+            if isinstance(event, Selected):
+                record = event.record
+            elif (line := told(event)) is not None:
+                print(line, flush=True)
+            if isinstance(event, Planned) and event.most.runs and not args.yes and not _agreed():
+                return 0
+    if record is None:
+        print(f"Stopped; nothing is lost. Go on with: {shlex.join(args.command_line)}")
+        return INTERRUPTED
+    _hand_over(record, Path(args.folder))
+    return 0
+
+
+def told(event: "SelectEvent") -> str | None:
+    """The event in a line; None for what happens too often to tell."""
+    from loratune.cli.words import duration, loss
+    from loratune.selection import Note, Planned, Ran
+
+    match event:
+        case Planned(text, _) | Note(text):
+            return text
+        case Ran(trial=trial, run=run, outcome=outcome):
+            seconds = duration(outcome.train_seconds + outcome.validation_seconds)
+            what = loss(outcome.validation_loss) if outcome.validation_loss is not None else outcome.state.value.replace("_", " ")
+            return f"trial {trial.number}, {run}: {what}, {seconds}"
+        case Progress():
+            return None
+    return None
+
+
+def _agreed() -> bool:
+    """Ask where somebody can answer; elsewhere the command itself is the answer."""
+    if not sys.stdin.isatty():
+        return True
+    return input("Go on? [Y/n] ").strip().lower() in ("", "y", "yes")
+
+
+def _hand_over(record: "SelectionRecord", folder: Path) -> None:
+    from loratune.driver import deliver
+
+    print("\n" + record.explain())
+    spent = f"{record.runs} runs, {record.tokens:,} training tokens, {record.device_seconds / 3600:.2g} device-hours"
+    print(f"Spent on it: {spent}.\n")
+    delivery = deliver(folder)
+    print(f"Choice:   {folder / 'selection.json'}")
+    print(f"Settings: {delivery.best}")
+    print(f"Report:   {delivery.report}")
+    if delivery.adapter is not None:
+        print(f"Adapter:  {delivery.adapter}")

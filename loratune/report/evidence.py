@@ -1,0 +1,141 @@
+"""What was measured of a study after its search, read once: downstream scores, the selection, what people preferred."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from loratune.downstream.findings import BASE, Finding, findings
+from loratune.downstream.scores import FOLDER, Cell, Result, read_results, table
+from loratune.preference import PreferenceRecord, find
+from loratune.record import StudyRecord, Trial
+from loratune.report import tables
+from loratune.selection import SelectionRecord
+from loratune.selection import read as read_selection
+from loratune.statistics import Interval, kendall, spearman
+
+TOP = 10  # trials of the table, as published
+_SEED = 0  # of the bootstraps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downstream:
+    """Scores of the study's models. Models are named as their folders: a trial's number, 0007, or `base`."""
+
+    results: tuple[Result, ...]
+    losses: dict[str, float]  # validation losses in the study
+    best: tuple[str, ...]  # those scored of the ten with the lowest loss, the lowest first
+    default: str | None  # where it was scored
+
+    @cached_property
+    def cells(self) -> dict[str, dict[str, Cell]]:
+        """model -> benchmark -> score with its interval."""
+        return table(self.results)
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """Per benchmark: the summary of the best, and what may be concluded."""
+        return findings(self.results, self.losses, self.best, self.default)
+
+    @property
+    def benchmarks(self) -> list[str]:
+        return [finding.benchmark for finding in self.findings]
+
+    @property
+    def others(self) -> list[str]:
+        """Scored trials that are neither among the best nor the default."""
+        return [name for name in self.cells if name not in (*self.best, self.default, BASE)]
+
+    def items(self, benchmark: str) -> int:
+        """How many items were answered by the model that answered most."""
+        return max(cells[benchmark].n for cells in self.cells.values() if benchmark in cells)
+
+    @cached_property
+    def gains(self) -> dict[str, Interval]:
+        """benchmark -> score of the trial with the lowest loss minus the default's, paired over the items of both."""
+        own = {(result.model, result.benchmark): result for result in self.results}
+        if not self.best or self.default is None or self.best[0] == self.default:
+            return {}
+        pairs = {name: (own.get((self.best[0], name)), own.get((self.default, name))) for name in self.benchmarks}
+        return {name: first.against(second) for name, (first, second) in pairs.items() if first is not None and second is not None}
+
+    def points(self, benchmark: str) -> list[tuple[str, float, Cell]]:
+        """(model, validation loss, score) of the scored trials, in the results' order; without the base model."""
+        return [
+            (name, self.losses[name], cells[benchmark])
+            for name, cells in self.cells.items()
+            if benchmark in cells and name in self.losses and name != BASE
+        ]
+
+    def correlation(self, benchmark: str) -> tuple[Interval, Interval] | None:
+        """(Spearman, Kendall) of loss and score; None of fewer than three trials, or where one of the two is constant."""
+        points = self.points(benchmark)
+        if len(points) < 3:
+            return None
+        loss, score = [at for _, at, _ in points], [cell.score.value for _, _, cell in points]
+        if len(set(loss)) == 1 or len(set(score)) == 1:
+            return None
+        return spearman(loss, score, _SEED), kendall(loss, score, _SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A study and all that was measured of it."""
+
+    record: StudyRecord
+    downstream: Downstream | None
+    selection: SelectionRecord | None  # None also when the study went on since
+    outdated: bool  # there is a selection, of an earlier state of the study
+    comparisons: tuple[PreferenceRecord, ...]
+
+    @property
+    def chosen(self) -> Trial | None:
+        """The trial to ship: the selection's, else the one with the lowest loss."""
+        return self.selection.trial_of(self.record) if self.selection else tables.answer(self.record).best
+
+    @property
+    def missing(self) -> list[tuple[str, str]]:
+        """(what was not measured, the command that does)."""
+        folder = shlex.quote(str(self.record.folder))
+        again = "Which one to ship, and how sure that is: the selection is of an earlier state of the study."
+        found = []
+        if self.downstream is None:
+            found.append(("Downstream scores: whether a lower loss also is a better model.", f"loratune evaluate {folder}"))
+        if self.selection is None:
+            told = again if self.outdated else "The noise of a loss, which trial to ship, and how sure that is."
+            found.append((told, f"loratune select {folder}"))
+        if not self.comparisons:
+            found.append(("What people prefer, not knowing which is which.", f"loratune compare tuned default --study {folder}"))
+        return found
+
+
+def gather(record: StudyRecord) -> Evidence:
+    """Read what lies in the study's folder. Raises StorageError for what cannot be read."""
+    selection = read_selection(record.folder)
+    current = selection is not None and selection.holds_for(record)
+    return Evidence(
+        record=record,
+        downstream=_downstream(record, read_results(record.folder / FOLDER)),
+        selection=selection if current else None,
+        outdated=selection is not None and not current,
+        comparisons=tuple(find(record.folder)),
+    )
+
+
+def _downstream(record: StudyRecord, results: Sequence[Result]) -> Downstream | None:
+    if not results:
+        return None
+    ranking = tables.ranked(record, TOP)[0]
+    scored = {result.model for result in results}
+    losses = {_name(trial): tables.value(trial) for trial in tables.scored(record)}
+    base = tables.answer(record).base
+    return Downstream(
+        results=tuple(results),
+        losses=losses | ({BASE: base} if base is not None else {}),
+        best=tuple(_name(trial) for trial in ranking if _name(trial) in scored),
+        default=_name(record.default) if record.default is not None and _name(record.default) in scored else None,
+    )
+
+
+def _name(trial: Trial) -> str:
+    return f"{trial.number:04d}"

@@ -1,0 +1,100 @@
+"""The account of a selection: what was measured and decided, put together as its record."""
+
+import math
+from collections.abc import Sequence
+
+from loratune.record import StudyRecord, Trial
+from loratune.selection.candidates import Scores, loss_of, metric, name_of, scored
+from loratune.selection.choose import Choice, Rule
+from loratune.selection.finalists import Noise
+from loratune.selection.race import Race
+from loratune.selection.rerun import RACE, cost_of, fresh_seed, run_name
+from loratune.selection.selected import Entrant, Honest, RaceRecord, Run, SelectionRecord, Shipped
+from loratune.statistics import Interval
+from loratune.work import Outcome
+
+
+def account(
+    study: StudyRecord,
+    trials: Sequence[Trial],
+    scores: Scores,
+    *,
+    rule: Rule,
+    choice: Choice,
+    chosen: Trial,
+    excluded: int,
+    race: Race | None,
+    field: str,
+    assumed: Noise,
+    honest: Honest | None,
+    shipped: Shipped,
+    outcomes: Sequence[Outcome],
+    notes: tuple[str, ...],
+) -> SelectionRecord:
+    """trials: the candidates, the study's lowest loss first. field: who was let in, in words. assumed: the noise before the race.
+    outcomes: of all runs trained for the selection."""
+    number = {name_of(t): t.number for t in trials}
+    out = {drop.candidate: str(drop) for drop in race.dropped} if race else {}
+    benchmarks = sorted({b for t in trials for b in scores.get(t.number, {})})
+    noise, source = Interval(assumed.sd, math.nan, math.nan, why="no repeats"), assumed.source
+    if race is not None and race.noise.known:
+        noise, source = race.noise, f"from the first {race.first} fresh seeds of {len(trials)} finalists"
+    spent = cost_of(outcomes)
+    return SelectionRecord(
+        study=study.name,
+        finished=len(study.finished),
+        rule=str(rule),
+        metrics=rule.metrics,
+        constraints=tuple(map(str, rule.constraints)),
+        benchmarks=tuple(b for b in benchmarks if "score" in rule.metrics or b in rule.metrics),
+        excluded=excluded,
+        candidates=tuple(
+            Entrant(
+                trial=t.number,
+                study_loss=loss_of(t),
+                losses=tuple(race.losses[name_of(t)]) if race else (loss_of(t),),
+                scores={b: metric(t, b, scores) for b in scores.get(t.number, {})},
+                adapter_mb=metric(t, "adapter_mb", scores),
+                seconds=metric(t, "seconds", scores),
+                tokens=metric(t, "tokens", scores),
+                peak_memory_gib=metric(t, "peak_memory_gib", scores),
+                share=choice.shares.get(name_of(t), 0.0),
+                out=out.get(name_of(t), ""),
+            )
+            for t in trials
+        ),
+        race=_raced(study, race, field, {name_of(t): t for t in trials}) if race else None,
+        noise=noise,
+        noise_source=source,
+        lowest=scored(study)[0].number,
+        chosen=chosen.number,
+        share=choice.share,
+        runner_up=number[choice.runner_up] if choice.runner_up else None,
+        runner_up_share=choice.runner_up_share,
+        why=choice.why,
+        what_would_change=choice.what_would_change,
+        honest=honest,
+        shipped=shipped,
+        runs=spent.runs,
+        tokens=int(spent.tokens),
+        device_seconds=spent.device_seconds,
+        notes=notes,
+    )
+
+
+def run_of(study: StudyRecord, trial: Trial, part: str, repeat: int, loss: float) -> Run:
+    return Run(trial=trial.number, repeat=repeat, seed=fresh_seed(int(study.spec["seed"]), run_name(part, repeat)), loss=loss)
+
+
+def _raced(study: StudyRecord, race: Race, field: str, trials: dict[str, Trial]) -> RaceRecord:
+    return RaceRecord(
+        field=field,
+        tolerance=race.tolerance,
+        error_rate=race.error_rate,
+        budget=race.budget,
+        log=tuple(run_of(study, trials[name], RACE, repeat, loss) for name, repeat, loss in race.log),
+        leader=trials[race.winner].number if race.winner else None,
+        gap=race.gap,
+        ending=race.ending,
+        explained=tuple(race.explain().splitlines()),
+    )

@@ -1,0 +1,163 @@
+"""What a study measured of its trials, as the candidates of a choice: losses, downstream scores, sizes, costs."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from loratune.downstream.scores import FOLDER, Result, read_results
+from loratune.errors import SpecError
+from loratune.record import StudyRecord, Trial
+from loratune.selection.choose import Candidate, Rule
+from loratune.selection.constraints import METRICS, Constraint, parse
+from loratune.selection.finalists import Noise, noise_from_twins, scaled
+from loratune.spec.mistakes import nearest
+from loratune.work import Hyperparameters
+
+_BYTES = 4  # of an adapter's parameter: float32
+ALIASES = {"loss": "validation_loss"}
+
+Scores = Mapping[int, Mapping[str, Result]]  # trial -> benchmark -> its scores
+
+
+def name_of(trial: Trial | int) -> str:
+    """`trial 7`: how a candidate is called in every sentence."""
+    return f"trial {trial if isinstance(trial, int) else trial.number}"
+
+
+def scored(study: StudyRecord) -> list[Trial]:
+    """Trials trained to the end with a finite loss, the lowest first; of several with the same hyperparameters the first."""
+    ranking = sorted((t for t in study.finished if math.isfinite(loss_of(t))), key=lambda t: (loss_of(t), t.number))
+    first: dict[Hyperparameters, Trial] = {}
+    for trial in ranking:
+        first.setdefault(trial.hyperparameters, trial)
+    return list(first.values())
+
+
+def loss_of(trial: Trial) -> float:
+    return math.nan if trial.value is None else trial.value
+
+
+def scores_of(study: StudyRecord) -> dict[int, dict[str, Result]]:
+    """What `loratune evaluate` measured of each trial; benchmarks that it did not finish do not count."""
+    found: dict[int, dict[str, Result]] = {}
+    for result in read_results(study.folder / FOLDER):
+        if result.model.isdigit() and result.done:
+            found.setdefault(int(result.model), {})[result.benchmark] = result
+    return found
+
+
+def shared_benchmarks(trials: Sequence[Trial], scores: Scores) -> list[str]:
+    """Those that every one of `trials` has answered, with at least one item in common."""
+    each = [scores.get(trial.number, {}) for trial in trials]
+    names = sorted(set.intersection(*(set(own) for own in each))) if each else []
+    return [name for name in names if set.intersection(*(set(own[name].scores) for own in each))]
+
+
+def candidates(trials: Sequence[Trial], losses: Mapping[int, Sequence[float]], scores: Scores) -> list[Candidate]:
+    """One per trial. losses: trial -> by repeat. Scores are of the items that all of them answered, in one order."""
+    names = shared_benchmarks(trials, scores)
+    items = {name: sorted(set.intersection(*(set(scores[t.number][name].scores) for t in trials))) for name in names}
+    return [
+        Candidate(
+            name=name_of(trial),
+            losses=list(losses[trial.number]),
+            scores={name: [scores[trial.number][name].scores[item] for item in items[name]] for name in names},
+            adapter_bytes=metric(trial, "adapter_mb", scores) * 1e6,
+            seconds=metric(trial, "seconds", scores),
+            tokens=metric(trial, "tokens", scores),
+            peak_memory_bytes=metric(trial, "peak_memory_gib", scores) * 2**30,
+        )
+        for trial in trials
+    ]
+
+
+def metric(trial: Trial, name: str, scores: Scores) -> float:
+    """One number, in the metric's unit (see METRICS); NaN where it was not measured."""
+    own = scores.get(trial.number, {})
+    means = {benchmark: float(np.mean(list(result.scores.values()))) for benchmark, result in own.items()}
+    peak = max((o.peak_memory_bytes for o in trial.outcomes), default=0)
+    parameters = max((o.trainable_parameters for o in trial.outcomes), default=0)
+    plain = {
+        "validation_loss": loss_of(trial),
+        "score": float(np.mean(list(means.values()))) if means else math.nan,
+        "adapter_mb": parameters * _BYTES / 1e6 if parameters else math.nan,
+        "seconds": trial.device_seconds,
+        "tokens": float(trial.tokens),
+        "peak_memory_gib": peak / 2**30 if peak else math.nan,
+    }
+    return plain[name] if name in plain else means.get(name, math.nan)
+
+
+def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial], scores: Scores) -> Rule:
+    """The rule that the user states; by default loss, then score where all of `trials` have one, then the smaller adapter.
+
+    prefer: `loss,mmlu,adapter_mb`, one after the other; or `loss=1,adapter_mb=0.1`, a weighted sum. require: constraints.
+    Raises SpecError for what is no metric, and what was never measured.
+    """
+    benchmarks = sorted({name for own in scores.values() for name in own})
+    constraints = tuple(parse(text, benchmarks) for text in require)
+    if prefer is None:
+        score = ("score",) if shared_benchmarks(trials, scores) else ()
+        return Rule(priorities=("validation_loss", *score, "adapter_mb"), constraints=constraints)
+    parts = [part.partition("=") for part in prefer.split(",")]
+    names = [ALIASES.get(name.strip(), name.strip()) for name, _, _ in parts]
+    weighted = {sign for _, sign, _ in parts}
+    if len(weighted) > 1 or len(set(names)) < len(names):
+        raise SpecError(
+            f"prefer {prefer!r}: needed are different metrics, each with a weight (loss=1,adapter_mb=0.1) or none (loss,adapter_mb)"
+        )
+    for name in names:
+        allowed_names = [*ALIASES, *METRICS, *benchmarks]
+        if name not in allowed_names:
+            raise SpecError(
+                f"prefer: {name!r} is no metric ({', '.join(METRICS)}), and no benchmark that `loratune evaluate` finished here "
+                f"({', '.join(benchmarks) or 'none did'}){nearest(name, allowed_names)}"
+            )
+    if weighted == {""}:
+        return Rule(priorities=tuple(names), constraints=constraints)
+    try:
+        weights = {name: float(weight) for name, (_, _, weight) in zip(names, parts, strict=True)}
+    except ValueError:
+        raise SpecError(f"prefer {prefer!r}: a weight must be a number") from None
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights.values()):
+        raise SpecError(f"prefer {prefer!r}: weights must be above 0; every metric knows by itself which way is better")
+    return Rule(weights=weights, constraints=constraints)
+
+
+def allowed(trials: Sequence[Trial], rule: Rule, scores: Scores) -> list[Trial]:
+    """Those that keep the constraints. Raises SpecError, with what came nearest, when none does."""
+    constraints = [c for c in rule.constraints if isinstance(c, Constraint)]
+    found = [t for t in trials if all(c.holds(metric(t, c.metric, scores)) for c in constraints)]
+    if not found:
+        raise SpecError(
+            "\n".join([f"none of {len(trials)} finished trials keeps the constraints:", *_nearest_to(constraints, trials, scores)])
+        )
+    return found
+
+
+def _nearest_to(constraints: Sequence[Constraint], trials: Sequence[Trial], scores: Scores) -> list[str]:
+    lines = []
+    for constraint in constraints:
+        values = [value for t in trials if math.isfinite(value := metric(t, constraint.metric, scores))]
+        keep = sum(constraint.holds(value) for value in values)
+        span = f"from {min(values):.4g} to {max(values):.4g}" if values else "measured for none"
+        lines.append(f"  {constraint}: kept by {keep}; {constraint.metric} is {span}")
+    return lines
+
+
+def noise_of(trials: Sequence[Trial]) -> Noise:
+    """The noise of one loss, before any repeat: from trials that are nearly equal, else an assumption."""
+    names = sorted({name for trial in trials for name in trial.params})
+    columns = [_column([t.params.get(name, getattr(t.hyperparameters, name, None)) for t in trials]) for name in names]
+    points = scaled(columns) if columns else np.zeros((len(trials), 1))
+    return noise_from_twins(points, [loss_of(t) for t in trials])
+
+
+def _column(values: Sequence[object]) -> list[float]:
+    """A hyperparameter's values as numbers: on a log scale where they span much, the place among them where they are no numbers."""
+    if all(isinstance(value, int | float) for value in values):
+        x = np.array(values, dtype=float)
+        return list(np.log(x) if x.min() > 0 and x.max() / x.min() >= 10 else x)
+    kinds = sorted({str(value) for value in values})
+    return [float(kinds.index(str(value))) for value in values]

@@ -1,0 +1,336 @@
+"""From a finished study to the one trial to ship: race the finalists, apply the rule, and tell what the chosen one is really worth.
+
+    for event in select(Path("runs/study")):
+        print(event)
+    print(read(Path("runs/study")).explain())
+
+1. Finalists are the trials that keep the constraints and whose loss may differ from the lowest only by noise. The noise is assumed
+   first; once everyone has `FIRST` fresh seeds it is measured, and if it is larger, more trials are let in.
+2. They race (race.py). Losses of the study take no part: they were low partly by luck.
+3. The rule picks one of them (choose.py).
+4. The pick and the default are trained with further seeds, which chose nothing: their losses, and the gain, are honest.
+5. Of all adapters of the pick, whatever their seed, the one with the lowest validation loss is handed over: what a seed did to an
+   adapter stays with it.
+
+Each step is a function of the study, the settings and the outcomes on disk, so the same command goes on wherever it was ended.
+"""
+
+import math
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratune.errors import SpecError, StorageError, TrainingError
+from loratune.record import PAUSED, RUNNING, StudyRecord, Trial, open_record, read
+from loratune.selection import selected
+from loratune.selection.account import account, run_of
+from loratune.selection.candidates import allowed, candidates, loss_of, name_of, noise_of, rule_of, scored, scores_of
+from loratune.selection.choose import Choice, Rule, choose
+from loratune.selection.constraints import METRICS
+from loratune.selection.finalists import Finalists, Noise, finalists
+from loratune.selection.race import Race
+from loratune.selection.rerun import AGAIN, CHECK, FOLDER, RACE, Cost, Event, Note, Rerun, expected, fresh_seed, run_name
+from loratune.selection.selected import Honest, SelectionRecord, Shipped
+from loratune.statistics import student_mean
+
+FINALISTS = 8  # at most
+LEAST = 4  # finalists, where there are so many trials, lest an assumed noise that is too small decides
+FIRST = 2  # seeds that every finalist gets
+REPEATS = 10  # of a finalist, at most
+RUNS_EACH = 3  # the race's budget, per finalist
+CHECKS = 3  # seeds of the chosen one and of the default, after the choice
+TOLERANCE = 0.001  # nats per token: the race tells no smaller differences apart
+ERROR_RATE = 0.05
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be done and what it will cost; nothing was trained yet."""
+
+    text: str
+    most: Cost
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The end: selection.json is written."""
+
+    record: SelectionRecord
+
+
+SelectEvent = Event | Planned | Selected
+
+
+def select(
+    folder: Path,
+    *,
+    most: int = FINALISTS,
+    runs: int | None = None,
+    rerun: bool = True,
+    require: Sequence[str] = (),
+    prefer: str | None = None,
+    tolerance: float = TOLERANCE,
+    stop: threading.Event | None = None,
+) -> Iterator[SelectEvent]:
+    """Choose the trial of the finished study in `folder` to ship, write `selection.json`, and yield what happens.
+
+    most: finalists at most. runs: re-trainings in all, at most; by default 3 for each finalist, and 3 each for the chosen one and the
+    default. rerun=False: train nothing, choose by the study's own losses. require: constraints, `adapter_mb <= 50`.
+    prefer: the rule, `loss,mmlu,adapter_mb`, or weights, `loss=1,adapter_mb=0.1`.
+
+    Setting `stop`, or closing the iterator, ends it; the same call goes on. Raises StorageError for a study that is not finished,
+    SpecError for a rule that cannot be applied and constraints that nobody keeps, TrainingError.
+    """
+    study = read(folder)
+    _check_finished(study)
+    with open_record(folder) as held, Rerun(study, held.lock, stop or threading.Event()) as trainer:
+        yield from _Selection(study, trainer, most, runs, rerun, require, prefer, tolerance).run()
+
+
+class _Selection:
+    """One selection at work."""
+
+    def __init__(
+        self,
+        study: StudyRecord,
+        trainer: Rerun,
+        most: int,
+        runs: int | None,
+        rerun: bool,
+        require: Sequence[str],
+        prefer: str | None,
+        tolerance: float,
+    ) -> None:
+        self.study, self.trainer, self.rerun, self.tolerance = study, trainer, rerun, tolerance
+        self.seed = int(study.spec["seed"])
+        self.scores = scores_of(study)
+        self.notes: list[str] = []
+        ranking = scored(study)
+        if not ranking:
+            raise SpecError(f"{study.folder} has no trial that was trained to its end: there is nothing to choose from")
+        self.default = next((t for t in study.finished if study.default and t.number == study.default.number), None)
+        stated = rule_of(prefer, require, (), self.scores)
+        self.trials = allowed(ranking, stated, self.scores)
+        self.excluded = len(ranking) - len(self.trials)
+        # The choice's adapter may have to be trained again.
+        self.again = int((study.folder / selected.NAME).exists() or any(adapter_folder(study, t) is None for t in self.trials))
+        self.most, self.runs = self._limits(most, runs)
+        self.noise = noise_of(ranking)
+        self.by_loss = stated.priorities[0] == "validation_loss" and not stated.weights
+        self.prefer, self.require = prefer, require
+
+    def _limits(self, most: int, runs: int | None) -> tuple[int, int | None]:
+        """(finalists at most, runs of the race at most), as far as the stated runs go."""
+        if most < 1:
+            raise SpecError(f"finalists: needed is a whole number above 0; got {most}")
+        most = min(most, len(self.trials))
+        if runs is None or not self.rerun:
+            return most, None
+        left = runs - CHECKS * (2 if self.default is not None else 1) - self.again
+        if left < FIRST:
+            raise SpecError(
+                f"runs: needed are {FIRST} for each finalist, {CHECKS} each for the chosen one and the default, and 1 if an adapter "
+                f"was not kept, so at least {FIRST + runs - left}; got {runs}"
+            )
+        return min(most, left // FIRST), left
+
+    def run(self) -> Iterator[SelectEvent]:
+        yield self._plan()
+        few = self._finalists(self.noise)
+        race: Race | None = None
+        if self.rerun and self.by_loss:
+            raced = yield from self._race(few)
+            if raced is None:
+                return
+            race, few = raced
+        trials = self._trials_of(few) if self.by_loss else self.trials
+        unsound = {name for name, _, loss in race.log if not math.isfinite(loss)} if race else set()
+        while True:
+            sound = [t for t in trials if name_of(t) not in unsound]
+            if not sound:
+                raise TrainingError(f"all of {len(trials)} finalists diverged with a fresh seed: none can be relied on. Let more race.")
+            choice, rule = self._choose(sound, race)
+            chosen = next(t for t in sound if name_of(t) == choice.winner)
+            checked = yield from self._check(chosen)
+            if checked is None:
+                return
+            honest, reliable = checked
+            if reliable:
+                break
+            unsound.add(name_of(chosen))
+            self._tell(f"Trial {chosen.number} was chosen, and diverged with a seed after that; it is out.")
+        shipped = yield from self._ship(chosen, race, honest)
+        if shipped is None:
+            return
+        record = account(
+            self.study,
+            trials,
+            self.scores,
+            rule=rule,
+            choice=choice,
+            chosen=chosen,
+            excluded=self.excluded,
+            race=race,
+            field=str(few),
+            assumed=self.noise,
+            honest=honest,
+            shipped=shipped,
+            outcomes=list(self.trainer.outcomes.values()),
+            notes=self._notes(trials, rule, shipped),
+        )
+        selected.write(record, self.study.folder)
+        self.trainer.keep_adapters("", {(chosen.number, shipped.run)})
+        yield Selected(record)
+
+    # --- before
+
+    def _plan(self) -> Planned:
+        if not self.rerun:
+            return Planned("Nothing is trained again: the study's own losses choose.", Cost())
+        few = self._finalists(self.noise)
+        # Of the noise nothing is known yet, so all that may be let in are counted.
+        widest = self.trials[: self.most]
+        race = (self.runs or RUNS_EACH * len(widest)) if self.by_loss else 0
+        each = [self.trials[0], *([self.default] if self.default is not None else [])]
+        most = (expected(widest, race) if race else Cost()) + expected(each, CHECKS * len(each) + self.again)
+        lines = []
+        if self.by_loss:
+            more = f", up to {self.most} if the noise turns out larger" if self.most > len(few.chosen) else ""
+            lines.append(f"{few} {len(self._trials_of(few))} race{more}; their runs: {race} at most.")
+        else:
+            lines.append("The rule does not begin with the loss, so there is no race.")
+        lines.append(f"Then {CHECKS} runs each of the chosen one" + (" and the default." if self.default is not None else "."))
+        if self.again:
+            lines.append("And one more if the chosen one's adapter was not kept.")
+        known = sum(1 for _ in (self.study.folder / FOLDER).glob("trials/*/*/outcomes/*.json"))
+        lines.append(f"At most {most}, as fast as the study was" + (f"; {known} of an earlier start are on disk." if known else "."))
+        return Planned("\n".join(lines), most)
+
+    def _finalists(self, noise: Noise) -> Finalists:
+        return finalists([loss_of(t) for t in self.trials], noise, most=self.most, error_rate=ERROR_RATE)
+
+    def _trials_of(self, few: Finalists) -> list[Trial]:
+        """The finalists; never fewer than `LEAST` where so many may race. (`self.trials` begins with the lowest loss.)"""
+        return self.trials[: max(len(few.chosen), min(LEAST, self.most))]
+
+    # --- the race
+
+    def _race(self, few: Finalists) -> Generator[Event, None, tuple[Race, Finalists] | None]:
+        while True:
+            trials = {name_of(trial): trial for trial in self._trials_of(few)}
+            race = Race(
+                list(trials),
+                tolerance=self.tolerance,
+                budget=self.runs or RUNS_EACH * len(trials),
+                error_rate=ERROR_RATE,
+                first=FIRST,
+                repeats=REPEATS,
+            )
+            first = True
+            while asked := race.next():
+                losses = yield from self.trainer.train([(trials[name], run_name(RACE, repeat)) for name, repeat in asked])
+                if losses is None:
+                    return None
+                for (name, repeat), loss in zip(asked, losses, strict=True):
+                    race.tell(name, repeat, loss)
+                self.trainer.keep_adapters(RACE, {(t.number, min(own := _runs(t, race), key=own.__getitem__)) for t in trials.values()})
+                if first and race.noise.known:
+                    wider = self._finalists(Noise(sd=race.noise.value, source=f"from {FIRST} fresh seeds of {len(trials)} trials"))
+                    if len(self._trials_of(wider)) > len(trials):
+                        few = wider
+                        yield Note(f"{few} So {len(self._trials_of(few))} race.")
+                        break  # the same seeds: what was run counts
+                first = False
+            else:
+                yield Note(race.explain())
+                return race, few
+
+    # --- the choice
+
+    def _choose(self, sound: list[Trial], race: Race | None) -> tuple[Choice, Rule]:
+        rule = rule_of(self.prefer, self.require, sound, self.scores)
+        losses = {t.number: race.losses[name_of(t)] if race else [loss_of(t)] for t in sound}
+        sd = race.noise.value if race is not None and race.noise.known else self.noise.sd
+        return choose(candidates(sound, losses, self.scores), rule, seed=self.seed, noise_sd=sd), rule
+
+    # --- after
+
+    def _check(self, chosen: Trial) -> Generator[Event, None, tuple[Honest | None, bool] | None]:
+        """(what the chosen one and the default are worth, whether the chosen one never diverged); None when stopped."""
+        if not self.rerun:
+            return None, True
+        both = {t.number: t for t in (chosen, self.default) if t is not None}
+        wanted = [(trial, repeat) for repeat in range(CHECKS) for trial in both.values()]
+        losses = yield from self.trainer.train([(trial, run_name(CHECK, repeat)) for trial, repeat in wanted])
+        if losses is None:
+            return None
+        told = tuple(run_of(self.study, trial, CHECK, repeat, loss) for (trial, repeat), loss in zip(wanted, losses, strict=True))
+        own = [run.loss for run in told if run.trial == chosen.number]
+        if not all(map(math.isfinite, own)):
+            return None, False
+        default = [run.loss for run in told if self.default is not None and run.trial == self.default.number]
+        if not all(map(math.isfinite, default)):
+            self._tell("The default diverged with a fresh seed, so the gain over it is not told.")
+            default = []
+        return Honest(
+            runs=told,
+            chosen=student_mean(own),
+            default=student_mean(default) if default else None,
+            gain=student_mean([d - o for d, o in zip(default, own, strict=True)]) if default and chosen is not self.default else None,
+        ), True
+
+    def _ship(self, chosen: Trial, race: Race | None, honest: Honest | None) -> Generator[Event, None, Shipped | None]:
+        """Which of the chosen trial's adapters to hand over; one that was not kept is trained again. None when stopped."""
+        checked = [run for run in honest.runs if run.trial == chosen.number] if honest else []
+        runs = _runs(chosen, race) | {run_name(CHECK, run.repeat): run.loss for run in checked}
+        run = min(runs, key=runs.__getitem__)
+        if adapter_folder(self.study, chosen, run) is None:
+            if not self.rerun:
+                self._tell(f"The adapter of trial {chosen.number} was not kept. `loratune select {self.study.folder}` trains it again.")
+            else:
+                yield Note(f"The adapter of trial {chosen.number}, {run}, was not kept; training it again.")
+                if (yield from self.trainer.train([(chosen, run)], adapters=True)) is None:
+                    return None
+        seed = fresh_seed(self.seed, run)
+        return Shipped(run=run, seed=seed, validation_loss=runs[run], lowest_of=len(runs))
+
+    def _tell(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _notes(self, trials: list[Trial], rule: Rule, shipped: Shipped) -> tuple[str, ...]:
+        if not self.rerun:
+            self._tell("Nothing was trained again: the noise is not measured, and the chosen one's loss is likely too low.")
+        if self.prefer is None and "score" not in rule.metrics and len(trials) > 1:
+            self._tell(
+                f"No downstream score took part: not every candidate has one. `loratune evaluate {self.study.folder}` measures them."
+            )
+        if shipped.run != AGAIN and any(metric not in METRICS or metric == "score" for metric in rule.metrics):
+            self._tell("The downstream scores are those of the study's own adapter, not of the one that is handed over.")
+        return tuple(self.notes)
+
+
+def adapter_folder(study: StudyRecord, trial: Trial, run: str = AGAIN) -> Path | None:
+    """Where the adapter of the trial's run lies: where the study trained it, else where a selection did."""
+    own = Path("trials") / f"{trial.number:04d}" / run / "adapter"
+    return next((f for f in (study.folder / own, study.folder / FOLDER / own) if (f / "adapter_config.json").is_file()), None)
+
+
+def _runs(trial: Trial, race: Race | None) -> dict[str, float]:
+    """The trial's runs that took part in the choice: the study's own and the race's, and their losses."""
+    raced = {run_name(RACE, repeat): loss for name, repeat, loss in race.log if name == name_of(trial)} if race else {}
+    return {AGAIN: loss_of(trial), **raced}
+
+
+def _check_finished(study: StudyRecord) -> None:
+    """A study is over when its trials are, or when its hours are, after which it handed over. Raises StorageError."""
+    ended = sum(trial.state not in (RUNNING, PAUSED) for trial in study.trials)
+    asked = int(study.spec["budget"]["trials"])
+    handed_over = study.folder / "best.yaml"
+    by_hours = handed_over.is_file() and handed_over.stat().st_mtime >= study.progress.get("updated", 0.0)
+    if ended < asked and not by_hours:
+        raise StorageError(
+            f"the study in {study.folder} is not finished: {ended} of {asked} trials ended. "
+            f"Go on with `loratune run {study.folder}`, then select."
+        )

@@ -1,0 +1,226 @@
+"""Trials of a finished study, trained again: with the race's seeds, with seeds that choose nothing, or with their own.
+
+    study/finalists/
+      recipe.json             the study's
+      trials/0007/race-00/    trial 7 with the race's first seed: log.txt, outcomes/0000240.json, perhaps adapter/
+      trials/0007/check-00/   with a seed that was run after the choice
+      trials/0007/main/       with the study's own, when its adapter had been removed; the adapter lies here then
+
+A run is named by its trial and its part in the selection, and the name gives its seed, the same for all trials. So there is no
+resume path: every start asks for the same runs, and one whose outcome is on disk is not trained again. Recorded apart from the
+study's own trials, these runs never count as the study's.
+"""
+
+import json
+import math
+import shutil
+import threading
+from collections.abc import Generator, Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from loratune import executors
+from loratune.errors import StorageError, TrainingError
+from loratune.executors import Executor, Notice
+from loratune.executors.devices import cuda_devices
+from loratune.finetune.data import DataRecipe
+from loratune.finetune.order import total_steps
+from loratune.finetune.prepare import prepare
+from loratune.finetune.prepared import Prepared
+from loratune.record import Record, StudyRecord, Trial
+from loratune.record.trials import text_of
+from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
+
+FOLDER = "finalists"
+RACE, CHECK, AGAIN = "race", "check", "main"  # parts of a selection; the last is the study's own run
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A run came to its end."""
+
+    trial: Trial
+    run: str  # race-00, check-00, main
+    outcome: Outcome
+
+
+Event = Note | Ran | Progress
+
+
+def run_name(part: str, repeat: int) -> str:
+    return f"{part}-{repeat:02d}"
+
+
+def fresh_seed(study_seed: int, run: str) -> int:
+    """The seed of a run, 32 bits: the study's own for `main`, else a hash of the study's seed, the part and the repeat."""
+    part, _, repeat = run.partition("-")
+    if part == AGAIN:
+        return study_seed
+    return int(np.random.SeedSequence([study_seed, (RACE, CHECK).index(part), int(repeat)]).generate_state(1)[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of some runs: tokens of training, seconds of a device."""
+
+    runs: int = 0
+    tokens: float = 0.0
+    device_seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            runs=self.runs + other.runs, tokens=self.tokens + other.tokens, device_seconds=self.device_seconds + other.device_seconds
+        )
+
+    def __str__(self) -> str:
+        return f"{self.runs} runs, {self.tokens:,.0f} training tokens, {self.device_seconds / 3600:.2g} device-hours"
+
+
+def cost_of(outcomes: Iterable[Outcome]) -> Cost:
+    """What they did cost, each being one run."""
+    total = Cost()
+    for o in outcomes:
+        total += Cost(runs=1, tokens=o.tokens, device_seconds=(o.train_seconds + o.validation_seconds) * o.devices)
+    return total
+
+
+def expected(trials: Sequence[Trial], runs: int) -> Cost:
+    """What `runs` more runs of such trials will cost, by what their own last run cost in the study."""
+    own = [cost_of(o for o in t.outcomes if o.key.split("/")[1] == t.outcomes[-1].key.split("/")[1]) for t in trials]
+    return Cost(
+        runs=runs,
+        tokens=runs * float(np.mean([cost.tokens for cost in own])),
+        device_seconds=runs * float(np.mean([cost.device_seconds for cost in own])),
+    )
+
+
+class Rerun:
+    """Trains a study's trials again. A context; needs the study's lock (`record.open_record`)."""
+
+    def __init__(self, study: StudyRecord, lock: int, stop: threading.Event) -> None:
+        self.folder = study.folder / FOLDER
+        self.outcomes: dict[str, Outcome] = {}  # of all runs asked for, by key
+        self._study, self._stop = study, stop
+        self._record = Record(self.folder, lock)
+        self._recipe: Recipe | None = None
+        self._examples = 0
+        self._executor: Executor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._executor is not None:
+            self._executor.close()
+
+    def train(self, wanted: Iterable[tuple[Trial, str]], *, adapters: bool = False) -> Generator[Event, None, list[float] | None]:
+        """Train (trial, run) together, as many at a time as there are slots, unless that was done before (and, with `adapters`, these
+        are there).
+
+        Returns their losses, infinite where one diverged or ran out of memory; None when it was stopped.
+        Raises TrainingError when a run cannot be trained here; another start tries it again.
+        """
+        trials = {(segment := self._segment(trial, run)).key: (trial, segment) for trial, run in wanted}
+        done = {
+            key: known
+            for key, (_, segment) in trials.items()
+            if (known := self._record.outcome(segment)) is not None
+            and not (adapters and not (self.folder / segment.folder / "adapter").is_dir())
+        }
+        waiting = [segment for key, (_, segment) in trials.items() if key not in done]
+        flying = 0
+        while len(done) < len(trials):
+            if self._stop.is_set():
+                return None
+            executor = self._start()
+            while waiting and flying < executor.capacity:
+                executor.submit(Pack(segments=(waiting.pop(0),)))
+                flying += 1
+            for item in executor.collect(timeout=1.0):
+                if isinstance(item, Notice):
+                    yield Note(item.text)
+                elif isinstance(item, Progress):
+                    yield item
+                elif item.state in (State.BAD_INPUT, State.CRASHED):
+                    raise TrainingError(f"{item.key}: {item.message}")
+                elif item.state is not State.CANCELLED:
+                    self._record.keep(item)  # before anything else is done with it
+                    done[item.key] = item
+                    flying -= 1
+                    trial, segment = trials[item.key]
+                    yield Ran(trial=trial, run=segment.run, outcome=item)
+        self.outcomes |= {key: done[key] for key in trials}
+        return [math.inf if (loss := done[key].validation_loss) is None else loss for key in trials]
+
+    def keep_adapters(self, part: str, keep: Set[tuple[int, str]]) -> None:
+        """Remove the adapters of all finished runs of a part ("": of all) but `keep`, (trial's number, run), and their checkpoints."""
+        for outcome in self.folder.glob(f"trials/*/{part}*/outcomes/*.json"):
+            own = outcome.parents[1]
+            for checkpoint in own.glob("checkpoint-*"):
+                checkpoint.unlink(missing_ok=True)
+            if (int(own.parent.name), own.name) not in keep:
+                shutil.rmtree(own / "adapter", ignore_errors=True)
+
+    def _segment(self, trial: Trial, run: str) -> Segment:
+        """The trial's full run, as the study trains it."""
+        self._load()
+        h = trial.hyperparameters
+        steps = total_steps(self._examples, h.batch_size, h.epochs)
+        seed = fresh_seed(int(self._study.spec["seed"]), run)
+        return Segment(trial=trial.number, run=run, hyperparameters=h, seed=seed, total_steps=steps, stop_step=steps)
+
+    def _load(self) -> Recipe:
+        """The study's recipe, its data there."""
+        if self._recipe is None:
+            recipe = Recipe.from_json(text_of(self._study.folder / "recipe.json"))
+            data = Path(recipe.data)
+            prepared = Prepared.load(data) if (data / "manifest.json").is_file() else self._prepare_again(data)
+            self._examples = len(prepared.train)
+            self._recipe = replace(recipe, data=str(prepared.folder.resolve()))
+        return self._recipe
+
+    def _prepare_again(self, data: Path) -> Prepared:
+        """The prepared data, from the study's files: the cache was emptied. Raises StorageError when they changed."""
+        spec = self._study.spec
+        prepared = prepare(
+            DataRecipe.from_json(json.dumps({**spec["data"], "seed": spec["seed"]})),
+            tokenizer=spec["model"]["name_or_path"],
+            revision=spec["model"]["revision"],
+            trust_remote_code=spec["model"]["trust_remote_code"],
+            cache=data.parent,
+        )
+        if prepared.folder.name != data.name:
+            raise StorageError(
+                f"the data or the tokenizer changed since {self._study.folder} was run: it was {data.name}, it is {prepared.folder.name}. "
+                "Restore the files."
+            )
+        return prepared
+
+    def _start(self) -> Executor:
+        """The executor, started when the first run needs it."""
+        if self._executor is None:
+            recipe, chosen = self._load(), self._study.spec["executor"]
+            self._record.recipe(recipe)
+            self._executor = executors.build(
+                chosen["name"],
+                recipe=recipe,
+                root=self.folder.resolve(),
+                lock=self._record.lock,
+                devices=cuda_devices(chosen["device"], chosen["devices"], recipe.devices_per_trial),
+                workers=chosen["workers"],
+                threads=chosen["threads"],
+                max_retries=chosen["max_retries"],
+                hang_timeout=chosen["hang_timeout"],
+            )
+        return self._executor

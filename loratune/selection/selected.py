@@ -1,0 +1,170 @@
+"""`selection.json`: which trial to ship and why, written whole at the end of a selection; read by the hand-over and the report."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loratune.errors import StorageError
+from loratune.files import write_atomically
+from loratune.record import StudyRecord, Trial
+from loratune.statistics import Interval
+from loratune.work import Json
+
+NAME = "selection.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant(Json):
+    """A candidate, as it was measured; NaN where it was not. `losses`: by the race's repeats, or the study's one."""
+
+    trial: int
+    study_loss: float
+    losses: tuple[float, ...]
+    scores: dict[str, float] = field(default_factory=dict)  # benchmark -> mean
+    adapter_mb: float = math.nan
+    seconds: float = math.nan
+    tokens: float = math.nan
+    peak_memory_gib: float = math.nan
+    share: float = 0.0  # of the resamples in which the rule picks it
+    out: str = ""  # why it left the race, in words
+
+    @property
+    def loss(self) -> float:
+        """The mean of its losses."""
+        return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Json):
+    """One repeat of the race, or one check."""
+
+    trial: int
+    repeat: int
+    seed: int
+    loss: float  # infinite: diverged, or out of memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceRecord(Json):
+    """How the finalists raced."""
+
+    field: str  # who was let in, and why, in words
+    tolerance: float
+    error_rate: float
+    budget: int
+    log: tuple[Run, ...]  # in the order they were told
+    leader: int | None  # the trial with the lowest mean of those left
+    gap: float  # how much worse than the best of them the leader may be, at the error rate
+    ending: str
+    explained: tuple[str, ...]  # the race in about ten lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Honest(Json):
+    """Losses with seeds run after the choice, the same for both; means with Student's 95 % intervals."""
+
+    runs: tuple[Run, ...]
+    chosen: Interval
+    default: Interval | None  # None: the study has no default, or it diverged
+    gain: Interval | None  # default - chosen, paired by seed; positive when tuning helped. None without default, and for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipped(Json):
+    """The adapter to hand over: of the chosen trial's runs, the one with the lowest validation loss."""
+
+    run: str  # main: the study's own; race-03, check-01: with fresh seeds, below finalists/
+    seed: int
+    validation_loss: float  # somewhat too low, being the lowest of several
+    lowest_of: int  # runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionRecord(Json):
+    """One selection, complete."""
+
+    study: str
+    finished: int  # trials of the study that were trained to the end when it was made
+    rule: str  # in words
+    metrics: tuple[str, ...]  # of the rule, in its order
+    constraints: tuple[str, ...]
+    benchmarks: tuple[str, ...]  # that took part in the choice: they report nothing about the chosen one any more
+    excluded: int  # finished trials that the constraints left out
+    candidates: tuple[Entrant, ...]  # by study_loss
+    race: RaceRecord | None
+    noise: Interval  # sd of one run's loss, what a seed does to all trials alike taken out
+    noise_source: str
+    lowest: int  # the trial with the study's lowest loss
+    chosen: int
+    share: float  # of the resamples that pick it
+    runner_up: int | None
+    runner_up_share: float
+    why: tuple[str, ...]
+    what_would_change: tuple[str, ...]
+    honest: Honest | None
+    shipped: Shipped
+    runs: int  # trained for this selection, and their cost
+    tokens: int
+    device_seconds: float
+    notes: tuple[str, ...] = ()
+    version: int = VERSION
+
+    def entrant(self, trial: int) -> Entrant:
+        return next(entrant for entrant in self.candidates if entrant.trial == trial)
+
+    def holds_for(self, study: StudyRecord) -> bool:
+        """Whether the study did not go on since; otherwise the selection is out of date."""
+        return self.finished == len(study.finished)
+
+    def trial_of(self, study: StudyRecord) -> Trial:
+        """The chosen trial."""
+        return next(trial for trial in study.trials if trial.number == self.chosen)
+
+    def explain(self) -> str:
+        """The choice in about ten lines."""
+        own = self.entrant(self.chosen)
+        second = f"; runner-up: trial {self.runner_up} ({self.runner_up_share:.0%})" if self.runner_up is not None else ""
+        lines = [f"Ship trial {self.chosen}: picked in {self.share:.0%} of resamples{second}.", *self.why]
+        if self.chosen != self.lowest:
+            lines.append(f"The study's lowest loss was trial {self.lowest}'s.")
+        if self.race is not None:
+            raced = f"Race: {len({run.trial for run in self.race.log})} finalists, {len(self.race.log)} runs"
+            lines.append(f"{raced}; over because {self.race.ending}.")
+        lines.append(f"Noise of one run (sd): {self.noise:.2g}, {self.noise_source}.")
+        if self.honest is not None:
+            lines.append(
+                f"With {self.honest_seeds} seeds run after the choice, trial {self.chosen} has a loss of {self.honest.chosen:.4f};"
+                f" in the study {own.study_loss:.4f}."
+            )
+            if self.honest.gain is not None:
+                lines.append(f"The default has {self.honest.default:.4f} with the same seeds: the gain is {self.honest.gain:.4f}.")
+        if self.shipped.lowest_of > 1:
+            lines.append(
+                f"Of its {self.shipped.lowest_of} adapters the one with the lowest validation loss is handed over:"
+                f" {self.shipped.validation_loss:.4f} ({self.shipped.run})."
+            )
+        changes = self.what_would_change or ("no other tie width, and no criterion or constraint less",)
+        lines.append(f"What would change it: {'; '.join(changes)}.")
+        return "\n".join([*lines, *self.notes])
+
+    @property
+    def honest_seeds(self) -> int:
+        """Seeds with which the chosen one was trained after the choice."""
+        return len({run.repeat for run in self.honest.runs}) if self.honest is not None else 0
+
+
+def write(record: SelectionRecord, folder: Path) -> None:
+    write_atomically(folder / NAME, json.dumps(json.loads(record.to_json()), indent=1) + "\n")
+
+
+def read(folder: Path) -> SelectionRecord | None:
+    """The study's selection; None when none was made. Raises StorageError for a file that cannot be read."""
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        return SelectionRecord.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"cannot read {path}: {error}. Remove it; `loratune select {folder}` writes it anew.") from error
