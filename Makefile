@@ -20,9 +20,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@$(PIP) --editable '.[nni,compare,dev]'
 	@touch $@
 
-## make demo       tune the embedded model from scratch: a whole study in a few minutes, no network
+## make demo       the whole story on an embedded model: tune, score, choose, report; minutes, no network
 demo: $(VENV)/installed
 	@$(BIN)/loratune run --demo
+	@$(BIN)/loratune evaluate runs/demo --allow-code-execution
+	@$(BIN)/loratune select runs/demo --runs 8 --yes
 
 ## make test       style, types and tests
 test: lint
