@@ -24,7 +24,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	@$(BIN)/loratune run --demo
 	@$(BIN)/loratune evaluate runs/demo --allow-code-execution
-	@$(BIN)/loratune select runs/demo --runs 8 --yes
+	@$(BIN)/loratune select runs/demo --yes
 
 ## make test       style, types and tests
 test: lint
