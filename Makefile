@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: demo test lint test-slow test-gpu clean
+.PHONY: demo story test lint test-slow test-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,9 +20,12 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@$(PIP) --editable '.[nni,compare,dev]'
 	@touch $@
 
-## make demo       the whole story on an embedded model: tune, score, choose, report; minutes, no network
+## make demo       tune the embedded model from scratch: a whole study in a few minutes, no network
 demo: $(VENV)/installed
 	@$(BIN)/loratune run --demo
+
+## make story      what follows a study: score the demo's ten best, race the finalists, choose one
+story: demo
 	@$(BIN)/loratune evaluate runs/demo --allow-code-execution
 	@$(BIN)/loratune select runs/demo --yes
 
