@@ -17,11 +17,11 @@ from loratune.errors import LoratuneError
 COMMANDS = {
     "run": "search for the best hyperparameters, or continue a study",
     "status": "what a study is doing, and its best trials so far",
-    "evaluate": "score the best adapters, the default's and the bare model on downstream benchmarks",
+    "evaluate": "score the best adapters, the default and the bare model on benchmarks",
     "select": "race the best trials with fresh seeds, and say which adapter to ship and how sure that is",
     "report": "write the report of one study, or the comparison of several",
     "dashboard": "open optuna-dashboard on a study",
-    "compare": "let people, or a language model, say blindly which of two models answers better",
+    "compare": "let people, or a model, say blindly which of two models answers better",
     "export": "copy a trial's adapter, or the model merged with it",
     "init": "write a commented study description to start from",
     "schema": "print the JSON Schema of a study description, for editors",
