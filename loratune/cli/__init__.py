@@ -18,7 +18,7 @@ COMMANDS = {
     "run": "search for the best hyperparameters, or continue a study",
     "status": "what a study is doing, and its best trials so far",
     "evaluate": "score the best adapters, the default and the bare model on benchmarks",
-    "select": "race the best trials with fresh seeds, and say which adapter to ship and how sure that is",
+    "select": "race the best trials with fresh seeds, and say which adapter to ship",
     "report": "write the report of one study, or the comparison of several",
     "dashboard": "open optuna-dashboard on a study",
     "compare": "let people, or a model, say blindly which of two models answers better",
