@@ -1,11 +1,15 @@
-"""Training tokens per second of the packed engine, of the reference engine and of a bare PEFT loop, on the same examples.
+"""Training tokens per second of the packed engine, the reference engine, stock Trainer + PEFT and a bare PEFT loop.
 
     python benchmarks/packed_throughput.py DATA [--sizes 0.65M 15M 125M] [--repeats 5]
 
 DATA holds models/tinystories656k and alpaca/alpaca_random_9k.json. The 0.65M model is the real one; 15M and 125M are Llama
-shapes with random weights. Variants run in turn, `repeats` times, so that each round is a pair for every two of them;
-what is compared is the median of the rounds' ratios. Beyond K = 1 the adapters share passes here, which on CPU they
-would otherwise do only with batches of a few tokens. Writes benchmarks/results/packed_throughput/.
+shapes with random weights. All see the same examples, and count their tokens without padding. Variants run in turn,
+`repeats` times, so that each round is a pair for every two of them; what is compared is the median of the rounds' ratios.
+
+`stock` is Transformers' Trainer and PEFT as a person sets them up: a padding collator, labels of -100, logits of all
+positions. Our engine `hf` is Trainer and PEFT too, but already takes logits at response positions only. Beyond K = 1 the
+adapters share passes here, which on CPU they would otherwise do only with batches of a few tokens.
+Writes benchmarks/results/packed_throughput/.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,6 @@ import transformers
 
 from loratune.environment import environment
 from loratune.finetune import model as base_model
-from loratune.finetune.batches import collate
 from loratune.finetune.data import DataRecipe, Source
 from loratune.finetune.engine import run_all
 from loratune.finetune.hf import HfEngine
@@ -39,8 +43,8 @@ SHAPES = {
     "15M": {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6},
     "125M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
-STEPS = {"0.65M": 40, "15M": 8, "125M": 2}  # of four examples, per adapter and round
-PACKS = (1, 2, 4, 8, 16)
+STEPS = {"0.65M": 24, "15M": 4, "125M": 2}  # of four examples, per adapter and round
+PACKS = {"0.65M": (1, 2, 4, 8, 16), "15M": (1, 2, 4, 8, 16), "125M": (1, 2, 4)}
 BATCH = 4
 
 
@@ -79,33 +83,56 @@ def engine_speed(engine: Any, wanted: list[Segment]) -> float:
     return sum(o.tokens for o in outcomes) / sum(o.train_seconds for o in outcomes)
 
 
-class PeftLoop:
-    """What a person writes by hand: padded batches, labels of -100, Transformers' loss, AdamW, clipping."""
+class Person:
+    """What a person writes by hand: padded batches, labels of -100, Transformers' loss and PEFT's LoRA."""
 
-    def __init__(self, recipe: Recipe, tokens: Any) -> None:
-        self.base = base_model.load(recipe.model, torch.device("cpu"))
-        self.tokens = tokens
+    def __init__(self, recipe: Recipe, tokens: Any, scratch: Path) -> None:
+        base = base_model.load(recipe.model, torch.device("cpu"))
+        self.pad_id, self.scratch = base.pad_id, scratch
+        self.rows = [(ids.tolist(), np.where(mask, ids, -100).tolist()) for ids, mask in (tokens[i] for i in range(len(tokens)))]
         h = Hyperparameters()
         config = peft.LoraConfig(r=h.lora_r, lora_alpha=int(h.lora_alpha), lora_dropout=h.lora_dropout, target_modules=["q_proj", "v_proj"])
-        self.model = peft.get_peft_model(self.base.model, config)
+        self.model = peft.get_peft_model(base.model, config)
 
-    def speed(self, steps: int, batch: int) -> float:
+    def batch(self, examples: list[Any]) -> dict[str, torch.Tensor]:
+        longest = max(len(ids) for ids, _ in examples)
+        kinds = {"input_ids": (0, self.pad_id), "labels": (1, -100)}
+        padded = {k: torch.tensor([e[i] + [fill] * (longest - len(e[i])) for e in examples]) for k, (i, fill) in kinds.items()}
+        lengths = torch.tensor([len(ids) for ids, _ in examples])
+        return {**padded, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+
+    def seen(self, steps: int, batch: int) -> tuple[list[Any], int]:
+        examples = [self.rows[i] for i in order(0, len(self.rows), steps * batch)]
+        return examples, sum(len(ids) for ids, _ in examples)
+
+    def loop(self, steps: int, batch: int) -> float:
+        """A bare loop's tokens per second."""
         optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
         self.model.train()
-        places = order(0, len(self.tokens), steps * batch).reshape(steps, batch)
+        examples, tokens = self.seen(steps, batch)
         began = time.perf_counter()
-        for examples in places:
-            rows = collate(self.tokens, examples, range(batch), pad_id=self.base.pad_id)
-            lengths = torch.tensor([len(self.tokens[int(i)][0]) for i in examples])
-            mask = (torch.arange(rows.ids.shape[1]) < lengths[:, None]).long()
-            labels = torch.full_like(rows.ids, -100).flatten()
-            labels[rows.places + 1] = rows.labels
-            loss = self.model(input_ids=rows.ids, attention_mask=mask, labels=labels.view_as(rows.ids), use_cache=False).loss
-            loss.backward()
+        for start in range(0, len(examples), batch):
+            self.model(**self.batch(examples[start : start + batch]), use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        return float(np.asarray(self.tokens.lengths)[places].sum()) / (time.perf_counter() - began)
+        return tokens / (time.perf_counter() - began)
+
+    def stock(self, steps: int, batch: int) -> float:
+        """Trainer's tokens per second, by its own clock."""
+        examples, tokens = self.seen(steps, batch)
+        trainer = transformers.Trainer(
+            model=self.model,
+            args=transformers.TrainingArguments(
+                output_dir=str(self.scratch), max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-5, use_cpu=True,
+                lr_scheduler_type="cosine", report_to="none", save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+                dataloader_pin_memory=False, logging_steps=10,
+            ),
+            train_dataset=examples,
+            data_collator=self.batch,
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        return tokens / float(trainer.train().metrics["train_runtime"])
 
 
 def variants(size: str, data: Path, scratch: Path) -> dict[str, Callable[[int], float]]:
@@ -123,8 +150,8 @@ def variants(size: str, data: Path, scratch: Path) -> dict[str, Callable[[int], 
     steps = STEPS[size]
     root = scratch / f"runs-{size}"
     hf = HfEngine(recipe, root)
-    packed = PackedEngine(replace(recipe, engine="packed", slots=max(PACKS)), root)
-    loop = PeftLoop(recipe, hf.train)
+    packed = PackedEngine(replace(recipe, engine="packed", slots=max(PACKS[size])), root)
+    person = Person(recipe, hf.train, scratch)
     found: dict[str, Callable[[int], float]] = {}
     for batch in (4, 16):
 
@@ -132,10 +159,14 @@ def variants(size: str, data: Path, scratch: Path) -> dict[str, Callable[[int], 
             hf.recipe = replace(recipe, training=replace(recipe.training, micro_batch_size=batch))
             return engine_speed(hf, segments(1, max(2, steps * 4 // batch), batch, f"hf{batch}-{n}"))
 
+        def stock_speed(_: int, batch: int) -> float:
+            return person.stock(max(2, steps * 4 // batch), batch)
+
         found[f"hf, batch {batch}"] = hf_speed
-    found["bare PEFT loop, batch 4"] = lambda n: loop.speed(steps, BATCH)
+        found[f"stock Trainer + PEFT, batch {batch}"] = partial(stock_speed, batch=batch)
+    found["bare PEFT loop, batch 4"] = lambda _: person.loop(steps, BATCH)
     alone = packed.enough
-    for count in PACKS:
+    for count in PACKS[size]:
 
         def packed_speed(n: int, k: int = count) -> float:
             packed.enough = alone if k == 1 else float("inf")  # beyond K = 1, passes are shared: what a GPU does
@@ -166,13 +197,17 @@ def main() -> None:
             name: {
                 "tokens_per_second": statistics.median(r[name] for r in rounds[1:]),
                 "over_hf_batch_4": statistics.median(r[name] / r["hf, batch 4"] for r in rounds[1:]),
-                "over_hf_batch_16": statistics.median(r[name] / r["hf, batch 16"] for r in rounds[1:]),
+                "over_stock_batch_4": statistics.median(r[name] / r["stock Trainer + PEFT, batch 4"] for r in rounds[1:]),
+                "over_stock_batch_16": statistics.median(r[name] / r["stock Trainer + PEFT, batch 16"] for r in rounds[1:]),
             }
             for name in measured
         }
         report["sizes"][size] = table
         for name, row in table.items():
-            print(f"{size:>6}  {name:28} {row['tokens_per_second']:>9,.0f} tokens/s  x{row['over_hf_batch_4']:.2f}")
+            print(
+                f"{size:>6}  {name:31} {row['tokens_per_second']:>9,.0f} tokens/s"
+                f"  x{row['over_hf_batch_4']:.2f} hf  x{row['over_stock_batch_4']:.2f} stock"
+            )
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "results.json").write_text(json.dumps(report, indent=1) + "\n")
 

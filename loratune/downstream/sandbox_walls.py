@@ -86,7 +86,8 @@ def enter_namespaces(readable: list[str], *, owner: int, scratch_bytes: int) -> 
     """Give this process and its children a world of their own.
 
     Mounts: a root that holds `readable` (files and folders, at their own paths, read-only) and /tmp, an own file system
-    in memory of at most `scratch_bytes`, owned by user `owner`; nothing else of the machine's files, and no /proc.
+    in memory of at most `scratch_bytes`, owned by user `owner`, who starts in an empty folder of it; nothing else of the
+    machine's files, and no /proc.
     Network: none, not even a loopback that is up. Processes: children of this one live in a fresh PID namespace whose
     first process takes all others with it. Also own System V IPC, message queues and host name.
     """
@@ -104,13 +105,16 @@ def enter_namespaces(readable: list[str], *, owner: int, scratch_bytes: int) -> 
     _mount("root", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     os.mkdir(f"{root}/tmp")
     _mount("scratch", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={scratch_bytes},nr_inodes=1024,mode=700,uid={owner}")
+    os.mkdir(f"{root}/tmp/empty", mode=0o700)
+    if os.geteuid() != owner:
+        os.chown(f"{root}/tmp/empty", owner, -1)
     for path in readable:  # after the scratch folder: Python itself may be installed below /tmp
         _show(path, root)
     _seal(root, recursive=False)
     os.chdir(root)
     _call("pivot_root", _libc.syscall(SYS_PIVOT_ROOT[platform.machine()], b".", b"."))
     _call("umount2", _libc.umount2(b".", MNT_DETACH))
-    os.chdir("/tmp")
+    os.chdir("/tmp/empty")  # not /tmp, where such a Python shows
 
 
 def _show(path: str, root: str) -> None:

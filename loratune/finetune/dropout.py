@@ -68,8 +68,8 @@ class KeyedDropout(nn.Module):
                 f"module {self.module} does not see the batch's tokens one by one, so its LoRA dropout cannot be keyed to them. "
                 "Leave it out of target_modules, or fix lora_dropout to 0."
             )
-        drop = dropped(rows.view(x.shape[:-1]), self.key.of(self.module), x.shape[-1], self.p)
-        return x.masked_fill(drop, 0.0) * (1 / (1 - self.p))
+        keep = kept(rows.view(x.shape[:-1]), self.key.of(self.module), x.shape[-1], self.p, x.dtype)
+        return x * keep * (1 / (1 - self.p))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -80,11 +80,15 @@ def row_hashes(slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return _mix(_mix(slots.to(torch.int32)) ^ positions.to(torch.int32))
 
 
-def dropped(rows: torch.Tensor, key: int, features: int, p: float) -> torch.Tensor:
-    """Which elements to drop: bool [..., features] for row hashes [...]; each with probability p, to 2^-32."""
+def kept(rows: torch.Tensor, key: int, features: int, p: float, dtype: torch.dtype) -> torch.Tensor:
+    """A mask to multiply by: [..., features] for row hashes [...]; 0 with probability p, to 2^-32, else 1.
+
+    Bool on a GPU, where a product converts it on the way; of `dtype` on CPU, where that is five times faster.
+    """
     columns = torch.arange(features, dtype=torch.int32, device=rows.device) * _GOLDEN
     hashes = _mix(_mix(rows ^ key).unsqueeze(-1) + columns)
-    return hashes < min(round(p * 2**32) - 2**31, 2**31 - 1)
+    threshold = min(round(p * 2**32) - 2**31, 2**31 - 1)
+    return hashes.ge_(threshold).to(dtype) if rows.device.type == "cpu" else hashes >= threshold
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:

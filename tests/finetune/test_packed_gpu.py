@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_engine import adapter, recipe, segment
 
-from loratune.finetune.dropout import dropped, row_hashes
+from loratune.finetune.dropout import kept, row_hashes
 from loratune.finetune.engine import run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.delta import Backend
@@ -25,9 +25,9 @@ CONFIGURATIONS = [
 
 def test_dropout_masks_are_the_same_on_both_devices() -> None:
     slots, positions = torch.arange(50).view(-1, 1), torch.arange(40)
-    on_cpu = dropped(row_hashes(slots, positions), 12345, 64, 0.3)
-    on_gpu = dropped(row_hashes(slots.cuda(), positions.cuda()), 12345, 64, 0.3)
-    assert torch.equal(on_cpu, on_gpu.cpu())
+    on_cpu = kept(row_hashes(slots, positions), 12345, 64, 0.3, torch.float32)
+    on_gpu = kept(row_hashes(slots.cuda(), positions.cuda()), 12345, 64, 0.3, torch.float32)
+    assert torch.equal(on_cpu.bool(), on_gpu.cpu())
 
 
 @pytest.mark.parametrize("backend", ["loop", "concatenated", "grouped"])

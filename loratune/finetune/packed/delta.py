@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from loratune.finetune.dropout import dropped
+from loratune.finetune.dropout import kept
 
 Backend = Literal["loop", "concatenated", "grouped"]
 
@@ -99,18 +99,21 @@ class _Delta(torch.autograd.Function):
 
 
 def _mask(x: torch.Tensor, parts: list[Part], rows: torch.Tensor) -> torch.Tensor | None:
-    """What dropout takes away: bool [T, in]; None where no adapter drops anything."""
+    """What dropout keeps, [T, in] to multiply by; None where no adapter drops anything."""
     if not any(part.p > 0 for part in parts):
         return None
-    mask = x.new_zeros(x.shape, dtype=torch.bool)
+    masks = {part.start: kept(rows[part.rows], part.key, x.shape[1], part.p, part.a.dtype) for part in parts if part.p > 0}
+    if len(parts) == 1 and parts[0].stop - parts[0].start == len(x):
+        return masks[parts[0].start]
+    mask = torch.ones(x.shape, dtype=next(iter(masks.values())).dtype, device=x.device)
     for part in parts:
         if part.p > 0:
-            mask[part.rows] = dropped(rows[part.rows], part.key, x.shape[1], part.p)
+            mask[part.rows] = masks[part.start]
     return mask
 
 
 def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return x if mask is None else x.masked_fill(mask, 0.0)
+    return x if mask is None else x * mask
 
 
 class _Loop:
