@@ -1,18 +1,19 @@
-"""Ten adapters answer together, one at a time, and as PEFT and Transformers' generate would have them.
+"""Ten adapters answer together, one at a time, and as PEFT and Transformers would have them.
 
-    python benchmarks/answering.py DATA [--items 60] [--repeats 3] [--threads 1]
+    python benchmarks/answering.py DATA [--items 16] [--repeats 3] [--threads 1]
 
-DATA holds models/tinystories656k, bbh/, mmlu/ and drop/. The adapters are random, of the study's ranks 4 to 64, on all linear
-layers, and strong enough that each answers differently. The ways take turns in each repeat; figures are medians over
-repeats. Ways:
+DATA holds models/tinystories656k, bbh/ and mmlu/. The adapters are random, of ranks 4 to 64, on all linear layers, and
+strong enough that each answers differently. Tasks: the demo's own, on the demo's model; MMLU by log-likelihood, BBH, and
+BBH's prompts with 48 tokens written to the end, on tinystories656k. Ways, which take turns in each repeat:
 
     together       all adapters in one pass, shared beginnings computed once, answers ended when decided
     one at a time  the same code with one adapter after the other
-    peft           peft.PeftModel and model.generate, batches of 16 sorted by length, padded, no shared beginning, always
-                   max_new_tokens
+    peft           PeftModel with model.generate, or forward passes for log-likelihoods: batches of at most 64 rows and 4,096
+                   tokens sorted by length, padded on the left; no shared beginning; EOS or max_new_tokens ends an answer
 
-Writes benchmarks/results/answering/results.json with the machine and the versions. That the ways give the same answers is
-checked in every repeat; differing ones are counted (a near-tie may fall the other way in another rounding).
+Figures are medians over repeats of CPU seconds (of all threads; with one thread and a quiet machine these are seconds), tokenising
+included, loading adapters not. Writes results.json and README.md to benchmarks/results/answering, after each task. Answers
+that differ between the ways are counted: a near-tie may fall the other way in another rounding.
 """
 
 import argparse
@@ -21,18 +22,21 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 
+from loratune import demo
 from loratune.downstream.adapters import Adapters, read_adapter
 from loratune.downstream.answering import Answerer
 from loratune.downstream.base import Benchmark, Item, stratified
 from loratune.downstream.bbh import Bbh
-from loratune.downstream.drop import Drop
-from loratune.downstream.mmlu import Mmlu
+from loratune.downstream.embedded import DemoChoice, DemoCode, DemoMatch
+from loratune.downstream.mmlu import MmluLoglikelihood
+from loratune.downstream.rows import Row, Rows
 from loratune.environment import environment
 from loratune.finetune import lora
 from loratune.finetune.model import BaseModel, load
@@ -40,10 +44,25 @@ from loratune.work import Hyperparameters, ModelRecipe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "answering"
 RANKS = (4, 8, 8, 16, 16, 16, 32, 32, 64, 64)
-BATCH = 16
+BATCH_ROWS, BATCH_TOKENS = 64, 4096  # of the peft way
 GROUPS = 3
+LONG = 48  # tokens
 
 Answers = dict[tuple[int, str], str]  # (adapter, item) -> text
+
+
+class Watch:
+    """Adds up the CPU and the wall-clock seconds spent inside it."""
+
+    def __init__(self) -> None:
+        self.cpu = self.wall = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.process_time(), time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.cpu += time.process_time() - self._began[0]
+        self.wall += time.perf_counter() - self._began[1]
 
 
 class Undecided:
@@ -72,115 +91,183 @@ def write_adapters(base: BaseModel, folder: Path) -> list[Path]:
     return [folder / str(number) for number in range(len(RANKS))]
 
 
-def ours(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], groups: list[list[int]]) -> Answers:
+def ours(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], watch: Watch, groups: list[list[int]]) -> Answers:
     adapters = Adapters(base, [read_adapter(folder, base) for folder in folders])
     found: Answers = {}
-    for places in groups:
-        for batch, answers in Answerer(base, adapters).answers(benchmark, items, places):
-            for place, own in zip(places, answers, strict=True):
-                found |= {(place, item.id): answer.text for item, answer in zip(batch, own, strict=True)}
+    with watch:
+        for places in groups:
+            for batch, answers in Answerer(base, adapters).answers(benchmark, items, places):
+                for place, own in zip(places, answers, strict=True):
+                    found |= {(place, item.id): answer.text for item, answer in zip(batch, own, strict=True)}
     adapters.close()
     return found
 
 
-def with_peft(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item]) -> Answers:
+def with_peft(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], watch: Watch) -> Answers:
     found: Answers = {}
-    limit = min(base.model.config.max_position_embeddings - benchmark.max_new_tokens, benchmark.max_prompt_tokens)
-    prompts = []
-    for item in items:
-        while len(ids := base.tokenizer(item.prompt)["input_ids"]) > limit and (less := item.without_last_shot()) is not None:
-            item = less
-        prompts.append((item.id, ids[-limit:]))
-    prompts.sort(key=lambda pair: -len(pair[1]))
+    make, members = Rows(base, base.model.config.max_position_embeddings), list(enumerate(items))
+    with watch:
+        rows = to_score(make, members) if items[0].choices else make.to_write(benchmark, members)
+        rows.sort(key=lambda row: -len(row.ids))
     for place, folder in enumerate(folders):
         model = peft.PeftModel.from_pretrained(base.model, str(folder)).eval()
-        for start in range(0, len(prompts), BATCH):
-            batch = prompts[start : start + BATCH]
-            longest = max(len(ids) for _, ids in batch)
-            ids = torch.tensor([[base.pad_id] * (longest - len(ids)) + ids for _, ids in batch])
-            mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for _, ids in batch])
-            with torch.inference_mode():
-                out = model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=benchmark.max_new_tokens, do_sample=False, pad_token_id=base.pad_id
-                )
-            for (name, own), row in zip(batch, out[:, longest:].tolist(), strict=True):
-                tail = own[-4:]
-                text, before = (base.tokenizer.decode(t, skip_special_tokens=True) for t in (tail + row, tail))
-                found[place, name] = text[len(before) :]
+        with watch:
+            own = one_with_peft(base, model, benchmark, items, rows)
+        found |= {(place, item): text for item, text in own.items()}
         model.unload()
         lora.detach(base.model)
     return found
 
 
-def measure(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], repeats: int) -> Iterator[tuple[str, Any]]:
+def to_score(make: Rows, members: list[tuple[int, Item]]) -> list[Row]:
+    """A row per choice, the choice's tokens but the last behind the prompt; one for all where each is a single token."""
+    rows = make.to_score(members)
+    if all(len(tokens) == 1 for row in rows for _, tokens in row.scored):
+        return rows
+    return [replace(row, ids=row.ids + tokens[:-1], scored=[(choice, tokens)]) for row in rows for choice, tokens in row.scored]
+
+
+def one_with_peft(base: BaseModel, model: Any, benchmark: Any, items: list[Item], rows: list[Row]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    likely: dict[str, dict[int, float]] = {}
+    waiting = rows
+    while waiting:
+        longest = len(waiting[0].ids)
+        batch = waiting[: max(1, min(BATCH_ROWS, BATCH_TOKENS // longest))]
+        waiting = waiting[len(batch) :]
+        ids = torch.tensor([[base.pad_id] * (longest - len(row.ids)) + row.ids for row in batch])
+        mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in batch])
+        with torch.inference_mode():
+            if batch[0].scored:
+                score(model, batch, ids, mask, likely)
+            else:
+                found |= {row.item.id: text for row, text in write(base, model, benchmark, batch, ids, mask)}
+    for item in items if likely else ():
+        own = likely[item.id]
+        found[item.id] = item.choices[max(own, key=lambda choice: (own[choice], -choice))]
+    return found
+
+
+def write(
+    base: BaseModel, model: Any, benchmark: Any, batch: list[Row], ids: torch.Tensor, mask: torch.Tensor
+) -> Iterator[tuple[Row, Any]]:
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=benchmark.max_new_tokens, do_sample=False, pad_token_id=base.pad_id
+    )
+    for row, new in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
+        tail = row.ids[-4:]
+        text, before = (base.tokenizer.decode(t, skip_special_tokens=True) for t in (tail + new, tail))
+        yield row, text[len(before) :]
+
+
+def score(model: Any, batch: list[Row], ids: torch.Tensor, mask: torch.Tensor, likely: dict[str, dict[int, float]]) -> None:
+    """Add the log-likelihoods of the rows' choices to `likely`: item -> choice -> sum over its tokens."""
+    keep = max(len(tokens) for row in batch for _, tokens in row.scored)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False).logits.log_softmax(-1)
+    for row, own in zip(batch, logits, strict=True):
+        for choice, tokens in row.scored:
+            places = range(keep - len(tokens), keep)
+            likely.setdefault(row.item.id, {})[choice] = float(own[list(places), tokens].sum())
+
+
+def measure(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], repeats: int) -> dict[str, Any]:
     every = list(range(len(folders)))
-    ways: dict[str, Callable[[], Answers]] = {
-        "together": lambda: ours(base, folders, benchmark, items, [every]),
-        "one at a time": lambda: ours(base, folders, benchmark, items, [[place] for place in every]),
-        "peft": lambda: with_peft(base, folders, benchmark, items),
+    ways: dict[str, Callable[[Watch], Answers]] = {
+        "together": lambda watch: ours(base, folders, benchmark, items, watch, [every]),
+        "one at a time": lambda watch: ours(base, folders, benchmark, items, watch, [[place] for place in every]),
+        "peft": lambda watch: with_peft(base, folders, benchmark, items, watch),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    clock: dict[str, list[float]] = {way: [] for way in ways}
     differing = dict.fromkeys(ways, 0)
     for repeat in range(repeats):
         turn = list(ways.items())
         turn = turn[repeat % len(turn) :] + turn[: repeat % len(turn)]
         answers = {}
         for way, run in turn:
-            began = time.perf_counter()
-            answers[way] = run()
-            seconds[way].append(time.perf_counter() - began)
-        for way, own in answers.items():
+            watch = Watch()
+            answers[way] = run(watch)
+            seconds[way].append(watch.cpu)
+            clock[way].append(watch.wall)
+        for way, own in answers.items():  # peft writes on where an answer was decided
             differing[way] += sum(not own[key].startswith(text) for key, text in answers["together"].items())
-    pairs = {way: [b / a for a, b in zip(seconds["together"], seconds[way], strict=True)] for way in ways}
-    yield "items", len(items)
-    yield (
-        "different answers of an item, mean over items",
-        statistics.mean(len({answers["together"][place, item.id] for place in every}) for item in items),
-    )
+    kinds = statistics.mean(len({answers["together"][place, item.id] for place in every}) for item in items)
+    found: dict[str, Any] = {"items": len(items), "different answers of an item, mean over items": kinds, "ways": {}}
     for way in ways:
-        yield (
-            way,
-            {
-                "seconds": statistics.median(seconds[way]),
-                "all seconds": [round(value, 3) for value in seconds[way]],
-                "times the seconds of together": statistics.median(pairs[way]),
-                "answers that differ from together, per repeat": differing[way] / repeats,
-            },
-        )
+        found["ways"][way] = {
+            "cpu_seconds": statistics.median(seconds[way]),
+            "all_cpu_seconds": [round(value, 3) for value in seconds[way]],
+            "all_seconds": [round(value, 3) for value in clock[way]],
+            "times_together": statistics.median(b / a for a, b in zip(seconds["together"], seconds[way], strict=True)),
+            "answers_that_differ_per_repeat": differing[way] / repeats,
+        }
+    return found
+
+
+def tasks(data: Path) -> Iterator[tuple[str, Path, Any]]:
+    """(name, model, benchmark)"""
+    tiny = data / "models" / "tinystories656k"
+    for own in (DemoChoice(), DemoMatch(), DemoCode()):
+        yield own.title, demo.model_folder(), own
+    yield "MMLU, log-likelihood, 2 shots", tiny, MmluLoglikelihood(data, shots=2)  # 5 do not fit its 512 positions
+    yield "BBH", tiny, Bbh(data)
+    yield f"BBH's prompts, {LONG} tokens to the end", tiny, Undecided(Bbh(data), LONG)
+
+
+def drawn(benchmark: Any, number: int) -> list[Item]:
+    """Items of a few whole groups, as in a full run, where beginnings are shared."""
+    groups = list({item.group: None for item in benchmark.items()})
+    few = groups[:: -(-len(groups) // GROUPS)]
+    return stratified([item for item in benchmark.items() if item.group in few], number)
+
+
+def table(results: dict[str, Any]) -> str:
+    machine = results["environment"]
+    lines = [
+        "# Ten adapters answer",
+        "",
+        f"`python benchmarks/answering.py DATA`: CPU seconds, {results['threads']} thread, median of {results['repeats']} repeats; "
+        "in brackets times those of *together*. What is compared is told at the top of the script.",
+        "",
+        "| task | items | together | one at a time | peft, one at a time | answers that differ |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in results["tasks"].items():
+        ways = found["ways"]
+        cells = [f"{way['cpu_seconds']:.2f} ({way['times_together']:.1f}x)" for way in (ways["one at a time"], ways["peft"])]
+        differ = max(way["answers_that_differ_per_repeat"] for way in ways.values())
+        of = found["items"] * len(results["ranks"])
+        lines.append(f"| {name} | {found['items']} | {ways['together']['cpu_seconds']:.2f} | {' | '.join(cells)} | {differ:g} of {of} |")
+    packages = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    return "\n".join([*lines, "", f"{packages}; {machine['processor']}"]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--items", type=int, default=60)
+    parser.add_argument("--items", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    base = load(ModelRecipe(name_or_path=str(args.data / "models" / "tinystories656k")), torch.device("cpu"))
     machine = environment()
     machine.pop("host")
-    results: dict[str, Any] = {
-        "environment": machine,
-        "threads": args.threads,
-        "model": "tinystories656k",
-        "ranks": RANKS,
-        "benchmarks": {},
-    }
+    results: dict[str, Any] = {"environment": machine, "threads": args.threads, "repeats": args.repeats, "ranks": RANKS, "tasks": {}}
+    loaded: dict[Path, tuple[BaseModel, list[Path]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        folders = write_adapters(base, Path(folder))
-        for benchmark in (Bbh(args.data), Mmlu(args.data), Drop(args.data), Undecided(Bbh(args.data), 128)):
-            groups = {item.group: None for item in benchmark.items()}
-            few = list(groups)[:: -(-len(groups) // GROUPS)]  # whole groups, as in a full run, where beginnings are shared
-            items = stratified([item for item in benchmark.items() if item.group in few], args.items)
-            found = dict(measure(base, folders, benchmark, items, args.repeats))
-            results["benchmarks"][benchmark.name] = found
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            (RESULTS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            figures = ", ".join(
-                f"{way} {f['seconds']:.2f} s ({f['times the seconds of together']:.2f}x)" for way, f in list(found.items())[2:]
-            )
-            print(f"{benchmark.name}, {len(items)} items, {len(folders)} adapters: {figures}", flush=True)
+        for name, path, benchmark in tasks(args.data):
+            if path not in loaded:
+                base = load(ModelRecipe(name_or_path=str(path)), torch.device("cpu"))
+                loaded[path] = base, write_adapters(base, Path(folder) / path.name)
+            found = measure(*loaded[path], benchmark, drawn(benchmark, args.items), args.repeats)
+            results["tasks"][name] = found
+            args.output.mkdir(parents=True, exist_ok=True)
+            (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            (args.output / "README.md").write_text(table(results))
+            print(name, {way: (round(f["cpu_seconds"], 2), round(f["times_together"], 2)) for way, f in found["ways"].items()}, flush=True)
+    print(table(results))
 
 
 if __name__ == "__main__":

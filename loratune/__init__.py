@@ -7,29 +7,66 @@
         print(event)
     print(read(spec.folder).best)
 
-`loratune.samplers.NomadSampler` serves plain Optuna studies too. All of it is imported when first used.
+StudySpec       what is asked for
+tune            run a study, or continue it
+read            a study's folder -> its trials, the best, the default, what they cost
+evaluate        score its adapters on downstream benchmarks
+select          race the finalists with fresh seeds, and choose the one to ship
+deliver         write the report, best.yaml and adapter/ into the study's folder
+export          copy an adapter as a PEFT folder, or the model merged with it
+write_report    the report of one study or of several as one HTML file
+samplers        the samplers; `loratune.samplers.NomadSampler` serves plain Optuna studies too
+demo            the embedded model, its data, and a study of them
+
+`docs/tutorial.md` goes through them. Each is imported when it is first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loratune import samplers
-    from loratune.driver import tune
+    from loratune import demo, samplers
+    from loratune.driver import deliver, tune
+    from loratune.evaluation import evaluate
     from loratune.record import read
+    from loratune.report import export, write_report
+    from loratune.selection import select
     from loratune.spec import StudySpec
 
 __version__ = "0.1.0"
-__all__ = ["StudySpec", "__version__", "read", "samplers", "tune"]
+__all__ = [
+    "StudySpec",
+    "__version__",
+    "deliver",
+    "demo",
+    "evaluate",
+    "export",
+    "read",
+    "samplers",
+    "select",
+    "tune",
+    "write_report",
+]
 
-_HOMES = {"StudySpec": "loratune.spec", "read": "loratune.record", "samplers": "loratune.samplers", "tune": "loratune.driver"}
+_ROOMS = ("demo", "samplers")
+_HOMES = {
+    "StudySpec": "loratune.spec",
+    "deliver": "loratune.driver",
+    "evaluate": "loratune.evaluation",
+    "export": "loratune.report",
+    "read": "loratune.record",
+    "select": "loratune.selection",
+    "tune": "loratune.driver",
+    "write_report": "loratune.report",
+}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"loratune.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_HOMES[name])
-    return module if name == "samplers" else getattr(module, name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

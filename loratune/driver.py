@@ -11,25 +11,29 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from optuna.samplers import BaseSampler
 
 from loratune import executors, samplers
 from loratune.environment import environment
 from loratune.errors import SpecError, StorageError
-from loratune.executors.devices import cuda_devices
+from loratune.executors.devices import cuda_devices, seen_as
 from loratune.files import write_atomically
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.prepare import Prepared, prepare
 from loratune.plan import slots_for
-from loratune.record import COMPLETE, Record, StudyRecord, open_record, read
+from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.progress import Meter
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec, differences
 from loratune.study import Event, Loop, Note
+
+if TYPE_CHECKING:
+    from loratune.downstream.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         _same_data(record, data)
         recipe = replace(spec.recipe(str(data.folder)), slots=record.slots(slots_for(spec, data)))
         record.recipe(recipe)
+        scorer = _scorer(spec, record.folder, data, devices)
+        if scorer is not None:
+            scorer.prepare()
         executor = executors.build(
             spec.executor.name,
             recipe=recipe,
@@ -84,6 +91,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                 executor=executor,
                 meter=meter,
                 stop=stop,
+                score=scorer.score if scorer is not None else None,
             )
             for event in loop.run():
                 session.tick()
@@ -135,6 +143,27 @@ def _sampler(spec: StudySpec, workers: int) -> BaseSampler:
     )
 
 
+def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int]) -> "Scorer | None":
+    """What scores the trials, where benchmarks are among the objectives and constraints."""
+    if not spec.scores:
+        return None
+    from loratune.downstream.scoring import Scorer  # scipy: a second of import
+
+    return Scorer(
+        folder=folder,
+        benchmarks=spec.scores,
+        items=spec.scoring.items,
+        seed=spec.seed,
+        recipe=spec.recipe("").model,
+        validation=data.folder,
+        data=Path(spec.scoring.data) if spec.scoring.data else None,
+        device=seen_as(devices[0]) if devices else "cpu",
+        allow_code_execution=spec.scoring.allow_code_execution,
+        weaker_sandbox=spec.scoring.weaker_sandbox,
+        hold=spec.executor.name == "inline",
+    )
+
+
 def _adopt(spec: StudySpec, record: Record) -> None:
     """Make the folder this study's, or see that it is."""
     path = record.folder / "spec.yaml"
@@ -167,15 +196,22 @@ def _same_data(record: Record, data: Prepared) -> None:
 
 
 def _tidy(spec: StudySpec, folder: Path) -> None:
-    """Remove checkpoints that nothing can need again, and the adapters that `output.keep_adapters` does not ask for."""
-    done = sorted((t for t in read(folder).trials if t.state == COMPLETE), key=lambda t: (t.value, t.number))
-    kept = {0} | {trial.number for trial in done[: spec.output.keep_adapters]}
-    for trial in done:
+    """Remove checkpoints that nothing can need again, and the adapters that `output.keep_adapters` does not ask for.
+
+    Those of the best trials by loss stay, of several objectives the front's too, and trial 0's.
+    """
+    record = read(folder)
+    best = sorted(record.finished, key=lambda t: (t.value, t.number))[: spec.output.keep_adapters]
+    kept = {0, *(trial.number for trial in [*best, *record.front])}
+    for trial in record.trials:
+        if trial.state not in (COMPLETE, INFEASIBLE, DIVERGED):
+            continue  # may go on, with a larger budget
         own = folder / "trials" / f"{trial.number:04d}"
         for checkpoint in own.glob("*/checkpoint-*"):
             checkpoint.unlink(missing_ok=True)
         for adapter in own.glob("*/adapter"):
-            if adapter.parent.name != "main" or trial.number not in kept:  # a short run's adapter was a step on the way
+            unwanted = spec.output.keep_adapters is not None and trial.number not in kept
+            if adapter.parent.name != "main" or unwanted:  # a short run's adapter was a step on the way
                 shutil.rmtree(adapter, ignore_errors=True)
 
 

@@ -17,7 +17,9 @@ from loratune import schedules
 from loratune.executors.devices import cuda_devices
 from loratune.finetune.order import order, total_steps
 from loratune.finetune.prepared import Prepared
+from loratune.record.goals import Goals
 from loratune.spec import StudySpec
+from loratune.spec.objectives import KNOWN
 from loratune.work import Hyperparameters
 
 _BYTES = 4  # of an adapter's parameter: float32
@@ -48,6 +50,7 @@ class Plan:
     problem: str = ""  # why the largest adapter cannot be trained here
     max_hours: float | None = None
     max_device_hours: float | None = None
+    notes: tuple[str, ...] = ()  # on what is not in these numbers
 
     @property
     def tokens(self) -> float:
@@ -84,6 +87,7 @@ class Plan:
             f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
             f"time          {_hours(self.trial_seconds / 3600)} per trial; {in_all}",
             *self._limits(),
+            *(f"not counted   {note}" for note in self.notes),
             f"memory        {_size(self.peak_memory_bytes)} at its peak, per device, at rank {self.largest_rank}",
             f"disk          up to {_size(kept)} for {self.adapters_kept} adapters, {_size(temporary)} for checkpoints while trials run",
         ]
@@ -132,6 +136,7 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
         problem="" if probed.state is State.COMPLETED else f"{probed.state.value.replace('_', ' ')}: {probed.message}",
         max_hours=spec.budget.max_hours,
         max_device_hours=spec.budget.max_device_hours,
+        notes=_not_counted(spec),
     )
 
 
@@ -187,16 +192,34 @@ def _simulated(spec: StudySpec, chance: random.Random) -> tuple[float, float]:
     return runs, validations
 
 
+def _not_counted(spec: StudySpec) -> tuple[str, ...]:
+    """What makes a study cheaper or dearer than its trials' training."""
+    known = [str(limit) for limit in spec.limits if limit.metric in KNOWN]
+    notes = [f"what breaks {', '.join(known)} is not trained and costs nothing"] if known else []
+    if spec.scores:
+        notes.append(f"scoring {', '.join(spec.scores)}, {spec.scoring.items} items each, after every trial that reaches its end")
+    return tuple(notes)
+
+
 def _largest(spec: StudySpec, default: Hyperparameters) -> Hyperparameters:
-    """The space's adapter that needs most memory: the largest rank, on most layers."""
+    """The space's adapter that needs most memory and keeps the constraints on size: the largest rank, on most layers.
+
+    The default where none keeps them.
+    """
     searched = spec.search_space.parameters
-    largest = default
+    ranks, layers = [default.lora_r], [default.target_modules]
     if "lora_r" in searched:
-        largest = replace(largest, lora_r=int(max(_values(searched["lora_r"]))))
+        ranks = sorted(map(int, _values(searched["lora_r"])), reverse=True)
     if "target_modules" in searched:
         sizes = ("qv", "qkvo", "mlp", "all-linear")
-        largest = replace(largest, target_modules=max(_values(searched["target_modules"]), key=sizes.index))
-    return largest
+        layers = sorted(_values(searched["target_modules"]), key=sizes.index, reverse=True)
+    if not any(limit.metric in KNOWN for limit in spec.limits):
+        return replace(default, lora_r=ranks[0], target_modules=layers[0])
+    goals = Goals(spec)
+    if len(ranks) == 2 and searched["lora_r"].type == "int":
+        ranks = list(range(ranks[0], ranks[1] - 1, -1))
+    kept = [h for some in layers for rank in ranks if not goals.refusal(h := replace(default, lora_r=rank, target_modules=some))]
+    return max(kept, key=goals.size, default=default)
 
 
 def _expected_epochs(spec: StudySpec, default: Hyperparameters) -> float:

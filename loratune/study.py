@@ -9,15 +9,17 @@ the study is a function of its spec and not of timing, and yet a short segment n
 import heapq
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import TrialState
 
 from loratune import samplers, schedules
-from loratune.errors import SearchSpentError, TrainingError
+from loratune.errors import SearchSpentError, error_of
 from loratune.executors import Executor, Notice
 from loratune.finetune.order import total_steps
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
@@ -26,6 +28,9 @@ from loratune.record.progress import Meter
 from loratune.schedules import Fate, Stretch
 from loratune.spec import StudySpec
 from loratune.work import Outcome, Pack, Progress, Segment, State
+
+if TYPE_CHECKING:
+    from loratune.downstream.scoring import Scored
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Note:
 
 
 Event = Asked | Settled | Note | Progress
+Score = Callable[[int, Path, float | None, threading.Event], Iterator["Scored"]]
+"""`downstream.scoring.Scorer.score`."""
 
 
 class Loop:
@@ -68,11 +75,13 @@ class Loop:
         meter: Meter,
         stop: threading.Event,
         sizes: Sizes | None = None,
+        score: Score | None = None,
     ) -> None:
+        """`score` is needed where `spec.scores` are among the objectives and constraints."""
         self.stop = stop
         self._spec, self._record, self._study, self._executor, self._meter = spec, record, study, executor, meter
         self._examples, self._validation_examples = examples, validation_examples  # in the training and the validation set
-        self._goals = Goals(spec, sizes)
+        self._goals, self._score = Goals(spec, sizes), score
         self._ordinals = samplers.ordinals(spec.sampler.name)
         self._schedule = schedules.build(
             spec.schedule.name,
@@ -101,6 +110,9 @@ class Loop:
                 yield from self._listen()
                 if self.stop.is_set():
                     return
+            yield from self._scored()
+            if self.stop.is_set():
+                return
             yield self._apply()
         if not self.stop.is_set():
             yield from self._close()
@@ -202,21 +214,43 @@ class Loop:
         trained = (segment.stop_step - segment.start_step) * segment.hyperparameters.batch_size
         return 3 * trained + (len(segment.validate_at) + 1) * self._validation_examples
 
-    def _listen(self) -> Iterator[Event]:
+    def _listen(self, timeout: float = 1.0) -> Iterator[Event]:
         """Take what the executor has, and keep it, before anything else is done with it."""
-        for item in self._executor.collect(timeout=1.0):
+        for item in self._executor.collect(timeout):
             if isinstance(item, Progress):
                 self._meter.progressed(item)
                 yield item
             elif isinstance(item, Notice):
                 yield Note(item.text)
             elif item.state is State.BAD_INPUT:
-                raise TrainingError(item.message)
+                raise error_of(item.error, item.message)
             elif item.state is not State.CANCELLED:
                 self._record.keep(item)
                 self._meter.came(item)
                 self._arrived[item.key] = item
         self._record.progress(self._meter.snapshot())
+
+    def _scored(self) -> Iterator[Event]:
+        """Where scores guide the search, score the next result, if it ends a full run and no constraint is broken already.
+
+        Others train on meanwhile.
+        """
+        _, _, stretch, segment = self._flying[0]
+        outcome = self._arrived[segment.key]
+        if self._score is None or outcome.state is not State.COMPLETED or outcome.scores or stretch.length * stretch.stop < 1:
+            return
+        trial = self._trials[stretch.trial]
+        if self._goals.broken(replace(trial, outcomes=(*trial.outcomes, outcome)), end=True):
+            return
+        adapter = self._record.folder / segment.folder / "adapter"
+        for now in self._score(trial.number, adapter, outcome.validation_loss, self.stop):
+            self._meter.scoring(trial.number, now.done, now.total)
+            if now.scores:
+                outcome = replace(outcome, scores=now.scores, scoring_seconds=now.seconds)
+                self._record.keep(outcome)
+                self._arrived[segment.key] = outcome
+            yield from self._listen(timeout=0.01)
+        self._meter.scored(trial.number)
 
     def _apply(self) -> Event:
         """Turn the clock to the end of the next segment, and tell the schedule and the storage what became of it."""

@@ -14,7 +14,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
 
@@ -157,7 +157,10 @@ class Outcome(Json):
     trainable_parameters: int = 0
     devices: int = 1
     device: str = ""  # name in words
+    scores: dict[str, float] = field(default_factory=dict)  # benchmark -> score in [0, 1], where scores guide the search
+    scoring_seconds: float = 0.0  # that took, on one device
     message: str = ""  # for people: why, and what to do, when not completed
+    error: str = ""  # of bad input: the name of its LoratuneError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ FLOORS = [
     {"study", "plan", "selection", "preference"},
     {"report"},
     {"driver"},
+    {"evaluation"},
     {"cli"},
     {"__main__"},
 ]

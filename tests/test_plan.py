@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loratune import demo
 from loratune.errors import SpecError
 from loratune.finetune.prepared import Prepared, pack
-from loratune.plan import Plan, _expected, _expected_epochs, _largest, slots_for
+from loratune.finetune.sizes import adapter_sizes
+from loratune.plan import Plan, _expected, _expected_epochs, _largest, _not_counted, slots_for
 from loratune.record import open_record
 from loratune.spec import StudySpec
+from loratune.work import Hyperparameters, ModelRecipe
 
 
 def spec(**sections: object) -> StudySpec:
@@ -76,6 +79,31 @@ def test_the_largest_adapter_of_the_space() -> None:
     assert (largest.lora_r, largest.target_modules) == (64, "all-linear")
     fixed = spec(search_space={"learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}})
     assert _largest(fixed, fixed.hyperparameters({})).lora_r == 8
+
+
+def test_what_is_probed_keeps_the_constraints_on_size() -> None:
+    model = str(demo.model_folder())
+    sizes = adapter_sizes(ModelRecipe(name_or_path=model))
+
+    def largest(space: dict[str, object], *constraints: str) -> Hyperparameters:
+        asked = spec(model=model, search_space=space, constraints=constraints)
+        return _largest(asked, asked.hyperparameters(asked.search_space.default_values()))
+
+    ordinal = {"lora_r": [4, 16, 64], "target_modules": ["qv", "all-linear"]}
+    every = [Hyperparameters(lora_r=r, target_modules=layers) for r in (4, 16, 64) for layers in ("qv", "all-linear")]
+    bound = sorted(map(sizes, every))[3]
+    found = largest(ordinal, f"inference_cost <= {bound}")
+    assert sizes(found) == bound
+    whole = largest({"lora_r": {"low": 1, "high": 64}}, f"inference_cost < {sizes(Hyperparameters(lora_r=38))}")
+    assert whole.lora_r == 37, "not only the ends of a range"
+    assert largest(ordinal, "inference_cost < 1").lora_r == 16, "nothing keeps it: the default"
+
+
+def test_what_is_not_counted_is_said() -> None:
+    asked = spec(objectives=["validation_loss", "mmlu"], constraints="adapter_mb <= 4")
+    text = str(replace(PLAN, notes=_not_counted(asked)))
+    assert "not counted   what breaks adapter_mb <= 4 is not trained and costs nothing" in text
+    assert "not counted   scoring mmlu, 200 items each, after every trial that reaches its end" in text
 
 
 def test_searched_epochs_count_with_their_mean() -> None:

@@ -12,9 +12,9 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from loratune.errors import DataError, MissingExtraError, SpecError
+from loratune.errors import DataError, MissingExtraError, SpecError, StorageError
 from loratune.preference.answers import Generation, write_answers
-from loratune.preference.contestants import base_of, choose
+from loratune.preference.contestants import Tuned, base_of, choose
 from loratune.preference.questions import Question, demo_questions, read_questions
 from loratune.preference.record import Comparison, read, settle
 from loratune.preference.words import table
@@ -24,7 +24,11 @@ from loratune.work import ModelRecipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("first", metavar="A", help="tuned (the study's best), default (trial 0), base, trial:17, or an adapter's folder")
+    parser.add_argument(
+        "first",
+        metavar="A",
+        help="tuned (what select chose, else the lowest loss), default (trial 0), base, trial:17, or an adapter's folder",
+    )
     parser.add_argument("second", metavar="B", help="likewise")
     parser.add_argument("--study", metavar="FOLDER", type=Path, help="default: the current folder, if it is a study's")
     parser.add_argument(
@@ -85,7 +89,8 @@ def _study(given: Path | None) -> StudyRecord | None:
 
 
 def _comparison(args: argparse.Namespace, study: StudyRecord | None) -> Comparison:
-    first, second = choose(args.first, study), choose(args.second, study)
+    tuned = _tuned(study) if study is not None and "tuned" in (args.first, args.second) else None
+    first, second = (choose(given, study, tuned) for given in (args.first, args.second))
     if (first.adapter, first.weights) == (second.adapter, second.weights):
         raise SpecError(f"{args.first} and {args.second} are the same model ({first.label}); there is nothing to compare.")
     model = ModelRecipe(**study.spec["model"]) if study is not None else base_of(first, second) if not args.model else None
@@ -100,6 +105,27 @@ def _comparison(args: argparse.Namespace, study: StudyRecord | None) -> Comparis
         generation=Generation(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, batch_size=args.batch_size),
         seed=args.seed,
     )
+
+
+def _tuned(study: StudyRecord) -> Tuned | None:
+    """The trial and adapter that `loratune select` chose; None for the lowest loss. Says which it is."""
+    from loratune import selection  # scipy: a second of import
+
+    made = selection.read(study.folder)
+    if made is not None and made.holds_for(study):
+        trial = made.trial_of(study)
+        adapter = selection.adapter_folder(study, trial, made.shipped.run)
+        if adapter is None:
+            raise StorageError(
+                f"the adapter that `loratune select` chose, of trial {trial.number}, is not on disk; the command trains it again, "
+                "or name another contestant."
+            )
+        print(f"tuned is trial {trial.number}, which `loratune select` chose", flush=True)
+        return Tuned(trial=trial, adapter=adapter)
+    if study.best is not None:
+        why = "no selection was made" if made is None else "the selection is out of date"
+        print(f"tuned is trial {study.best.number}, the lowest validation loss ({why}: loratune select {study.folder})", flush=True)
+    return None
 
 
 def _questions(given: Path | None, model: ModelRecipe) -> tuple[Question, ...]:

@@ -6,7 +6,7 @@
 
 Benchmarks: mmlu, mmlu_loglikelihood, bbh, drop, humaneval, and any task of lm-evaluation-harness as lm_eval:TASK.
 Before anything is scored, each adapter is shown to be on. Answers are kept in FOLDER/evaluation: stopped by Ctrl-C or
-killed, the same command goes on.
+killed, the same command goes on. A report that the study has is written anew.
 """
 
 import argparse
@@ -15,11 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.errors import EvaluationError, StorageError
-from loratune.record import StudyRecord, Trial, read
-
 if TYPE_CHECKING:
-    from loratune.downstream.evaluate import Model, Progress
+    from loratune.downstream.evaluate import Progress
 
 INTERRUPTED = 130
 TOP = 10
@@ -38,105 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.top < 1 or (args.subset is not None and args.subset < 1):
-        raise EvaluationError(f"--top and --subset are whole numbers above 0; got {args.top} and {args.subset}.")
-    record = read(Path(args.folder))
-    names = _benchmarks(record, args.benchmarks)
-    models = choose(record, args.top)
-    tuned = [model for model in models if model.adapter is not None]
-    print(f"Scoring {len(tuned)} adapters of study {record.name} and the bare model on {', '.join(names)}", flush=True)
-    stopped = _evaluate(args, record, names, models)
-    from loratune.downstream.findings import lines
-    from loratune.downstream.scores import FOLDER, read_results
-
-    folder = record.folder / FOLDER
-    if not stopped:
-        losses = {model.name: model.loss for model in models if model.loss is not None}
-        chosen = {model.name for model in models}
-        order = [name.replace(":", "-") for name in names]
-        results = [r for r in read_results(folder) if r.model in chosen and r.benchmark in order]
-        results.sort(key=lambda result: order.index(result.benchmark))
-        best = [_name(trial) for trial in _best(record, args.top) if _name(trial) in chosen]
-        default = _name(record.default) if record.default is not None and _name(record.default) in chosen else None
-        print("\n".join(["", *lines(results, losses, best, default), ""]))
-        print(f"Every answer: {folder}")
-        return 0
-    print(f"Stopped; nothing is lost. Go on with: {shlex.join(args.command_line)}")
-    return INTERRUPTED
-
-
-def choose(record: StudyRecord, top: int) -> list["Model"]:
-    """The best `top` trials whose adapters are on disk, the default's, and the bare model. Raises StorageError without any."""
-    from loratune.downstream.evaluate import BASE, Model
-
-    best = _best(record, top)
-    wanted = {trial.number: trial for trial in best}
-    if record.default is not None:
-        wanted.setdefault(record.default.number, record.default)
-    found = [
-        Model(name=_name(trial), adapter=folder, loss=trial.value)
-        for trial in wanted.values()
-        if (folder := adapter_of(record, trial)) is not None
-    ]
-    if not found:
-        raise StorageError(
-            f"{record.folder} holds no adapter of a finished trial. Let a trial finish; output.keep_adapters says how many are kept."
-        )
-    lacking = [str(trial.number) for trial in wanted.values() if _name(trial) not in {model.name for model in found}]
-    if lacking:
-        print(f"Not on disk, so not scored: the adapters of trials {', '.join(lacking)} (output.keep_adapters says how many are kept).")
-    return [*found, Model(name=BASE, adapter=None, loss=record.base_loss)]
-
-
-def adapter_of(record: StudyRecord, trial: Trial) -> Path | None:
-    """Where the trial's adapter lies: where it was trained, else, of the best, the one handed over."""
-    places = [record.folder / "trials" / _name(trial) / "main" / "adapter"]
-    if record.best is not None and trial.number == record.best.number and not (record.folder / "selection.json").exists():
-        places.append(record.folder / "adapter")
-    return next((place for place in places if (place / "adapter_config.json").is_file()), None)
-
-
-def _best(record: StudyRecord, top: int) -> list[Trial]:
-    return sorted(record.finished, key=lambda trial: (trial.value, trial.number))[:top]
-
-
-def _name(trial: Trial) -> str:
-    return f"{trial.number:04d}"
-
-
-def _benchmarks(record: StudyRecord, given: str | None) -> list[str]:
-    from loratune import demo
-    from loratune.downstream.registry import EMBEDDED, PUBLISHED
-
-    if given is not None:
-        names = [name.strip() for name in given.split(",") if name.strip()]
-        if not names:
-            raise EvaluationError("--benchmarks names none.")
-        return names
-    own = Path(str(record.spec["model"]["name_or_path"])) == demo.model_folder()
-    return list(EMBEDDED if own else PUBLISHED)
-
-
-def _evaluate(args: argparse.Namespace, record: StudyRecord, names: list[str], models: list["Model"]) -> bool:
-    """Run the evaluation, showing how far it is; whether it was stopped."""
     from loratune.cli.interrupt import Interrupt
-    from loratune.downstream.evaluate import Progress, evaluate
-    from loratune.downstream.scores import FOLDER
-    from loratune.work import ModelRecipe
+    from loratune.downstream.evaluate import Progress
+    from loratune.evaluation import Scored, evaluate
 
-    line = _Line()
+    names = None if args.benchmarks is None else [name.strip() for name in args.benchmarks.split(",") if name.strip()]
+    scored, line = None, _Line()
     with Interrupt() as interrupt:
         events = evaluate(
-            record.folder / FOLDER,
-            recipe=ModelRecipe(**record.spec["model"]),
-            models=models,
+            Path(args.folder),
             benchmarks=names,
-            validation=_validation(record),
-            recorded_base=record.base_loss,
+            top=args.top,
             data=Path(args.data) if args.data else None,
             tasks=Path(args.tasks) if args.tasks else None,
             subset=args.subset,
-            device=args.device or record.spec["executor"]["device"],
+            device=args.device,
             allow_code_execution=args.allow_code_execution,
             weaker_sandbox=args.weaker_sandbox,
             stop=interrupt.stop,
@@ -144,27 +57,28 @@ def _evaluate(args: argparse.Namespace, record: StudyRecord, names: list[str], m
         for event in events:
             if isinstance(event, Progress):
                 line.show(event)
+                continue
+            line.end()
+            if isinstance(event, Scored):
+                scored = event
             else:
-                line.end()
                 print(event.text, flush=True)
         line.end()
-        return interrupt.stop.is_set()
+    if scored is None:
+        print(f"Stopped; nothing is lost. Go on with: {shlex.join(args.command_line)}")
+        return INTERRUPTED
+    print(f"\n{scored.text}\n\nEvery answer: {scored.folder}")
+    _refresh(Path(args.folder) / "report.html")
+    return 0
 
 
-def _validation(record: StudyRecord) -> Path:
-    """The study's prepared data; prepared anew when the cache was emptied."""
-    import json
+def _refresh(report: Path) -> None:
+    """Write the study's report anew, where it has one: it shows the scores."""
+    if report.is_file():
+        from loratune.record import read
+        from loratune.report import write_report
 
-    from loratune.record.trials import text_of
-
-    recipe = record.folder / "recipe.json"
-    folder = Path(json.loads(text_of(recipe))["data"])
-    if not (folder / "manifest.json").is_file():
-        from loratune.driver import prepare_data
-        from loratune.spec import StudySpec
-
-        folder = prepare_data(StudySpec.load(record.folder / "spec.yaml"), []).folder
-    return folder
+        print(f"Report: {write_report([read(report.parent)], report)}")
 
 
 class _Line:

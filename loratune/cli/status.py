@@ -58,7 +58,9 @@ def is_running(folder: Path) -> bool:
 
 
 def facts(record: StudyRecord) -> dict[str, Any]:
-    """The study in plain numbers and texts; losses in nats per response token, times in seconds."""
+    """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
+    from loratune.cli.scored import scored
+
     progress, running = record.progress, is_running(record.folder)
     states = [trial.state for trial in record.trials]
     budget = record.spec.get("budget", {}).get("trials")
@@ -77,6 +79,7 @@ def facts(record: StudyRecord) -> dict[str, Any]:
         "front": _front(record),
         "default": _brief(record.default),
         "base_loss": record.base_loss,
+        "scores": scored(record),
         "tokens": record.tokens,
         "tokens_per_second": progress.get("tokens_per_second") if running else None,
         "device_seconds": record.device_seconds,
@@ -117,6 +120,7 @@ def _print(record: StudyRecord) -> None:
     from rich.text import Text
 
     from loratune.cli import tables
+    from loratune.cli.scored import score_table
     from loratune.cli.words import count, counts, duration
 
     console = Console(highlight=False)
@@ -147,6 +151,9 @@ def _print(record: StudyRecord) -> None:
         console.print(_front_table(now["front"]))
     console.print()
     console.print(tables.standing(record.best, record.default, record.base_loss))
+    if now["scores"]:
+        console.print("\nscores in %")
+        console.print(score_table(now["scores"]))
     for name in ("report.html", "adapter"):
         if now["finished"] and (record.folder / name).exists():
             console.print(Text(f"{name.partition('.')[0]:<8} {record.folder / name}"), soft_wrap=True)

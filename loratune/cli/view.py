@@ -72,9 +72,12 @@ class View(ABC):
 
     @property
     def base_loss(self) -> float | None:
-        """The untuned model's, measured at the start of trial 0."""
-        outcomes = self.trials[0].outcomes if 0 in self.trials else ()
-        return next((p.validation_loss for o in outcomes for p in o.curve if p.step == 0), None)
+        """The untuned model's, measured at the start of the first trial that was trained."""
+        first = self._first_trained()
+        return next((p.validation_loss for p in first.outcomes[0].curve if p.step == 0), None) if first is not None else None
+
+    def _first_trained(self) -> Trial | None:
+        return next((trial for _, trial in sorted(self.trials.items()) if trial.outcomes), None)
 
     def snapshot(self) -> dict[str, Any]:
         """progress.json; empty before this start has written it."""
@@ -113,7 +116,8 @@ class Lines(View):
         self.note(f"trial {trial.number} begins: {params(trial.params)}")
 
     def settled(self, trial: Trial, outcome: Outcome, improved: bool) -> None:
-        self.note(ended(trial, outcome, self.base_loss if trial.number == 0 else None) + ("  <- best so far" if improved else ""))
+        base = self.base_loss if trial is self._first_trained() else None
+        self.note(ended(trial, outcome, base) + ("  <- best so far" if improved else ""))
         self._said = time.monotonic()
 
     def progressed(self, progress: Progress) -> None:

@@ -55,11 +55,12 @@ def totals(snapshot: dict[str, Any]) -> list[str]:
 
 def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
     """What became of a trial's segment, in one line."""
-    seconds = f"{duration(outcome.train_seconds + outcome.validation_seconds)}"
+    seconds = f"{duration(outcome.train_seconds + outcome.validation_seconds + outcome.scoring_seconds)}"
     if trial.state in (COMPLETE, PAUSED, RUNNING):
         first = f" (base model {loss(base)})" if base is not None else ""
         waits = f", paused at step {outcome.key.rpartition('/')[2].lstrip('0')}" if trial.state == PAUSED else ""
-        return f"trial {trial.number}: validation loss {loss(trial.value)}{first}{waits}, {seconds}"
+        scores = "".join(f", {name} {score:.3f}" for name, score in outcome.scores.items())
+        return f"trial {trial.number}: validation loss {loss(trial.value)}{first}{scores}{waits}, {seconds}"
     return f"trial {trial.number} {trial.state} after {seconds}: {trial.message}".rstrip(": ")
 
 

@@ -46,9 +46,7 @@ def read_adapter(folder: Path, base: BaseModel) -> Lora:
         config, tensors = json.loads(configuration), load(tensors_file)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder} holds no readable adapter: {error}. Give the `adapter` folder of a completed trial.") from error
-    unknown = [
-        name for name in ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices") if config.get(name)
-    ]
+    unknown = [name for name in _MORE if config.get(name)]
     if unknown or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise ModelError(f"{folder}: only plain LoRA adapters can be scored together; this one has {', '.join(unknown) or 'another type'}.")
     exact = torch.float64 if base.dtype == torch.float64 else torch.float32

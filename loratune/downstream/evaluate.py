@@ -9,14 +9,15 @@ again. torch is imported when there is something left to answer.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.downstream.base import Benchmark, Item, stratified
-from loratune.downstream.registry import HARNESS, build
-from loratune.downstream.scores import Ledger, fingerprint
+from loratune.downstream.guided import items_that_guided
+from loratune.downstream.registry import HARNESS, build, may_run
+from loratune.downstream.scores import Ledger, alone, fingerprint
 from loratune.errors import EvaluationError
 from loratune.files import write_atomically
 from loratune.work import ModelRecipe
@@ -87,17 +88,22 @@ def evaluate(
     data: Path | None = None,
     tasks: Path | None = None,
     subset: int | None = None,
+    leave_out: Mapping[str, Collection[str]] | None = None,
     seed: int = 0,
     device: str = "auto",
     allow_code_execution: bool = False,
     weaker_sandbox: bool = False,
+    loaded: "BaseModel | None" = None,
     stop: threading.Event | None = None,
 ) -> Iterator[Event]:
     """Score `models` on `benchmarks` and keep the results in `folder`.
 
     validation: the prepared data (finetune/prepare.py) whose losses were recorded; recorded_base: the bare model's.
     data: the benchmarks' own data. tasks: folder with descriptions of lm-evaluation-harness tasks. subset: items per
-    benchmark, drawn with `seed`. Setting `stop` ends the generator after the running tokens.
+    benchmark, drawn with `seed`. leave_out: benchmark -> ids of items that must not count; by default those that guided the
+    search of the study that `folder` lies in (guided.py). loaded: the bare model, where it is in memory already.
+
+    Setting `stop` ends the generator after the running tokens.
 
     Raises EvaluationError, DataError, ModelError, StorageError, MissingExtraError; those that can be known are raised
     before anything is computed.
@@ -107,62 +113,50 @@ def evaluate(
         raise EvaluationError("a model or a benchmark is named twice.")
     own = [build(name, data, weaker=weaker_sandbox) for name in benchmarks if not name.startswith(HARNESS)]
     foreign = [name.removeprefix(HARNESS) for name in benchmarks if name.startswith(HARNESS)]
-    _may_run(own, foreign, tasks, allow=allow_code_execution, weaker=weaker_sandbox)
-    prints = {model.name: fingerprint(model.adapter) for model in models}
+    may_run(own, foreign, tasks, allow=allow_code_execution, weaker=weaker_sandbox)
+    with alone(folder):
+        prints = {model.name: fingerprint(model.adapter) for model in models}
 
-    def identity(model: Model, name: str) -> dict[str, Any]:
-        base = f"{recipe.name_or_path}@{recipe.revision or 'main'}"
-        return {"benchmark": name, "base": base, "adapter": prints[model.name], "seed": seed}
+        def identity(model: Model, name: str) -> dict[str, Any]:
+            base = f"{recipe.name_or_path}@{recipe.revision or 'main'}"
+            return {"benchmark": name, "base": base, "adapter": prints[model.name], "seed": seed}
 
-    works = []
-    for benchmark in own:
-        items, version = stratified(benchmark.items(), subset, seed), {"version": benchmark.version}
-        ledgers = {m.name: Ledger(folder, m.name, benchmark.name, identity(m, benchmark.name) | version) for m in models}
-        works.append(_Work(benchmark=benchmark, items=items, ledgers=ledgers))
-        for model in models:
-            _describe(ledgers[model.name], benchmark, model, len(items), subset)
-    if not foreign and not any(work.lacking() for work in works):
-        yield Note("All of it was scored before.")
-        return
-    base, adapters, places = _load(recipe, models, device)
-    try:
-        yield from _prove(folder, base, adapters, places, models, prints, validation, recorded_base, stop.is_set)
-        for number, work in enumerate(works, 1):
-            yield Note(f"Benchmark {number} of {len(benchmarks)}: {work.benchmark.title}, {len(work.items):,} items, {len(models)} models")
-            yield from _answer(work, base, adapters, places, seed, stop.is_set)
-            for model in models:  # once more, with the seconds it took
-                _describe(work.ledgers[model.name], work.benchmark, model, len(work.items), subset)
-        for task in foreign:
-            yield from _harness(
-                folder, task, base, adapters, places, models, identity, tasks, subset, allow_code_execution, seed, stop.is_set
-            )
-    except InterruptedError:
-        yield Note("Stopped; what was answered is kept.")
-    finally:
-        adapters.close()
-
-
-def _may_run(own: Sequence[Benchmark], foreign: Sequence[str], tasks: Path | None, *, allow: bool, weaker: bool) -> None:
-    """Refuse what cannot or may not be done, before anything is."""
-    running = [benchmark.name for benchmark in own if benchmark.runs_code]
-    if running and not allow:
-        raise EvaluationError(
-            f"{', '.join(running)} runs programs that the models write. They run in a sandbox (see loratune.downstream.sandbox for what "
-            "it does not cover); allow it with --allow-code-execution, or leave the benchmark out."
-        )
-    if running and not weaker:
-        from loratune.downstream.sandbox import namespaces_missing
-
-        if missing := namespaces_missing():
-            raise EvaluationError(
-                f"{', '.join(running)}: programs cannot be isolated by namespaces here ({missing}). Run where user namespaces are allowed, "
-                "or accept the weaker walls that loratune.downstream.sandbox describes with --weaker-sandbox."
-            )
-    if foreign:
-        from loratune.downstream import harness
-
-        harness.require()
-        harness.check(foreign, tasks)
+        works = []
+        leave_out = items_that_guided(folder.parent) if leave_out is None else leave_out
+        for name in foreign if leave_out else ():
+            yield Note(f"{HARNESS}{name}: items that guided the search ({', '.join(leave_out)}) cannot be left out of it.")
+        for benchmark in own:
+            items, version = benchmark.items(), {"version": benchmark.version}
+            guided = set(leave_out.get(benchmark.name, ()))
+            if guided:
+                items = [item for item in items if item.id not in guided]
+                yield Note(f"{benchmark.title}: {len(guided):,} items guided the search and are left out; {len(items):,} are left.")
+            items = stratified(items, subset, seed)
+            ledgers = {m.name: Ledger(folder, m.name, benchmark.name, identity(m, benchmark.name) | version) for m in models}
+            works.append(_Work(benchmark=benchmark, items=items, ledgers=ledgers))
+            for model in models:
+                _describe(ledgers[model.name], benchmark, model, len(items), subset)
+        if not foreign and not any(work.lacking() for work in works):
+            yield Note("All of it was scored before.")
+            return
+        base, adapters, places = _load(recipe, models, device, loaded)
+        try:
+            yield from _prove(folder, base, adapters, places, models, prints, validation, recorded_base, stop.is_set)
+            for number, work in enumerate(works, 1):
+                yield Note(
+                    f"Benchmark {number} of {len(benchmarks)}: {work.benchmark.title}, {len(work.items):,} items, {len(models)} models"
+                )
+                yield from _answer(work, base, adapters, places, seed, stop.is_set)
+                for model in models:  # once more, with the seconds it took
+                    _describe(work.ledgers[model.name], work.benchmark, model, len(work.items), subset)
+            for task in foreign:
+                yield from _harness(
+                    folder, task, base, adapters, places, models, identity, tasks, subset, allow_code_execution, seed, stop.is_set
+                )
+        except InterruptedError:
+            yield Note("Stopped; what was answered is kept.")
+        finally:
+            adapters.close()
 
 
 def _describe(ledger: Ledger, benchmark: Benchmark, model: Model, items: int, subset: int | None) -> None:
@@ -178,12 +172,14 @@ def _describe(ledger: Ledger, benchmark: Benchmark, model: Model, items: int, su
     )
 
 
-def _load(recipe: ModelRecipe, models: Sequence[Model], device: str) -> tuple["BaseModel", "Adapters", dict[str, int]]:
+def _load(
+    recipe: ModelRecipe, models: Sequence[Model], device: str, loaded: "BaseModel | None"
+) -> tuple["BaseModel", "Adapters", dict[str, int]]:
     """The frozen model with all adapters hooked in, and each model's place; the bare model has one in any case."""
     from loratune.downstream.adapters import Adapters, read_adapter
     from loratune.finetune.model import choose_device, load
 
-    base = load(recipe, choose_device(device))
+    base = loaded or load(recipe, choose_device(device))
     tuned = [model for model in models if model.adapter is not None]
     adapters = Adapters(base, [None, *(read_adapter(model.adapter, base) for model in tuned if model.adapter)])
     places = {model.name: 0 for model in models} | {model.name: place for place, model in enumerate(tuned, 1)}

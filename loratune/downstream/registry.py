@@ -1,10 +1,11 @@
-"""Names -> benchmarks. Each is imported when it is asked for.
+"""Names -> benchmarks, and whether they may run here. Each is imported when it is asked for.
 
 A new benchmark is a file of this folder, its line here, and nothing else.
 """
 
 import difflib
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,29 @@ def build(name: str, data: Path | None = None, *, weaker: bool = False) -> Bench
         raise DataError("humaneval is read from a folder: give --data FOLDER with HumanEval.jsonl.gz of github.com/openai/human-eval.")
     places = () if name in EMBEDDED else (data,)
     return make(*places, weaker=weaker) if make.runs_code else make(*places)
+
+
+def may_run(own: Sequence[Benchmark], foreign: Sequence[str], tasks: Path | None, *, allow: bool, weaker: bool) -> None:
+    """Refuse what cannot or may not be done: `own` benchmarks, and `foreign` tasks of lm-evaluation-harness.
+
+    Raises EvaluationError, and MissingExtraError where the harness is not installed.
+    """
+    running = [benchmark.name for benchmark in own if benchmark.runs_code]
+    if running and not allow:
+        raise EvaluationError(
+            f"{', '.join(running)} runs programs that the models write. They run in a sandbox (see loratune.downstream.sandbox for what "
+            "it does not cover); allow it with --allow-code-execution, or leave the benchmark out."
+        )
+    if running and not weaker:
+        from loratune.downstream.sandbox import namespaces_missing
+
+        if missing := namespaces_missing():
+            raise EvaluationError(
+                f"{', '.join(running)}: programs cannot be isolated by namespaces here ({missing}). Run where user namespaces are allowed, "
+                "or accept the weaker walls that loratune.downstream.sandbox describes with --weaker-sandbox."
+            )
+    if foreign:
+        from loratune.downstream import harness
+
+        harness.require()
+        harness.check(foreign, tasks)

@@ -10,17 +10,22 @@ Lines are only ever appended; a crash can tear the last one, which is then dropp
 adapter, version or seed is put aside, never mixed in. Of a benchmark only the items that were done count.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from loratune.errors import StorageError
 from loratune.files import write_atomically
-from loratune.statistics import Interval, bootstrap_mean, paired_difference
+
+if TYPE_CHECKING:
+    from loratune.statistics import Interval  # needs scipy, which `loratune status` need not wait for
 
 FOLDER = "evaluation"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -53,17 +58,50 @@ class Result:
         """Whether all items that were asked for have their score."""
         return len(self.scores) >= int(self.facts["items"])
 
-    def interval(self) -> Interval:
+    @property
+    def value(self) -> float:
+        """The benchmark's score: the mean over items, or over groups. Raises StatisticsError before the first item."""
+        members: dict[str, list[float]] = {}
+        for item, score in self.scores.items():
+            members.setdefault(self.groups[item] if self.facts.get("mean_over_groups") else "", []).append(score)
+        return fmean(map(fmean, members.values()))
+
+    def interval(self) -> "Interval":
         """The benchmark's score with its 95 % interval over items."""
+        from loratune.statistics import bootstrap_mean
+
         return bootstrap_mean(list(self.scores.values()), _SEED, self._groups(self.scores))
 
-    def against(self, other: "Result") -> Interval:
+    def against(self, other: "Result") -> "Interval":
         """This score minus the other's on the items that both answered. Raises ValueError when there are none."""
+        from loratune.statistics import paired_difference
+
         both = [item for item in self.scores if item in other.scores]
         return paired_difference([self.scores[i] for i in both], [other.scores[i] for i in both], _SEED, self._groups(both))
 
     def _groups(self, items: Iterable[str]) -> list[str] | None:
         return [self.groups[item] for item in items] if self.facts.get("mean_over_groups") else None
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While open, no other process answers into `folder`. Raises StorageError while one does.
+
+    A POSIX lock: it ends with the process, whatever children of a killed one are still about.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror}. Open the folder, then run again.") from error
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StorageError(f"{folder} is being written by another evaluation. Wait for it, or stop it first.") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 class Ledger:
@@ -101,12 +139,15 @@ class Ledger:
         write_atomically(self._facts, json.dumps({**self._identity, **facts, "seconds": round(self.seconds, 3)}, indent=1) + "\n")
 
 
-def read_results(folder: Path) -> list[Result]:
-    """All results below `folder` (a study's `evaluation`), trials by number, then base. Safe while they are written."""
+def read_results(folder: Path, *, begun: bool = False) -> list[Result]:
+    """All results below `folder` (a study's `evaluation`), trials by number, then base. Safe while they are written.
+
+    begun: also those that were asked for and have no answer yet.
+    """
     found = []
     for facts in sorted(folder.glob("*/*.json")):
         lines = list(_read_lines(facts.with_suffix(".jsonl")))
-        if facts.name == "proof.json" or not lines:
+        if facts.name == "proof.json" or not (lines or begun):
             continue
         found.append(
             Result(
@@ -125,7 +166,7 @@ def read_results(folder: Path) -> list[Result]:
 class Cell:
     """A place of the table model x benchmark."""
 
-    score: Interval
+    score: "Interval"
     n: int  # items
     chance: float | None
     done: bool

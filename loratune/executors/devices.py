@@ -29,3 +29,9 @@ def cuda_devices(device: Literal["auto", "cpu", "cuda"], chosen: Sequence[int] |
     if devices and len(devices) < per_trial:
         raise TrainingError(f"training.devices_per_trial is {per_trial}, but only {len(devices)} CUDA device(s) can be used: {devices}.")
     return devices
+
+
+def seen_as(device: int) -> str:
+    """torch's name in this process for a device of `cuda_devices`: `CUDA_VISIBLE_DEVICES` numbers the visible ones anew."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"cuda:{device if visible is None else [index.strip() for index in visible.split(',')].index(str(device))}"

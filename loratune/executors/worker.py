@@ -17,7 +17,7 @@ import threading
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
-from loratune.errors import LoratuneError
+from loratune.errors import LoratuneError, kind_of
 from loratune.executors.base import News, Notice
 from loratune.executors.inbox import QueueInbox
 from loratune.work import Outcome, Recipe, Segment, State
@@ -43,7 +43,7 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
         engine = load_engine(recipe, root)
     except LoratuneError as error:  # a model that cannot be loaded: every segment gets the same clear answer
         while (segment := inbox(wait=True)) is not None:
-            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error)))
+            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=kind_of(error)))
         return
     if engine.notice:
         _send(driver, Notice(text=engine.notice))

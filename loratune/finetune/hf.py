@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune.errors import DataError, ModelError, StorageError, TrainingError
+from loratune.errors import DataError, ModelError, StorageError, TrainingError, kind_of
 from loratune.files import write_atomically
 from loratune.finetune import distributed, lora, memory, model, segment
 from loratune.finetune.batches import Tokens
@@ -82,7 +82,7 @@ class HfEngine:
 
     def _attempt(self, wanted: Segment, folder: Path, report: Callable[[Progress], None], stop: threading.Event) -> Outcome:
         run: SegmentRun | None = None
-        state, message, details = State.COMPLETED, "", ""
+        state, message, details, kind = State.COMPLETED, "", "", ""
         try:
             adapter, key = lora.attach(self.base.model, wanted.hyperparameters, wanted.seed)
             if self.recipe.training.gradient_checkpointing:
@@ -104,7 +104,7 @@ class HfEngine:
         except DivergedError as error:
             state, message = State.DIVERGED, f"diverged at {error}; lower learning rates are safer"
         except (ModelError, DataError, StorageError) as error:
-            state, message = State.BAD_INPUT, str(error)
+            state, message, kind = State.BAD_INPUT, str(error), kind_of(error)
         except Exception as error:
             details = traceback.format_exc()
             if memory.is_out_of_memory(error):
@@ -121,6 +121,7 @@ class HfEngine:
             "peak_memory_bytes": memory.peak_bytes(self.device),
             "devices": self.world,
             "device": memory.device_name(self.device),
+            "error": kind,
         }
         outcome = Outcome(key=wanted.key, state=state, message=message, **facts) if run is None else run.outcome(state, message, **facts)
         if message and self.rank == 0:

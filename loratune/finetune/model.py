@@ -39,11 +39,13 @@ class BaseModel:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda`; under torchrun the CUDA device of this process's LOCAL_RANK. Raises ModelError."""
-    if name == "cuda" and not torch.cuda.is_available():
+    """`auto`, `cpu`, `cuda` or `cuda:1`; under torchrun the CUDA device of this process's LOCAL_RANK. Raises ModelError."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError("device: cuda was asked for, but torch sees no CUDA device. Use device: cpu, or install a CUDA build of torch.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if name.startswith("cuda:"):
+        return torch.device(name)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 

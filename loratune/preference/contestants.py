@@ -24,17 +24,26 @@ class Contestant(Json):
     weights: str = ""  # SHA-256 of the adapter's config and weights: whether it is still the same
 
 
-def choose(given: str, study: StudyRecord | None) -> Contestant:
-    """The contestant that `given` names.
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What `tuned` stands for: a trial and one of its adapters, which a selection chose."""
+
+    trial: Trial
+    adapter: Path  # PEFT folder
+
+
+def choose(given: str, study: StudyRecord | None, tuned: Tuned | None = None) -> Contestant:
+    """The contestant that `given` names. tuned: by default the study's trial with the lowest validation loss.
 
     Raises StorageError when the study has no such trial or its adapter is gone, ModelError for a folder
     without an adapter.
     """
     if given == "base":
         return Contestant(label="base model", name="base", adapter=None)
-    trial = _trial(given, study)
+    chosen = tuned if given == "tuned" else None
+    trial = _trial(given, study) if chosen is None else chosen.trial
     if trial is not None and study is not None:
-        adapter = _adapter_of(study, trial)
+        adapter = _adapter_of(study, trial) if chosen is None else chosen.adapter.resolve()
         label = f"trial {trial.number}" + (f" ({given})" if given in NAMES else "")
         return Contestant(label=label, name=f"trial-{trial.number}", adapter=str(adapter), weights=_digest(adapter))
     folder = Path(given)

@@ -13,6 +13,7 @@
         began              how many segments were settled before this trial began; replay needs it
         trial.json         hyperparameters, state, value
         main/              a run: log.txt, checkpoint-*/, adapter/, outcomes/0000240.json
+      scoring/             scores that guide the search, item by item (downstream/scoring.py)
       best.yaml, adapter/, report.html, figures/
 
 There is one writer, the driver (`Record`); workers write inside their run's folder alone.

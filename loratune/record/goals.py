@@ -16,7 +16,7 @@ from loratune.record.trials import DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED,
 from loratune.samplers.base import SO_FAR
 from loratune.spec import StudySpec
 from loratune.spec.limits import Constraint
-from loratune.spec.objectives import GROWING, KNOWN
+from loratune.spec.objectives import GROWING, KNOWN, SCORES
 from loratune.work import Hyperparameters, Outcome, State
 
 Sizes = Callable[[Hyperparameters], int]  # an adapter's number of trainable parameters
@@ -46,24 +46,35 @@ class Goals:
     def several(self) -> bool:
         return len(self.objectives) > 1
 
+    def size(self, hyperparameters: Hyperparameters) -> float:
+        """The adapter's number of trainable parameters; NaN where no objective or constraint asks for it."""
+        return self._known(hyperparameters)["inference_cost"]
+
     def refusal(self, hyperparameters: Hyperparameters) -> str:
         """Why such a trial need not be trained; "" where it may."""
         return self._broken(self._known(hyperparameters), lambda limit: limit.metric in KNOWN)
 
     def broken(self, trial: Trial, end: bool) -> str:
         """The constraints that the trial broke for good, at the `end` of a full run or on the way; "" where none."""
-        return self._broken(self._measured(trial), lambda limit: end or (limit.metric in GROWING and limit.lasting))
+        measured = self._measured(trial)
+        unscored = {name for name in SCORES if math.isnan(measured[name])}
+        return self._broken(measured, lambda limit: (end and limit.metric not in unscored) or (limit.metric in GROWING and limit.lasting))
 
     def minimised(self, trial: Trial) -> tuple[float, ...]:
-        """What the trial has of the objectives so far, each to be minimised; NaN where it is not measured."""
+        """What the trial has of the objectives so far, each to be minimised; NaN where it is not measured.
+
+        Scores are left out: trials are compared at the end of a rung, and scored only when no rung is left.
+        """
         measured = self._measured(trial)
-        return tuple(sign * measured.get(name, math.nan) for name, sign in zip(self.objectives, self._signs, strict=True))
+        pairs = zip(self.objectives, self._signs, strict=True)
+        return tuple(sign * measured.get(name, math.nan) for name, sign in pairs if name not in SCORES)
 
     def valued(self, trial: Trial, others: Iterable[Trial]) -> Trial:
         """The trial with its value and its objectives' values, as Optuna is to be told them.
 
-        What it could not measure is the worst seen in `others`, the untuned model's loss included, else infinite. A trial
-        that diverged has the worst of everything, lest a small adapter that learns nothing stands on the front.
+        What it could not measure is the worst seen in `others`, the untuned model's loss included, else infinite, of a score 0;
+        so the score of a trial that was not trained to its end is the lowest that was measured. A trial that diverged has the
+        worst of everything, lest a small adapter that learns nothing stands on the front.
         """
         if trial.state == FAILED:
             return trial
@@ -119,12 +130,16 @@ class Goals:
             "train_seconds": sum(o.train_seconds * o.devices for o in run) if run else math.nan,
             "peak_memory_gib": peak / 2**30 if peak else math.nan,
             **self._known(trial.hyperparameters),
+            **{name: run[-1].scores.get(name, math.nan) if run else math.nan for name in SCORES},
         }
 
     def _worst(self, trials: list[Trial]) -> list[float]:
         losses = [p.validation_loss for t in trials for p in t.curve if p.validation_loss is not None]
         found = [max(losses, default=math.inf)]
-        for place, sign in list(enumerate(self._signs))[1:]:
+        for place, (name, sign) in list(enumerate(zip(self.objectives, self._signs, strict=True)))[1:]:
+            if name in SCORES:  # measured ones alone: many trials are told of before the first is scored
+                found.append(min((o.scores[name] for t in trials for o in t.outcomes if name in o.scores), default=0.0))
+                continue
             seen = [sign * t.values[place] for t in trials if t.values and math.isfinite(t.values[place])]
             found.append(sign * max(seen, default=math.inf))
         return found

@@ -48,6 +48,14 @@ class Meter:
         row |= {"step": progress.step, "tokens": progress.tokens}
         row |= {k: v for k in ("train_loss", "validation_loss") if (v := getattr(progress, k)) is not None}
 
+    def scoring(self, trial: int, done: int, total: int) -> None:
+        """So many of the answers that guide the search are there."""
+        row = {"trial": trial, "run": "scoring", "step": done, "total_steps": total, "tokens": 0}
+        self._running[f"{trial:04d}/scoring"] = row | {"train_loss": None, "validation_loss": None}
+
+    def scored(self, trial: int) -> None:
+        self._running.pop(f"{trial:04d}/scoring", None)
+
     def came(self, outcome: Outcome) -> None:
         """An outcome arrived from the executor (not from the record)."""
         self._running.pop(outcome.key, None)

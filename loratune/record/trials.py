@@ -39,7 +39,8 @@ class Trial(Json):
 
     @property
     def device_seconds(self) -> float:
-        return sum((o.train_seconds + o.validation_seconds) * o.devices for o in self.outcomes)
+        """Of training and validation, on every device, and of scoring, on one."""
+        return sum((o.train_seconds + o.validation_seconds) * o.devices + o.scoring_seconds for o in self.outcomes)
 
     @property
     def tokens(self) -> int:

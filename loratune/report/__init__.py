@@ -2,6 +2,7 @@
 
 write_report   studies -> report.html and figures/
 hand_over      study -> best.yaml and adapter/, an ordinary PEFT folder with a model card
+export         study -> a copy of any trial's adapter, or the model merged with it
 
 Nothing here imports torch; matplotlib, jinja2 and Optuna are imported when a report is written.
 """
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratune.record import StudyRecord
+from loratune.report.exporting import export
 from loratune.report.handover import hand_over
 
-__all__ = ["hand_over", "write_report"]
+__all__ = ["export", "hand_over", "write_report"]
 
 
 def write_report(records: Sequence[StudyRecord], destination: Path) -> Path:

@@ -82,7 +82,9 @@ def environment(record: StudyRecord) -> list[tuple[str, str]]:
     found = record.sessions[-1].get("environment") if record.sessions else None
     if not isinstance(found, dict):
         return []
-    lines = [(name.replace("_", " "), _plain(item)) for name, item in found.items() if item not in (None, "", [], {})]
+    # The machine's name is nobody's business once the report is passed on.
+    told = {name: item for name, item in found.items() if name != "host" and item not in (None, "", [], {})}
+    lines = [({"memory_gib": "memory, GiB"}.get(name, name), _plain(item)) for name, item in told.items()]
     return [*lines, ("starts", plural(len(record.sessions), "session"))]
 
 
@@ -122,12 +124,13 @@ def _validation(data: dict[str, Any]) -> str:
         return _sources(data["validation"])
     if data.get("validation_fraction"):
         return f"{100 * data['validation_fraction']:.3g} % of the training sources, held out"
-    return f"{show(data['validation_count'])} examples held out" if data.get("validation_count") else "held out of the training sources"
+    held = data.get("validation_count") or sum(source.get("validation_count") or 0 for source in data.get("train") or ())
+    return f"{held} examples held out of the training sources" if held else "held out of the training sources"
 
 
 def _training(training: dict[str, Any]) -> str:
     shown = ("epochs", "batch_size", "lr_scheduler_type", "warmup_ratio", "weight_decay", "target_modules", "use_rslora", "engine")
-    return show({name: training[name] for name in shown if name in training})
+    return show({label(name): training[name] for name in shown if name in training})
 
 
 def _budget(budget: dict[str, Any]) -> str:

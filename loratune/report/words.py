@@ -16,6 +16,7 @@ LABELS = {
     "batch_size": "batch size",
     "epochs": "epochs",
     "target_modules": "target modules",
+    "lr_scheduler_type": "learning rate schedule",
 }
 
 
@@ -71,7 +72,9 @@ def loss(value: float | None) -> str:
 
 def perplexity(loss: float | None) -> str:
     """exp(loss) in words; of a difference of losses, the ratio of the perplexities."""
-    return "–" if loss is None else f"{math.exp(loss):.3f}" if loss < 20 else f"e^{loss:.1f}"
+    if loss is None or loss >= 20:
+        return "–" if loss is None else f"e^{loss:.1f}"
+    return f"{math.exp(loss):.{3 if math.exp(loss) < 100 else 1}f}"
 
 
 def signed(value: float | None) -> str:

@@ -261,10 +261,11 @@ def _losses(candidates: Sequence[Candidate], rng: np.random.Generator, resamples
     runs = np.tile(flat, (1 + resamples, 1)) if weights is None else weights @ flat.T  # (1 + resamples, runs)
     # Additive fit: one column per candidate, one per seed but the first.
     design = np.column_stack([who[:, None] == np.arange(len(given)), when[:, None] == np.arange(1, when.max() + 1)]).astype(float)
-    means = np.linalg.pinv(design)[: len(given)]  # (K, runs): runs -> mu, at the first seed
+    fit = np.linalg.pinv(design)
+    means = fit[: len(given)]  # (K, runs): runs -> mu, at the first seed
     measured = flat if weights is None else flat.mean(axis=1)
     spare = len(flat) - np.linalg.matrix_rank(design)
-    rest = measured - design @ (np.linalg.pinv(design) @ measured)
+    rest = measured - design @ (fit @ measured)
     if spare > 0:
         noise = rng.choice(rest * np.sqrt(len(rest) / spare), size=(resamples, len(flat)))
     elif len(given) == 1:
@@ -274,6 +275,6 @@ def _losses(candidates: Sequence[Candidate], rng: np.random.Generator, resamples
     else:
         noise = noise_sd * rng.standard_normal((resamples, len(flat)))
     fitted = (runs + np.vstack([np.zeros(len(flat)), noise])) @ means.T
-    # pinv puts the fit at the first seed; told is the mean over the seeds there are, the same shift for all.
-    found: Floats = fitted - (fitted[0] - measured.mean()).mean() if (when.max() > 0) else fitted
+    # The fit is at the first seed; told is the mean over the seeds there are: of who ran with all of them its plain mean.
+    found: Floats = fitted + (fit[len(given) :] @ measured).sum() / (when.max() + 1)
     return found

@@ -24,7 +24,7 @@ from typing import Self
 import numpy as np
 
 from loratune import executors
-from loratune.errors import StorageError, TrainingError
+from loratune.errors import StorageError, error_of
 from loratune.executors import Executor, Notice
 from loratune.executors.devices import cuda_devices
 from loratune.finetune.data import DataRecipe
@@ -129,7 +129,7 @@ class Rerun:
         are there).
 
         Returns their losses, infinite where one diverged or ran out of memory; None when it was stopped.
-        Raises TrainingError when a run cannot be trained here; another start tries it again.
+        Raises TrainingError, or what names the bad input, when a run cannot be trained here; another start tries it again.
         """
         trials = {(segment := self._segment(trial, run)).key: (trial, segment) for trial, run in wanted}
         done = {
@@ -153,7 +153,7 @@ class Rerun:
                 elif isinstance(item, Progress):
                     yield item
                 elif item.state in (State.BAD_INPUT, State.CRASHED):
-                    raise TrainingError(f"{item.key}: {item.message}")
+                    raise error_of(item.error, f"{item.key}: {item.message}")
                 elif item.state is not State.CANCELLED:
                     self._record.keep(item)  # before anything else is done with it
                     done[item.key] = item

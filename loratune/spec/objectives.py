@@ -1,8 +1,8 @@
 """What the search makes small, and what it must keep: the objectives and constraints of a study.
 
 The first objective is always the validation loss; the others make it a search for a front, on which no
-trial is better than another in everything. Downstream scores do not guide the search: choose by them
-among its trials, with `loratune select`.
+trial is better than another in everything. A benchmark's name stands for its score on some of its items
+(`scoring.items`), which `loratune evaluate` then leaves out: what chose is not what reports.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,9 @@ from loratune.spec.limits import Constraint, parse
 from loratune.spec.mistakes import FieldPath, MistakesError, not_allowed, shown
 from loratune.spec.sections import Section
 
-Metric = Literal["validation_loss", "tokens", "train_seconds", "adapter_mb", "peak_memory_gib", "inference_cost"]
+Cost = Literal["validation_loss", "tokens", "train_seconds", "adapter_mb", "peak_memory_gib", "inference_cost"]
+Score = Literal["mmlu", "mmlu_loglikelihood", "bbh", "drop", "humaneval", "demo_choice", "demo_match", "demo_code"]
+Metric = Literal[Cost, Score]
 METRICS: dict[str, str] = {
     "validation_loss": "nats per response token",
     "tokens": "training tokens of the trial's last run, prompt and response",
@@ -22,34 +24,40 @@ METRICS: dict[str, str] = {
     "adapter_mb": "trainable parameters x 4 bytes, 10^6 bytes",
     "peak_memory_gib": "of the device (on CPU of the process) in training, 2^30 bytes, all slots of the process together",
     "inference_cost": "multiply-adds per token that the adapter adds to the base: its trainable parameters",
+    **dict.fromkeys(get_args(Score), "the benchmark's score on the items that guide the search, 0 to 1; more is better"),
 }
+SCORES: tuple[str, ...] = get_args(Score)
+RUN_CODE = ("humaneval", "demo_code")  # scoring them runs programs that the model writes
 KNOWN = ("adapter_mb", "inference_cost")  # follow from the hyperparameters and the model, without training
 GROWING = ("tokens", "train_seconds", "peak_memory_gib")  # once above a bound, more training does not bring them below
 SINGLE_OBJECTIVE = ("nni_tpe", "cmaes")  # samplers
-_SCORES = ("score", "mmlu", "bbh", "drop", "humaneval")
 
 
 class Objective(Section):
     """One number that the search makes small, or large. May be written as its name alone."""
 
     name: Metric = Field(description=" | ".join(METRICS))
-    direction: Literal["minimize", "maximize"] = Field("minimize", description="minimize | maximize")
+    direction: Literal["minimize", "maximize"] = Field("minimize", description="minimize | maximize; of a score always maximize")
 
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, given: Any) -> Any:
         fields = {"name": given} if isinstance(given, str) else given
         name = fields.get("name") if isinstance(fields, Mapping) else None
-        if name in _SCORES:
-            raise ValueError(f"{name!r}: a downstream score cannot guide the search; choose by it afterwards: loratune select --prefer")
+        if isinstance(name, str) and name.startswith("lm_eval:"):
+            raise ValueError(f"{name!r}: the items of such a task cannot be kept apart for the search; allowed are {', '.join(SCORES)}")
         if isinstance(given, str) and given not in METRICS:
             raise ValueError(not_allowed(given, METRICS))
+        if name in SCORES and isinstance(fields, Mapping) and "direction" not in fields:
+            return {**fields, "direction": "maximize"}
         return fields
 
     @model_validator(mode="after")
-    def _loss_is_minimised(self) -> "Objective":
+    def _has_a_natural_direction(self) -> "Objective":
         if self.name == "validation_loss" and self.direction == "maximize":
             raise MistakesError(((("direction",), "validation_loss is minimised"),))
+        if self.name in SCORES and self.direction == "minimize":
+            raise MistakesError(((("direction",), f"{self.name} is a score, and maximised"),))
         return self
 
     @model_serializer
@@ -86,7 +94,10 @@ def limits(texts: Any) -> tuple[Constraint, ...]:
     found, mistakes = [], list[tuple[FieldPath, str]]()
     for place, text in enumerate(texts):
         try:
-            found.append(parse(text, get_args(Metric)))
+            limit = parse(text, METRICS)
+            if limit.metric in SCORES and not 0 <= limit.bound <= 1:
+                raise ValueError(f"{limit}: a score is a share, from 0 to 1")
+            found.append(limit)
         except ValueError as error:
             mistakes.append(((place,), str(error)))
         except TypeError:

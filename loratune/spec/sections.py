@@ -189,6 +189,15 @@ class Schedule(Section):
         return float(Fraction(given)) if isinstance(given, str) and re.fullmatch(r"\d+/[1-9]\d*", given) else given
 
 
+class Scoring(Section):
+    """How benchmarks among the objectives and constraints are scored, after each trial that was trained to its end."""
+
+    items: int = Field(200, ge=1, description="of each benchmark, drawn with the seed, at most half; `loratune evaluate` leaves them out")
+    data: str | None = Field(None, min_length=1, description="folder of the benchmarks' data; null: the Hugging Face hub")
+    allow_code_execution: bool = Field(False, description="run, in a sandbox, the programs that models write (humaneval)")
+    weaker_sandbox: bool = Field(False, description="accept the sandbox without namespaces where they are missing")
+
+
 class Executor(Section):
     """Where trials are trained."""
 
@@ -213,4 +222,6 @@ class Output(Section):
     """What the study leaves behind."""
 
     folder: str | None = Field(None, description="of the study; null: runs/<name>")
-    keep_adapters: int | None = Field(10, ge=0, description="how many of the best trials keep theirs, beside trial 0; null: all do")
+    keep_adapters: int | None = Field(
+        10, ge=0, description="how many of the best trials keep theirs, beside trial 0 and the front; null: all do"
+    )

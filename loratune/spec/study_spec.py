@@ -16,9 +16,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from loratune.errors import SpecError
 from loratune.spec.limits import Constraint
 from loratune.spec.mistakes import MistakesError, found_in
-from loratune.spec.objectives import METRICS, Objective, checked, limits, listed, not_for
+from loratune.spec.objectives import METRICS, RUN_CODE, SCORES, Objective, checked, limits, listed, not_for
 from loratune.spec.searchable import ALIASES, NAMES
-from loratune.spec.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Section, Training
+from loratune.spec.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Scoring, Section, Training
 from loratune.spec.space import SearchSpace
 from loratune.spec.written import SECTION_ALIASES, SHORTHAND, Written, lines_of
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, TrainingRecipe
@@ -44,6 +44,7 @@ class StudySpec(Section):
     search_space: SearchSpace = Field(default_factory=lambda: SearchSpace.of("published"))
     sampler: Sampler = Field(default_factory=Sampler)
     schedule: Schedule = Field(default_factory=Schedule)
+    scoring: Scoring = Field(default_factory=Scoring)
     executor: Executor = Field(default_factory=Executor)
     budget: Budget = Field(default_factory=Budget)
     output: Output = Field(default_factory=Output)
@@ -83,6 +84,14 @@ class StudySpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _code_is_allowed(self) -> Self:
+        running = [name for name in self.scores if name in RUN_CODE]
+        if running and not self.scoring.allow_code_execution:
+            what = f"{', '.join(running)} runs programs that the models write; write true to let them run in a sandbox, or leave it out"
+            raise MistakesError(((("scoring", "allow_code_execution"), what),))
+        return self
+
+    @model_validator(mode="after")
     def _named(self) -> Self:
         if not self.name:
             parts = [Path(self.model.name_or_path).name, *(Path(source.path).stem for source in self.data.train)]
@@ -119,6 +128,12 @@ class StudySpec(Section):
     def limits(self) -> tuple[Constraint, ...]:
         """The constraints, read."""
         return limits(self.constraints)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The benchmarks among the objectives and constraints, which every finished trial is scored on."""
+        metrics = [*(objective.name for objective in self.objectives), *(limit.metric for limit in self.limits)]
+        return tuple(name for name in dict.fromkeys(metrics) if name in SCORES)
 
     def to_yaml(self) -> str:
         """The complete description, every default written out; `load` reads it back as an equal one."""
@@ -198,6 +213,8 @@ def _home(name: str) -> str:
 def allowed_change(path: str) -> bool:
     """Whether a study may go on although this field changed: it bears on how long, where or how visibly trials run, not on results."""
     if path.startswith(("budget.", "output.")) or path in ("training.report_to", "training.tokens_per_pass"):
+        return True
+    if path in ("scoring.allow_code_execution", "scoring.weaker_sandbox"):
         return True
     # Workers in flight decide what the sampler knows when it proposes; the kind of device decides the dtype.
     return path.startswith("executor.") and path not in ("executor.workers", "executor.device")

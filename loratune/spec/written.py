@@ -33,6 +33,7 @@ SECTION_ALIASES: dict[str, dict[str, str]] = {
         "max_seq_len": "max_length",
     },
     "budget": {"n_trials": "trials"},
+    "scoring": {"subset": "items"},
 }
 """Names that people know from other tools, by section."""
 

@@ -11,7 +11,7 @@ import pytest
 from loratune.cli import view as views
 from loratune.cli.view import Lines, Table, open_view
 from loratune.cli.words import clock, counts, params, result, varied
-from loratune.record import COMPLETE, DIVERGED, FAILED, PAUSED, RUNNING, StudyRecord, Trial
+from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Trial
 from loratune.spec import StudySpec
 from loratune.study import Asked, Note, Settled
 from loratune.work import CurvePoint, Hyperparameters, Outcome, Progress, State
@@ -62,6 +62,24 @@ EVENTS = [
     settled(2, 1.4),
     settled(3, 2.5, DIVERGED, "the loss became NaN at step 7"),
 ]
+
+
+def test_the_base_model_is_that_of_the_first_trial_that_was_trained(spec: StudySpec) -> None:
+    stream = io.StringIO()
+    view = Lines(spec, stream)
+    for event in (Asked(trial(0, state=INFEASIBLE, message="it breaks adapter_mb <= 1: 2")), Asked(trial(1)), settled(1, 1.2, base=2.5)):
+        view.show(event)
+    assert view.base_loss == 2.5
+    assert "trial 1: validation loss 1.2000 (base model 2.5000), " in stream.getvalue()
+    view.show(settled(2, 1.4))
+    assert stream.getvalue().count("base model") == 1
+
+
+def test_scores_are_told_with_the_loss(spec: StudySpec) -> None:
+    stream = io.StringIO()
+    event = settled(0, 1.3)
+    Lines(spec, stream).show(replace(event, outcome=replace(event.outcome, scores={"mmlu": 0.41}, scoring_seconds=50.0)))
+    assert stream.getvalue()[10:] == "trial 0: validation loss 1.3000, mmlu 0.410, 2 min  <- best so far\n"
 
 
 def test_lines_tell_each_event_once(spec: StudySpec) -> None:

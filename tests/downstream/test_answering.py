@@ -137,6 +137,21 @@ def test_log_likelihood_is_the_sum_of_token_log_probabilities(base: BaseModel, a
         assert value == pytest.approx(expected, abs=1e-4)
 
 
+def test_log_likelihoods_beyond_the_context(base: BaseModel, adapters: Adapters) -> None:
+    """As lm-evaluation-harness: each choice cuts as much of the prompt's beginning as it needs, and all of it counts."""
+    item = Item(id="x", prompt="One day" + " a cat sat and a dog ran" * 90, choices=(" on", " on the mat and slept", " happily"))
+    context = base.model.config.max_position_embeddings
+    ours = asked(Answerer(base, adapters), MmluLoglikelihood(), [item], [0])[0, "x"]
+    assert ours.cut
+    for choice, value in zip(item.choices, ours.log_likelihoods, strict=True):
+        asked_for, whole = (base.tokenizer(text)["input_ids"] for text in (item.prompt, item.prompt + choice))
+        spoken = len(whole) - len(asked_for)
+        run = (asked_for + whole[len(asked_for) :])[-(context + 1) :]
+        logits = base.model(torch.tensor([run[:-1]])).logits[0].log_softmax(-1)
+        expected = sum(float(logits[place - 1, run[place]]) for place in range(len(run) - spoken, len(run)))
+        assert value == pytest.approx(expected, abs=1e-3)
+
+
 def test_stops_when_decided(base: BaseModel, adapters: Adapters) -> None:
     """A decided answer is a beginning of the undecided one, and costs fewer passes."""
     whole = texts(asked(Answerer(base, adapters), Stories(), Stories().items(), [0]))
@@ -152,6 +167,56 @@ def test_stops_when_decided(base: BaseModel, adapters: Adapters) -> None:
     handle.remove()
     assert all(whole[key].startswith(text) and 3 <= len(text) < len(whole[key]) for key, text in begun.items())
     assert passes < Stories.max_new_tokens / 2
+
+
+class UntilTwo(Stories):
+    """Answers end at different lengths, each adapter's at its own."""
+
+    max_new_tokens = 24
+
+    def decided(self, item: Item, text: str) -> bool:
+        return text.count("a") >= 2
+
+
+def test_answers_of_different_lengths(base: BaseModel, adapters: Adapters) -> None:
+    items = UntilTwo().items()
+    together = texts(asked(Answerer(base, adapters), UntilTwo(), items, PLACES))
+    alone: dict[tuple[int, str], str] = {}
+    for place in PLACES:
+        for item in items:
+            alone |= texts(asked(Answerer(base, adapters, share=False), UntilTwo(), [item], [place]))
+    assert together == alone
+    assert len({len(text) for text in together.values()}) > 10
+    assert sum(text.count("a") >= 2 for text in together.values()) > 5
+
+
+def test_finished_rows_leave(base: BaseModel, adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each adapter's own: a pass holds no more rows of any than the adapter that is furthest behind still writes."""
+    answerer, widths = Answerer(base, adapters), []
+    run = answerer.forward.run
+    monkeypatch.setattr(answerer.forward, "run", lambda ids, *rest, **more: widths.append(len(ids)) or run(ids, *rest, **more))
+    lengths: dict[int, list[int]] = {place: [] for place in PLACES}
+    for (place, _), text in texts(asked(answerer, UntilTwo(), UntilTwo().items(), PLACES)).items():
+        lengths[place].append(len(text))
+    assert widths[-1] < widths[2] / 2
+    assert all(width % len(PLACES) == 0 for width in widths)
+
+
+def test_out_of_memory(base: BaseModel, adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in smaller batches, then decoded in smaller ones: the same answers."""
+    expected = texts(asked(Answerer(base, adapters), UntilTwo(), UntilTwo().items(), PLACES))
+    answerer, refused = Answerer(base, adapters), [0, 0]
+    run = answerer.forward.run
+
+    def small(ids: torch.Tensor, *rest: object, **more: object) -> object:
+        if len(ids) > 2 * len(PLACES):
+            refused[ids.shape[1] == 1] += 1
+            raise torch.OutOfMemoryError
+        return run(ids, *rest, **more)
+
+    monkeypatch.setattr(answerer.forward, "run", small)
+    assert texts(asked(answerer, UntilTwo(), UntilTwo().items(), PLACES)) == expected
+    assert all(refused)
 
 
 def test_interrupted(base: BaseModel, adapters: Adapters) -> None:

@@ -1,13 +1,15 @@
 """Results on disk: appended line by line, torn lines forgiven, other identities put aside; and what is said of them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loratune.downstream.findings import findings, lines
-from loratune.downstream.scores import Ledger, Result, fingerprint, read_results, table
+from loratune.downstream.scores import Ledger, Result, alone, fingerprint, read_results, table
 from loratune.errors import StorageError
 
 IDENTITY = {"benchmark": "b", "adapter": "aa", "version": "1", "seed": 0}
@@ -117,3 +119,20 @@ def test_findings_at_chance() -> None:
     below = findings([made("0000", 0.05), made("base", 0.1)], {}, [], "0000")[0].sentences
     assert below[0].startswith("Every model is below chance (25.0 %)")
     assert lines([], {}, [], None) == ["Nothing was scored yet."]
+
+
+def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
+    with alone(tmp_path / "evaluation"):
+        pass
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "evaluation" / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    with pytest.raises(StorageError, match="is being written by another evaluation"), alone(tmp_path / "evaluation"):
+        pass
+    other.kill()
+    other.communicate()
+    with alone(tmp_path / "evaluation"):
+        pass

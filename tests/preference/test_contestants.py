@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from loratune.errors import ModelError, StorageError
-from loratune.preference.contestants import base_of, choose
+from loratune.preference.contestants import Tuned, base_of, choose
 from loratune.record import COMPLETE, FAILED, StudyRecord, Trial, read
 from loratune.work import Hyperparameters
 
@@ -44,6 +44,14 @@ def test_by_role_number_and_folder(study: StudyRecord, tmp_path: Path) -> None:
     own = choose(str(adapter(tmp_path / "my adapter")), None)
     assert own.name.startswith("my-adapter-")
     assert Path(str(own.adapter)).is_absolute()
+
+
+def test_tuned_is_what_a_selection_chose(study: StudyRecord, tmp_path: Path) -> None:
+    shipped = Tuned(trial=study.trials[0], adapter=adapter(tmp_path / "race-01"))
+    tuned = choose("tuned", study, shipped)
+    assert (tuned.label, tuned.name, tuned.adapter) == ("trial 0 (tuned)", "trial-0", str(tmp_path / "race-01"))
+    assert choose("default", study, shipped).adapter != tuned.adapter, "the other names mean what they meant"
+    assert choose("tuned", study).label == "trial 1 (tuned)"
 
 
 def test_what_is_not_there(study: StudyRecord, tmp_path: Path) -> None:

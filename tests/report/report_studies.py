@@ -60,7 +60,8 @@ def write_study(folder: Path, points: Sequence[Point], spec: dict[str, Any], bas
     folder.mkdir(parents=True)
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True), encoding="utf-8")
     with open_record(folder) as record:
-        environment = {"python": "3.11.9", "packages": {"torch": "2.13.0", "peft": "0.21.2"}, "gpus": ["NVIDIA A100-SXM4-80GB"]}
+        packages = {"torch": "2.13.0", "peft": "0.21.2"}
+        environment = {"python": "3.11.9", "packages": packages, "host": "node-17.example", "gpus": ["NVIDIA A100-SXM4-80GB"]}
         command = ["/usr/local/bin/loratune", "run", "my spec.yaml"]
         record.session({"number": 1, "seconds": 3600.0, "command": command, "environment": environment})
         for number, point in enumerate(points):

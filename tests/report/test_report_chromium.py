@@ -77,6 +77,27 @@ def test_it_is_quiet_and_fits(story: Path, browser: Any, width: int, scheme: str
     context.close()
 
 
+def test_the_committed_example_is_quiet_and_fits(browser: Any) -> None:
+    """docs/example-report.html, which `docs/tutorial.md` says how to make: complete, small, of no machine in particular."""
+    example = Path(__file__).resolve().parents[2] / "docs" / "example-report.html"
+    text = example.read_text()
+    assert len(text) < 5e6
+    assert not re.search(r"(?<![\w.:/])/(?:home|root|tmp|work|Users)/", text)
+    for title in ("Chosen against default", "Learning curves", "Downstream scores", "Finalists and noise", "To repeat it"):
+        assert title in text
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(example.as_uri())
+    page.wait_for_load_state("networkidle")
+    assert (said, asked) == ([], [example.as_uri()])
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
+
+
 def test_it_is_named_for_screen_readers(story: Path, browser: Any) -> None:
     page = browser.new_page()
     page.goto(story.as_uri())

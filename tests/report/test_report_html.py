@@ -43,6 +43,7 @@ def test_the_numbers_are_the_records(study: Study, shared_data: Path, tmp_path: 
     assert losses == sorted(losses) == [round(v, 4) for v in sorted(p.value for p in points if p.state == COMPLETE and p.value)[:10]]
     assert "loratune run 'my spec.yaml'" in page.text
     assert "NVIDIA A100-SXM4-80GB" in page.text
+    assert "node-17" not in page.text  # a report is passed on
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,7 @@ def test_nni_tpe_beats_random_search(random_search: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # GP alone takes minutes
 @pytest.mark.parametrize("name", ["tpe", "gp"])
 def test_optunas_samplers_beat_random_search(name: str, random_search: dict[str, float]) -> None:
     check(name, random_search, seeds=5)

@@ -50,6 +50,14 @@ def test_repeats_of_those_who_dropped_out_early_are_compared_on_the_same_seeds()
     assert choose([few, many], seed=0).winner == "few"
 
 
+def test_who_ran_with_every_seed_is_told_with_its_plain_mean() -> None:
+    """Also where others dropped out; those are told what the seeds they missed would have made of them."""
+    losses = {"a": [1.0, 1.2, 1.1], "b": [1.05, 1.22, 1.19], "c": [1.4, 1.5]}
+    by_loss = Rule(priorities=("validation_loss",))
+    why = choose([Candidate(name=name, losses=own) for name, own in losses.items()], by_loss, seed=0).why
+    assert "a has 1.1, best 1.1;" in why[1]
+
+
 def test_constraints_exclude_and_are_named_as_a_change() -> None:
     those = [candidate("a", 1.0, mb=80), candidate("b", 1.1, mb=20)]
     choice = choose(those, Rule(constraints=("adapter_mb <= 50",)), seed=0)

@@ -1,5 +1,6 @@
 """Objectives and constraints: what may be written, and one line for every mistake."""
 
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import jsonschema
 import pytest
 import yaml
 
+from loratune.downstream import registry
 from loratune.errors import SpecError
 from loratune.spec import StudySpec, differences
 from loratune.spec.limits import Constraint, parse
-from loratune.spec.objectives import METRICS
+from loratune.spec.objectives import METRICS, RUN_CODE, SCORES
 
 MINIMAL: dict[str, Any] = {"model": "models/tiny", "data": {"train": "alpaca.json", "validation_fraction": 0.1}}
 NAMES = ", ".join(METRICS)
@@ -45,9 +47,28 @@ def test_what_is_written_is_read_back_and_fits_the_schema(tmp_path: Path) -> Non
         jsonschema.validate({**MINIMAL, "objectives": ["adaptor_mb"]}, StudySpec.json_schema())
 
 
+def test_scores() -> None:
+    spec = spec_of(objectives=["validation_loss", "mmlu"], constraints=["bbh >= 0.3", "mmlu > 0"], scoring={"subset": 50})
+    assert [(o.name, o.direction) for o in spec.objectives][1] == ("mmlu", "maximize")
+    assert spec.scores == ("mmlu", "bbh")
+    assert spec.scoring.items == 50
+    assert spec_of().scores == ()
+    assert StudySpec.load(base=yaml.safe_load(spec.to_yaml())) == spec
+    jsonschema.validate(yaml.safe_load(spec.to_yaml()), StudySpec.json_schema())
+    assert spec_of(objectives=["validation_loss", "humaneval"], scoring={"allow_code_execution": True}).scores == ("humaneval",)
+
+
+def test_scores_are_the_benchmarks_that_there_are() -> None:
+    assert set(SCORES) == set(registry.NAMES)
+    kinds = {name: getattr(importlib.import_module(f"loratune.downstream.{file}"), kind) for name, (file, kind) in registry._PLACES.items()}
+    assert {name for name, kind in kinds.items() if kind.runs_code} == set(RUN_CODE)
+
+
 def test_they_cannot_change_while_a_study_runs() -> None:
     old, new = spec_of(), spec_of(objectives=["validation_loss", "tokens"], constraints=["tokens < 5"])
     assert {line.partition(":")[0] for line in differences(old, new)} == {"objectives", "constraints"}
+    asked = {"items": 50, "data": "d", "allow_code_execution": True, "weaker_sandbox": True}
+    assert {line.partition(":")[0] for line in differences(old, spec_of(scoring=asked))} == {"scoring.items", "scoring.data"}
 
 
 @pytest.mark.parametrize(
@@ -67,9 +88,28 @@ def test_they_cannot_change_while_a_study_runs() -> None:
         ),
         ({"objectives": {"name": "validation_loss", "direction": "maximize"}}, "objectives.0.direction: validation_loss is minimised"),
         (
-            {"objectives": ["validation_loss", "mmlu"]},
-            "objectives.1: 'mmlu': a downstream score cannot guide the search; choose by it afterwards: loratune select --prefer",
+            {"objectives": ["validation_loss", "humaneval"]},
+            "scoring.allow_code_execution: humaneval runs programs that the models write; write true to let them run in a sandbox, "
+            "or leave it out",
         ),
+        (
+            {"constraints": "demo_code > 0", "scoring": {"allow_code_execution": False}},
+            "scoring.allow_code_execution: demo_code runs programs that the models write; write true to let them run in a sandbox, "
+            "or leave it out",
+        ),
+        (
+            {"objectives": ["validation_loss", {"name": "mmlu", "direction": "minimize"}]},
+            "objectives.1.direction: mmlu is a score, and maximised",
+        ),
+        (
+            {"objectives": ["validation_loss", "lm_eval:arc_easy"]},
+            "objectives.1: 'lm_eval:arc_easy': the items of such a task cannot be kept apart for the search; "
+            f"allowed are {', '.join(SCORES)}",
+        ),
+        ({"objectives": ["validation_loss", "mmul"]}, f"objectives.1: got 'mmul'; allowed: {NAMES}; did you mean 'mmlu'?"),
+        ({"objectives": "mmlu"}, "objectives: got mmlu; validation_loss must be the first of them"),
+        ({"constraints": "mmlu >= 30"}, "constraints.0: mmlu >= 30: a score is a share, from 0 to 1"),
+        ({"scoring": {"items": 0}}, "scoring.items: got 0; needed: a number >= 1"),
         (
             {"constraints": ["seconds <= 4", "adapter_mb == 3", 5, "tokens < 2k", "adapter_mb < inf", "small"]},
             f"constraints.0: unknown metric 'seconds'; allowed: {NAMES}; did you mean 'train_seconds'?\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loratune.errors import DataError, ModelError, NotPackableError, StorageError
+from loratune.errors import DataError, ModelError, NotPackableError, StorageError, kind_of
 from loratune.finetune import memory, model, segment
 from loratune.finetune.batches import Tokens
 from loratune.finetune.packed import capacity
@@ -98,7 +98,7 @@ class PackedEngine:
         try:
             lane = Lane(wanted, base=self.base, recipe=self.recipe, root=self.root, tokens=self.train, report=self._tell)
         except (ModelError, DataError, StorageError) as error:
-            self._tell(Outcome(key=wanted.key, state=State.BAD_INPUT, message=str(error)))
+            self._tell(Outcome(key=wanted.key, state=State.BAD_INPUT, message=str(error), error=kind_of(error)))
         except Exception as error:
             if memory.is_out_of_memory(error) and self._lanes:
                 self._limit = len(self._lanes)
@@ -122,7 +122,7 @@ class PackedEngine:
             self._finish([lane for lane in self._lanes if lane.done], stop)
         except Exception as error:  # nobody knows whose fault it is: all go back to their checkpoints
             for lane in list(self._lanes):
-                self._leave(lane, _state_of(error), _words(error), traceback.format_exc())
+                self._leave(lane, _state_of(error), _words(error), traceback.format_exc(), kind_of(error))
 
     def _train(self, lanes: list[Lane]) -> None:
         """One pass, and the lanes behind it come to the front."""
@@ -234,7 +234,7 @@ class PackedEngine:
             try:
                 lane.adapter.save(lane.run.folder / "adapter", self.base.model)
             except StorageError as error:
-                self._leave(lane, State.BAD_INPUT, str(error))
+                self._leave(lane, State.BAD_INPUT, str(error), kind=kind_of(error))
             else:
                 self._leave(lane, State.COMPLETED)
 
@@ -247,14 +247,14 @@ class PackedEngine:
         while self._returned:
             self._tell(Outcome(key=self._returned.popleft().key, state=State.CANCELLED, message="asked to stop; a checkpoint is written"))
 
-    def _leave(self, lane: Lane, state: State, message: str = "", details: str = "") -> None:
+    def _leave(self, lane: Lane, state: State, message: str = "", details: str = "", kind: str = "") -> None:
         if message:
             with suppress(OSError):
                 segment.write_log(lane.run.folder, f"{state}: {message}" + (f"\n{details}" if details else ""))
         self._lanes.remove(lane)
         self._limit = min(self.slots, self._limit + (1 if not self._returned else 0))
         peak, name = memory.peak_bytes(self.device), memory.device_name(self.device)
-        self._tell(lane.run.outcome(state, message, peak_memory_bytes=peak, devices=1, device=name))
+        self._tell(lane.run.outcome(state, message, peak_memory_bytes=peak, devices=1, device=name, error=kind))
 
 
 def _state_of(error: Exception) -> State:

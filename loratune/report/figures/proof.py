@@ -133,7 +133,7 @@ def race(evidence: Evidence) -> Plot | None:
         return None
     order = sorted(selection.candidates, key=lambda e: (e.trial != selection.chosen, -e.share, bool(e.out), e.loss))
     shown = order[:ROWS]
-    figure = Figure(figsize=(WIDTH, 0.95 + 0.27 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(shown)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
     for y, entrant in enumerate(shown):
         color = BEST if entrant.trial == selection.chosen else SOFT if entrant.out else SHADE
@@ -155,7 +155,7 @@ def race(evidence: Evidence) -> Plot | None:
     right.grid(False)
     right.tick_params(axis="y", length=0)
     right.spines[["bottom", "left"]].set_visible(False)
-    right.set_xlabel("picked in resamples")
+    right.set_title("picked in resamples", fontsize=8, color=SOFT, loc="left")
     hidden = f" {plural(len(order) - len(shown), 'further candidate')} not shown." if len(order) > len(shown) else ""
     raced = (
         "Dots: one fresh seed each; bar: their mean; ring: the loss in the study. " if selection.race else "Ring: the loss in the study. "

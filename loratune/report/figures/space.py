@@ -34,8 +34,9 @@ def importance(record: StudyRecord) -> Plot | None:
     axes.tick_params(length=0)
     axes.spines["bottom"].set_visible(False)
     numbers = ", ".join(f"{label(n)} {share:.0%}" for n, share in found.shares.items())
+    sentence = numbers[0].upper() + numbers[1:]
     caption = (
-        f"{numbers}. PED-ANOVA (Optuna) on {found.trials} finished trials: how differently the best {found.quantile:.0%} "
+        f"{sentence}. PED-ANOVA (Optuna) on {found.trials} finished trials: how differently the best {found.quantile:.0%} "
         "of them are distributed from all of them, each hyperparameter by itself, without interactions. "
         "What the search hardly varied cannot look important."
     )

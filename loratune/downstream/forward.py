@@ -1,0 +1,148 @@
+"""Forward passes of the frozen model behind a key-value cache: rows padded on the left, K blocks of them.
+
+Notation: K adapters, n rows each, R = K n; P tokens of a shared beginning, T tokens after it, V words;
+G key and value heads, D their features.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers.cache_utils import DynamicLayer
+
+from loratune.errors import ModelError
+from loratune.finetune.model import BaseModel
+
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [R, G, P + T, D]
+
+
+class Forward:
+    """Runs `base`. Raises ModelError for a model without a key-value cache."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        config = base.model.config.get_text_config()
+        self.context = int(getattr(config, "max_position_embeddings", None) or 2048)
+        self._known = inspect.signature(base.model.forward).parameters
+        if "past_key_values" not in self._known or getattr(base.model, "_is_stateful", False):
+            raise ModelError(f"{type(base.model).__name__} keeps no key-value cache, which generating answers needs. It cannot be scored.")
+        window = getattr(config, "sliding_window", None)
+        if window and window < self.context:
+            self.context = int(window)  # within it every token sees all before it, so padding is exact
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.token_bytes = 2 * config.num_hidden_layers * heads * width * torch.empty((), dtype=base.dtype).element_size()
+
+    def run(
+        self,
+        ids: torch.Tensor,
+        cache: Any = None,
+        *,
+        keep: int = 1,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """One pass of [R, T] ids behind `cache`: logits of the last `keep` positions, float32 [R, keep, V], and the cache."""
+        cache = transformers.DynamicCache() if cache is None else cache
+        options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
+        given = {name: value for name, value in options.items() if value is not None and name in self._known}
+        out = self.base.model(input_ids=ids.to(self.base.device), past_key_values=cache, use_cache=True, **given)
+        logits = out.logits[:, -keep:]
+        return logits if logits.dtype == torch.float64 else logits.float(), out.past_key_values
+
+    def beginning(self, ids: Sequence[int], blocks: int) -> Any:
+        """The cache of a beginning [P], once per block."""
+        return self.run(torch.tensor([ids] * blocks))[1]
+
+    def prompts(self, parts: Sequence[Sequence[int]], prefix: Any, shared: int, blocks: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """Run n prompts behind a `beginning` of `shared` tokens, in each block: the last logits [R, V], cache, mask [R, P + T].
+
+        parts: each prompt's tokens after the beginning.
+        """
+        longest = max(map(len, parts))
+        ids = torch.full((len(parts), longest), self.base.pad_id)
+        mask = torch.zeros(len(parts), shared + longest, dtype=torch.long)
+        mask[:, :shared] = 1
+        for number, part in enumerate(parts):
+            ids[number, longest - len(part) :] = torch.tensor(part)
+            mask[number, shared + longest - len(part) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        ids, mask, positions = (t.repeat(blocks, 1).to(self.base.device) for t in (ids, mask, positions))
+        cache = transformers.DynamicCache()
+        for number, layer in enumerate(prefix.layers if prefix is not None else ()):
+            cache.update(layer.keys.repeat_interleave(len(parts), 0), layer.values.repeat_interleave(len(parts), 0), number)
+        logits, cache = self.run(ids, cache, mask=mask, positions=positions)
+        return logits[:, -1], cache, mask
+
+    def behind(self, parts: Sequence[Sequence[int]], cache: Any, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Run tokens behind the prompts of some rows [r] of `cache`, which stays as it is: logits [r, T, V].
+
+        parts: r of them, padded on the right.
+        """
+        longest = max(map(len, parts))
+        ids = torch.tensor([[*part, *[self.base.pad_id] * (longest - len(part))] for part in parts], device=mask.device)
+        real = torch.tensor([[1] * len(part) + [0] * (longest - len(part)) for part in parts], device=mask.device)
+        before = mask[rows]
+        positions = before.sum(1, keepdim=True) + torch.arange(longest, device=mask.device)
+        positions = positions.clamp(max=self.context - 1)  # of padding
+        return self.run(ids, selected(cache, rows), keep=longest, mask=torch.cat([before, real], dim=1), positions=positions)[0]
+
+
+def selected(cache: Any, rows: torch.Tensor) -> Any:
+    """A new cache of some rows [r] of another."""
+    found = transformers.DynamicCache()
+    for number, (keys, values) in enumerate(layers_of(cache, rows)):
+        found.update(keys, values, number)
+    return found
+
+
+def layers_of(cache: Any, rows: torch.Tensor) -> Layers:
+    """A copy of the keys and values of some rows [r]."""
+    return [(layer.keys[rows], layer.values[rows]) for layer in cache.layers]
+
+
+def joined(parts: Sequence[Layers], blocks: int, room: int) -> Any:
+    """One cache of parts of different lengths, aligned at their right, blocks kept together, with room for more tokens.
+
+    What stands to the left of a short part is 0, and is to be masked.
+    """
+    cache = transformers.DynamicCache()
+    cache.layers = [Room([part[number] for part in parts], blocks, room) for number in range(len(parts[0]))]
+    return cache
+
+
+class Room(DynamicLayer):
+    """A layer's keys and values in buffers with room at their end, where DynamicLayer copies everything for each token."""
+
+    def __init__(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], blocks: int, room: int) -> None:
+        super().__init__()
+        self.length = max(keys.shape[2] for keys, _ in parts)
+        self._buffers = [self._buffer([part[side] for part in parts], blocks, room) for side in (0, 1)]
+        self.dtype, self.device, self.is_initialized = self._buffers[0].dtype, self._buffers[0].device, True
+        self._show()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        start, self.length = self.length, self.length + key_states.shape[2]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.length] = new
+        return self._show()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._buffers = [buffer[indices] for buffer in self._buffers]
+        self._show()
+
+    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _buffer(self, parts: Sequence[torch.Tensor], blocks: int, room: int) -> torch.Tensor:
+        heads, width = parts[0].shape[1], parts[0].shape[3]
+        rows = sum(len(part) for part in parts) // blocks
+        buffer, start = parts[0].new_zeros(blocks, rows, heads, self.length + room, width), 0
+        for part in parts:
+            own = part.unflatten(0, (blocks, -1))
+            buffer[:, start : start + own.shape[1], :, self.length - part.shape[2] : self.length] = own
+            start += own.shape[1]
+        return buffer.flatten(0, 1)

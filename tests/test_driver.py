@@ -1,0 +1,89 @@
+"""What a study leaves on disk, and which error it ends with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from loratune import demo
+from loratune.driver import _tidy, tune
+from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_of, kind_of
+from loratune.executors.devices import seen_as
+from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial
+from loratune.spec import StudySpec
+from loratune.work import Hyperparameters
+
+TRIALS = [  # state, loss, size
+    (COMPLETE, 2.0, 5.0),
+    (COMPLETE, 1.0, 9.0),  # the best
+    (COMPLETE, 1.5, 9.5),  # beaten in both
+    (COMPLETE, 3.0, 1.0),  # on the front: the smallest
+    (INFEASIBLE, 0.5, 9.0),
+    (PRUNED, 4.0, 2.0),
+    (DIVERGED, 9.0, 9.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "keep", "left"),
+    [
+        (["validation_loss", "adapter_mb"], 1, {0, 1, 3, 5}),
+        (["validation_loss"], 1, {0, 1, 5}),
+        (["validation_loss"], 2, {0, 1, 2, 5}),
+        (["validation_loss"], None, {0, 1, 2, 3, 4, 5}),
+    ],
+)
+def test_the_adapters_of_the_best_and_of_the_front_are_kept(
+    objectives: list[str], keep: int | None, left: set[int], tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"model": "m", "data": {"train": ["d"], "validation_fraction": 0.1}, "objectives": objectives}
+    spec = StudySpec.load(base={**given, "output": {"folder": str(tmp_path), "keep_adapters": keep}})
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(yaml.safe_load(spec.to_yaml())))
+    for number, (state, *values) in enumerate(TRIALS):
+        own = tmp_path / "trials" / f"{number:04d}"
+        (own / "budget-1-3" / "adapter").mkdir(parents=True)
+        if state != DIVERGED:
+            (own / "main" / "adapter").mkdir(parents=True)
+        (own / "budget-1-3" / "checkpoint-7").write_text("")
+        told = Trial(
+            number=number,
+            hyperparameters=Hyperparameters(),
+            params={},
+            state=state,
+            value=values[0],
+            values=tuple(values[: len(objectives)]),
+        )
+        (own / "trial.json").write_text(told.to_json())
+    _tidy(spec, tmp_path)
+    assert {int(path.parts[-3]) for path in tmp_path.glob("trials/*/main/adapter")} == left
+    for what in ("checkpoint-7", "adapter"):
+        kept = {int(path.parts[-3]) for path in tmp_path.glob(f"trials/*/budget-1-3/{what}")}
+        assert kept == {5}, "what a schedule stopped may go on, with a larger budget"
+
+
+def test_a_device_is_named_as_this_process_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert seen_as(3) == "cuda:3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 3")
+    assert seen_as(3) == "cuda:1"
+
+
+def test_bad_input_keeps_its_kind_across_a_border() -> None:
+    for error in (ModelError("m"), DataError("d"), NotPackableError("n")):
+        found = error_of(kind_of(error), str(error))
+        assert (found.exit_code, str(found)) == (error.exit_code, str(error))
+    assert kind_of(ValueError()) == ""
+    assert type(error_of("", "x")) is TrainingError
+
+
+@pytest.mark.parametrize("engine", ["packed", "hf"])
+def test_absent_layers_are_a_mistake_of_the_model(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    given = demo.study()
+    given["data"] |= {"train_count": 8, "validation_count": 4}
+    given |= {"executor": "inline", "output": {"folder": str(tmp_path / "study")}, "search_space": {"lora_r": [1, 2]}}
+    given["training"] |= {"target_modules": ["no_such_layer"], "engine": engine}
+    with pytest.raises(ModelError, match="no_such_layer") as caught:
+        list(tune(StudySpec.load(base=given)))
+    assert caught.value.exit_code == 4
