@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from loratune.errors import MissingExtraError, ModelError
+from loratune.finetune import hub
 from loratune.work import ModelRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -200,7 +201,8 @@ def _without_progress_bar() -> Iterator[None]:
 def _explained(recipe: ModelRecipe, what: str) -> Iterator[None]:
     """Turn whatever Transformers, safetensors or the hub raise for a model that cannot be read into a ModelError."""
     try:
-        yield
+        with hub.asked_once(recipe.name_or_path):
+            yield
     except (torch.OutOfMemoryError, MemoryError, ModelError):
         raise
     except Exception as error:

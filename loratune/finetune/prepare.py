@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loratune.errors import DataError, ModelError, StorageError
-from loratune.finetune import records, split
+from loratune.finetune import hub, records, split
 from loratune.finetune.data import BadRow, DataRecipe, Source, read
 from loratune.finetune.prepared import Manifest, Prepared, SetCounts, SourceCounts, Tokens, discard, pack, write
 from loratune.finetune.prompts import PROMPTS, check_tokenizer, encode
@@ -85,9 +85,10 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
     folder = Path(name).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        with hub.asked_once(name):
+            return AutoTokenizer.from_pretrained(
+                str(folder) if folder.is_dir() else name, revision=revision, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # missing, offline, gated, unknown class, a broken file: each with its own class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason[:300]}") from error

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loratune.errors import DataError
+from loratune.finetune import hub
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "package.json"}
@@ -141,7 +142,8 @@ def _load_hub(path: str, split: str | None) -> Any:
     import datasets
 
     try:
-        data = datasets.load_dataset(path, split=split)  # a slice such as train[:1000] is understood too
+        with hub.asked_once(path):
+            data = datasets.load_dataset(path, split=split)  # a slice such as train[:1000] is understood too
     except Exception as error:  # network, permission, unknown name, missing configuration: each with its own class
         raise DataError(f"{path}: neither a local file or folder nor a hub data set that can be loaded: {_short(error)}") from error
     return data if split else data[_choose(path, list(data), None)]

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from loratune.errors import ModelError
+from loratune.finetune import hub
 from loratune.finetune.lora import chosen_layers
 from loratune.work import Hyperparameters, ModelRecipe
 
@@ -19,7 +20,8 @@ def adapter_sizes(recipe: ModelRecipe) -> Callable[[Hyperparameters], int]:
     """
     common: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(recipe.name_or_path, revision=recipe.revision or "main", **common)
+        with hub.asked_once(recipe.name_or_path):
+            config = transformers.AutoConfig.from_pretrained(recipe.name_or_path, revision=recipe.revision or "main", **common)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, **common)
     except Exception as error:  # Transformers and the hub have many

@@ -10,11 +10,11 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
-from loratune.downstream import files
 from loratune.downstream.bbh import Bbh
 from loratune.downstream.drop import Drop
 from loratune.downstream.mmlu import Mmlu
 from loratune.errors import DataError
+from loratune.finetune.hub import reachable
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    files._reachable.cache_clear()
+    reachable.cache_clear()
     yield
-    files._reachable.cache_clear()
+    reachable.cache_clear()
 
 
 @pytest.mark.parametrize("benchmark", [Mmlu, Bbh, Drop])
