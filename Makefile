@@ -31,7 +31,7 @@ story: demo
 
 ## make test       style, types and tests
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow and not gpu"
 
 ## make lint       style and types only
 lint: $(VENV)/installed-dev

@@ -185,7 +185,7 @@ MODEL = [
     Case("not a causal model", 4, ["is not a causal language model", "BertForMaskedLM"], bert),
     Case("weights cut off", 4, ["cannot load its weights"], truncated_weights),
     Case("unknown layers", 2, ["training.target_modules", "qv, qkvo, mlp, all-linear"], argv=(*RUN, "--training.target_modules", "qvv")),
-    Case("layers that the model lacks", 7, ["c_attn", "q_proj"], argv=(*RUN, "--training.target_modules", "[c_attn]")),
+    Case("layers that the model lacks", 4, ["c_attn", "q_proj"], argv=(*RUN, "--training.target_modules", "[c_attn]")),
     Case("4 bit without GPU", 4, ["load_in_4bit needs a CUDA device"], argv=(*RUN, "--model.load_in_4bit", "true"), needs="no gpu"),
     Case(
         "cuda without GPU", 7, ["no visible CUDA device", "executor.device: cpu"], argv=(*RUN, "--executor.device", "cuda"), needs="no gpu"
