@@ -99,6 +99,7 @@ def test_two_workers_give_what_one_process_gives(recipe: Recipe, tmp_path: Path,
     assert workers_of(tmp_path) == [], "closing ends the processes"
 
 
+@pytest.mark.slow  # two minutes of two cores; the others here kill workers too
 def test_a_killed_and_a_frozen_worker_are_replaced_and_the_result_is_the_same(recipe: Recipe, tmp_path: Path, undisturbed: float) -> None:
     signals = [signal.SIGKILL, signal.SIGSTOP]
 
