@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,33 @@ class Broken(BaseException):
     """Stands for kill -9."""
 
 
+def until_it_ends(
+    monkeypatch: pytest.MonkeyPatch, start: Callable[[int], object], *, between: tuple[int, int], at_least: int, seed: int = 7
+) -> None:
+    """Start again and again, each time broken off after one of so many writes, until a start ends. start: given its number."""
+    write, chance = record_writer.write_atomically, random.Random(seed)
+    left = 0
+
+    def fragile(path: Path, content: str | bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Broken
+        write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(record_writer, "write_atomically", fragile)
+        for attempt in range(100):
+            left = chance.randint(*between)
+            try:
+                start(attempt)
+            except Broken:
+                continue
+            assert attempt >= at_least, "it was interrupted several times"
+            return
+    raise AssertionError("the study never ended")
+
+
 @pytest.mark.parametrize(("sampler", "schedule", "width"), CASES)
 def test_an_interrupted_study_ends_as_the_uninterrupted_one(
     sampler: str, schedule: str, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,27 +177,7 @@ def test_an_interrupted_study_ends_as_the_uninterrupted_one(
     assert len(expected) == 12
 
     broken = spec_of(tmp_path / "broken", sampler, SCHEDULES[schedule])
-    write, chance = record_writer.write_atomically, random.Random(7)
-    writes = limit = 0
-
-    def fragile(path: Path, content: str | bytes) -> None:
-        nonlocal writes
-        writes += 1
-        if writes > limit:
-            raise Broken
-        write(path, content)
-
-    monkeypatch.setattr(record_writer, "write_atomically", fragile)
-    for attempt in range(100):
-        limit = chance.randint(3, 9)
-        try:
-            list(events(broken, Formula(width, seed=attempt)))
-            break
-        except Broken:
-            writes = 0
-    else:
-        raise AssertionError("the study never ended")
-    assert attempt >= 3, "it was interrupted several times"
+    until_it_ends(monkeypatch, lambda attempt: list(events(broken, Formula(width, seed=attempt))), between=(3, 9), at_least=3)
     assert outline(read(broken.folder)) == expected
     assert [(n, p, v) for n, _, p, v, _ in stored(broken)] == [(n, p, v) for n, _, p, v, _ in stored(whole)]
 

@@ -2,17 +2,15 @@
 
 import itertools
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_study import Broken, Formula, answer, events, load, outline, spec_of
+from test_study import Formula, answer, events, load, outline, spec_of, until_it_ends
 
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, StudyRecord, read
-from loratune.record import writer as record_writer
 from loratune.spec import StudySpec
 from loratune.study import Asked, Event, Note, Settled
 from loratune.work import Hyperparameters, Outcome, Segment, State
@@ -77,27 +75,7 @@ def test_an_interrupted_study_of_two_objectives_ends_as_the_uninterrupted_one(
     assert len(expected) == 12
 
     broken = spec_of(tmp_path / "broken", SEVERAL[sampler], **asked)
-    write, chance = record_writer.write_atomically, random.Random(7)
-    writes = limit = 0
-
-    def fragile(path: Path, content: str | bytes) -> None:
-        nonlocal writes
-        writes += 1
-        if writes > limit:
-            raise Broken
-        write(path, content)
-
-    monkeypatch.setattr(record_writer, "write_atomically", fragile)
-    for attempt in range(100):
-        limit = chance.randint(6, 20)
-        try:
-            list(run(broken, width, seed=attempt))
-            break
-        except Broken:
-            writes = 0
-    else:
-        raise AssertionError("the study never ended")
-    assert attempt >= 2, "it was interrupted several times"
+    until_it_ends(monkeypatch, lambda attempt: list(run(broken, width, seed=attempt)), between=(6, 20), at_least=2)
     assert outlines(read(broken.folder)) == expected
     stored = [[(t.params, t.values, t.constraints) for t in load(spec).trials] for spec in (broken, whole)]
     assert stored[0] == stored[1]

@@ -2,21 +2,19 @@
 
 import json
 import math
-import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_study import Broken, Formula, events, load, outline, spec_of
+from test_study import Broken, Formula, events, load, outline, spec_of, until_it_ends
 from test_study_objectives import HALVING, SEVERAL, Measured, parameters
 
 from loratune.downstream import scoring
 from loratune.downstream.guided import items_that_guided
 from loratune.errors import EvaluationError, SpecError, StorageError
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, StudyRecord, read
-from loratune.record import writer as record_writer
 from loratune.spec import StudySpec
 from loratune.study import Event
 
@@ -63,32 +61,11 @@ def test_an_interrupted_study_ends_as_the_uninterrupted_one(
     assert any(row[-1] and row[-1][-1] for row in expected)
 
     broken, scores = spec_of(tmp_path / "broken", SEVERAL[sampler], **asked), Scores()
-    write, chance = record_writer.write_atomically, random.Random(5)
-    writes = limit = 0
-
-    def fragile(path: Path, content: str | bytes) -> None:
-        nonlocal writes
-        writes += 1
-        if writes > limit:
-            raise Broken
-        write(path, content)
-
-    monkeypatch.setattr(record_writer, "write_atomically", fragile)
-    for attempt in range(100):
-        limit = chance.randint(6, 20)
-        try:
-            list(run(broken, scores, Measured(width, seed=attempt)))
-            break
-        except Broken:
-            writes = 0
-    else:
-        raise AssertionError("the study never ended")
-    assert attempt >= 2, "it was interrupted several times"
+    until_it_ends(monkeypatch, lambda n: list(run(broken, scores, Measured(width, seed=n))), between=(6, 20), at_least=2, seed=5)
     assert outlines(read(broken.folder)) == expected
     stored = [[(t.params, t.values, t.constraints) for t in load(spec).trials] for spec in (broken, whole)]
     assert stored[0] == stored[1]
 
-    monkeypatch.setattr(record_writer, "write_atomically", write)
     again = Scores()
     list(run(broken, again))
     assert again.scored == [], "a score on disk is not computed again"
