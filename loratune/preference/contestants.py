@@ -8,10 +8,10 @@ from pathlib import Path
 
 from loratune.errors import ModelError, StorageError
 from loratune.record import StudyRecord, Trial
+from loratune.record.adapters import FILES, adapter_of, best_of, trial_of
 from loratune.work import Json, ModelRecipe
 
 NAMES = ("tuned", "default", "base")
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ def choose(given: str, study: StudyRecord | None, tuned: Tuned | None = None) ->
     chosen = tuned if given == "tuned" else None
     trial = _trial(given, study) if chosen is None else chosen.trial
     if trial is not None and study is not None:
-        adapter = _adapter_of(study, trial) if chosen is None else chosen.adapter.resolve()
+        adapter = adapter_of(study, trial).resolve() if chosen is None else chosen.adapter.resolve()
         label = f"trial {trial.number}" + (f" ({given})" if given in NAMES else "")
         return Contestant(label=label, name=f"trial-{trial.number}", adapter=str(adapter), weights=_digest(adapter))
     folder = Path(given)
-    missing = [name for name in _FILES if not (folder / name).is_file()]
+    missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         what = f"has no {' and no '.join(missing)}" if folder.is_dir() else "is no folder"
         raise ModelError(f"{given!r} is none of {', '.join(NAMES)}, trial:NUMBER, and as an adapter's folder it {what}.")
@@ -61,7 +61,7 @@ def base_of(*contestants: Contestant) -> ModelRecipe:
     named: dict[str, str] = {}
     for contestant in contestants:
         if contestant.adapter is not None:
-            config = json.loads((Path(contestant.adapter) / _FILES[0]).read_text())
+            config = json.loads((Path(contestant.adapter) / FILES[0]).read_text())
             named[str(config.get("base_model_name_or_path") or "")] = contestant.label
     if len(named) != 1 or "" in named:
         said = ", ".join(f"{label}: {name or 'none'}" for name, label in named.items()) or "no adapter is given"
@@ -83,35 +83,13 @@ def _trial(given: str, study: StudyRecord | None) -> Trial | None:
             )
         return study.default
     if given == "tuned":
-        if study.best is None:
-            raise StorageError(f"{study.folder} has no trial that was trained to its end yet. See `loratune status {study.folder}`.")
-        return study.best
-    wanted = int(number[1]) if number else -1
-    found = next((trial for trial in study.trials if trial.number == wanted), None)
-    if found is None:
-        has = f"its trials are 0 to {study.trials[-1].number}" if study.trials else "it has none yet"
-        raise StorageError(f"{study.folder} has no trial {wanted}; {has}.")
-    return found
-
-
-def _adapter_of(study: StudyRecord, trial: Trial) -> Path:
-    """Where the trial's adapter lies: where it was trained, else the one handed over."""
-    places = [study.folder / "trials" / f"{trial.number:04d}" / "main" / "adapter"]
-    if study.best is not None and trial.number == study.best.number and not (study.folder / "selection.json").exists():
-        places.append(study.folder / "adapter")
-    for place in places:
-        if all((place / name).is_file() for name in _FILES):
-            return place.resolve()
-    kept = sorted(int(path.parents[2].name) for path in study.folder.glob(f"trials/*/main/adapter/{_FILES[0]}"))
-    raise StorageError(
-        f"the adapter of trial {trial.number} ({trial.state}) is not on disk; adapters there: {', '.join(map(str, kept)) or 'none'}. "
-        "The field output.keep_adapters says how many a study keeps."
-    )
+        return best_of(study)
+    return trial_of(study, int(number[1]) if number else -1)
 
 
 def _digest(adapter: Path) -> str:
     digest = hashlib.sha256()
-    for name in _FILES:
+    for name in FILES:
         with open(adapter / name, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

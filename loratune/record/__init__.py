@@ -19,6 +19,7 @@
 There is one writer, the driver (`Record`); workers write inside their run's folder alone.
 
     goals.py     Goals: what the objectives and constraints make of a trial
+    adapters.py  a trial by its number, and where its adapter lies
     trials.py    Trial, StudyRecord, read: the folder as data
     writer.py    Record, open_record: the writer and its lock
     progress.py  Meter: what runs right now, in numbers

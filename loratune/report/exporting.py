@@ -5,6 +5,7 @@ from typing import Any
 
 from loratune.errors import StorageError
 from loratune.record import StudyRecord, Trial, read
+from loratune.record.adapters import adapter_of, best_of, trial_of
 from loratune.report.handover import model_card
 from loratune.work import ModelRecipe
 
@@ -26,45 +27,16 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
     card: dict[str, Any] | str
     if chosen is not None and chosen.holds_for(record):
         found = chosen.trial_of(record)
-        adapter = selection.adapter_folder(record, found, chosen.shipped.run) or _adapter(record, found)
+        adapter = selection.adapter_folder(record, found, chosen.shipped.run) or adapter_of(record, found)
         card = _facts(record, found) if merged else model_card(record, found, chosen)
     else:
-        found = _choose(record, trial)
-        adapter, card = _adapter(record, found), _facts(record, found)
+        found = best_of(record) if trial is None else trial_of(record, trial)
+        adapter, card = adapter_of(record, found), _facts(record, found)
     from loratune.finetune.export import export_adapter, merge  # torch
 
     if merged:
         return merge(ModelRecipe(**record.spec["model"]), adapter, destination, card)
     return export_adapter(adapter, destination, card)
-
-
-def _choose(record: StudyRecord, number: int | None) -> Trial:
-    if number is None:
-        if record.best is None:
-            raise StorageError(f"{record.folder} has no trial that was trained to its end yet. See `loratune status {record.folder}`.")
-        return record.best
-    found = next((trial for trial in record.trials if trial.number == number), None)
-    if found is None:
-        has = f"its trials are 0 to {record.trials[-1].number}" if record.trials else "it has none yet"
-        raise StorageError(f"{record.folder} has no trial {number}; {has}.")
-    return found
-
-
-def _adapter(record: StudyRecord, trial: Trial) -> Path:
-    """The folder of the trial's adapter: where it was trained, else the one handed over."""
-    places = [record.folder / "trials" / f"{trial.number:04d}" / "main" / "adapter"]
-    if record.best is not None and trial.number == record.best.number and not (record.folder / "selection.json").exists():
-        places.append(record.folder / "adapter")
-    for place in places:
-        if (place / "adapter_config.json").is_file():
-            return place
-    kept = [
-        f"{path.parents[2].name.lstrip('0') or '0'}" for path in sorted(record.folder.glob("trials/*/main/adapter/adapter_config.json"))
-    ]
-    raise StorageError(
-        f"the adapter of trial {trial.number} ({trial.state}) is not on disk; adapters there: {', '.join(kept) or 'none'}. "
-        "The field output.keep_adapters says how many a study keeps."
-    )
 
 
 def _facts(record: StudyRecord, trial: Trial) -> dict[str, Any]:
