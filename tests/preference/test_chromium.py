@@ -4,9 +4,7 @@ Chromium is driven through Playwright, whose own browser download is not needed.
 """
 
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM, FLAGS, SHOTS
 from comparisons import ANN, BOB, WORDS, ready
 
 from loratune.preference.record import read
@@ -22,17 +21,7 @@ from loratune.preference.votes import read_votes
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("fastapi", reason="FastAPI is not installed (the extra `compare`)")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-]
-SHOTS = os.environ.get("LORATUNE_SCREENSHOTS")  # a folder, for people who want to look
 
 KEYS = {"left": ("a", "1", "ArrowLeft"), "right": ("b", "2", "ArrowRight"), "tie": ("t", "3"), "neither": ("n", "4")}
 

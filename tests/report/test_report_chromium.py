@@ -3,27 +3,16 @@
 Chromium is driven through Playwright, whose own browser download is not needed.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM, FLAGS, SHOTS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-]
-SHOTS = os.environ.get("LORATUNE_SCREENSHOTS")  # a folder, for people who want to look
 
 # Texts that stand out too little from their ground (WCAG AA: 4.5), and how many were looked at.
 CONTRAST = """() => {
