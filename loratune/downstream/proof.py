@@ -151,7 +151,7 @@ class Prover:
                     raise InterruptedError
                 stop = start + max(1, _BATCH // int(lengths[order[start]]))
                 some = order[start:stop]
-                batch = collate(self.validation, some, range(len(some)), pad_id=self.base.pad_id)
+                batch = collate(self.validation, some, pad_id=self.base.pad_id)
                 rows = (batch.places // batch.ids.shape[1]).numpy() + start
                 np.add.at(nll, rows, token_nll(self.base.model, head, batch.to(self.base.device)).double().cpu().numpy())
                 np.add.at(count, rows, 1)

@@ -30,7 +30,7 @@ class Batch:
     """What one forward pass sees, and which of its predictions are scored."""
 
     ids: torch.Tensor  # int64 [B, T]
-    slots: torch.Tensor  # int64 [B, 1]; place of each example in the global batch
+    slots: torch.Tensor  # int64 [B, T]; whose each token is for dropout (beginnings.py)
     places: torch.Tensor  # int64 [N]; b * T + t of the hidden state that predicts a response token
     labels: torch.Tensor  # int64 [N]; that token
 
@@ -40,20 +40,30 @@ class Batch:
 
 
 def collate(
-    tokens: Tokens, examples: Sequence[int] | np.ndarray, slots: Sequence[int] | np.ndarray, *, pad_id: int, scored: bool = True
+    tokens: Tokens,
+    examples: Sequence[int] | np.ndarray,
+    *,
+    pad_id: int,
+    slots: Sequence[np.ndarray] | None = None,
+    scored: bool = True,
 ) -> Batch:
-    """Pad some examples into one batch; unless `scored`, none of their tokens counts in the loss."""
+    """Pad some examples into one batch; unless `scored`, none of their tokens counts in the loss.
+
+    `slots`: for each example, int64 [its tokens] (beginnings.dropout_slots); only dropout needs them.
+    """
     rows = [tokens[int(i)] for i in examples]
     length = max(len(ids) for ids, _ in rows)
     ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     targets = np.zeros((len(rows), length), dtype=bool)
+    owners = np.zeros((len(rows), length), dtype=np.int64)
     for row, (tokens_of, mask) in enumerate(rows):
         ids[row, : len(tokens_of)] = tokens_of
         targets[row, 1 : len(tokens_of)] = mask[1:]
+        owners[row, : len(tokens_of)] = slots[row] if slots is not None else 0
     b, t = np.nonzero(targets if scored else targets & False)
     return Batch(
         ids=torch.from_numpy(ids),
-        slots=torch.tensor(np.asarray(slots), dtype=torch.int64).view(-1, 1),
+        slots=torch.from_numpy(owners),
         places=torch.from_numpy(b * length + t - 1),
         labels=torch.from_numpy(ids[b, t]),
     )
@@ -85,4 +95,4 @@ def validation_batches(tokens: Tokens, batch_size: int, pad_id: int, rank: int =
     order = np.argsort(-np.asarray(tokens.lengths), kind="stable")
     for start in range(rank * batch_size, len(order), world * batch_size):
         examples = order[start : start + batch_size]
-        yield collate(tokens, examples, range(len(examples)), pad_id=pad_id)
+        yield collate(tokens, examples, pad_id=pad_id)

@@ -1,7 +1,8 @@
 """Dropout whose mask is a pure function of where it is applied, not of a generator's state.
 
-The mask's bit at one element is a hash of (trial seed, optimiser step, module name, the example's slot in
-the global batch, position of the token in the example, feature). So it is the same on CPU and GPU, for every
+The mask's bit at one element is a hash of (trial seed, optimiser step, module name, slot of the token in the
+global batch, position of the token in the example, feature). The slot is the place of the example that owns the
+token: of those that share a beginning it is the same (beginnings.py). So it is the same on CPU and GPU, for every
 micro-batch size, padding and number of processes, and when activation checkpointing runs a layer again.
 
 Notation: B examples, T positions, D features; slot and position give a row its 32-bit row hash.
@@ -36,7 +37,7 @@ class DropoutKey:
         self.rows: torch.Tensor | None = None  # int32 [B, T]
 
     def set(self, step: int, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """`step` counts from 0; `slots` [B, 1] or [B, T] and `positions` [T] or [B, T] broadcast to a row per token."""
+        """`step` counts from 0; `slots` [B, T] or [B, 1] and `positions` [T] or [B, T] broadcast to a row per token."""
         self.step = step
         self.rows = row_hashes(slots, positions)
 
@@ -76,7 +77,7 @@ class KeyedDropout(nn.Module):
 
 
 def row_hashes(slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """A hash per token of (its example's slot, its position), int32, of the shape to which both broadcast."""
+    """A hash per token of (its slot, its position), int32, of the shape to which both broadcast."""
     return _mix(_mix(slots.to(torch.int32)) ^ positions.to(torch.int32))
 
 

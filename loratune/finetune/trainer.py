@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from loratune.finetune import model as base_model
 from loratune.finetune.batches import Batch, Tokens, collate, cut, micro_batch_count, response_tokens
+from loratune.finetune.beginnings import dropout_slots
 from loratune.finetune.dropout import DropoutKey
 from loratune.finetune.model import BaseModel
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, clip, learning_rate_factor, warmup_steps
@@ -45,10 +46,12 @@ class MicroBatches(Dataset[dict[str, Any]]):
         if micro == 0:
             self._pieces = cut(self.tokens.lengths[examples], self.size, self.rank, self.world)
             self._items = response_tokens(self.tokens, examples)
+            self._slots = dropout_slots(self.tokens, examples)
         slots = self._pieces[micro]
         # A process without examples left still takes part in DDP's reduction, with an example that is not scored.
         seen = slots if len(slots) else [0]
-        batch = collate(self.tokens, examples[seen], seen, pad_id=self.pad_id, scored=len(slots) > 0)
+        own = [self._slots[slot] for slot in seen]
+        batch = collate(self.tokens, examples[seen], slots=own, pad_id=self.pad_id, scored=len(slots) > 0)
         return {"batch": batch, "items": self._items, "step": step}
 
 

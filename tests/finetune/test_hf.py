@@ -15,6 +15,7 @@ from tiny_engine import adapter, recipe, run, segment
 
 from loratune.finetune import optimisation
 from loratune.finetune.batches import collate, response_tokens
+from loratune.finetune.beginnings import dropout_slots
 from loratune.finetune.engine import load_engine, run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.lora import adapter_parameters, attach, detach
@@ -48,9 +49,9 @@ def test_agrees_with_a_bare_loop(engine) -> None:  # type: ignore[no-untyped-def
     wrapped.train()
     for step, batch_examples in enumerate(order(0, len(engine.train), 6 * 7).reshape(6, 7)):
         optimizer.zero_grad()
-        total = 0.0
+        total, slots = 0.0, dropout_slots(engine.train, batch_examples)
         for slot, example in enumerate(batch_examples):
-            batch = collate(engine.train, [example], [slot], pad_id=0)
+            batch = collate(engine.train, [example], slots=[slots[slot]], pad_id=0)
             key.set(step, batch.slots, torch.arange(batch.ids.shape[1]))
             total = total + token_nll(wrapped, None, batch).sum() / response_tokens(engine.train, batch_examples)
         total.backward()

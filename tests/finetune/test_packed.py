@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact import exact_norms  # noqa: F401  # a fixture
 from tiny_engine import adapter, recipe, segment
 
 from loratune.errors import NotPackableError
@@ -16,6 +17,7 @@ from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.work import Outcome, Progress, Segment, State
 
+pytestmark = pytest.mark.usefixtures("exact_norms")
 STEPS = 20
 MIXED = [  # ranks, dropouts, learning rates, batch sizes, layers, each different
     {"lora_r": 4, "lora_dropout": 0.0, "learning_rate": 0.01, "batch_size": 7},

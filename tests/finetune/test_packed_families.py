@@ -7,6 +7,7 @@ import pytest
 import tiny_engine
 import torch
 import transformers
+from exact import exact_norms  # noqa: F401  # a fixture
 from tiny_engine import VOCABULARY, adapter, recipe, segment
 
 from loratune.finetune.engine import load_engine, run_all
@@ -34,6 +35,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_is_the_reference(tmp_path: Path, family: str) -> None:
     tiny_engine.build_model(tmp_path / "model", FAMILIES[family])

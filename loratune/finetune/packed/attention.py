@@ -1,10 +1,10 @@
 """Causal self-attention in a flat batch: each sequence sees itself only.
 
 Registered with Transformers under a name, so that its model files run unchanged. On a GPU in half precision the
-variable-length kernel takes the flat batch as it is; elsewhere sequences of similar length are gathered into
-rectangles (`layout.Buckets`) for scaled_dot_product_attention.
+variable-length kernel takes sequences end to end; elsewhere those of similar length are gathered into rectangles
+(`layout.Flat.buckets`) for scaled_dot_product_attention.
 
-Notation: T tokens, H query heads, G key and value heads, D features of a head; n sequences of L positions.
+Notation: T rows, H query heads, G key and value heads, D features of a head; n sequences of L positions.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import transformers
 from torch.nn import functional
 
 from loratune.errors import NotPackableError
-from loratune.finetune.packed.layout import Buckets, Flat
+from loratune.finetune.packed.layout import Flat, Spread
 
 NAME = "loratune_flat"
 
@@ -45,14 +45,16 @@ def attention(
     window = sliding_window if sliding_window is not None and sliding_window < flat.longest else None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and window is None:
-        return _varlen(q, k, v, flat, scaling).unsqueeze(0), None
-    buckets = flat.buckets
-    sides = [_Pad.apply(x, buckets).split([n * length for n, length in buckets.shapes]) for x in (q, k, v)]
+        if flat.line is None:
+            return _varlen(q, k, v, flat, scaling).unsqueeze(0), None
+        q, k, v = (_Out.apply(x, flat.line) for x in (q, k, v))
+        return _Back.apply(_varlen(q, k, v, flat, scaling), flat.line).unsqueeze(0), None
+    sides = [_Out.apply(x, flat.buckets).split([n * length for n, length in flat.shapes]) for x in (q, k, v)]
     rectangles = [
         _rectangle([x.view(n, length, *x.shape[1:]).transpose(1, 2) for x in one], scaling, window)
-        for one, (n, length) in zip(zip(*sides, strict=True), buckets.shapes, strict=True)
+        for one, (n, length) in zip(zip(*sides, strict=True), flat.shapes, strict=True)
     ]
-    return _Unpad.apply(torch.cat(rectangles) if len(rectangles) > 1 else rectangles[0], buckets).unsqueeze(0), None
+    return _Back.apply(torch.cat(rectangles) if len(rectangles) > 1 else rectangles[0], flat.buckets).unsqueeze(0), None
 
 
 def _rectangle(qkv: Sequence[torch.Tensor], scaling: float | None, window: int | None) -> torch.Tensor:
@@ -75,28 +77,28 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flat: Flat, scali
     return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)  # type: ignore[return-value]
 
 
-class _Pad(torch.autograd.Function):
-    """Flat rows [T, ...] -> places [P, ...]. Places past a sequence's end send no gradient back: none reaches them."""
+class _Out(torch.autograd.Function):
+    """Rows [T, ...] -> places [P, ...]. Places past a sequence's end send no gradient back: none reaches them."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, buckets: Buckets) -> torch.Tensor:
-        ctx.buckets = buckets
-        return x.index_select(0, buckets.places)
+    def forward(ctx: Any, x: torch.Tensor, spread: Spread) -> torch.Tensor:
+        ctx.spread = spread
+        return spread.out(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0].index_select(0, ctx.buckets.homes), None
+        return ctx.spread.collected(grads[0]), None
 
 
-class _Unpad(torch.autograd.Function):
-    """Places [P, ...] -> flat rows [T, ...]."""
+class _Back(torch.autograd.Function):
+    """Places [P, ...] -> rows [T, ...]. Where a row has several places, all hold the same."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, buckets: Buckets) -> torch.Tensor:
-        ctx.buckets, ctx.places = buckets, len(x)
-        return x.index_select(0, buckets.homes)
+    def forward(ctx: Any, x: torch.Tensor, spread: Spread) -> torch.Tensor:
+        ctx.spread, ctx.places = spread, len(x)
+        return spread.back(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         whole = grads[0].new_zeros(ctx.places, *grads[0].shape[1:])
-        return whole.index_copy_(0, ctx.buckets.homes, grads[0]), None
+        return whole.index_copy_(0, ctx.spread.homes, grads[0]), None

@@ -141,10 +141,10 @@ class PackedBase:
 
     def _reference(self) -> torch.Tensor:
         with torch.no_grad(), base_model.autocast(self.base):
-            return torch.cat([token_nll(self.model, self.head, collate(_TRIAL, [i], [0], pad_id=0).to(self.device)) for i in range(3)])
+            return torch.cat([token_nll(self.model, self.head, collate(_TRIAL, [i], pad_id=0).to(self.device)) for i in range(3)])
 
     def _try(self, expected: torch.Tensor) -> None:
-        flat = flatten(_TRIAL, [Share(owner=0, examples=np.arange(3), slots=np.arange(3))], self.device)
+        flat = flatten(_TRIAL, [Share(owner=0, examples=np.arange(3))], self.device)
         try:
             with torch.no_grad():
                 got = self.nll(flat, ())

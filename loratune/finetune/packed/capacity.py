@@ -89,8 +89,7 @@ def _lines(path: Path) -> list[str]:
 def _share(tokens: Tokens, longest: np.ndarray, count: int) -> Share:
     """The fewest of the longest examples that hold `count` tokens."""
     needed = int(np.searchsorted(np.cumsum(np.asarray(tokens.lengths)[longest]), count)) + 1
-    chosen = longest[:needed]
-    return Share(owner=0, examples=chosen, slots=np.arange(len(chosen)))
+    return Share(owner=0, examples=longest[:needed])
 
 
 def _peak(base: PackedBase, adapter: Adapter, tokens: Tokens, longest: np.ndarray, count: int) -> tuple[int, int]:
@@ -103,7 +102,7 @@ def _peak(base: PackedBase, adapter: Adapter, tokens: Tokens, longest: np.ndarra
 
 def _kept(base: PackedBase, adapter: Adapter, tokens: Tokens, examples: np.ndarray) -> tuple[int, int]:
     """(tokens, bytes that autograd keeps) of a forward pass; weights are not counted, nor a tensor twice."""
-    flat = flatten(tokens, [Share(owner=0, examples=examples, slots=np.arange(len(examples)))], base.device)
+    flat = flatten(tokens, [Share(owner=0, examples=examples)], base.device)
     weights = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
     kept: dict[int, int] = {}
 

@@ -144,8 +144,8 @@ class _Loop:
 
     def weights(self, x: torch.Tensor, dy: torch.Tensor, z: list[torch.Tensor], g: list[torch.Tensor]) -> None:
         for part, scale, z_k, g_k in zip(self.parts, self.scales, z, g, strict=True):
-            _add_product(part.grad_a, g_k.T, x[part.rows], 1.0)
-            _add_product(part.grad_b, dy[part.rows].T, z_k, scale)
+            add_product(part.grad_a, g_k.T, x[part.rows], 1.0)
+            add_product(part.grad_b, dy[part.rows].T, z_k, scale)
 
 
 class _Concatenated(_Loop):
@@ -225,7 +225,7 @@ class _Grouped(_Loop):
 _BACKENDS = {"loop": _Loop, "concatenated": _Concatenated, "grouped": _Grouped}
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
     """total += scale * left right, the sum in total's precision."""
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=scale)

@@ -142,7 +142,7 @@ class PackedEngine:
                 raise
             for lane in members:
                 lane.again()
-            alone = len(shares) == 1 and len(shares[0].slots) == 1
+            alone = len(shares) == 1 and len(shares[0].examples) == 1
             del error
             self._make_room(flat_tokens=sum(int(np.asarray(self.train.lengths)[share.examples].sum()) for share in shares), alone=alone)
             return

@@ -1,13 +1,16 @@
-"""The loss through a frozen output head, a chunk of logits at a time.
+"""The loss through a frozen output head, a tile of the vocabulary at a time.
 
     nll[n] = logsumexp(z[n]) - z[n, label[n]]        z = h W^T + bias
     d nll[n] / d h[n] = (softmax(z[n]) - onehot(label[n])) W
 
 Since W is frozen, the gradient with respect to h is all that the backward pass needs, and it is known up to
-the factor d loss / d nll[n] in the forward pass: so the logits [N, V] are never kept, only a gradient [N, D].
-The idea is that of Cut Cross-Entropy and Liger's fused linear cross-entropy (arXiv 2411.09009, 2410.10989).
+the factor d loss / d nll[n] in the forward pass. Both sums over the vocabulary are taken tile by tile with a running
+maximum, as flash attention does (Dao et al. 2022, arXiv 2205.14135, eq. 2): so each tile of logits is used while it is
+in the cache, and none is kept. The idea of not keeping them is that of Cut Cross-Entropy and Liger's fused linear
+cross-entropy (arXiv 2411.09009, 2410.10989).
 
-Notation: N response tokens, D hidden features, V words.
+Notation: N response tokens, D hidden features, V words; for the tiles so far m [N, 1] is the largest logit,
+s [N, 1] the sum of e^(z - m), and g [N, D] the sum of e^(z - m) W.
 """
 
 from typing import Any
@@ -15,7 +18,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-_CHUNK = {"cpu": 2**22, "cuda": 2**28}  # float32 logits at a time; on CPU such as stay in the cache
+from loratune.finetune.packed.delta import add_product
+
+_CPU_WORDS = 1024  # a tile's width; hundreds of rows of it stay in the cache
+_GPU_LOGITS = 2**28  # a tile's size; one for all words, mostly
 
 
 def frozen_head_nll(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
@@ -29,22 +35,31 @@ class _FrozenHeadNll(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, differentiable: bool
     ) -> torch.Tensor:
         exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        nll = torch.empty(len(labels), dtype=exact, device=hidden.device)
-        gradient = torch.empty_like(hidden) if differentiable else None
-        rows = max(1, _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // len(weight))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(labels), rows):
-                part, label = hidden[start : start + rows], labels[start : start + rows, None]
-                z = functional.linear(part.to(weight.dtype), weight, bias).to(exact)
-                total = z.logsumexp(dim=-1, keepdim=True)
-                nll[start : start + rows] = (total - z.gather(1, label)).squeeze(1)
-                if gradient is not None:
-                    p = z.sub_(total).exp_()  # softmax, in place
-                    p.scatter_add_(1, label, torch.full_like(total, -1.0))
-                    gradient[start : start + rows] = p.to(weight.dtype) @ weight
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return nll
+        h, count = hidden.to(weight.dtype), len(labels)
+        m = torch.full((count, 1), -torch.inf, dtype=exact, device=h.device)
+        s, wanted = torch.zeros_like(m), torch.zeros_like(m)
+        g = torch.zeros(h.shape if differentiable else (), dtype=exact, device=h.device)
+        width = _CPU_WORDS if h.device.type == "cpu" else max(1, _GPU_LOGITS // max(1, count))
+        buffer = torch.empty(count * min(width, len(weight)), dtype=weight.dtype, device=h.device)
+        with torch.autocast(h.device.type, enabled=False):
+            for start in range(0, len(weight), width):
+                w = weight[start : start + width]
+                z = torch.mm(h, w.T, out=buffer[: count * len(w)].view(count, len(w))).to(exact)
+                if bias is not None:
+                    z += bias[start : start + width].to(exact)
+                column = labels.unsqueeze(1) - start
+                inside = (column >= 0) & (column < len(w))
+                wanted += torch.where(inside, z.gather(1, column.clamp(0, len(w) - 1)), 0.0)
+                top = torch.maximum(m, z.amax(1, keepdim=True))
+                z.sub_(top).exp_()
+                shrink = (m - top).exp_()
+                s.mul_(shrink).add_(z.sum(1, keepdim=True))
+                if differentiable:
+                    add_product(g.mul_(shrink), z.to(weight.dtype), w, 1.0)
+                m = top
+        if differentiable:
+            ctx.save_for_backward(g.div_(s).sub_(functional.embedding(labels, weight)).to(hidden.dtype))
+        return (m + s.log() - wanted).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

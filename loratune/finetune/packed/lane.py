@@ -12,6 +12,7 @@ import torch
 
 from loratune.finetune import lora
 from loratune.finetune.batches import Tokens, response_tokens
+from loratune.finetune.beginnings import dropout_slots
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, learning_rate_factor, warmup_steps
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.base import PackedBase
@@ -68,11 +69,11 @@ class Lane:
         if not count:
             return None
         slots = self.waiting[:count]
-        return Share(owner=owner, examples=self._examples[slots], slots=slots)
+        return Share(owner=owner, examples=self._examples[slots], slots=[self._slots[slot] for slot in slots])
 
     def seen(self, share: Share, nll: torch.Tensor) -> None:
         """A pass is done: `share`'s examples gave a summed `nll`, and their gradients are in the adapter."""
-        self.waiting = self.waiting[len(share.slots) :]
+        self.waiting = self.waiting[len(share.examples) :]
         self._nll = self._nll + nll.detach().double()
 
     def again(self) -> None:
@@ -100,6 +101,7 @@ class Lane:
             return
         self._examples = self.run.examples(self.run.step)
         self.items = response_tokens(self.tokens, self._examples)
+        self._slots = dropout_slots(self.tokens, self._examples)
         self.waiting = np.argsort(-np.asarray(self.tokens.lengths)[self._examples], kind="stable")
 
 

@@ -1,7 +1,8 @@
 """A flat batch: the token sequences of several adapters laid end to end, without padding.
 
-Notation: T tokens of all sequences together, N response tokens, of several adapters. Each adapter's tokens are
-contiguous, so that its rows of any activation are a slice. Within an adapter, sequences come longest first.
+Notation: T rows, one for each token of all sequences, but that a beginning which prompts of one adapter share
+(beginnings.py) stands there once; N response tokens, of several adapters. Each adapter's rows are contiguous,
+so that its part of any activation is a slice. Attention needs whole sequences again: it spreads rows over P places.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from loratune.finetune.batches import Tokens
+from loratune.finetune.beginnings import beginnings
 
 _ALIKE = 0.85  # a sequence at least this share of its bucket's longest joins the bucket
 
@@ -21,12 +23,12 @@ class Share:
 
     owner: int  # the adapter's place in the caller's list
     examples: np.ndarray  # int64 [n], places in the split
-    slots: np.ndarray  # int64 [n], places in the adapter's global batch
+    slots: Sequence[np.ndarray] | None = None  # for each, int64 [its tokens]: whose they are for dropout; needed in training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """An adapter's rows [start, stop) of the T tokens, and [first, last) of the N response tokens."""
+    """An adapter's rows [start, stop) of the T rows, and [first, last) of the N response tokens."""
 
     owner: int
     start: int
@@ -36,16 +38,25 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buckets:
-    """Sequences of similar length side by side in rectangles of n sequences times L positions, laid end to end: P places.
+class Spread:
+    """Rows spread over places, of which each row has one or more."""
 
-    A place past its sequence's end holds that sequence's own first token: causality hides it from the real ones, and
-    nothing of a neighbour can leak in.
-    """
+    rows: torch.Tensor  # int64 [P]; the row in each place
+    homes: torch.Tensor  # int64 [T]; the first place of each row
+    again: torch.Tensor  # int64; places that hold a row once more
 
-    shapes: tuple[tuple[int, int], ...]  # (n, L) of each rectangle
-    places: torch.Tensor  # int64 [P]; the flat row in each place
-    homes: torch.Tensor  # int64 [T]; the place of each flat row
+    def out(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, ...] -> [P, ...]"""
+        return x.index_select(0, self.rows)
+
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """The first place of each row: [P, ...] -> [T, ...]"""
+        return x.index_select(0, self.homes)
+
+    def collected(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over each row's places, in a fixed order: [P, ...] -> [T, ...]"""
+        total = self.back(x)
+        return total.index_put_((self.rows[self.again],), x[self.again], accumulate=True) if len(self.again) else total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +65,14 @@ class Flat:
 
     ids: torch.Tensor  # int64 [1, T]
     positions: torch.Tensor  # int64 [1, T], from 0 in each sequence
-    slots: torch.Tensor  # int64 [T]
-    predictors: torch.Tensor  # int64 [N]; flat rows whose hidden states predict a response token
+    slots: torch.Tensor  # int64 [T]; of dropout
+    predictors: torch.Tensor  # int64 [N]; rows whose hidden states predict a response token, none twice
     labels: torch.Tensor  # int64 [N]; those tokens
     spans: tuple[Span, ...]
-    buckets: Buckets
-    starts: torch.Tensor  # int32 [sequences + 1]; where each sequence begins, and T
+    shapes: tuple[tuple[int, int], ...]  # (n, L): rectangles of n sequences of similar length times L positions
+    buckets: Spread  # over those rectangles, one behind the other; what is past a sequence's end is its own first token
+    line: Spread | None  # over the sequences end to end; None where no row stands in two of them
+    starts: torch.Tensor  # int32 [sequences + 1]; where each sequence begins on that line, and its end
     longest: int
 
     @property
@@ -68,27 +81,32 @@ class Flat:
 
 
 def flatten(tokens: Tokens, shares: Sequence[Share], device: torch.device) -> Flat:
-    """Lay the shares' sequences end to end, in the order given."""
-    ids, positions, slots, predictors, labels, spans, lengths = [], [], [], [], [], [], []
+    """Lay the shares' sequences end to end, each adapter's in order of their prompts."""
+    ids, positions, slots, predictors, labels, spans = [], [], [], [], [], []
+    sequences: list[np.ndarray] = []  # the rows of each
     row = item = 0
     for share in shares:
         start, first = row, item
-        for example, slot in zip(share.examples, share.slots, strict=True):
-            text, mask = tokens[int(example)]
+        for place, shared in beginnings(tokens, share.examples):
+            text, mask = tokens[int(share.examples[place])]
             targets = np.flatnonzero(mask[1:]) + 1  # nothing predicts position 0
-            ids.append(text)
-            positions.append(np.arange(len(text)))
-            slots.append(np.full(len(text), slot))
-            predictors.append(row + targets - 1)
+            own = np.arange(row, row + len(text) - shared)
+            rows = np.concatenate([sequences[-1][:shared], own]) if shared else own
+            ids.append(text[shared:])
+            positions.append(np.arange(shared, len(text)))
+            slots.append(share.slots[place][shared:] if share.slots is not None else np.zeros(len(own), dtype=np.int64))
+            predictors.append(rows[targets - 1])
             labels.append(text[targets])
-            lengths.append(len(text))
-            row, item = row + len(text), item + len(targets)
+            sequences.append(rows)
+            row, item = row + len(own), item + len(targets)
         spans.append(Span(owner=share.owner, start=start, stop=row, first=first, last=item))
 
     def tensor(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
 
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    lengths = np.asarray([len(rows) for rows in sequences])
+    shapes, places, real = _rectangles(sequences, lengths)
+    line = np.concatenate(sequences)
     return Flat(
         ids=tensor(ids).unsqueeze(0),
         positions=tensor(positions).unsqueeze(0),
@@ -96,28 +114,37 @@ def flatten(tokens: Tokens, shares: Sequence[Share], device: torch.device) -> Fl
         predictors=tensor(predictors),
         labels=tensor(labels),
         spans=tuple(spans),
-        buckets=_buckets(np.asarray(lengths), starts, device),
-        starts=torch.from_numpy(starts.astype(np.int32)).to(device),
-        longest=max(lengths),
+        shapes=shapes,
+        buckets=_spread(places, real, row, device),
+        line=_spread(line, np.arange(len(line)), row, device) if len(line) > row else None,
+        starts=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
+        longest=int(lengths.max()),
     )
 
 
-def _buckets(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> Buckets:
+def _rectangles(sequences: list[np.ndarray], lengths: np.ndarray) -> tuple[tuple[tuple[int, int], ...], np.ndarray, np.ndarray]:
+    """Sequences of similar length side by side: (the shapes, the row in each place, the places that are not filled up)."""
     groups: list[list[int]] = []
     for sequence in np.argsort(-lengths, kind="stable"):
         if not groups or lengths[sequence] < _ALIKE * lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(int(sequence))
-    places, homes, shapes, begun = [], np.zeros(starts[-1], dtype=np.int64), [], 0
-    for group in groups:
-        longest = int(lengths[group[0]])
-        column = np.arange(longest)
-        inside = column < lengths[group][:, None]  # [n, L]
-        rows = (starts[group][:, None] + np.where(inside, column, 0)).reshape(-1)
-        real = np.flatnonzero(inside)
-        homes[rows[real]] = begun + real
-        places.append(rows)
-        shapes.append((len(group), longest))
-        begun += len(rows)
-    held = [torch.from_numpy(array).to(device) for array in (np.concatenate(places), homes)]
-    return Buckets(shapes=tuple(shapes), places=held[0], homes=held[1])
+    longest = [int(lengths[group[0]]) for group in groups]
+    # What fills a place up is its own sequence's: causality hides it, and nothing of a neighbour can leak in.
+    filled = [
+        np.concatenate([sequences[i], np.full(length - lengths[i], sequences[i][0])])
+        for group, length in zip(groups, longest, strict=True)
+        for i in group
+    ]
+    inside = [np.arange(length) < lengths[i] for group, length in zip(groups, longest, strict=True) for i in group]
+    shapes = tuple((len(group), length) for group, length in zip(groups, longest, strict=True))
+    return shapes, np.concatenate(filled), np.flatnonzero(np.concatenate(inside))
+
+
+def _spread(rows: np.ndarray, real: np.ndarray, count: int, device: torch.device) -> Spread:
+    """`rows` [P] in each place, of which `real` are not filled up; `count` rows."""
+    homes = np.zeros(count, dtype=np.int64)
+    homes[rows[real[::-1]]] = real[::-1]  # the first of several stays
+    again = real[homes[rows[real]] != real]
+    held = [torch.from_numpy(array.astype(np.int64)).to(device) for array in (rows, homes, again)]
+    return Spread(rows=held[0], homes=held[1], again=held[2])

@@ -27,7 +27,7 @@ def validate_together(
     for examples in _chunks(lengths, max(1, room // len(adapters))):
         if interrupted():
             raise InterruptedError
-        shares = [Share(owner=k, examples=examples, slots=np.zeros(len(examples), dtype=np.int64)) for k in range(len(adapters))]
+        shares = [Share(owner=k, examples=examples) for k in range(len(adapters))]
         flat = flatten(tokens, shares, base.device)
         with torch.no_grad():
             nll = base.nll(flat, adapters).double()
