@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from loratune.downstream.adapters import Adapters
+from loratune.downstream.attention import decoding
 from loratune.downstream.base import Benchmark, Item
 from loratune.downstream.forward import Forward
 from loratune.downstream.rows import Row, Rows, common
@@ -23,7 +24,7 @@ from loratune.downstream.writing import Lane, Writer
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel, autocast
 
-_TOKENS = {"cpu": 4096, "cuda": 32768}  # per pass over prompts, all adapters together
+_TOKENS = {"cpu": 1024, "cuda": 32768}  # per pass over prompts, all adapters together; on a CPU what its cache holds
 _CPU_CACHE = 2**30  # bytes of keys and values
 _SHARED = 16  # a shared beginning of fewer tokens is not worth its own pass
 _FEW = 4  # a group of fewer items is answered with those of other groups: wide batches are worth more
@@ -70,7 +71,7 @@ class Answerer:
         def found(done: Done) -> tuple[list[Item], list[list[Answer]]]:
             return [items[place] for place, _ in done], [[answers[block] for _, answers in done] for block in back]
 
-        with torch.inference_mode(), autocast(self.base), self.adapters.use(order):
+        with torch.inference_mode(), autocast(self.base), self.adapters.use(order), decoding(self.base.model):
             blocks = len(order)
             writer = Writer(self.forward, benchmark, blocks, memory=self._memory(), seed=seed, interrupted=interrupted, most=self.rows)
             for rows in self._groups(benchmark, items):

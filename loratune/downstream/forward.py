@@ -4,16 +4,21 @@ Notation: K adapters, n rows each, R = K n; P tokens of a shared beginning, T to
 G key and value heads, D their features.
 """
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
+from torch.nn import functional
 from transformers.cache_utils import DynamicLayer
 
+from loratune.downstream.narrow import Narrow
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel
+
+ROOM = 16  # tokens
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [R, G, P + T, D]
 
@@ -33,6 +38,7 @@ class Forward:
             self.context = int(window)  # within it every token sees all before it, so padding is exact
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._narrow = Narrow(base.model)
         self.token_bytes = 2 * config.num_hidden_layers * heads * width * torch.empty((), dtype=base.dtype).element_size()
 
     def run(
@@ -48,7 +54,8 @@ class Forward:
         cache = transformers.DynamicCache() if cache is None else cache
         options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         given = {name: value for name, value in options.items() if value is not None and name in self._known}
-        out = self.base.model(input_ids=ids.to(self.base.device), past_key_values=cache, use_cache=True, **given)
+        with self._narrow.last_position() if ids.shape[1] > keep == 1 else contextlib.nullcontext():
+            out = self.base.model(input_ids=ids.to(self.base.device), past_key_values=cache, use_cache=True, **given)
         logits = out.logits[:, -keep:]
         return logits if logits.dtype == torch.float64 else logits.float(), out.past_key_values
 
@@ -103,44 +110,56 @@ def layers_of(cache: Any, rows: torch.Tensor) -> Layers:
     return [(layer.keys[rows], layer.values[rows]) for layer in cache.layers]
 
 
-def joined(parts: Sequence[Layers], blocks: int, room: int) -> Any:
+def joined(parts: Sequence[Layers], blocks: int) -> Any:
     """One cache of parts of different lengths, aligned at their right, blocks kept together, with room for more tokens.
 
     What stands to the left of a short part is 0, and is to be masked.
     """
     cache = transformers.DynamicCache()
-    cache.layers = [Room([part[number] for part in parts], blocks, room) for number in range(len(parts[0]))]
+    cache.layers = [Room([part[number] for part in parts], blocks) for number in range(len(parts[0]))]
     return cache
 
 
 class Room(DynamicLayer):
-    """A layer's keys and values in buffers with room at their end, where DynamicLayer copies everything for each token."""
+    """A layer's keys and values in buffers with room at their end, where DynamicLayer copies everything for each token.
 
-    def __init__(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], blocks: int, room: int) -> None:
+    Attention is shown the whole buffers, as with a StaticLayer, and the mask hides what is empty: rows that are read
+    without gaps come from memory several times faster. So there is little room, and more is made when it is used up.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], blocks: int) -> None:
         super().__init__()
         self.length = max(keys.shape[2] for keys, _ in parts)
-        self._buffers = [self._buffer([part[side] for part in parts], blocks, room) for side in (0, 1)]
-        self.dtype, self.device, self.is_initialized = self._buffers[0].dtype, self._buffers[0].device, True
-        self._show()
+        self.keys, self.values = (self._buffer([part[side] for part in parts], blocks) for side in (0, 1))
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        start, self.length = self.length, self.length + key_states.shape[2]
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start : self.length] = new
-        return self._show()
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._buffers = [buffer[indices] for buffer in self._buffers]
-        self._show()
-
-    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self._buffers)
+        new = key_states.shape[2]
+        if more := self.get_mask_sizes(new)[0] - self.keys.shape[2]:
+            self.keys, self.values = (functional.pad(side, (0, 0, 0, more)) for side in (self.keys, self.values))
+        self.keys[:, :, self.length : self.length + new] = key_states
+        self.values[:, :, self.length : self.length + new] = value_states
+        self.length += new
         return self.keys, self.values
 
-    def _buffer(self, parts: Sequence[torch.Tensor], blocks: int, room: int) -> torch.Tensor:
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many places attention is shown with so many new tokens, and that they begin at 0."""
+        lacking = self.length + query_length - self.keys.shape[2]
+        return self.keys.shape[2] + (-(-lacking // ROOM) * ROOM if lacking > 0 else 0), 0
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+    def _buffer(self, parts: Sequence[torch.Tensor], blocks: int) -> torch.Tensor:
         heads, width = parts[0].shape[1], parts[0].shape[3]
         rows = sum(len(part) for part in parts) // blocks
-        buffer, start = parts[0].new_zeros(blocks, rows, heads, self.length + room, width), 0
+        buffer, start = parts[0].new_zeros(blocks, rows, heads, self.length + ROOM, width), 0
         for part in parts:
             own = part.unflatten(0, (blocks, -1))
             buffer[:, start : start + own.shape[1], :, self.length - part.shape[2] : self.length] = own

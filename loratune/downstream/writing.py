@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from loratune.downstream.base import Benchmark
-from loratune.downstream.forward import Forward, Layers, joined, layers_of
+from loratune.downstream.forward import ROOM, Forward, Layers, joined, layers_of
 from loratune.downstream.rows import Row
 from loratune.errors import ModelError
 
@@ -139,7 +139,8 @@ class Writer:
 
     def _continue(self, parts: list[_Part]) -> None:
         longest = max(part.mask.shape[1] for part in parts)
-        masks = [torch.nn.functional.pad(part.mask, (longest - part.mask.shape[1], 0)) for part in parts]
+        room = self.benchmark.max_new_tokens + ROOM
+        masks = [torch.nn.functional.pad(part.mask, (longest - part.mask.shape[1], room)) for part in parts]
         mask, tokens = (self._by_block(some) for some in (masks, [part.tokens for part in parts]))
         per_block = [len(part.lanes) // self.blocks for part in parts]
         lanes = [
@@ -148,7 +149,7 @@ class Writer:
             for part, n in zip(parts, per_block, strict=True)
             for lane in part.lanes[block * n : (block + 1) * n]
         ]
-        cache = joined([part.layers for part in parts], self.blocks, self.benchmark.max_new_tokens)
+        cache = joined([part.layers for part in parts], self.blocks)
         positions = mask.sum(1, keepdim=True)
         while kept := self._open_rows(lanes):
             if self.interrupted():
@@ -158,8 +159,9 @@ class Writer:
                 cache.batch_select_indices(index)
                 tokens, mask, positions = tokens[index], mask[index], positions[index]
                 lanes = [lanes[at] for at in kept]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits, cache = self.forward.run(tokens.view(-1, 1), cache, mask=mask, positions=positions)
+            mask[:, cache.get_seq_length()] = 1
+            shown = mask[:, : cache.get_mask_sizes(1, 0)[0]]
+            logits, cache = self.forward.run(tokens.view(-1, 1), cache, mask=shown, positions=positions)
             positions = (positions + 1).clamp(max=self.forward.context - 1)  # finished rows may run past the end
             tokens = self._choose(logits[:, -1], lanes)
             self._take(lanes, tokens)
