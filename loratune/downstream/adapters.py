@@ -3,7 +3,8 @@
     y = W x + scale_k B_k A_k x        for the rows of adapter k
 
 The rows of a batch are K equal blocks, one per adapter in use, in order. A place without an adapter is the bare
-model: nothing is added to its block. Adapters of one rank that stand side by side share a batched product.
+model: nothing is added to its block. Adapters of one rank that stand side by side share a batched product; small ranks
+count as one, filled up with zeros.
 
 Notation: K adapters in use, n rows each, in and out features of a layer, r rank.
 """
@@ -21,11 +22,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from loratune.downstream.scores import ADAPTER_FILES
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel
 
+_SMALL = 16  # a product of this rank costs little more than one of rank 1, and less than two products
 _PREFIX = "base_model.model."
 _MORE = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices")  # than plain LoRA
 
@@ -113,12 +116,14 @@ class Adapters:
                 if adapter is None or name not in adapter.weights:
                     continue
                 a, b = adapter.weights[name]
-                if runs and runs[-1][1] == block and runs[-1][2][0].shape == a.shape:
+                if runs and runs[-1][1] == block and _alike(runs[-1][2][-1], a):
                     start, _, many_a, many_b = runs.pop()
                     runs.append((start, block + 1, [*many_a, a], [*many_b, b]))
                 else:
                     runs.append((block, block + 1, [a], [b]))
-            self._runs[name] = [(start, stop, torch.stack(a), torch.stack(b)) for start, stop, a, b in runs]
+            self._runs[name] = [
+                (start, stop, pad_sequence([one.T for one in a], True).mT.contiguous(), pad_sequence(b, True)) for start, stop, a, b in runs
+            ]
 
     def _add(self, name: str, module: nn.Module, arguments: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor | None:
         runs = self._runs.get(name)
@@ -133,3 +138,8 @@ class Adapters:
             else:
                 y_blocks[start:stop] += torch.bmm(z, b).to(y.dtype)
         return y_blocks.view(y.shape)
+
+
+def _alike(*sides: torch.Tensor) -> bool:
+    """Whether A^T [in, r] of several adapters go into one product."""
+    return len({max(side.shape[1], _SMALL) for side in sides}) == 1

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn import functional
 from transformers.cache_utils import DynamicLayer
 
 from loratune.downstream.narrow import Narrow
@@ -139,7 +138,9 @@ class Room(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         new = key_states.shape[2]
         if more := self.get_mask_sizes(new)[0] - self.keys.shape[2]:
-            self.keys, self.values = (functional.pad(side, (0, 0, 0, more)) for side in (self.keys, self.values))
+            self.keys, self.values = (
+                torch.cat([side, side.new_zeros(*side.shape[:2], more, side.shape[3])], dim=2) for side in (self.keys, self.values)
+            )
         self.keys[:, :, self.length : self.length + new] = key_states
         self.values[:, :, self.length : self.length + new] = value_states
         self.length += new

@@ -25,6 +25,7 @@ from loratune.errors import ModelError
 _ROWS = 512  # decoded together, all adapters
 _WORK = {"cpu": 2.5e11, "cuda": 1e15}  # parameters x tokens that a crash may cost
 _TAIL = 4  # tokens of the prompt that new ones are decoded behind: some tokenizers drop a leading space
+_FIX = 8  # tokens decoded again at each step; what is older is fixed
 _SHRINK = 0.8  # let finished rows go at this share; above, the copy costs more than it saves
 
 
@@ -33,10 +34,26 @@ class Lane:
     """What one adapter writes to one prompt."""
 
     row: Row
-    before: str  # the end of the prompt, as text
+    opening: str  # the end of the prompt, as text
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     open: bool = True
+    fixed: int = 0  # so many tokens
+    fixed_text: str = ""
+    before: str = ""  # the last of the fixed tokens, as text
+
+    def __post_init__(self) -> None:
+        self.before = self.opening
+
+    def begin_anew(self, text: str) -> None:
+        """Back to the first token, which is `text`."""
+        self.open, self.text = True, text
+        del self.tokens[1:]
+        self.fixed, self.fixed_text, self.before = 0, "", self.opening
+
+    def fix(self, before: str) -> None:
+        """Take all tokens but the newest as decoded for good."""
+        self.fixed, self.fixed_text, self.before = len(self.tokens) - 1, self.text, before
 
 
 @dataclass(kw_only=True)
@@ -80,7 +97,7 @@ class Writer:
         if self.interrupted():
             raise InterruptedError
         before = self._decode([row.ids[-_TAIL:] for row in rows])
-        lanes = [Lane(row=row, before=text) for _ in range(self.blocks) for row, text in zip(rows, before, strict=True)]
+        lanes = [Lane(row=row, opening=text) for _ in range(self.blocks) for row, text in zip(rows, before, strict=True)]
         logits, cache, mask = self.forward.prompts([row.ids[shared:] for row in rows], prefix, shared, self.blocks)
         tokens = self._choose(logits, lanes)
         self._take(lanes, tokens)
@@ -133,8 +150,7 @@ class Writer:
         torch.cuda.empty_cache()
         for some in (parts[: len(parts) // 2], parts[len(parts) // 2 :]):
             for lane, text in (begun for part in some for begun in part.begun):
-                lane.open, lane.text = True, text
-                del lane.tokens[1:]
+                lane.begin_anew(text)
             self._decode_parts(some)
 
     def _continue(self, parts: list[_Part]) -> None:
@@ -195,22 +211,28 @@ class Writer:
             elif lane.open:
                 lane.tokens.append(token)
         going = [lane for lane in lanes if lane.open]
-        for lane, text in zip(going, self._texts(going), strict=True):
-            lane.text, written = text, len(lane.tokens)
+        self._read(going)
+        for lane in going:
+            written = len(lane.tokens)
             over = written >= self.benchmark.max_new_tokens or len(lane.row.ids) + written >= self.forward.context
-            lane.open = not over and not self.benchmark.decided(lane.row.item, text)
+            lane.open = not over and not self.benchmark.decided(lane.row.item, lane.text)
+        self._read([lane for lane in lanes if lane.fixed and not lane.open], whole=True)
 
-    def _texts(self, lanes: Sequence[Lane]) -> list[str]:
-        """What the new tokens add to the text."""
-        if not lanes:
-            return []
-        whole = self._decode([lane.row.ids[-_TAIL:] + lane.tokens for lane in lanes])
-        return [
-            text[len(lane.before) :]
-            if text.startswith(lane.before)
-            else str(self.forward.base.tokenizer.decode(lane.tokens, skip_special_tokens=True))
-            for text, lane in zip(whole, lanes, strict=True)
-        ]
+    def _read(self, lanes: Sequence[Lane], *, whole: bool = False) -> None:
+        """Bring the lanes' texts up to date: what the tokens that are not fixed add to it; or, `whole`, all of them."""
+        if whole:
+            for lane in lanes:
+                lane.fixed, lane.fixed_text, lane.before = 0, "", lane.opening
+        elif old := [lane for lane in lanes if len(lane.tokens) > lane.fixed + _FIX and not lane.text.endswith("\ufffd")]:
+            tails = [[*lane.row.ids[-_TAIL:], *lane.tokens[:-1]][-_TAIL:] for lane in old]
+            for lane, before in zip(old, self._decode(tails), strict=True):
+                lane.fix(before)
+        sequences = [[*lane.row.ids[-_TAIL:], *lane.tokens[: lane.fixed]][-_TAIL:] + lane.tokens[lane.fixed :] for lane in lanes]
+        for lane, text in zip(lanes, self._decode(sequences) if lanes else (), strict=True):
+            if text.startswith(lane.before):
+                lane.text = lane.fixed_text + text[len(lane.before) :]
+            else:
+                lane.text = str(self.forward.base.tokenizer.decode(lane.tokens, skip_special_tokens=True))
 
     def _decode(self, sequences: list[list[int]]) -> list[str]:
         tokenizer: Any = self.forward.base.tokenizer
