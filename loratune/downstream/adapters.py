@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional
 
 from loratune.downstream.scores import ADAPTER_FILES
 from loratune.errors import ModelError
@@ -121,9 +121,7 @@ class Adapters:
                     runs.append((start, block + 1, [*many_a, a], [*many_b, b]))
                 else:
                     runs.append((block, block + 1, [a], [b]))
-            self._runs[name] = [
-                (start, stop, pad_sequence([one.T for one in a], True).mT.contiguous(), pad_sequence(b, True)) for start, stop, a, b in runs
-            ]
+            self._runs[name] = [(start, stop, _together(a, 1), _together(b, 0)) for start, stop, a, b in runs]
 
     def _add(self, name: str, module: nn.Module, arguments: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor | None:
         runs = self._runs.get(name)
@@ -143,3 +141,10 @@ class Adapters:
 def _alike(*sides: torch.Tensor) -> bool:
     """Whether A^T [in, r] of several adapters go into one product."""
     return len({max(side.shape[1], _SMALL) for side in sides}) == 1
+
+
+def _together(sides: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """One tensor of A^T or B^T of several adapters, their ranks, at `dim`, filled up. Of one adapter without a copy."""
+    rank = max(side.shape[dim] for side in sides)
+    filled = [side if side.shape[dim] == rank else functional.pad(side, (0, 0) * (1 - dim) + (0, rank - side.shape[dim])) for side in sides]
+    return torch.stack(filled) if len(filled) > 1 else filled[0].unsqueeze(0)

@@ -17,7 +17,7 @@ from loratune.downstream.narrow import Narrow
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel
 
-ROOM = 16  # tokens
+SPARE = 16  # tokens
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [R, G, P + T, D]
 
@@ -104,8 +104,8 @@ def selected(cache: Any, rows: torch.Tensor) -> Any:
     return found
 
 
-def layers_of(cache: Any, rows: torch.Tensor) -> Layers:
-    """A copy of the keys and values of some rows [r]."""
+def layers_of(cache: Any, rows: torch.Tensor | slice) -> Layers:
+    """The keys and values of some rows [r]."""
     return [(layer.keys[rows], layer.values[rows]) for layer in cache.layers]
 
 
@@ -152,7 +152,7 @@ class Room(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many places attention is shown with so many new tokens, and that they begin at 0."""
         lacking = self.length + query_length - self.keys.shape[2]
-        return self.keys.shape[2] + (-(-lacking // ROOM) * ROOM if lacking > 0 else 0), 0
+        return self.keys.shape[2] + (-(-lacking // SPARE) * SPARE if lacking > 0 else 0), 0
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.keys, self.values = self.keys[indices], self.values[indices]
@@ -160,7 +160,7 @@ class Room(DynamicLayer):
     def _buffer(self, parts: Sequence[torch.Tensor], blocks: int) -> torch.Tensor:
         heads, width = parts[0].shape[1], parts[0].shape[3]
         rows = sum(len(part) for part in parts) // blocks
-        buffer, start = parts[0].new_zeros(blocks, rows, heads, self.length + ROOM, width), 0
+        buffer, start = parts[0].new_zeros(blocks, rows, heads, self.length + SPARE, width), 0
         for part in parts:
             own = part.unflatten(0, (blocks, -1))
             buffer[:, start : start + own.shape[1], :, self.length - part.shape[2] : self.length] = own

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from loratune.downstream.base import Benchmark
-from loratune.downstream.forward import ROOM, Forward, Layers, joined, layers_of
+from loratune.downstream.forward import SPARE, Forward, Layers, joined, layers_of
 from loratune.downstream.rows import Row
 from loratune.errors import ModelError
 
@@ -102,7 +102,7 @@ class Writer:
         tokens = self._choose(logits, lanes)
         self._take(lanes, tokens)
         if kept := self._open_rows(lanes):
-            index = torch.tensor(kept, device=mask.device)
+            index = torch.tensor(kept, device=mask.device) if len(kept) < len(lanes) else slice(None)
             self._parts.append(
                 _Part(
                     lanes=[lanes[at] for at in kept],
@@ -155,7 +155,7 @@ class Writer:
 
     def _continue(self, parts: list[_Part]) -> None:
         longest = max(part.mask.shape[1] for part in parts)
-        room = self.benchmark.max_new_tokens + ROOM
+        room = self.benchmark.max_new_tokens + SPARE
         masks = [torch.nn.functional.pad(part.mask, (longest - part.mask.shape[1], room)) for part in parts]
         mask, tokens = (self._by_block(some) for some in (masks, [part.tokens for part in parts]))
         per_block = [len(part.lanes) // self.blocks for part in parts]
@@ -197,7 +197,8 @@ class Writer:
         """The next token of each lane: logits [R, V] -> [R]. Sampling inverts the cumulated probabilities at a uniform number."""
         temperature = self.benchmark.temperature
         if temperature == 0:
-            return logits.argmax(-1)
+            # NumPy looks at several numbers at once, torch's CPU kernel at one
+            return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
         cumulated = (logits / temperature).softmax(-1).cumsum(-1)
         drawn = [self._uniform(lane.row.item.id)[len(lane.tokens)] if lane.open else 0.0 for lane in lanes]
         at = torch.tensor(drawn, dtype=cumulated.dtype, device=logits.device)
