@@ -33,6 +33,9 @@ _PREFIX = "base_model.model."
 _MORE = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices")  # than plain LoRA
 
 
+Run = tuple[int, int, torch.Tensor, torch.Tensor]  # blocks `start` to `stop`, their A^T [k, in, r] and scaled B^T [k, r, out]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """The weights of a PEFT folder."""
@@ -73,7 +76,7 @@ class Adapters:
         """A place that holds None is the bare model. Raises ModelError for an adapter that does not fit the model."""
         self.adapters = list(adapters)
         self._active: tuple[int, ...] = ()
-        self._runs: dict[str, list[tuple[int, int, torch.Tensor, torch.Tensor]]] = {}
+        self._runs: dict[str, list[Run]] = {}
         layers = dict(base.model.named_modules())
         names = sorted({name for adapter in adapters if adapter for name in adapter.weights})
         for adapter in adapters:
@@ -96,6 +99,17 @@ class Adapters:
             yield
         finally:
             self._activate(before)
+
+    @contextlib.contextmanager
+    def only(self, first: int, stop: int) -> Iterator[None]:
+        """While open, batches hold the rows of some of the blocks in use."""
+        active, runs = self._active, self._runs
+        if stop - first < len(active):
+            self._active, self._runs = active[first:stop], {name: list(_between(own, first, stop)) for name, own in runs.items()}
+        try:
+            yield
+        finally:
+            self._active, self._runs = active, runs
 
     def close(self) -> None:
         for handle in self._handles:
@@ -141,6 +155,14 @@ class Adapters:
 def _alike(*sides: torch.Tensor) -> bool:
     """Whether A^T [in, r] of several adapters go into one product."""
     return len({max(side.shape[1], _SMALL) for side in sides}) == 1
+
+
+def _between(runs: list[Run], first: int, stop: int) -> Iterator[Run]:
+    """What of the runs lies in these blocks, counted from the first of them."""
+    for begin, end, a, b in runs:
+        low, high = max(begin, first), min(end, stop)
+        if low < high:
+            yield low - first, high - first, a[low - begin : high - begin], b[low - begin : high - begin]
 
 
 def _together(sides: list[torch.Tensor], dim: int) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """A model with one or several adapters answers the items of a benchmark.
 
 Fast by: a KV cache; prompts of similar length together; the beginning that a group's prompts share computed once per
-adapter; several adapters in one pass over the frozen base; a prompt run once for all choices behind it; wide decoding
-(writing.py); an end as soon as the benchmark calls an answer decided. None of it changes an answer, to float rounding:
-rows are padded on the left, padding is masked and takes no position.
+adapter; several adapters in one pass over the frozen base; a prompt run once for all choices behind it; a last layer that
+works where it is read (narrow.py); wide decoding (writing.py); an end as soon as the benchmark calls an answer decided.
+None of it changes an answer, to float rounding: rows are padded on the left, padding is masked and takes no position.
 
 Notation: K adapters, n items (or choices) of a batch, V words.
 """
@@ -24,7 +24,6 @@ from loratune.downstream.writing import Lane, Writer
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel, autocast
 
-_TOKENS = {"cpu": 1024, "cuda": 32768}  # per pass over prompts, all adapters together; on a CPU what its cache holds
 _CPU_CACHE = 2**30  # bytes of keys and values
 _SHARED = 16  # a shared beginning of fewer tokens is not worth its own pass
 _FEW = 4  # a group of fewer items is answered with those of other groups: wide batches are worth more
@@ -50,7 +49,7 @@ class Answerer:
 
     def __init__(self, base: BaseModel, adapters: Adapters, *, rows: int | None = None, share: bool = True) -> None:
         self.base, self.adapters, self.rows, self.share = base, adapters, rows, share
-        self.forward = Forward(base)
+        self.forward = Forward(base, adapters.only)
 
     def answers(
         self,
@@ -139,10 +138,6 @@ class Answerer:
             yield done
             waiting = waiting[size:]
 
-    def _tokens(self) -> int:
-        """Tokens in a pass, all rows together."""
-        return _TOKENS.get(self.base.device.type, _TOKENS["cuda"])
-
     def _memory(self) -> int:
         """Bytes of keys and values that may be held."""
         return torch.cuda.mem_get_info(self.base.device)[0] // 3 if self.base.device.type == "cuda" else _CPU_CACHE
@@ -154,7 +149,7 @@ class Answerer:
         for several in waiting:
             run += len(several) * blocks
             held += sum(max(1, len(row.scored)) for row in several) * blocks
-            over = run * (longest - shared) > self._tokens()
+            over = run * (longest - shared) > self.forward.tokens
             over = over or held * (longest + benchmark.max_new_tokens) * self.forward.token_bytes > self._memory()
             if count and (over or (self.rows is not None and count >= self.rows)):
                 break
@@ -171,7 +166,7 @@ class Answerer:
         later = [at for at, one in enumerate(spoken) if len(one[2]) > 1]
         while later:
             longest = max(len(spoken[at][2]) for at in later)
-            some = later[: max(1, self._tokens() // (blocks * longest))]
+            some = later[: max(1, self.forward.tokens // (blocks * longest))]
             later = later[len(some) :]
             places = torch.tensor([[block * len(rows) + spoken[at][0] for at in some] for block in range(blocks)], device=mask.device)
             parts = [spoken[at][2][:-1] for at in some] * blocks

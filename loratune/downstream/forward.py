@@ -6,7 +6,7 @@ G key and value heads, D their features.
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,20 @@ SPARE = 16  # tokens
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [R, G, P + T, D]
 
 
-class Forward:
-    """Runs `base`. Raises ModelError for a model without a key-value cache."""
+_TOKENS = {"cpu": 1536, "cuda": 32768}  # in a pass over prompts; on a CPU what its caches hold
 
-    def __init__(self, base: BaseModel) -> None:
-        self.base = base
+Blocks = Callable[[int, int], contextlib.AbstractContextManager[None]]
+
+
+class Forward:
+    """Runs `base`. Raises ModelError for a model without a key-value cache.
+
+    only: while what it gives is open, passes hold the rows of blocks `first` to `stop` alone.
+    """
+
+    def __init__(self, base: BaseModel, only: Blocks = lambda first, stop: contextlib.nullcontext()) -> None:
+        self.base, self._only = base, only
+        self.tokens = _TOKENS.get(base.device.type, _TOKENS["cuda"])
         config = base.model.config.get_text_config()
         self.context = int(getattr(config, "max_position_embeddings", None) or 2048)
         self._known = inspect.signature(base.model.forward).parameters
@@ -60,7 +69,7 @@ class Forward:
 
     def beginning(self, ids: Sequence[int], blocks: int) -> Any:
         """The cache of a beginning [P], once per block."""
-        return self.run(torch.tensor([ids] * blocks))[1]
+        return self.prompts([ids], None, 0, blocks)[1]
 
     def prompts(self, parts: Sequence[Sequence[int]], prefix: Any, shared: int, blocks: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """Run n prompts behind a `beginning` of `shared` tokens, in each block: the last logits [R, V], cache, mask [R, P + T].
@@ -75,12 +84,19 @@ class Forward:
             ids[number, longest - len(part) :] = torch.tensor(part)
             mask[number, shared + longest - len(part) :] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        ids, mask, positions = (t.repeat(blocks, 1).to(self.base.device) for t in (ids, mask, positions))
-        cache = transformers.DynamicCache()
-        for number, layer in enumerate(prefix.layers if prefix is not None else ()):
-            cache.update(layer.keys.repeat_interleave(len(parts), 0), layer.values.repeat_interleave(len(parts), 0), number)
-        logits, cache = self.run(ids, cache, mask=mask, positions=positions)
-        return logits[:, -1], cache, mask
+        ids, mask, positions = (t.to(self.base.device) for t in (ids, mask, positions))
+        passes = min(blocks, max(1, -(-blocks * ids.numel() // self.tokens)))
+        step = -(-blocks // passes)
+        found = []
+        for first in range(0, blocks, step):
+            stop = min(first + step, blocks)
+            rows = torch.arange(first, stop, device=self.base.device).repeat_interleave(len(parts))
+            cache = selected(prefix, rows) if prefix is not None else None
+            here = [of_one.repeat(stop - first, 1) for of_one in (ids, mask, positions)]
+            with self._only(first, stop):
+                found.append(self.run(here[0], cache, mask=here[1], positions=here[2]))
+        logits = torch.cat([one[:, -1] for one, _ in found])
+        return logits, found[0][1] if len(found) == 1 else _stacked([cache for _, cache in found]), mask.repeat(blocks, 1)
 
     def behind(self, parts: Sequence[Sequence[int]], cache: Any, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Run tokens behind the prompts of some rows [r] of `cache`, which stays as it is: logits [r, T, V].
@@ -100,6 +116,15 @@ def selected(cache: Any, rows: torch.Tensor) -> Any:
     """A new cache of some rows [r] of another."""
     found = transformers.DynamicCache()
     for number, (keys, values) in enumerate(layers_of(cache, rows)):
+        found.update(keys, values, number)
+    return found
+
+
+def _stacked(caches: Sequence[Any]) -> Any:
+    """One cache of the rows of several, whose lengths are the same."""
+    found = transformers.DynamicCache()
+    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        keys, values = (torch.cat([getattr(layer, side) for layer in layers]) for side in ("keys", "values"))
         found.update(keys, values, number)
     return found
 

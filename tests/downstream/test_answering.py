@@ -202,6 +202,17 @@ def test_finished_rows_leave(base: BaseModel, adapters: Adapters, monkeypatch: p
     assert all(width % len(PLACES) == 0 for width in widths)
 
 
+def test_a_prompt_in_several_passes(base: BaseModel, adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters whose rows are too many for one pass over prompts take turns."""
+    expected = texts(asked(Answerer(base, adapters), Stories(), Stories().items(), PLACES))
+    answerer, widths = Answerer(base, adapters), []
+    run = answerer.forward.run
+    monkeypatch.setattr(answerer.forward, "run", lambda ids, *rest, **more: widths.append(len(ids)) or run(ids, *rest, **more))
+    monkeypatch.setattr(answerer.forward, "tokens", 40)
+    assert texts(asked(answerer, Stories(), Stories().items(), PLACES)) == expected
+    assert {1, 2} <= set(widths)
+
+
 def test_out_of_memory(base: BaseModel, adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in smaller batches, then decoded in smaller ones: the same answers."""
     expected = texts(asked(Answerer(base, adapters), UntilTwo(), UntilTwo().items(), PLACES))
