@@ -54,9 +54,15 @@ class Spread:
         return x.index_select(0, self.homes)
 
     def collected(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over each row's places, in a fixed order: [P, ...] -> [T, ...]"""
+        """The sum over each row's places, in a fixed order, in float32 or better: [P, ...] -> [T, ...]"""
         total = self.back(x)
-        return total.index_put_((self.rows[self.again],), x[self.again], accumulate=True) if len(self.again) else total
+        if not len(self.again):
+            return total
+        exact = total.to(torch.promote_types(x.dtype, torch.float32))
+        rows, more = self.rows[self.again], x[self.again].to(exact.dtype)
+        # The one that adds in the order given: on a GPU index_add_ would not, on a CPU with several threads index_put_ would not.
+        exact = exact.index_put_((rows,), more, accumulate=True) if x.is_cuda else exact.index_add_(0, rows, more)
+        return exact.to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
