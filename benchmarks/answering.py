@@ -1,6 +1,6 @@
 """Ten adapters answer together, one at a time, and as PEFT and Transformers would have them.
 
-    python benchmarks/answering.py DATA [--items 16] [--repeats 3] [--threads 1]
+    python benchmarks/answering.py DATA [--items 16] [--repeats 3] [--threads 2]
 
 DATA holds models/tinystories656k, bbh/ and mmlu/. The adapters are random, of ranks 4 to 64, on all linear layers, and
 strong enough that each answers differently. Tasks: the demo's own, on the demo's model; MMLU by log-likelihood, BBH, and
@@ -11,9 +11,8 @@ BBH's prompts with 48 tokens written to the end, on tinystories656k. Ways, which
     peft           PeftModel with model.generate, or forward passes for log-likelihoods: batches of at most 64 rows and 4,096
                    tokens sorted by length, padded on the left; no shared beginning; EOS or max_new_tokens ends an answer
 
-Figures are medians over repeats of CPU seconds (of all threads; with one thread and a quiet machine these are seconds), tokenising
-included, loading adapters not. Writes results.json and README.md to benchmarks/results/answering, after each task. Answers
-that differ between the ways are counted: a near-tie may fall the other way in another rounding.
+Figures are medians over repeats of seconds, on a machine with nothing else to do; tokenising included,
+loading adapters not. Writes results.json and README.md to benchmarks/results/answering, after each task. Answers that differ between the ways are counted: a near-tie may fall the other way in another rounding.
 """
 
 import argparse
@@ -196,10 +195,10 @@ def measure(base: BaseModel, folders: list[Path], benchmark: Any, items: list[It
     found: dict[str, Any] = {"items": len(items), "different answers of an item, mean over items": kinds, "ways": {}}
     for way in ways:
         found["ways"][way] = {
-            "cpu_seconds": statistics.median(seconds[way]),
-            "all_cpu_seconds": [round(value, 3) for value in seconds[way]],
+            "seconds": statistics.median(clock[way]),
             "all_seconds": [round(value, 3) for value in clock[way]],
-            "times_together": statistics.median(b / a for a, b in zip(seconds["together"], seconds[way], strict=True)),
+            "all_cpu_seconds": [round(value, 3) for value in seconds[way]],
+            "times_together": statistics.median(b / a for a, b in zip(clock["together"], clock[way], strict=True)),
             "answers_that_differ_per_repeat": differing[way] / repeats,
         }
     return found
@@ -227,7 +226,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# Ten adapters answer",
         "",
-        f"`python benchmarks/answering.py DATA`: CPU seconds, {results['threads']} thread, median of {results['repeats']} repeats; "
+        f"`python benchmarks/answering.py DATA`: seconds, {results['threads']} threads, median of {results['repeats']} repeats; "
         "in brackets times those of *together*. What is compared is told at the top of the script.",
         "",
         "| task | items | together | one at a time | peft, one at a time | answers that differ |",
@@ -235,10 +234,14 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, found in results["tasks"].items():
         ways = found["ways"]
-        cells = [f"{way['cpu_seconds']:.2f} ({way['times_together']:.1f}x)" for way in (ways["one at a time"], ways["peft"])]
+        cells = [f"{way['seconds']:.2f} ({way['times_together']:.1f}x)" for way in (ways["one at a time"], ways["peft"])]
         differ = max(way["answers_that_differ_per_repeat"] for way in ways.values())
         of = found["items"] * len(results["ranks"])
-        lines.append(f"| {name} | {found['items']} | {ways['together']['cpu_seconds']:.2f} | {' | '.join(cells)} | {differ:g} of {of} |")
+        lines.append(f"| {name} | {found['items']} | {ways['together']['seconds']:.2f} | {' | '.join(cells)} | {differ:g} of {of} |")
+    for name, some in (("The demo's three", list(results["tasks"])[:3]), ("All", list(results["tasks"]))):
+        sums = {way: sum(results["tasks"][task]["ways"][way]["seconds"] for task in some) for way in ("together", "one at a time", "peft")}
+        cells = [f"{sums[way]:.2f} ({sums[way] / sums['together']:.1f}x)" for way in ("one at a time", "peft")]
+        lines.append(f"| {name} | | {sums['together']:.2f} | {' | '.join(cells)} | |")
     packages = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "peft"))
     return "\n".join([*lines, "", f"{packages}; {machine['processor']}"]) + "\n"
 
@@ -248,7 +251,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--items", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -266,7 +269,7 @@ def main() -> None:
             args.output.mkdir(parents=True, exist_ok=True)
             (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             (args.output / "README.md").write_text(table(results))
-            print(name, {way: (round(f["cpu_seconds"], 2), round(f["times_together"], 2)) for way, f in found["ways"].items()}, flush=True)
+            print(name, {way: (round(f["seconds"], 2), round(f["times_together"], 2)) for way, f in found["ways"].items()}, flush=True)
     print(table(results))
 
 
