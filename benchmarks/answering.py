@@ -12,7 +12,8 @@ BBH's prompts with 48 tokens written to the end, on tinystories656k. Ways, which
                    tokens sorted by length, padded on the left; no shared beginning; EOS or max_new_tokens ends an answer
 
 Figures are medians over repeats of seconds, on a machine with nothing else to do; tokenising included,
-loading adapters not. Writes results.json and README.md to benchmarks/results/answering, after each task. Answers that differ between the ways are counted: a near-tie may fall the other way in another rounding.
+loading adapters not. Writes results.json and README.md to benchmarks/results/answering, after each task. Answers that differ
+between the ways are counted: a near-tie may fall the other way in another rounding.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Training tokens per second of the packed engine, the reference engine, stock Trainer + PEFT and a bare PEFT loop.
 
-    python benchmarks/packed_throughput.py DATA [--sizes 0.65M 15M 125M] [--repeats 5]
+    python benchmarks/packed_throughput.py DATA [--sizes 0.65M 15M 125M] [--repeats 5] [--output results.json]
 
 DATA holds models/tinystories656k and alpaca/alpaca_random_9k.json. The 0.65M model is the real one; 15M and 125M are Llama
 shapes with random weights. All see the same examples, and count their tokens without padding. Variants run in turn,
@@ -9,7 +9,7 @@ shapes with random weights. All see the same examples, and count their tokens wi
 `stock` is Transformers' Trainer and PEFT as a person sets them up: a padding collator, labels of -100, logits of all
 positions. Our engine `hf` is Trainer and PEFT too, but already takes logits at response positions only. Beyond K = 1 the
 adapters share passes here, which on CPU they would otherwise do only with batches of a few tokens.
-Writes benchmarks/results/packed_throughput/.
+Writes --output to benchmarks/results/packed_throughput/.
 """
 
 import argparse
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["0.65M", "15M", "125M"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", default="results.json")
     args = parser.parse_args()
     machine = environment()
     machine.pop("host", None)
@@ -209,7 +210,7 @@ def main() -> None:
                 f"  x{row['over_hf_batch_4']:.2f} hf  x{row['over_stock_batch_4']:.2f} stock"
             )
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / args.output).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
