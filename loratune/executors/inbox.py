@@ -6,7 +6,7 @@ from loratune.work import Segment
 
 
 class QueueInbox:
-    """An engine's inbox (`finetune.engine.Inbox`) that another thread fills, and ends."""
+    """An engine's inbox (`finetune.segment.Inbox`) that another thread fills, and ends."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Segment | None] = queue.SimpleQueue()

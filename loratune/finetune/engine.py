@@ -13,16 +13,10 @@ import numpy as np
 from loratune.errors import ModelError, NotPackableError
 from loratune.finetune.batches import Tokens
 from loratune.finetune.distributed import broadcast
+from loratune.finetune.segment import Inbox
 from loratune.work import Hyperparameters, Outcome, Progress, Recipe, Segment, State
 
-__all__ = ["Engine", "Inbox", "Probe", "broadcast", "load_engine", "probe", "run_all"]
-
-
-class Inbox(Protocol):
-    """Where an engine takes its segments from, one at a time, whenever it has a free slot."""
-
-    def __call__(self, wait: bool) -> Segment | None:
-        """The next segment. None: nothing now, or, having waited, nothing ever again."""
+__all__ = ["Engine", "Probe", "broadcast", "load_engine", "probe", "run_all"]
 
 
 class Engine(Protocol):

@@ -20,10 +20,9 @@ from loratune.errors import DataError, ModelError, StorageError, TrainingError, 
 from loratune.files import write_atomically
 from loratune.finetune import distributed, lora, memory, model, segment
 from loratune.finetune.batches import Tokens
-from loratune.finetune.engine import Inbox
 from loratune.finetune.optimisation import make_optimizer
 from loratune.finetune.prepared import Prepared
-from loratune.finetune.segment import SegmentRun
+from loratune.finetune.segment import Inbox, SegmentRun
 from loratune.finetune.trainer import DivergedError, SegmentTrainer, StepHooks
 from loratune.finetune.validation import validate
 from loratune.work import Outcome, Progress, Recipe, Segment, State

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,13 @@ from loratune.finetune.order import order
 from loratune.work import CurvePoint, Outcome, Progress, Segment, State, TrainingRecipe
 
 _YOUNG = 30.0  # seconds; with checkpoint_steps unset, a crash checkpoint younger than this is not renewed
+
+
+class Inbox(Protocol):
+    """Where an engine takes its segments from, one at a time, whenever it has a free slot."""
+
+    def __call__(self, wait: bool) -> Segment | None:
+        """The next segment. None: nothing now, or, having waited, nothing ever again."""
 
 
 class SegmentRun:

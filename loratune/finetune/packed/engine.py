@@ -25,6 +25,7 @@ from loratune.finetune.packed.lane import Lane, fill
 from loratune.finetune.packed.layout import flatten
 from loratune.finetune.packed.validation import validate_together
 from loratune.finetune.prepared import Prepared
+from loratune.finetune.segment import Inbox
 from loratune.finetune.trainer import DivergedError
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
@@ -62,13 +63,13 @@ class PackedEngine:
         gc.collect()
         gc.freeze()  # what is loaded stays: collecting between trials need not look at it again
 
-    def run(self, inbox: Callable[[bool], Segment | None], tell: Callable[[Progress | Outcome], None], stop: threading.Event) -> None:
+    def run(self, inbox: Inbox, tell: Callable[[Progress | Outcome], None], stop: threading.Event) -> None:
         """Train what comes in until the inbox has ended; tell one outcome per segment, as soon as it is known."""
         self._tell = tell
         memory.reset_peak(self.device)
         while True:
             while len(self._lanes) < self._limit and self._has_room():
-                wanted = self._returned.popleft() if self._returned else inbox(not self._lanes)
+                wanted = self._returned.popleft() if self._returned else inbox(wait=not self._lanes)
                 if wanted is None and not self._lanes:
                     return
                 if wanted is None:
