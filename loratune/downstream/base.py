@@ -79,6 +79,15 @@ class PrefixBenchmark(Benchmark):
         return begun.startswith(item.targets) or not any(target.startswith(begun) for target in item.targets)
 
 
+def constant_scores(items: Sequence[Item]) -> tuple[float, float] | None:
+    """The lowest and the highest score of choosing the same for every item; None where items have choices of their own, or none."""
+    choices = {item.choices for item in items}
+    if len(choices) != 1 or choices == {()}:
+        return None
+    shares = [sum(choice in item.targets for item in items) / len(items) for choice in choices.pop()]
+    return min(shares), max(shares)
+
+
 def stratified(items: Sequence[Item], number: int | None, seed: int = 0) -> list[Item]:
     """`number` of the items, from each group in proportion to its size, in their old order; all when None or too many.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratune.downstream.base import Benchmark, Item, stratified
+from loratune.downstream.base import Benchmark, Item, constant_scores, stratified
 from loratune.downstream.guided import items_that_guided
 from loratune.downstream.registry import HARNESS, build, may_run
 from loratune.downstream.scores import Ledger, alone, fingerprint
@@ -135,7 +135,7 @@ def evaluate(
             ledgers = {m.name: Ledger(folder, m.name, benchmark.name, identity(m, benchmark.name) | version) for m in models}
             works.append(_Work(benchmark=benchmark, items=items, ledgers=ledgers))
             for model in models:
-                _describe(ledgers[model.name], benchmark, model, len(items), subset)
+                _describe(ledgers[model.name], benchmark, model, items, subset)
         if not foreign and not any(work.lacking() for work in works):
             yield Note("All of it was scored before.")
             return
@@ -148,7 +148,7 @@ def evaluate(
                 )
                 yield from _answer(work, base, adapters, places, seed, stop.is_set)
                 for model in models:  # once more, with the seconds it took
-                    _describe(work.ledgers[model.name], work.benchmark, model, len(work.items), subset)
+                    _describe(work.ledgers[model.name], work.benchmark, model, work.items, subset)
             for task in foreign:
                 yield from _harness(
                     folder, task, base, adapters, places, models, identity, tasks, subset, allow_code_execution, seed, stop.is_set
@@ -159,13 +159,14 @@ def evaluate(
             adapters.close()
 
 
-def _describe(ledger: Ledger, benchmark: Benchmark, model: Model, items: int, subset: int | None) -> None:
+def _describe(ledger: Ledger, benchmark: Benchmark, model: Model, items: Sequence[Item], subset: int | None) -> None:
     ledger.describe(
         {
             "title": benchmark.title,
             "chance": benchmark.chance,
             "mean_over_groups": benchmark.mean_over_groups,
-            "items": items,
+            "constant": constant_scores(items),
+            "items": len(items),
             "subset": subset,
             "validation_loss": model.loss,
         }

@@ -91,16 +91,19 @@ def _cell(cell: Cell | None) -> str:
 
 
 def _chance(own: Mapping[str, Result]) -> list[str]:
-    """Whether anything is above what a uniform guesser would score."""
-    chance = next(iter(own.values())).chance
+    """Whether anything is above what a uniform guesser would score, or one that always chooses the same."""
+    some = next(iter(own.values()))
+    chance, constant = some.chance, some.facts.get("constant")
     if chance is None:
         return []
     intervals = {name: result.interval() for name, result in own.items()}
-    above = [name for name, interval in intervals.items() if interval.known and interval.low > chance]
-    what = f"chance ({100 * chance:.1f} %)"
+    low, high = constant or (chance, chance)
+    above = [name for name, interval in intervals.items() if interval.known and interval.low > max(chance, high)]
+    same = f"; choosing the same for every item scores {100 * low:.1f} to {100 * high:.1f} %" if constant else ""
+    what = f"chance ({100 * chance:.1f} %{same})"
     if not above and chance == 0:
         return ["No model answers anything right." if not any(i.value for i in intervals.values()) else "No model is clearly above 0."]
-    if not above and all(interval.known and interval.high < chance for interval in intervals.values()):
+    if not above and all(interval.known and interval.high < min(chance, low) for interval in intervals.values()):
         return [f"Every model is below {what}, as happens when answers are none of the options: the scores do not say which is better."]
     if not above:
         return [f"No model is above {what}: differences between the models' scores say nothing about which is better."]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loratune.downstream.base import Item, constant_scores
 from loratune.downstream.findings import findings, lines
 from loratune.downstream.scores import Ledger, Result, alone, fingerprint, read_results, table
 from loratune.errors import StorageError
@@ -85,9 +86,9 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert fingerprint(tmp_path) != first
 
 
-def made(model: str, share: float, items: int = 400, chance: float = 0.25) -> Result:
+def made(model: str, share: float, items: int = 400, chance: float = 0.25, constant: tuple[float, float] | None = None) -> Result:
     scores = {str(n): float(n < share * items) for n in range(items)}
-    facts = {"title": "B", "chance": chance, "items": items}
+    facts = {"title": "B", "chance": chance, "items": items, "constant": constant}
     return Result(model=model, benchmark="b", facts=facts, scores=scores, groups=dict.fromkeys(scores, ""))
 
 
@@ -119,6 +120,18 @@ def test_findings_at_chance() -> None:
     below = findings([made("0000", 0.05), made("base", 0.1)], {}, [], "0000")[0].sentences
     assert below[0].startswith("Every model is below chance (25.0 %)")
     assert lines([], {}, [], None) == ["Nothing was scored yet."]
+
+
+def test_findings_where_always_the_same_letter_is_off_chance() -> None:
+    """MMLU's letters are not equally often right: 22.9 % of A, 26.9 % of D."""
+    letters = [Item(id=str(n), prompt="", choices=("A", "B"), targets=("A" if n < 23 else "B",)) for n in range(100)]
+    assert constant_scores(letters) == (0.23, 0.77)
+    assert constant_scores([*letters, Item(id="x", prompt="", choices=("C", "D"), targets=("C",))]) is None
+    assert constant_scores([Item(id="x", prompt="", targets=("C",))]) is None
+    for share in (0.235, 0.27):
+        results = [made(name, share, items=14_000, constant=(0.229, 0.269)) for name in ("0000", "base")]
+        (said, *_) = findings(results, {}, [], "0000")[0].sentences
+        assert said.startswith("No model is above chance (25.0 %; choosing the same for every item scores 22.9 to 26.9 %): ")
 
 
 def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
