@@ -227,7 +227,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# Ten adapters answer",
         "",
-        f"`python benchmarks/answering.py DATA`: seconds, {results['threads']} threads, median of {results['repeats']} repeats; "
+        f"`python benchmarks/answering.py DATA --repeats {results['repeats']}`: medians of seconds, {results['threads']} threads; "
         "in brackets times those of *together*. What is compared is told at the top of the script.",
         "",
         "| task | items | together | one at a time | peft, one at a time | answers that differ |",

@@ -17,13 +17,10 @@ from loratune.downstream.narrow import Narrow
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel
 
-SPARE = 16  # tokens
-
-Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [R, G, P + T, D]
-
-
+SPARE = 16  # tokens that a cache has room for before it grows
 _TOKENS = {"cpu": 1536, "cuda": 32768}  # in a pass over prompts; on a CPU what its caches hold
 
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [R, G, P + T, D]
 Blocks = Callable[[int, int], contextlib.AbstractContextManager[None]]
 
 
