@@ -1,4 +1,4 @@
-"""What a study ran on: versions, source revision, machine. Recorded with every session."""
+"""The machine: what a study ran on, recorded with every session; the memory that is free; how to share out the cores."""
 
 import os
 import platform
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "optuna", "PyNomadBBO", "nni", "cmaes", "datasets", "bitsandbytes")
+_SAFE = 0.8  # share of the free memory that is planned with
+_PROCESS = 2**30  # bytes that a process takes beside the weights
 
 
 def environment() -> dict[str, Any]:
@@ -26,6 +28,32 @@ def environment() -> dict[str, Any]:
     }
 
 
+def available_memory() -> int:
+    """Bytes of main memory that this process may still take: the machine's, or its control group's where that is less."""
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable"):
+            free = [int(line.split()[1]) * 1024]  # caches can be given back
+    group = Path("/sys/fs/cgroup")
+    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
+    if limit and used and limit[0].isdigit():
+        free.append(int(limit[0]) - int(used[0]))
+    return max(0, min(free))
+
+
+def cpu_processes(weights: int | None, most: int) -> int:
+    """How many processes should share the cores, each with a base model of `weights` bytes on disk; 1 where None, unknown.
+
+    n = min(cores, most, 0.8 free memory / (2 weights + 1 GiB)): half-precision weights become float32, and Python, torch
+    and activations come on top. A small model's operations gain little from a second thread, so that two processes of one
+    thread do more than one of two (benchmarks/results/packed_throughput, answering).
+    """
+    if weights is None:
+        return 1
+    room = int(_SAFE * available_memory() / (2 * weights + _PROCESS))
+    return max(1, min(len(os.sched_getaffinity(0)), most, room))
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -34,11 +62,15 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
+    names = (line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return path.read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return []  # not Linux, or no control group
 
 
 def _output(*command: str) -> str | None:

@@ -23,6 +23,23 @@ def reachable() -> bool:
     return True
 
 
+def weights_on_disk(name: str, revision: str | None) -> int | None:
+    """Bytes of a model's weight files, in a local folder or the hub's cache; None where there are none yet."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError):
+            return None
+    for pattern in ("*.safetensors", "*.bin"):  # of a model in both forms, one is loaded
+        if sizes := [path.stat().st_size for path in folder.glob(pattern)]:
+            return sum(sizes)
+    return None
+
+
 @contextlib.contextmanager
 def asked_once(name: str) -> Iterator[None]:
     """Around the loading of `name`: where it is no local path and the hub is out of reach, from the cache or not at all.

@@ -68,6 +68,20 @@ def assert_same(outcomes: list[Outcome], weights: list[Weights], reference: list
 @pytest.mark.parametrize("backend", ["loop", "concatenated"])
 @pytest.mark.parametrize("options", [{}, {"tokens_per_pass": 60}, {"gradient_checkpointing": True}], ids=str)
 def test_packed_is_the_reference(tmp_path: Path, root: Path, reference, backend: str, options: dict[str, object]) -> None:  # type: ignore[no-untyped-def]
+    becomes_the_reference(tmp_path, root, reference, backend, options)
+
+
+@pytest.mark.parametrize("attention", ["rectangles", "blocks of 3"])
+def test_each_attention_is_the_reference(tmp_path: Path, root: Path, reference, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """What longer sequences take, and other precisions; queries over several blocks."""
+    if attention == "rectangles":
+        monkeypatch.setattr("loratune.finetune.packed.attention.LONGEST", 0)
+    else:
+        monkeypatch.setattr("loratune.finetune.packed.causal._BLOCK", 3)
+    becomes_the_reference(tmp_path, root, reference, "loop", {})
+
+
+def becomes_the_reference(tmp_path: Path, root: Path, reference, backend: str, options: dict[str, object]) -> None:  # type: ignore[no-untyped-def]
     for name in ("model", "data"):
         (tmp_path / name).symlink_to(root / name)
     engine = PackedEngine(replace(recipe(tmp_path, **options), engine="packed", slots=5), tmp_path)

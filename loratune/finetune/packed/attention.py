@@ -1,7 +1,8 @@
 """Causal self-attention in a flat batch: each sequence sees itself only.
 
 Registered with Transformers under a name, so that its model files run unchanged. On a GPU in half precision the
-variable-length kernel takes sequences end to end; elsewhere those of similar length are gathered into rectangles
+variable-length kernel takes sequences end to end; on a CPU in full precision each is taken block by block (causal.py);
+elsewhere, and where sequences are long or a window slides, those of similar length are gathered into rectangles
 (`layout.Flat.buckets`) for scaled_dot_product_attention.
 
 Notation: T rows, H query heads, G key and value heads, D features of a head; n sequences of L positions.
@@ -15,6 +16,7 @@ import transformers
 from torch.nn import functional
 
 from loratune.errors import NotPackableError
+from loratune.finetune.packed.causal import LONGEST, causal_attention
 from loratune.finetune.packed.layout import Flat, Spread
 
 NAME = "loratune_flat"
@@ -49,12 +51,21 @@ def attention(
             return _varlen(q, k, v, flat, scaling).unsqueeze(0), None
         q, k, v = (_Out.apply(x, flat.line) for x in (q, k, v))
         return _Back.apply(_varlen(q, k, v, flat, scaling), flat.line).unsqueeze(0), None
+    if window is None and _by_blocks(q, v, flat):
+        if flat.line is not None:
+            k, v = (_Out.apply(x, flat.line) for x in (k, v))
+        return causal_attention(q, k, v, flat.stretches, scaling).unsqueeze(0), None
     sides = [_Out.apply(x, flat.buckets).split([n * length for n, length in flat.shapes]) for x in (q, k, v)]
     rectangles = [
         _rectangle([x.view(n, length, *x.shape[1:]).transpose(1, 2) for x in one], scaling, window)
         for one, (n, length) in zip(zip(*sides, strict=True), flat.shapes, strict=True)
     ]
     return _Back.apply(torch.cat(rectangles) if len(rectangles) > 1 else rectangles[0], flat.buckets).unsqueeze(0), None
+
+
+def _by_blocks(q: torch.Tensor, v: torch.Tensor, flat: Flat) -> bool:
+    exact = q.dtype in (torch.float32, torch.float64)
+    return q.device.type == "cpu" and exact and q.shape[-1] == v.shape[-1] and flat.longest <= LONGEST
 
 
 def _rectangle(qkv: Sequence[torch.Tensor], scaling: float | None, window: int | None) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """The frozen base model of the packed engine: a flat batch in, the NLL of each response token out.
 
 Transformers' own model files run unchanged. What is ours is hung into them: a hook on each linear layer adds the
-adapters' deltas, an attention function keeps sequences apart, the last MLP sees only the rows that predict a
-response token, and the output head is left out of the model's forward pass, to be taken together with the
+adapters' deltas, an attention function keeps sequences apart, the last layer's queries and MLP are taken for the
+rows alone that predict a response token, and the output head is left out of the model's forward pass, to be taken together with the
 loss. Whether a model bears that is tried when it is loaded: three sequences must come out as they do one by one.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,16 +50,18 @@ class PackedBase:
         self.backend: Callable[[Sequence[Adapter]], Backend] = choose_backend
         self._before = self.model.config._attn_implementation
         self._hooks: list[Any] = []
-        self._last = self._last_mlp()
+        self._last = self._read_alone()
         attention.register()
         expected = self._reference()
         self.model.config._attn_implementation = attention.NAME
         for name, layer in self.linear.items():
             self._hooks.append(layer.register_forward_hook(partial(self._add, name)))
         self._hooks.append(self.head.register_forward_pre_hook(self._cut))
-        if self._last:
-            mlp = self.model.get_submodule(self._last)
-            self._hooks += [mlp.register_forward_pre_hook(self._narrow), mlp.register_forward_hook(self._widen)]
+        for name in self._last:
+            module = self.model.get_submodule(name)
+            self._hooks += [module.register_forward_pre_hook(self._narrow), module.register_forward_hook(self._widen)]
+        if (last := self._last_layer()) is not None:
+            self._hooks.append(last.register_forward_pre_hook(_ask_less, with_kwargs=True))
         try:
             self._try(expected)
         except BaseException:
@@ -100,7 +103,7 @@ class PackedBase:
         return (self._hidden[:, :0],)
 
     def _narrow(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Of the last layer's MLP nothing is seen but the rows that predict a response token: give it those alone."""
+        """Give a module the rows alone that predict a response token."""
         (hidden,) = arguments
         self._width = hidden.shape[1]
         return (hidden.index_select(1, self._predictors),)
@@ -108,15 +111,20 @@ class PackedBase:
     def _widen(self, _: nn.Module, arguments: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
         return y.new_zeros(1, self._width, y.shape[-1]).index_copy(1, self._predictors, y)
 
-    def _last_mlp(self) -> str:
-        """The name of the last layer's MLP, which works on each row by itself; "" where the model has none by that name."""
+    def _last_layer(self) -> nn.Module | None:
         layers = getattr(self.model.get_decoder(), "layers", None)
-        mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, nn.ModuleList) and len(layers) else None
-        return next((name for name, module in self.model.named_modules() if mlp is not None and module is mlp), "")
+        return layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+
+    def _read_alone(self) -> tuple[str, ...]:
+        """The last layer's modules that work on each row by itself, for no other row: those there are by these names."""
+        last = self._last_layer()
+        found = {name: module for name, module in self.model.named_modules() if module is last}
+        inside = {f"{name}.{part}" for name in found for part in ("mlp", "self_attn.q_proj", "self_attn.o_proj")}
+        return tuple(name for name, _ in self.model.named_modules() if name in inside)
 
     def _add(self, name: str, _: nn.Module, arguments: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
         """Hook: add the adapters' deltas to a layer's output."""
-        parts, narrowed = [], bool(self._last) and name.startswith(self._last + ".")
+        parts, narrowed = [], any(name == own or name.startswith(own + ".") for own in self._last)
         for span in self._spans:
             adapter = self._adapters[span.owner]
             if name in adapter.layers:
@@ -153,6 +161,12 @@ class PackedBase:
         tolerance = 0.05 if self.base.dtype in (torch.bfloat16, torch.float16) else 1e-4
         if got.shape != expected.shape or not torch.allclose(got, expected.to(got.dtype), rtol=tolerance, atol=tolerance):
             raise NotPackableError(f"{type(self.model).__name__} gives other losses in a flat batch")
+
+
+def _ask_less(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook: behind the last layer only what predicts is read, so only that need ask in its attention."""
+    flat: Flat | None = options.get("flat")
+    return arguments, options | ({"flat": replace(flat, stretches=flat.reads)} if flat is not None else {})
 
 
 def choose_backend(adapters: Sequence[Adapter]) -> Backend:

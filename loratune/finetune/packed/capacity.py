@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from loratune.environment import available_memory
 from loratune.finetune import lora
 from loratune.finetune.batches import Tokens
 from loratune.finetune.packed.adapter import Adapter
@@ -55,35 +56,17 @@ def measure(base: PackedBase, tokens: Tokens) -> Capacity:
     else:
         count, kept = _kept(base, adapter, tokens, longest[:1])
         per_token, fixed = 2 * kept / count, resident()  # twice: gradients and intermediate results come on top
-        limit = fixed + available()
+        limit = fixed + available_memory()
     del adapter
     return Capacity(limit=int(_SAFE * limit), fixed=fixed, per_token=max(1.0, per_token), per_parameter=16 + (2 if half else 0))
 
 
-def available() -> int:
-    """Bytes of main memory that this process may still take: the machine's, or its control group's where that is less."""
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable"):
-            free = [int(line.split()[1]) * 1024]  # caches can be given back
-    group = Path("/sys/fs/cgroup")
-    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
-    if limit and used and limit[0].isdigit():
-        free.append(int(limit[0]) - int(used[0]))
-    return max(0, min(free))
-
-
 def resident() -> int:
-    """Bytes of main memory that this process holds."""
-    sizes = _lines(Path("/proc/self/statm"))
-    return int(sizes[0].split()[1]) * os.sysconf("SC_PAGE_SIZE") if sizes else 0
-
-
-def _lines(path: Path) -> list[str]:
+    """Bytes of main memory that this process holds; 0 where the system does not tell."""
     try:
-        return path.read_text().splitlines()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return []  # not Linux, or no control group
+        return 0
 
 
 def _share(tokens: Tokens, longest: np.ndarray, count: int) -> Share:

@@ -6,7 +6,7 @@ so that its part of any activation is a slice. Attention needs whole sequences a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,19 @@ class Span:
     """An adapter's rows [start, stop) of the T rows, and [first, last) of the N response tokens."""
 
     owner: int
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """A sequence's own rows [start, stop), and its places [first, last) on the line of sequences end to end.
+
+    The last row sees all of those places, the one before it all but the last, and so on.
+    """
+
     start: int
     stop: int
     first: int
@@ -78,6 +91,8 @@ class Flat:
     shapes: tuple[tuple[int, int], ...]  # (n, L): rectangles of n sequences of similar length times L positions
     buckets: Spread  # over those rectangles, one behind the other; what is past a sequence's end is its own first token
     line: Spread | None  # over the sequences end to end; None where no row stands in two of them
+    stretches: tuple[Stretch, ...]  # one per sequence
+    reads: tuple[Stretch, ...]  # the same from its first row that predicts: what is read behind the last layer
     starts: torch.Tensor  # int32 [sequences + 1]; where each sequence begins on that line, and its end
     longest: int
 
@@ -90,9 +105,11 @@ def flatten(tokens: Tokens, shares: Sequence[Share], device: torch.device) -> Fl
     """Lay the shares' sequences end to end, each adapter's in order of their prompts."""
     ids, positions, slots, predictors, labels, spans = [], [], [], [], [], []
     sequences: list[np.ndarray] = []  # the rows of each
+    stretches: list[Stretch] = []
+    reads: list[Stretch] = []
     row = item = 0
     for share in shares:
-        start, first = row, item
+        start, first_item = row, item
         for place, shared in beginnings(tokens, share.examples):
             text, mask = tokens[int(share.examples[place])]
             targets = np.flatnonzero(mask[1:]) + 1  # nothing predicts position 0
@@ -104,8 +121,11 @@ def flatten(tokens: Tokens, shares: Sequence[Share], device: torch.device) -> Fl
             predictors.append(rows[targets - 1])
             labels.append(text[targets])
             sequences.append(rows)
+            first = stretches[-1].last if stretches else 0
+            stretches.append(Stretch(start=row, stop=row + len(own), first=first, last=first + len(rows)))
+            reads.append(replace(stretches[-1], start=int(rows[targets[0] - 1]) if len(targets) else row + len(own)))
             row, item = row + len(own), item + len(targets)
-        spans.append(Span(owner=share.owner, start=start, stop=row, first=first, last=item))
+        spans.append(Span(owner=share.owner, start=start, stop=row, first=first_item, last=item))
 
     def tensor(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
@@ -123,6 +143,8 @@ def flatten(tokens: Tokens, shares: Sequence[Share], device: torch.device) -> Fl
         shapes=shapes,
         buckets=_spread(places, real, row, device),
         line=_spread(line, np.arange(len(line)), row, device) if len(line) > row else None,
+        stretches=tuple(stretches),
+        reads=tuple(reads),
         starts=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
         longest=int(lengths.max()),
     )
