@@ -26,7 +26,7 @@ RESULTS = HERE / "results" / "samplers_on_tinystories"
 def command(data: Path, sampler: str, trials: int, folder: Path) -> list[str]:
     alpaca, dolly = data / "alpaca" / "alpaca_random_9k.json", data / "dolly" / "databricks-dolly-15k.jsonl"
     flags = {"sampler": sampler, "trials": trials, "output": folder, "name": folder.name, "model": data / "models" / "tinystories656k"}
-    flags |= {"data.train.0.path": alpaca, "data.train.1.path": dolly, "executor.threads": 1}
+    flags |= {"data.train.0.path": alpaca, "data.train.1.path": dolly, "executor.workers": 1, "executor.threads": 1}
     study = [sys.executable, "-m", "loratune", "run", str(HERE.parent / "studies" / "tinystories.yaml")]
     return study + [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 

@@ -25,7 +25,7 @@ from loratune.executors.devices import cuda_devices, seen_as
 from loratune.files import write_atomically
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.prepare import Prepared, prepare
-from loratune.plan import slots_for
+from loratune.plan import slots_for, workers_for
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.progress import Meter
 from loratune.record.storage import open_study
@@ -62,7 +62,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         data = prepare_data(spec, notes)
         yield from map(Note, [*notes, data.summary()])
         _same_data(record, data)
-        recipe = replace(spec.recipe(str(data.folder)), slots=record.slots(slots_for(spec, data)))
+        recipe = replace(spec.recipe(str(data.folder)), slots=record.kept("slots", slots_for(spec, data)))
         record.recipe(recipe)
         scorer = _scorer(spec, record.folder, data, devices)
         if scorer is not None:
@@ -73,7 +73,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             root=record.folder.resolve(),
             lock=record.lock,
             devices=devices,
-            workers=spec.executor.workers,
+            workers=record.kept("workers", workers_for(spec)),
             threads=spec.executor.threads,
             max_retries=spec.executor.max_retries,
             hang_timeout=spec.executor.hang_timeout,

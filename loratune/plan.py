@@ -6,6 +6,7 @@ on is simulated with the schedule itself, all losses being equally likely.
 """
 
 import math
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +15,9 @@ from statistics import fmean
 from typing import Any
 
 from loratune import schedules
+from loratune.environment import cpu_processes
 from loratune.executors.devices import cuda_devices
+from loratune.finetune.hub import weights_on_disk
 from loratune.finetune.order import order, total_steps
 from loratune.finetune.prepared import Prepared
 from loratune.record.goals import Goals
@@ -24,7 +27,7 @@ from loratune.work import Hyperparameters
 
 _BYTES = 4  # of an adapter's parameter: float32
 _FILLS_CPU, _FILLS_CUDA = 64, 16_384  # training tokens, of one batch of every slot, that keep a device busy
-_MOST_SLOTS = 8
+_MOST_SLOTS = _MOST_WORKERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
     shown = order(spec.seed, len(data.train), steps * default.batch_size)
     runs, validations = _expected(spec)
     largest = _largest(spec, default)
-    probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest)
+    probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest, threads=_threads(spec))
     adapter = probed.trainable_parameters * _BYTES
     kept = spec.output.keep_adapters
     return Plan(
@@ -155,11 +158,31 @@ def slots_for(spec: StudySpec, data: Prepared) -> int:
     return max(1, min(math.ceil(fills / tokens), _MOST_SLOTS, math.ceil(spec.budget.trials / (4 * _processes(spec)))))
 
 
+def workers_for(spec: StudySpec) -> int:
+    """How many processes should train on a CPU: as the spec says, else one per core as far as memory allows.
+
+    At most 8, and few enough that the sampler chooses at least ten times; 1 where the model is not on this machine yet.
+    """
+    if spec.executor.workers is not None:
+        return spec.executor.workers
+    if spec.executor.name == "inline" or spec.training.devices_per_trial > 1:
+        return 1
+    weights = weights_on_disk(spec.model.name_or_path, spec.model.revision)
+    return cpu_processes(weights, min(_MOST_WORKERS, spec.budget.trials // 10))
+
+
 def _processes(spec: StudySpec) -> int:
     """Processes that train at the same time."""
     if spec.executor.name == "inline":
         return 1
-    return len(_devices(spec)) // spec.training.devices_per_trial or spec.executor.workers
+    return len(_devices(spec)) // spec.training.devices_per_trial or workers_for(spec)
+
+
+def _threads(spec: StudySpec) -> int | None:
+    """Of a worker on a CPU, as the local executor shares the cores out; None: all of them."""
+    if spec.executor.name == "inline" or _devices(spec):
+        return None
+    return spec.executor.threads or max(1, len(os.sched_getaffinity(0)) // (_processes(spec) * spec.training.devices_per_trial))
 
 
 def _devices(spec: StudySpec) -> list[int]:

@@ -10,7 +10,7 @@ from loratune import demo
 from loratune.errors import SpecError
 from loratune.finetune.prepared import Prepared, pack
 from loratune.finetune.sizes import adapter_sizes
-from loratune.plan import Plan, _expected, _expected_epochs, _largest, _not_counted, slots_for
+from loratune.plan import Plan, _expected, _expected_epochs, _largest, _not_counted, _threads, slots_for, workers_for
 from loratune.record import open_record
 from loratune.spec import StudySpec
 from loratune.work import Hyperparameters, ModelRecipe
@@ -139,6 +139,32 @@ def test_as_few_slots_as_fill_the_device(training: dict[str, object], trials: in
     assert slots_for(described, data) == slots
 
 
+@pytest.mark.parametrize(
+    ("executor", "trials", "cores", "workers"),
+    [
+        ({}, 100, 4, 4),
+        ({}, 100, 64, 8),
+        ({}, 25, 4, 2),
+        ({}, 9, 4, 1),
+        ({"workers": 3}, 9, 1, 3),
+        ({"name": "inline"}, 100, 4, 1),
+    ],
+)
+def test_a_process_per_core(
+    executor: dict[str, object], trials: int, cores: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("loratune.environment.available_memory", lambda: 2**40)
+    described = spec(model=str(tmp_path), budget={"trials": trials}, executor={"device": "cpu", **executor})
+    assert workers_for(described) == workers
+    assert _threads(described) == (None if executor.get("name") == "inline" else max(1, cores // workers))
+
+
+def test_a_model_that_is_not_here_yet_is_trained_by_one_process() -> None:
+    assert workers_for(spec(model="nobody/has-this-one", executor={"device": "cpu"})) == 1
+
+
 def test_hf_has_no_slots() -> None:
     with pytest.raises(SpecError, match=r"training\.slots: got 4; engine hf trains one trial at a time; write engine: packed"):
         spec(training={"engine": "hf", "slots": 4})
@@ -146,8 +172,9 @@ def test_hf_has_no_slots() -> None:
 
 def test_the_slots_of_a_study_stay(tmp_path: Path) -> None:
     with open_record(tmp_path) as record:
-        assert record.slots(4) == 4
-        assert record.slots(2) == 2, "nothing was trained yet"
+        assert record.kept("slots", 4) == 4
+        assert record.kept("slots", 2) == 2, "nothing was trained yet"
         record.begin(0, 0)
     with open_record(tmp_path) as record:
-        assert record.slots(7) == 2
+        assert record.kept("slots", 7) == 2
+        assert record.kept("workers", 3) == 3

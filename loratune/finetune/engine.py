@@ -112,11 +112,31 @@ class Subset:
         return self._tokens[int(self._chosen[index])]
 
 
-def probe(recipe: Recipe, root: Path, hyperparameters: Hyperparameters, *, steps: int = 3, validation_examples: int = 64) -> Probe:
+def probe(
+    recipe: Recipe,
+    root: Path,
+    hyperparameters: Hyperparameters,
+    *,
+    steps: int = 3,
+    validation_examples: int = 64,
+    threads: int | None = None,
+) -> Probe:
     """Load the engine and train `hyperparameters` in all of its slots, first on the longest examples, then timed on usual ones.
 
+    threads: of a process that trains, where that is not torch's number; this process keeps its own.
     Writes nothing into `root`. Raises what `load_engine` raises; out of memory is a state of the answer.
     """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return _probe(recipe, root, hyperparameters, steps, validation_examples)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _probe(recipe: Recipe, root: Path, hyperparameters: Hyperparameters, steps: int, validation_examples: int) -> Probe:
     recipe = replace(recipe, data=str((root / recipe.data).resolve()), training=replace(recipe.training, report_to=()))
     with tempfile.TemporaryDirectory(prefix="loratune-probe-") as scratch:
         began = time.perf_counter()

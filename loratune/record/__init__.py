@@ -5,6 +5,7 @@
       recipe.json          what workers need of it (work.Recipe)
       data.txt             the prepared data's name: others cannot continue the study
       slots.txt            trials that one process trains together, chosen when the study began
+      workers.txt          processes on a CPU, likewise
       study.db             the Optuna study (unless another storage URL is given)
       sessions/0001.json   one per start of the driver: command, versions, git, machine, seconds
       progress.json        what runs right now, for `loratune status`

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loratune.errors import StorageError
 from loratune.files import write_atomically
@@ -53,12 +53,12 @@ class Record:
         """What `begin` noted, by trial: a replayed study starts each trial at the same point."""
         return {int(path.parent.name): int(text_of(path)) for path in (self.folder / "trials").glob("*/began")}
 
-    def slots(self, chosen: int) -> int:
-        """Trials that one process trains together: what the study began with, else `chosen`, from now on.
+    def kept(self, name: Literal["slots", "workers"], chosen: int) -> int:
+        """How many slots a process has, or how many processes train: what the study began with, else `chosen`, from now on.
 
         It decides what the sampler knows when it proposes, so it must not follow a change of machine or budget.
         """
-        path = self.folder / "slots.txt"
+        path = self.folder / f"{name}.txt"
         if not path.exists() or not (self.folder / "trials").exists():
             write_atomically(path, str(chosen))
         return int(text_of(path))

@@ -218,7 +218,7 @@ class Rerun:
                 root=self.folder.resolve(),
                 lock=self._record.lock,
                 devices=cuda_devices(chosen["device"], chosen["devices"], recipe.devices_per_trial),
-                workers=chosen["workers"],
+                workers=Record(self._study.folder, self._record.lock).kept("workers", chosen["workers"] or 1),
                 threads=chosen["threads"],
                 max_retries=chosen["max_retries"],
                 hang_timeout=chosen["hang_timeout"],

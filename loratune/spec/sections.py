@@ -202,7 +202,9 @@ class Executor(Section):
     """Where trials are trained."""
 
     name: Literal["inline", "local"] = Field("local", description="inline: in this process; local: one process per worker")
-    workers: int = Field(1, ge=1, description="processes per device; more than one only pays on CPU")
+    workers: int | None = Field(
+        None, ge=1, description="processes on a CPU; null: one per core, as far as memory and the number of trials allow"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: every GPU, else the CPU")
     devices: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(None, description="indices of the GPUs; null: all visible ones")
     max_retries: int = Field(2, ge=0, description="of a crashed trial, each from its last checkpoint")

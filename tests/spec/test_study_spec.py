@@ -500,7 +500,7 @@ CHANGES: list[tuple[dict[str, Any], list[str]]] = [
     ({"budget": {"trials": 101}}, []),
     ({"training": {"report_to": ["wandb"]}, "output": {"folder": "elsewhere", "keep_adapters": 3}}, []),
     ({"executor": {"threads": 2, "max_retries": 5, "hang_timeout": 9.0, "name": "inline"}}, []),
-    ({"executor": {"workers": 2}}, ["executor.workers: was 1, now 2"]),
+    ({"executor": {"workers": 2}}, ["executor.workers: was None, now 2"]),
     ({"executor": {"device": "cpu"}}, ["executor.device: was 'auto', now 'cpu'"]),
     ({"executor": {"devices": [0, 1]}}, ["executor.devices: was None, now [0, 1]; others may take their place, but as many"]),
     ({"seed": 1, "training": {"epochs": 3}}, ["seed: was 0, now 1", "training.epochs: was 2.0, now 3.0"]),
