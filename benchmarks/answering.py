@@ -6,23 +6,31 @@ DATA holds models/tinystories656k, bbh/ and mmlu/. The adapters are random, of r
 strong enough that each answers differently. Tasks: the demo's own, on the demo's model; MMLU by log-likelihood, BBH, and
 BBH's prompts with 48 tokens written to the end, on tinystories656k. Ways, which take turns in each repeat:
 
-    together       all adapters in one pass, shared beginnings computed once, answers ended when decided
-    one at a time  the same code with one adapter after the other
-    peft           PeftModel with model.generate, or forward passes for log-likelihoods: batches of at most 64 rows and 4,096
+    together       what `loratune evaluate` does on a CPU: a process per core where memory allows, each with its share of the
+                   adapters and of the threads; in each all its adapters in one pass, shared beginnings computed once,
+                   answers ended when decided
+    together, one process
+                   all adapters in one pass of one process with all threads, as on a GPU
+    one at a time  the same code with one adapter after the other, all threads
+    peft           all threads; PeftModel with model.generate, or forward passes for log-likelihoods: batches of at most 64 rows and 4,096
                    tokens sorted by length, padded on the left; no shared beginning; EOS or max_new_tokens ends an answer
 
-Figures are medians over repeats of seconds, on a machine with nothing else to do; tokenising included,
-loading adapters not. Writes results.json and README.md to benchmarks/results/answering, after each task. Answers that differ
-between the ways are counted: a near-tie may fall the other way in another rounding.
+Figures are medians over repeats of wall-clock seconds, on a machine with nothing else to do; tokenising and sending
+included, loading model and adapters not. The processes wait without computing while other ways are measured. Writes
+results.json and README.md to benchmarks/results/answering, after each task. Answers that differ between the ways are
+counted: a near-tie may fall the other way in another rounding.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +44,12 @@ from loratune.downstream.base import Benchmark, Item, stratified
 from loratune.downstream.bbh import Bbh
 from loratune.downstream.embedded import DemoChoice, DemoCode, DemoMatch
 from loratune.downstream.mmlu import MmluLoglikelihood
+from loratune.downstream.part import Model
 from loratune.downstream.rows import Row, Rows
-from loratune.environment import environment
+from loratune.downstream.spread import deal
+from loratune.environment import cpu_processes, environment
 from loratune.finetune import lora
+from loratune.finetune.hub import weights_on_disk
 from loratune.finetune.model import BaseModel, load
 from loratune.work import Hyperparameters, ModelRecipe
 
@@ -52,17 +63,16 @@ Answers = dict[tuple[int, str], str]  # (adapter, item) -> text
 
 
 class Watch:
-    """Adds up the CPU and the wall-clock seconds spent inside it."""
+    """Adds up the seconds spent inside it."""
 
     def __init__(self) -> None:
-        self.cpu = self.wall = 0.0
+        self.seconds = 0.0
 
     def __enter__(self) -> None:
-        self._began = time.process_time(), time.perf_counter()
+        self._began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.cpu += time.process_time() - self._began[0]
-        self.wall += time.perf_counter() - self._began[1]
+        self.seconds += time.perf_counter() - self._began
 
 
 class Undecided:
@@ -70,6 +80,9 @@ class Undecided:
 
     def __init__(self, benchmark: Benchmark, tokens: int) -> None:
         self._benchmark, self.name, self.max_new_tokens = benchmark, f"{benchmark.name}, {tokens} tokens to the end", tokens
+
+    def __reduce__(self) -> Any:
+        return Undecided, (self._benchmark, self.max_new_tokens)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._benchmark, name)
@@ -91,16 +104,80 @@ def write_adapters(base: BaseModel, folder: Path) -> list[Path]:
     return [folder / str(number) for number in range(len(RANKS))]
 
 
-def ours(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], watch: Watch, groups: list[list[int]]) -> Answers:
-    adapters = Adapters(base, [read_adapter(folder, base) for folder in folders])
-    found: Answers = {}
-    with watch:
-        for places in groups:
-            for batch, answers in Answerer(base, adapters).answers(benchmark, items, places):
-                for place, own in zip(places, answers, strict=True):
-                    found |= {(place, item.id): answer.text for item, answer in zip(batch, own, strict=True)}
-    adapters.close()
-    return found
+class Ours:
+    """The model with some of the adapters hooked in, by their numbers."""
+
+    def __init__(self, base: BaseModel, folders: dict[int, Path]) -> None:
+        self.numbers = list(folders)
+        self._base, self._folders = base, list(folders.values())
+
+    def answers(self, benchmark: Any, items: list[Item], watch: Watch, *, together: bool) -> Answers:
+        found: Answers = {}
+        with self._hooked() as adapters, watch:
+            every = list(range(len(self.numbers)))
+            for places in [every] if together else [[place] for place in every]:
+                for batch, answers in Answerer(self._base, adapters).answers(benchmark, items, places):
+                    for place, own in zip(places, answers, strict=True):
+                        found |= {(self.numbers[place], item.id): answer.text for item, answer in zip(batch, own, strict=True)}
+        return found
+
+    @contextlib.contextmanager
+    def _hooked(self) -> Iterator[Adapters]:
+        """Only while open: PEFT uses the same model."""
+        adapters = Adapters(self._base, [read_adapter(folder, self._base) for folder in self._folders])
+        try:
+            yield adapters
+        finally:
+            adapters.close()
+
+
+def serve(connection: Connection, model: Path, folders: dict[int, Path], threads: int) -> None:
+    """A process of `Crew`: answers what it is sent, until the connection is closed."""
+    torch.set_num_threads(threads)
+    ours = Ours(load(ModelRecipe(name_or_path=str(model)), torch.device("cpu")), folders)
+    connection.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            benchmark, items = connection.recv()
+            connection.send(ours.answers(benchmark, items, Watch(), together=True))
+
+
+class Crew:
+    """As many processes as `evaluate` would start, loaded."""
+
+    def __init__(self, model: Path, folders: list[Path], threads: int) -> None:
+        number = min(threads, cpu_processes(weights_on_disk(str(model), None), most=len(folders) // 2))
+        self.threads = threads // number
+        cards = [Model(name=str(n), adapter=folder, loss=None) for n, folder in enumerate(folders)]
+        context = multiprocessing.get_context("spawn")
+        self._connections, self._processes = [], []
+        for names in deal(cards, number):
+            ours, theirs = context.Pipe()
+            own = {int(name): folders[int(name)] for name in names}
+            process = context.Process(target=serve, args=(theirs, model, own, self.threads), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+        for connection in self._connections:
+            connection.recv()
+
+    def answers(self, benchmark: Any, items: list[Item], watch: Watch) -> Answers:
+        found: Answers = {}
+        with watch:
+            for connection in self._connections:
+                connection.send((benchmark, items))
+            for connection in self._connections:
+                found |= connection.recv()
+        return found
+
+    def __len__(self) -> int:
+        return len(self._processes)
+
+    def close(self) -> None:
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            connection.close()
+            process.join()
 
 
 def with_peft(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], watch: Watch) -> Answers:
@@ -171,15 +248,15 @@ def score(model: Any, batch: list[Row], ids: torch.Tensor, mask: torch.Tensor, l
             likely.setdefault(row.item.id, {})[choice] = float(own[list(places), tokens].sum())
 
 
-def measure(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], repeats: int) -> dict[str, Any]:
-    every = list(range(len(folders)))
+def measure(base: BaseModel, folders: list[Path], crew: Crew, benchmark: Any, items: list[Item], repeats: int) -> dict[str, Any]:
+    every, ours = list(range(len(folders))), Ours(base, dict(enumerate(folders)))
     ways: dict[str, Callable[[Watch], Answers]] = {
-        "together": lambda watch: ours(base, folders, benchmark, items, watch, [every]),
-        "one at a time": lambda watch: ours(base, folders, benchmark, items, watch, [[place] for place in every]),
+        "together": lambda watch: crew.answers(benchmark, items, watch),
+        "together, one process": lambda watch: ours.answers(benchmark, items, watch, together=True),
+        "one at a time": lambda watch: ours.answers(benchmark, items, watch, together=False),
         "peft": lambda watch: with_peft(base, folders, benchmark, items, watch),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    clock: dict[str, list[float]] = {way: [] for way in ways}
     differing = dict.fromkeys(ways, 0)
     for repeat in range(repeats):
         turn = list(ways.items())
@@ -188,18 +265,16 @@ def measure(base: BaseModel, folders: list[Path], benchmark: Any, items: list[It
         for way, run in turn:
             watch = Watch()
             answers[way] = run(watch)
-            seconds[way].append(watch.cpu)
-            clock[way].append(watch.wall)
+            seconds[way].append(watch.seconds)
         for way, own in answers.items():  # peft writes on where an answer was decided
             differing[way] += sum(not own[key].startswith(text) for key, text in answers["together"].items())
     kinds = statistics.mean(len({answers["together"][place, item.id] for place in every}) for item in items)
     found: dict[str, Any] = {"items": len(items), "different answers of an item, mean over items": kinds, "ways": {}}
     for way in ways:
         found["ways"][way] = {
-            "seconds": statistics.median(clock[way]),
-            "all_seconds": [round(value, 3) for value in clock[way]],
-            "all_cpu_seconds": [round(value, 3) for value in seconds[way]],
-            "times_together": statistics.median(b / a for a, b in zip(clock["together"], clock[way], strict=True)),
+            "seconds": statistics.median(seconds[way]),
+            "all_seconds": [round(value, 3) for value in seconds[way]],
+            "times_together": statistics.median(b / a for a, b in zip(seconds["together"], seconds[way], strict=True)),
             "answers_that_differ_per_repeat": differing[way] / repeats,
         }
     return found
@@ -223,25 +298,26 @@ def drawn(benchmark: Any, number: int) -> list[Item]:
 
 
 def table(results: dict[str, Any]) -> str:
-    machine = results["environment"]
+    machine, others = results["environment"], ("together, one process", "one at a time", "peft")
     lines = [
         "# Ten adapters answer",
         "",
-        f"`python benchmarks/answering.py DATA --repeats {results['repeats']}`: medians of seconds, {results['threads']} threads; "
-        "in brackets times those of *together*. What is compared is told at the top of the script.",
+        f"`python benchmarks/answering.py DATA --repeats {results['repeats']}`: medians of seconds, {results['threads']} threads, "
+        f"for *together* in {results['processes']} processes; in brackets times those of *together*. What is compared is told at the "
+        "top of the script.",
         "",
-        "| task | items | together | one at a time | peft, one at a time | answers that differ |",
-        "|---|---|---|---|---|---|",
+        "| task | items | together | together, one process | one at a time | peft, one at a time | answers that differ |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, found in results["tasks"].items():
         ways = found["ways"]
-        cells = [f"{way['seconds']:.2f} ({way['times_together']:.1f}x)" for way in (ways["one at a time"], ways["peft"])]
+        cells = [f"{way['seconds']:.2f} ({way['times_together']:.1f}x)" for way in map(ways.__getitem__, others)]
         differ = max(way["answers_that_differ_per_repeat"] for way in ways.values())
         of = found["items"] * len(results["ranks"])
         lines.append(f"| {name} | {found['items']} | {ways['together']['seconds']:.2f} | {' | '.join(cells)} | {differ:g} of {of} |")
     for name, some in (("The demo's three", list(results["tasks"])[:3]), ("All", list(results["tasks"]))):
-        sums = {way: sum(results["tasks"][task]["ways"][way]["seconds"] for task in some) for way in ("together", "one at a time", "peft")}
-        cells = [f"{sums[way]:.2f} ({sums[way] / sums['together']:.1f}x)" for way in ("one at a time", "peft")]
+        sums = {way: sum(results["tasks"][task]["ways"][way]["seconds"] for task in some) for way in ("together", *others)}
+        cells = [f"{sums[way]:.2f} ({sums[way] / sums['together']:.1f}x)" for way in others]
         lines.append(f"| {name} | | {sums['together']:.2f} | {' | '.join(cells)} | |")
     packages = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "peft"))
     return "\n".join([*lines, "", f"{packages}; {machine['processor']}"]) + "\n"
@@ -259,12 +335,16 @@ def main() -> None:
     machine = environment()
     machine.pop("host")
     results: dict[str, Any] = {"environment": machine, "threads": args.threads, "repeats": args.repeats, "ranks": RANKS, "tasks": {}}
-    loaded: dict[Path, tuple[BaseModel, list[Path]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as crews:
+        loaded: dict[Path, tuple[BaseModel, list[Path], Crew]] = {}
         for name, path, benchmark in tasks(args.data):
             if path not in loaded:
+                crews.close()  # the model before has had its tasks
                 base = load(ModelRecipe(name_or_path=str(path)), torch.device("cpu"))
-                loaded[path] = base, write_adapters(base, Path(folder) / path.name)
+                adapters = write_adapters(base, Path(folder) / path.name)
+                loaded[path] = base, adapters, Crew(path, adapters, args.threads)
+                crews.callback(loaded[path][-1].close)
+                results["processes"] = len(loaded[path][-1])
             found = measure(*loaded[path], benchmark, drawn(benchmark, args.items), args.repeats)
             results["tasks"][name] = found
             args.output.mkdir(parents=True, exist_ok=True)

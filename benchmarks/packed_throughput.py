@@ -7,19 +7,26 @@ shapes with random weights. All see the same examples, and count their tokens wi
 `repeats` times, so that each round is a pair for every two of them; what is compared is the median of the rounds' ratios.
 
 `stock` is Transformers' Trainer and PEFT as a person sets them up: a padding collator, labels of -100, logits of all
-positions. Our engine `hf` is Trainer and PEFT too, but already takes logits at response positions only. Beyond K = 1 the
-adapters share passes here, which on CPU they would otherwise do only with batches of a few tokens.
+positions. Our engine `hf` is Trainer and PEFT too, but already takes logits at response positions only.
+
+K trials are trained as `loratune run` would train them on this machine's CPU: K = 1 in one process on all cores, more of
+them in one process per core, K / cores in each. "In one process" they share its passes and all cores, which is what a
+GPU does. What processes do together is all their tokens over the seconds of the slowest.
 Writes --output to benchmarks/results/packed_throughput/.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +81,58 @@ def segments(count: int, steps: int, batch: int, name: str) -> list[Segment]:
     ]
 
 
-def engine_speed(engine: Any, wanted: list[Segment]) -> float:
-    """Tokens per second of training, validation left out."""
+def trained(engine: Any, wanted: list[Segment]) -> tuple[int, float]:
+    """(tokens, seconds) of training, validation left out."""
     outcomes = run_all(engine, wanted)
     bad = [o.message for o in outcomes if o.state is not State.COMPLETED]
     if bad:
         raise SystemExit(bad[0])
-    return sum(o.tokens for o in outcomes) / sum(o.train_seconds for o in outcomes)
+    return sum(o.tokens for o in outcomes), sum(o.train_seconds for o in outcomes)
+
+
+def engine_speed(engine: Any, wanted: list[Segment]) -> float:
+    tokens, seconds = trained(engine, wanted)
+    return tokens / seconds
+
+
+def serve(connection: Connection, threads: int, recipe: Recipe, root: Path, slots: int) -> None:
+    """A worker of `Crew`: trains what it is sent, and answers with tokens and seconds."""
+    torch.set_num_threads(threads)
+    engines = {"hf": HfEngine(recipe, root), "packed": PackedEngine(replace(recipe, engine="packed", slots=slots), root)}
+    while True:
+        engine, wanted = connection.recv()
+        connection.send(trained(engines[engine], wanted))
+
+
+class Crew:
+    """One process per core, as the study's executor has them; they wait without computing while others are measured."""
+
+    def __init__(self, connections: list[Connection]) -> None:
+        self._connections = connections
+
+    @classmethod
+    @contextmanager
+    def of(cls, count: int, recipe: Recipe, root: Path, slots: int) -> "Iterator[Crew]":
+        context = multiprocessing.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(count)]
+        threads = max(1, torch.get_num_threads() // count)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        workers = [context.Process(target=serve, args=(far, threads, recipe, root, slots), daemon=True) for _, far in pairs]
+        for worker in workers:
+            worker.start()
+        try:
+            yield cls([near for near, _ in pairs])
+        finally:
+            for worker in workers:
+                worker.kill()
+
+    def speed(self, engine: str, wanted: list[Segment]) -> float:
+        """Tokens per second of all together; the segments are dealt out like cards."""
+        busy = self._connections[: len(wanted)]
+        for n, connection in enumerate(busy):
+            connection.send((engine, wanted[n :: len(busy)]))
+        done = [connection.recv() for connection in busy]
+        return sum(tokens for tokens, _ in done) / max(seconds for _, seconds in done)
 
 
 class Person:
@@ -135,7 +187,8 @@ class Person:
         return tokens / float(trainer.train().metrics["train_runtime"])
 
 
-def variants(size: str, data: Path, scratch: Path) -> dict[str, Callable[[int], float]]:
+@contextmanager
+def variants(size: str, data: Path, scratch: Path) -> Iterator[dict[str, Callable[[int], float]]]:
     """Name -> a function of the round that measures once."""
     folder = model_folder(size, data, scratch)
     source = Source(path=str(data / "alpaca" / "alpaca_random_9k.json"), format="alpaca")
@@ -165,16 +218,28 @@ def variants(size: str, data: Path, scratch: Path) -> dict[str, Callable[[int], 
         found[f"hf, batch {batch}"] = hf_speed
         found[f"stock Trainer + PEFT, batch {batch}"] = partial(stock_speed, batch=batch)
     found["bare PEFT loop, batch 4"] = lambda _: person.loop(steps, BATCH)
-    alone = packed.enough
-    for count in PACKS[size]:
-
-        def packed_speed(n: int, k: int = count) -> float:
-            packed.enough = alone if k == 1 else float("inf")  # beyond K = 1, passes are shared: what a GPU does
-            return engine_speed(packed, segments(k, steps, BATCH, f"packed{k}-{n}"))
-
-        found[f"packed, batch 4, K = {count}"] = packed_speed
+    found["packed, batch 4, K = 1"] = lambda n: engine_speed(packed, segments(1, steps, BATCH, f"packed1-{n}"))
     found["packed, batch 16, K = 1"] = lambda n: engine_speed(packed, segments(1, max(2, steps // 2), 16, f"packed16-{n}"))
-    return found
+    most = max(PACKS[size])
+
+    def in_one_process(n: int) -> float:
+        usual, packed.enough = packed.enough, float("inf")
+        speed = engine_speed(packed, segments(most, steps, BATCH, f"shared-{n}"))
+        packed.enough = usual
+        return speed
+
+    found[f"packed, batch 4, K = {most}, in one process"] = in_one_process
+    cores = torch.get_num_threads()
+    with Crew.of(cores, recipe, root, max(1, most // cores)) as crew:
+
+        def together(n: int, engine: str, k: int) -> float:
+            return crew.speed(engine, segments(k, steps, BATCH, f"{engine}-crew{k}-{n}"))
+
+        if cores > 1:
+            found[f"hf, batch 4, {cores} processes"] = partial(together, engine="hf", k=cores)
+        for count in PACKS[size][1:]:
+            found[f"packed, batch 4, K = {count}"] = partial(together, engine="packed", k=count)
+        yield found
 
 
 def main() -> None:
@@ -189,11 +254,11 @@ def main() -> None:
     report: dict[str, Any] = {"environment": machine, "threads": torch.get_num_threads(), "repeats": args.repeats, "sizes": {}}
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as scratch:
-            measured = variants(size, args.data.resolve(), Path(scratch))
             rounds: list[dict[str, float]] = []
-            for n in range(-1, args.repeats):  # the first round warms up
-                rounds.append({name: measure(n) for name, measure in measured.items()})
-                print(size, n, {name: round(value) for name, value in rounds[-1].items()}, flush=True)
+            with variants(size, args.data.resolve(), Path(scratch)) as measured:
+                for n in range(-1, args.repeats):  # the first round warms up
+                    rounds.append({name: measure(n) for name, measure in measured.items()})
+                    print(size, n, {name: round(value) for name, value in rounds[-1].items()}, flush=True)
         table = {
             name: {
                 "tokens_per_second": statistics.median(r[name] for r in rounds[1:]),
@@ -201,12 +266,12 @@ def main() -> None:
                 "over_stock_batch_4": statistics.median(r[name] / r["stock Trainer + PEFT, batch 4"] for r in rounds[1:]),
                 "over_stock_batch_16": statistics.median(r[name] / r["stock Trainer + PEFT, batch 16"] for r in rounds[1:]),
             }
-            for name in measured
+            for name in rounds[0]
         }
         report["sizes"][size] = table
         for name, row in table.items():
             print(
-                f"{size:>6}  {name:31} {row['tokens_per_second']:>9,.0f} tokens/s"
+                f"{size:>6}  {name:42} {row['tokens_per_second']:>9,.0f} tokens/s"
                 f"  x{row['over_hf_batch_4']:.2f} hf  x{row['over_stock_batch_4']:.2f} stock"
             )
     RESULTS.mkdir(parents=True, exist_ok=True)

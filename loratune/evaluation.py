@@ -14,8 +14,10 @@ from pathlib import Path
 
 from loratune import demo, driver
 from loratune.downstream import evaluate as downstream
-from loratune.downstream.evaluate import BASE, Event, Model, Note
+from loratune.downstream.evaluate import BASE
+from loratune.downstream.events import Event, Note
 from loratune.downstream.findings import lines
+from loratune.downstream.part import Model
 from loratune.downstream.registry import EMBEDDED, PUBLISHED
 from loratune.downstream.scores import FOLDER, Result, read_results
 from loratune.errors import EvaluationError, StorageError

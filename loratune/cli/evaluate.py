@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loratune.downstream.evaluate import Progress
+    from loratune.downstream.events import Progress
 
 INTERRUPTED = 130
 TOP = 10
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from loratune.cli.interrupt import Interrupt
-    from loratune.downstream.evaluate import Progress
+    from loratune.downstream.events import Progress
     from loratune.evaluation import Scored, evaluate
 
     names = None if args.benchmarks is None else [name.strip() for name in args.benchmarks.split(",") if name.strip()]

@@ -44,6 +44,7 @@ from typing import Any, Literal
 from loratune.errors import SandboxError
 
 Kind = Literal["ok", "failed", "timeout", "memory", "output", "killed"]
+AT_ONCE = os.cpu_count() or 1  # programs, unless `run_all` is told; less in a process that shares the processors with others
 LEEWAY = 30.0  # seconds beyond the program's own after which the warden itself is taken for dead
 
 # The child starts without site-packages; bare packages stand in for loratune's, so that none of their code runs.
@@ -124,7 +125,7 @@ def run_all(
 ) -> list[Ran]:
     """Run programs side by side, each in a sandbox of its own; the results stand in the order of the jobs.
 
-    workers: programs at a time; 0: one per processor. weaker: accept the weaker walls where namespaces are missing.
+    workers: programs at a time; 0: AT_ONCE, one per processor. weaker: accept the weaker walls where namespaces are missing.
     settled: told the number of programs done so far, after each.
     Raises SandboxError when namespaces are missing and `weaker` is false, or when a sandbox cannot be set up.
     """
@@ -135,7 +136,7 @@ def run_all(
             "allows user namespaces, or accept the weaker walls with weaker=True; the docstring of "
             "loratune.downstream.sandbox says what they do not cover."
         )
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers or AT_ONCE)
     try:
         futures = [pool.submit(_run, job, limits, namespaces=not missing) for job in jobs]
         for number, future in enumerate(as_completed(futures), 1):

@@ -5,6 +5,8 @@
         mmlu.jsonl           one line per item, in the order they were done: id, group, answer, score, why
         mmlu.json            what it was measured with: version, seed, model, adapter, number of items, seconds
         proof.json           that the adapter was on
+      part-0.log             what a process printed that shared in the work and died; else none
+      lock                   an empty file
 
 Lines are only ever appended; a crash can tear the last one, which is then dropped. What was measured with another
 adapter, version or seed is put aside, never mixed in. Of a benchmark only the items that were done count.
@@ -15,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 FOLDER = "evaluation"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SEED = 0  # of the bootstrap
+_EVALUATION, _PROCESSES = 0, 1  # bytes of the lock file: held by the evaluation, shared by the processes it started
+_ORPHANS = 20.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +90,49 @@ class Result:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """While open, no other process answers into `folder`. Raises StorageError while one does.
+    """While open, no other evaluation answers into `folder`. Raises StorageError while one does.
 
-    A POSIX lock: it ends with the process, whatever children of a killed one are still about.
+    A POSIX lock: it ends with the process, whatever children of a killed one are still about. Of these only the ones that
+    write are waited for (`beside`); they end by themselves.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror}. Open the folder, then run again.") from error
+    handle = _lock_file(folder)
     try:
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _EVALUATION)
+            _wait_for_orphans(handle)
         except OSError:
             raise StorageError(f"{folder} is being written by another evaluation. Wait for it, or stop it first.") from None
         yield
     finally:
         os.close(handle)
+
+
+def beside(folder: Path) -> None:
+    """Until this process ends, it answers into `folder` on behalf of the evaluation that started it."""
+    fcntl.lockf(_lock_file(folder), fcntl.LOCK_SH, 1, _PROCESSES)
+
+
+def _lock_file(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror}. Open the folder, then run again.") from error
+
+
+def _wait_for_orphans(handle: int) -> None:
+    """Raises OSError when the processes of a killed evaluation do not end."""
+    deadline = time.monotonic() + _ORPHANS
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _PROCESSES)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            fcntl.lockf(handle, fcntl.LOCK_UN, 1, _PROCESSES)
+            return
 
 
 class Ledger:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.downstream.base import stratified
-from loratune.downstream.evaluate import Event, Model, Progress, evaluate
+from loratune.downstream.evaluate import evaluate
+from loratune.downstream.events import Event, Progress
 from loratune.downstream.guided import FOLDER, keep_drawn
+from loratune.downstream.part import Model
 from loratune.downstream.registry import build
 from loratune.downstream.scores import read_results
 from loratune.errors import EvaluationError, SpecError

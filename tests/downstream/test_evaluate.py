@@ -2,27 +2,20 @@
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from trained_adapters import RECIPE, kept, scored, trained_models
 
-from loratune import demo
 from loratune.downstream import registry
 from loratune.downstream.adapters import Adapters, read_adapter
-from loratune.downstream.evaluate import Model, Note, Progress, evaluate
+from loratune.downstream.events import Note, Progress
+from loratune.downstream.part import Model
 from loratune.downstream.proof import Prover
-from loratune.downstream.scores import read_results
 from loratune.errors import EvaluationError, MissingExtraError, StorageError
-from loratune.finetune import lora
-from loratune.finetune.model import BaseModel, load, output_head
+from loratune.finetune.model import BaseModel, load
 from loratune.finetune.prepared import Prepared
-from loratune.finetune.validation import validate
-from loratune.work import Hyperparameters, ModelRecipe
-
-RECIPE = ModelRecipe(name_or_path=str(demo.model_folder()))
 
 
 @pytest.fixture(scope="module")
@@ -31,42 +24,13 @@ def base() -> BaseModel:
     return load(RECIPE, torch.device("cpu"))
 
 
-def trained(base: BaseModel, data: Prepared, folder: Path, steps: int, h: Hyperparameters) -> Model:
-    """An adapter after a few plain AdamW steps, with its true validation loss."""
-    wrapped, _ = lora.attach(base.model, h, seed=0)
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=h.learning_rate, weight_decay=0)
-    for step in range(steps):
-        ids, mask = data.train[step % len(data.train)]
-        labels = torch.where(torch.from_numpy(mask), torch.from_numpy(ids).long(), -100)
-        wrapped(input_ids=torch.from_numpy(ids).long()[None], labels=labels[None]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    loss, _ = validate(wrapped, data.validation, batch_size=16, pad_id=base.pad_id, head=output_head(base.model))
-    wrapped.save_pretrained(str(folder))
-    lora.detach(base.model)
-    return Model(name=folder.name, adapter=folder, loss=loss)
-
-
 @pytest.fixture(scope="module")
 def models(base: BaseModel, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
-    """Two that learnt, one whose adapter is silent, and the bare model."""
-    home, data = tmp_path_factory.mktemp("trials"), Prepared.load(demo_data)
-    h = Hyperparameters(lora_r=8, lora_alpha=32, lora_dropout=0, learning_rate=1e-3, target_modules="all-linear")
-    found = [trained(base, data, home / f"{n:04d}", steps, h) for n, steps in ((1, 40), (2, 15), (3, 0))]
-    bare, _ = validate(base.model, data.validation, batch_size=16, pad_id=base.pad_id, head=output_head(base.model))
-    assert found[0].loss is not None
-    assert found[0].loss < bare - 0.5
-    assert found[2].loss == pytest.approx(bare)
-    return [*found, Model(name="base", adapter=None, loss=bare)]
-
-
-def scored(folder: Path, models: list[Model], data: Path, benchmarks: list[str], **options: Any) -> Iterator[Any]:
-    arguments = {"recipe": RECIPE, "validation": data, "recorded_base": models[-1].loss, "device": "cpu", "subset": 16}
-    return evaluate(folder, models=models, benchmarks=benchmarks, **arguments | options)
-
-
-def kept(folder: Path) -> dict[tuple[str, str, str], tuple[str, float]]:
-    return {(r.model, r.benchmark, i): (r.answers[i], r.scores[i]) for r in read_results(folder) for i in r.scores}
+    found = trained_models(base, demo_data, tmp_path_factory.mktemp("trials"))
+    learnt, _, silent, bare = [model.loss or 0.0 for model in found]
+    assert learnt < bare - 0.5
+    assert silent == pytest.approx(bare)
+    return found
 
 
 def test_whole_and_resumed(models: list[Model], demo_data: Path, tmp_path: Path) -> None:
