@@ -16,7 +16,7 @@ BBH's prompts with 48 tokens written to the end, on tinystories656k. Ways, which
                    tokens sorted by length, padded on the left; no shared beginning; EOS or max_new_tokens ends an answer
 
 Figures are medians over repeats of wall-clock seconds, on a machine with nothing else to do; tokenising and sending
-included, loading model and adapters not. The processes wait without computing while other ways are measured. Writes
+the answers included, loading model, data and adapters not. The processes wait without computing while other ways are measured. Writes
 results.json and README.md to benchmarks/results/answering, after each task. Answers that differ between the ways are
 counted: a near-tie may fall the other way in another rounding.
 """
@@ -75,6 +75,19 @@ class Watch:
         self.seconds += time.perf_counter() - self._began
 
 
+class Gate:
+    """In a process of `Crew` where the others have their watch: all has been loaded; the clock starts, then the answering."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        self._connection.send("loaded")
+        self._connection.recv()
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class Undecided:
     """A benchmark whose answers are written to the end: what decoding alone costs."""
 
@@ -111,7 +124,7 @@ class Ours:
         self.numbers = list(folders)
         self._base, self._folders = base, list(folders.values())
 
-    def answers(self, benchmark: Any, items: list[Item], watch: Watch, *, together: bool) -> Answers:
+    def answers(self, benchmark: Any, items: list[Item], watch: Watch | Gate, *, together: bool) -> Answers:
         found: Answers = {}
         with self._hooked() as adapters, watch:
             every = list(range(len(self.numbers)))
@@ -139,7 +152,7 @@ def serve(connection: Connection, model: Path, folders: dict[int, Path], threads
     with contextlib.suppress(EOFError):
         while True:
             benchmark, items = connection.recv()
-            connection.send(ours.answers(benchmark, items, Watch(), together=True))
+            connection.send(ours.answers(benchmark, items, Gate(connection), together=True))
 
 
 class Crew:
@@ -164,9 +177,13 @@ class Crew:
 
     def answers(self, benchmark: Any, items: list[Item], watch: Watch) -> Answers:
         found: Answers = {}
+        for connection in self._connections:
+            connection.send((benchmark, items))
+        for connection in self._connections:
+            connection.recv()
         with watch:
             for connection in self._connections:
-                connection.send((benchmark, items))
+                connection.send("go")
             for connection in self._connections:
                 found |= connection.recv()
         return found

@@ -37,7 +37,7 @@ class _FrozenHeadNll(torch.autograd.Function):
         exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
         h, count = hidden.to(weight.dtype), len(labels)
         m = torch.full((count, 1), -torch.inf, dtype=exact, device=h.device)
-        s, wanted = torch.zeros_like(m), torch.zeros_like(m)
+        s = torch.zeros_like(m)
         g = torch.zeros(h.shape if differentiable else (), dtype=exact, device=h.device)
         width = _CPU_WORDS if h.device.type == "cpu" else max(1, _GPU_LOGITS // max(1, count))
         buffer = torch.empty(count * min(width, len(weight)), dtype=weight.dtype, device=h.device)
@@ -47,9 +47,6 @@ class _FrozenHeadNll(torch.autograd.Function):
                 z = torch.mm(h, w.T, out=buffer[: count * len(w)].view(count, len(w))).to(exact)
                 if bias is not None:
                     z += bias[start : start + width].to(exact)
-                column = labels.unsqueeze(1) - start
-                inside = (column >= 0) & (column < len(w))
-                wanted += torch.where(inside, z.gather(1, column.clamp(0, len(w) - 1)), 0.0)
                 top = torch.maximum(m, z.amax(1, keepdim=True))
                 z.sub_(top).exp_()
                 shrink = (m - top).exp_()
@@ -57,9 +54,13 @@ class _FrozenHeadNll(torch.autograd.Function):
                 if differentiable:
                     add_product(g.mul_(shrink), z.to(weight.dtype), w, 1.0)
                 m = top
+        own = functional.embedding(labels, weight)
+        wanted = (h.to(exact) * own).sum(1)
+        if bias is not None:
+            wanted += bias[labels]
         if differentiable:
-            ctx.save_for_backward(g.div_(s).sub_(functional.embedding(labels, weight)).to(hidden.dtype))
-        return (m + s.log() - wanted).squeeze(1)
+            ctx.save_for_backward(g.div_(s).sub_(own).to(hidden.dtype))
+        return (m + s.log()).squeeze(1) - wanted
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
