@@ -1,6 +1,7 @@
 """Device memory: its peak, freeing it between trials, recognising that it ran out; the device's name in words."""
 
 import contextlib
+import ctypes
 import gc
 import platform
 import resource
@@ -8,6 +9,20 @@ import sys
 from pathlib import Path
 
 import torch
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3)
+_KEPT = 2**30  # bytes; activations and logits of one pass, on a CPU, are smaller
+
+
+def keep_freed(device: torch.device) -> None:
+    """On CPU, let what is freed serve the next operation, until `free`.
+
+    glibc gives large tensors back to the system at once, and asks for new pages at the next operation: a tenth to a
+    quarter of the time of a pass over a small model, more where several processes do so. Elsewhere nothing is changed.
+    """
+    if device.type == "cpu":
+        for name in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            _glibc("mallopt", name, _KEPT)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -36,6 +51,8 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        _glibc("malloc_trim", 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -54,3 +71,9 @@ def device_name(device: torch.device) -> str:
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     threads = torch.get_num_threads()
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Call it where the C library has it."""
+    with contextlib.suppress(AttributeError, OSError):
+        getattr(ctypes.CDLL(None), function)(*arguments)
