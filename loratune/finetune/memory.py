@@ -30,6 +30,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        _glibc("malloc_trim", 0)  # what was freed before is not in use
         with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then that of the process's whole life
             Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +15,28 @@ def test_peak_follows_allocation() -> None:
     assert memory.peak_bytes(CPU) >= before + 100 * 2**20
     del block
     memory.free(CPU)
+
+
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    memory.keep_freed(CPU)
+    memory.free(CPU)
+    before = resident()
+    block = torch.ones(40 * 2**20)
+    del block
+    if resident() < before + 100 * 2**20:
+        pytest.skip("the C library does as it likes: not glibc")
+    memory.reset_peak(CPU)  # what is kept does not count as in use
+    assert memory.peak_bytes(CPU) < before + 60 * 2**20
+    block = torch.ones(40 * 2**20)
+    assert memory.peak_bytes(CPU) >= before + 100 * 2**20
+    del block
+    memory.free(CPU)
+    assert resident() < before + 60 * 2**20
+
+
+def resident() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
 
 
 def test_out_of_memory_is_recognised() -> None:
