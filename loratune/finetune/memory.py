@@ -12,17 +12,17 @@ import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3)
 _KEPT = 2**30  # bytes; activations and logits of one pass, on a CPU, are smaller
+_KEPT_BY_OLD = 2**25  # the most that mallopt(3) promises to take; new versions take more
 
 
 def keep_freed(device: torch.device) -> None:
     """On CPU, let what is freed serve the next operation, until `free`.
 
-    glibc gives large tensors back to the system at once, and asks for new pages at the next operation: a tenth to a
-    quarter of the time of a pass over a small model, more where several processes do so. Elsewhere nothing is changed.
+    glibc gives large tensors back to the system at once, and the next operation waits for new pages: up to a fifth of
+    the time, depending on what is computed (docs/log.md, "Page faults"). Elsewhere nothing is changed.
     """
-    if device.type == "cpu":
-        for name in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            _glibc("mallopt", name, _KEPT)
+    if device.type == "cpu" and (_glibc("mallopt", _MMAP_THRESHOLD, _KEPT) or _glibc("mallopt", _MMAP_THRESHOLD, _KEPT_BY_OLD)):
+        _glibc("mallopt", _TRIM_THRESHOLD, _KEPT)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -74,7 +74,8 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _glibc(function: str, *arguments: int) -> None:
-    """Call it where the C library has it."""
+def _glibc(function: str, *arguments: int) -> int:
+    """Call it where the C library has it; 0 where not, and where it refuses."""
     with contextlib.suppress(AttributeError, OSError):
-        getattr(ctypes.CDLL(None), function)(*arguments)
+        return int(getattr(ctypes.CDLL(None), function)(*arguments))
+    return 0
