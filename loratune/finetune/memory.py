@@ -1,7 +1,6 @@
 """Device memory: its peak, freeing it between trials, recognising that it ran out; the device's name in words."""
 
 import contextlib
-import ctypes
 import gc
 import platform
 import resource
@@ -10,27 +9,12 @@ from pathlib import Path
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3)
-_KEPT = 2**30  # bytes; activations and logits of one pass, on a CPU, are smaller
-_KEPT_BY_OLD = 2**25  # the most that mallopt(3) promises to take; new versions take more
-
-
-def keep_freed(device: torch.device) -> None:
-    """On CPU, let what is freed serve the next operation, until `free`.
-
-    glibc gives large tensors back to the system at once, and the next operation waits for new pages: up to a fifth of
-    the time, depending on what is computed (docs/log.md, "Page faults"). Elsewhere nothing is changed.
-    """
-    if device.type == "cpu" and (_glibc("mallopt", _MMAP_THRESHOLD, _KEPT) or _glibc("mallopt", _MMAP_THRESHOLD, _KEPT_BY_OLD)):
-        _glibc("mallopt", _TRIM_THRESHOLD, _KEPT)
-
 
 def reset_peak(device: torch.device) -> None:
     """Start a new measurement. On CPU it is the process's, and only Linux can start anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        _glibc("malloc_trim", 0)  # what was freed before is not in use
         with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then that of the process's whole life
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -52,8 +36,6 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    else:
-        _glibc("malloc_trim", 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -72,10 +54,3 @@ def device_name(device: torch.device) -> str:
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     threads = torch.get_num_threads()
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _glibc(function: str, *arguments: int) -> int:
-    """Call it where the C library has it; 0 where not, and where it refuses."""
-    with contextlib.suppress(AttributeError, OSError):
-        return int(getattr(ctypes.CDLL(None), function)(*arguments))
-    return 0

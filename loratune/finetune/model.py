@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from loratune.errors import MissingExtraError, ModelError
-from loratune.finetune import hub, memory
+from loratune.finetune import hub
 from loratune.work import ModelRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -87,7 +87,6 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
             f"model {recipe.name_or_path!r}: {len(wrong)} weights are missing or have the wrong shape, {wrong[0]} among them. "
             "The files are incomplete or belong to another config.json."
         )
-    memory.keep_freed(device)
     model.requires_grad_(False)
     if not recipe.load_in_4bit:  # a quantised model was placed while loading
         model.to(device)
