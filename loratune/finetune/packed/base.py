@@ -1,9 +1,10 @@
 """The frozen base model of the packed engine: a flat batch in, the NLL of each response token out.
 
 Transformers' own model files run unchanged. What is ours is hung into them: a hook on each linear layer adds the
-adapters' deltas, an attention function keeps sequences apart, the last layer's queries and MLP are taken for the
-rows alone that predict a response token, and the output head is left out of the model's forward pass, to be taken together with the
-loss. Whether a model bears that is tried when it is loaded: three sequences must come out as they do one by one.
+adapters' deltas, an attention function keeps sequences apart, norms and rotary positions take fewer steps, the last
+layer's queries and MLP are taken for the rows alone that predict a response token, and the output head is left out of
+the model's forward pass, to be taken together with the loss. Whether a model bears that is tried when it is loaded: three
+sequences must come out as they do one by one.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.delta import Backend, Part, add_deltas
 from loratune.finetune.packed.head import frozen_head_nll
 from loratune.finetune.packed.layout import Flat, Share, Span, flatten
+from loratune.finetune.packed.norm import quick_norms
+from loratune.finetune.packed.rotary import quick_rotary
 from loratune.finetune.validation import token_nll
 
 
@@ -50,10 +53,15 @@ class PackedBase:
         self.backend: Callable[[Sequence[Adapter]], Backend] = choose_backend
         self._before = self.model.config._attn_implementation
         self._hooks: list[Any] = []
+        self._norms: list[tuple[Any, Any]] = []  # and the forward function that it had of its own, not its class's
         self._last = self._read_alone()
         attention.register()
         expected = self._reference()
         self.model.config._attn_implementation = attention.NAME
+        for norm, forward in list(quick_norms(self.model)):
+            self._norms.append((norm, vars(norm).get("forward")))
+            norm.forward = forward
+        self._hooks += quick_rotary(self.model)
         for name, layer in self.linear.items():
             self._hooks.append(layer.register_forward_hook(partial(self._add, name)))
         self._hooks.append(self.head.register_forward_pre_hook(self._cut))
@@ -72,6 +80,10 @@ class PackedBase:
         """Take everything out of the model again."""
         for hook in self._hooks:
             hook.remove()
+        for norm, before in self._norms:
+            del norm.forward
+            if before is not None:
+                norm.forward = before
         self.model.config._attn_implementation = self._before
 
     def features(self, layer: str) -> tuple[int, int]:
