@@ -16,9 +16,10 @@ BBH's prompts with 48 tokens written to the end, on tinystories656k. Ways, which
                    tokens sorted by length, padded on the left; no shared beginning; EOS or max_new_tokens ends an answer
 
 Figures are medians over repeats of wall-clock seconds, on a machine with nothing else to do; tokenising and sending
-the answers included, loading model, data and adapters not. The processes wait without computing while other ways are measured. Writes
-results.json and README.md to benchmarks/results/answering, after each task. Answers that differ between the ways are
-counted: a near-tie may fall the other way in another rounding.
+the answers included, loading model, data and adapters not. Each way has processes of its own, lest one find memory that
+another has left behind; they wait without computing while other ways are measured. Writes results.json and README.md to
+benchmarks/results/answering, after each task. Answers that differ between the ways are counted: a near-tie may fall the
+other way in another rounding.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -144,7 +146,7 @@ class Ours:
             adapters.close()
 
 
-def serve(connection: Connection, model: Path, folders: dict[int, Path], threads: int) -> None:
+def serve(connection: Connection, model: Path, folders: dict[int, Path], threads: int, together: bool) -> None:
     """A process of `Crew`: answers what it is sent, until the connection is closed."""
     torch.set_num_threads(threads)
     ours = Ours(load(ModelRecipe(name_or_path=str(model)), torch.device("cpu")), folders)
@@ -152,22 +154,20 @@ def serve(connection: Connection, model: Path, folders: dict[int, Path], threads
     with contextlib.suppress(EOFError):
         while True:
             benchmark, items = connection.recv()
-            connection.send(ours.answers(benchmark, items, Gate(connection), together=True))
+            connection.send(ours.answers(benchmark, items, Gate(connection), together=together))
 
 
 class Crew:
-    """As many processes as `evaluate` would start, loaded."""
+    """`number` processes with the adapters and the threads dealt out among them, loaded."""
 
-    def __init__(self, model: Path, folders: list[Path], threads: int) -> None:
-        number = min(threads, cpu_processes(weights_on_disk(str(model), None), most=len(folders) // 2))
-        self.threads = threads // number
+    def __init__(self, model: Path, folders: list[Path], threads: int, *, number: int = 1, together: bool = True) -> None:
         cards = [Model(name=str(n), adapter=folder, loss=None) for n, folder in enumerate(folders)]
         context = multiprocessing.get_context("spawn")
         self._connections, self._processes = [], []
         for names in deal(cards, number):
             ours, theirs = context.Pipe()
             own = {int(name): folders[int(name)] for name in names}
-            process = context.Process(target=serve, args=(theirs, model, own, self.threads), daemon=True)
+            process = context.Process(target=serve, args=(theirs, model, own, threads // number, together), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -187,9 +187,6 @@ class Crew:
             for connection in self._connections:
                 found |= connection.recv()
         return found
-
-    def __len__(self) -> int:
-        return len(self._processes)
 
     def close(self) -> None:
         for connection, process in zip(self._connections, self._processes, strict=True):
@@ -265,14 +262,12 @@ def score(model: Any, batch: list[Row], ids: torch.Tensor, mask: torch.Tensor, l
             likely.setdefault(row.item.id, {})[choice] = float(own[list(places), tokens].sum())
 
 
-def measure(base: BaseModel, folders: list[Path], crew: Crew, benchmark: Any, items: list[Item], repeats: int) -> dict[str, Any]:
-    every, ours = list(range(len(folders))), Ours(base, dict(enumerate(folders)))
-    ways: dict[str, Callable[[Watch], Answers]] = {
-        "together": lambda watch: crew.answers(benchmark, items, watch),
-        "together, one process": lambda watch: ours.answers(benchmark, items, watch, together=True),
-        "one at a time": lambda watch: ours.answers(benchmark, items, watch, together=False),
-        "peft": lambda watch: with_peft(base, folders, benchmark, items, watch),
-    }
+def measure(
+    base: BaseModel, folders: list[Path], crews: dict[str, Crew], benchmark: Any, items: list[Item], repeats: int
+) -> dict[str, Any]:
+    every = list(range(len(folders)))
+    ways: dict[str, Callable[[Watch], Answers]] = {name: partial(crew.answers, benchmark, items) for name, crew in crews.items()}
+    ways["peft"] = partial(with_peft, base, folders, benchmark, items)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     differing = dict.fromkeys(ways, 0)
     for repeat in range(repeats):
@@ -353,15 +348,18 @@ def main() -> None:
     machine.pop("host")
     results: dict[str, Any] = {"environment": machine, "threads": args.threads, "repeats": args.repeats, "ranks": RANKS, "tasks": {}}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as crews:
-        loaded: dict[Path, tuple[BaseModel, list[Path], Crew]] = {}
+        loaded: dict[Path, tuple[BaseModel, list[Path], dict[str, Crew]]] = {}
         for name, path, benchmark in tasks(args.data):
             if path not in loaded:
                 crews.close()  # the model before has had its tasks
                 base = load(ModelRecipe(name_or_path=str(path)), torch.device("cpu"))
                 adapters = write_adapters(base, Path(folder) / path.name)
-                loaded[path] = base, adapters, Crew(path, adapters, args.threads)
-                crews.callback(loaded[path][-1].close)
-                results["processes"] = len(loaded[path][-1])
+                number = min(args.threads, cpu_processes(weights_on_disk(str(path), None), most=len(adapters) // 2))
+                start = partial(Crew, path, adapters, args.threads)
+                own = {"together": start(number=number), "together, one process": start(), "one at a time": start(together=False)}
+                for crew in own.values():
+                    crews.callback(crew.close)
+                loaded[path], results["processes"] = (base, adapters, own), number
             found = measure(*loaded[path], benchmark, drawn(benchmark, args.items), args.repeats)
             results["tasks"][name] = found
             args.output.mkdir(parents=True, exist_ok=True)
