@@ -16,7 +16,7 @@ processes do together is all their tokens over the seconds of the slowest.
 
 Ways run in turn, `repeats` times, and right before each of them `hf` at batch 4 runs: these two are a pair. What is told
 is the median over the pairs of their ratio. The stock's ratio is that of the same round.
-All of them stand in memory: at 125M eleven processes want more than 24 GB, and `--without "batch 16" loop` leaves some ways out.
+All of them stand in memory: at 125M eleven processes may want more than 24 GB, and `--without "batch 16" loop` leaves some ways out.
 Writes --output to benchmarks/results/packed_throughput/.
 """
 
