@@ -1,9 +1,9 @@
 """Training tokens per second of the packed engine, the reference engine, stock Trainer + PEFT and a bare PEFT loop.
 
-    python benchmarks/packed_throughput.py DATA [--sizes 0.65M 15M 125M] [--repeats 5] [--without WORD ...] [--output results.json]
+    python benchmarks/packed_throughput.py DATA [--sizes 0.65M 15M 125M] [--repeats 9] [--without WORD ...] [--output results.json]
 
 DATA holds models/tinystories656k and alpaca/alpaca_random_9k.json. The 0.65M model is the real one; 15M and 125M are Llama
-shapes with random weights. All see the same examples, and count their tokens without padding.
+shapes with random weights. Every trial of every way sees the same examples once, and counts their tokens without padding.
 
 `stock` is Transformers' Trainer and PEFT as a person sets them up: a padding collator, labels of -100, logits of all
 positions. Our engine `hf` is Trainer and PEFT too, but already takes logits at response positions only.
@@ -11,11 +11,12 @@ positions. Our engine `hf` is Trainer and PEFT too, but already takes logits at 
 Every way has processes of its own, as a study's workers are: what one leaves behind in its memory (pages that need not be
 asked for again) neither helps nor hinders another. They wait without computing while others are measured. K trials are
 trained as `loratune run` would train them on this machine's CPU: K = 1 in one process on all cores, more of them in one
-process per core, K / cores in each. "In one process" they share its passes and all cores, which is what a GPU does. What
-processes do together is all their tokens over the seconds of the slowest.
+process per core, K / cores slots in each, which take turns. "In one process" they share its passes and all cores, which is
+what a GPU does. What processes do together is all their tokens over the seconds of the slowest.
 
-Ways run in turn, `repeats` times, and right before each of them `hf` at batch 4 runs: these two are a pair. What is told
-is the median over the pairs of their ratio. The stock's ratio is that of the same round.
+Ways run in turn, `repeats` times, and before and after each of them `hf` at batch 4 runs; a way's ratio is that of its
+speed to the two runs' together. What is told is the median over the rounds, beside all of them. The ratio to the stock is
+that of the same round.
 All of them stand in memory: at 125M eleven processes may want more than 24 GB, and `--without "batch 16" loop` leaves some ways out.
 Writes --output to benchmarks/results/packed_throughput/.
 """
@@ -55,7 +56,7 @@ SHAPES = {
     "15M": {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6},
     "125M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
-STEPS = {"0.65M": 24, "15M": 4, "125M": 2}  # of four examples, per adapter and round; fewer where many adapters train
+EXAMPLES = {"0.65M": 96, "15M": 16, "125M": 16}  # that every trial is trained on in a round; a multiple of 16
 PACKS = {"0.65M": (2, 4, 8, 16), "15M": (2, 4, 8, 16), "125M": (2, 4)}
 HF, STOCK, STOCK_16 = "hf, batch 4", "stock Trainer + PEFT, batch 4", "stock Trainer + PEFT, batch 16"
 
@@ -74,10 +75,9 @@ class Way:
         """Ways with the same crew are measured in the same processes."""
         return self.kind, self.batch, self.processes
 
-    def segments(self, steps: int, name: str) -> list[Segment]:
-        """Configurations of the published space's defaults, at different learning rates; `steps` are of four examples."""
-        # Fewer where many train, lest a round take so long that the machine changes under it.
-        steps = max(1, min(steps, 4 * steps // self.trials)) if self.batch == 4 else max(2, steps * 4 // self.batch)
+    def segments(self, examples: int, name: str) -> list[Segment]:
+        """Configurations of the published space's defaults, at different learning rates, for so many examples each."""
+        steps = examples // self.batch
         return [
             Segment(
                 trial=k,
@@ -236,7 +236,7 @@ def measures(size: str, without: list[str], data: Path, scratch: Path) -> Iterat
     with ExitStack() as stack:
 
         def measure(way: Way, name: str) -> float:
-            return crews[way.crew].speed(way.segments(STEPS[size], name))
+            return crews[way.crew].speed(way.segments(EXAMPLES[size], name))
 
         found = {
             n: way for n, way in ways(size, torch.get_num_threads()).items() if n in (HF, STOCK) or not any(word in n for word in without)
@@ -259,12 +259,13 @@ def model_folder(size: str, data: Path, scratch: Path) -> Path:
     return scratch / size
 
 
-def table(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, dict[str, float]]:
-    """Rounds of name -> (its speed, that of `hf` right before it)."""
+def table(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, dict[str, Any]]:
+    """Rounds of name -> (its speed, that of `hf` around it)."""
     return {
         name: {
             "tokens_per_second": statistics.median(r[name][0] for r in rounds),
             "over_hf_batch_4": statistics.median(r[name][0] / r[name][1] for r in rounds),
+            "over_hf_batch_4_by_round": [round(r[name][0] / r[name][1], 3) for r in rounds],
             "over_stock_batch_4": statistics.median(r[name][0] / r[STOCK][0] for r in rounds),
         }
         | ({"over_stock_batch_16": statistics.median(r[name][0] / r[STOCK_16][0] for r in rounds)} if STOCK_16 in rounds[0] else {})
@@ -276,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--sizes", nargs="+", default=["0.65M", "15M", "125M"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--without", nargs="+", default=[], metavar="WORD", help="leave out ways whose name has one of these words")
     parser.add_argument("--output", default="results.json")
     args = parser.parse_args()
@@ -288,9 +289,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch, measures(size, args.without, args.data.resolve(), Path(scratch)) as measured:
             for n in range(-1, args.repeats):  # the first round warms up
                 rounds.append({})
+                before = measured[HF](f"{n}-first")
                 for number, (name, measure) in enumerate(measured.items()):
-                    before = measured[HF](f"{n}-before-{number}")
-                    rounds[-1][name] = (measure(str(n)), before) if name != HF else (before, before)
+                    speed = measure(str(n))
+                    after = measured[HF](f"{n}-after-{number}")
+                    rounds[-1][name] = (speed, statistics.harmonic_mean([before, after]))
+                    before = after
                 print(size, n, {name: (round(speed), round(speed / before, 2)) for name, (speed, before) in rounds[-1].items()}, flush=True)
         report["sizes"][size] = table(rounds[1:])
         for name, row in report["sizes"][size].items():
