@@ -1,6 +1,7 @@
 """Training tokens per second of the packed engine, the reference engine, stock Trainer + PEFT and a bare PEFT loop.
 
-    python benchmarks/packed_throughput.py DATA [--sizes 0.65M 15M 125M] [--repeats 9] [--without WORD ...] [--output results.json]
+    python benchmarks/packed_throughput.py DATA [--sizes 0.65M 15M 125M] [--repeats 9] [--without WORD ...]
+        [--examples N] [--output results.json]
 
 DATA holds models/tinystories656k and alpaca/alpaca_random_9k.json. The 0.65M model is the real one; 15M and 125M are Llama
 shapes with random weights. Every trial of every way sees the same examples once, and counts their tokens without padding.
@@ -225,7 +226,7 @@ class Crew:
 
 
 @contextmanager
-def measures(size: str, without: list[str], data: Path, scratch: Path) -> Iterator[dict[str, Callable[[str], float]]]:
+def measures(size: str, examples: int, without: list[str], data: Path, scratch: Path) -> Iterator[dict[str, Callable[[str], float]]]:
     """Name of a way -> a function that measures its tokens per second once, under a name of its own."""
     folder = model_folder(size, data, scratch)
     source = Source(path=str(data / "alpaca" / "alpaca_random_9k.json"), format="alpaca")
@@ -236,7 +237,7 @@ def measures(size: str, without: list[str], data: Path, scratch: Path) -> Iterat
     with ExitStack() as stack:
 
         def measure(way: Way, name: str) -> float:
-            return crews[way.crew].speed(way.segments(EXAMPLES[size], name))
+            return crews[way.crew].speed(way.segments(examples, name))
 
         found = {
             n: way for n, way in ways(size, torch.get_num_threads()).items() if n in (HF, STOCK) or not any(word in n for word in without)
@@ -279,14 +280,17 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["0.65M", "15M", "125M"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--without", nargs="+", default=[], metavar="WORD", help="leave out ways whose name has one of these words")
+    parser.add_argument("--examples", type=int, help=f"that every trial is trained on in a round, a multiple of 16; else {EXAMPLES}")
     parser.add_argument("--output", default="results.json")
     args = parser.parse_args()
     machine = environment()
     machine.pop("host", None)
-    report: dict[str, Any] = {"environment": machine, "threads": torch.get_num_threads(), "repeats": args.repeats, "sizes": {}}
+    report: dict[str, Any] = {"environment": machine, "threads": torch.get_num_threads(), "repeats": args.repeats}
+    report |= {"examples": {}, "sizes": {}}
     for size in args.sizes:
         rounds: list[dict[str, tuple[float, float]]] = []
-        with tempfile.TemporaryDirectory() as scratch, measures(size, args.without, args.data.resolve(), Path(scratch)) as measured:
+        examples = args.examples or EXAMPLES[size]
+        with tempfile.TemporaryDirectory() as folder, measures(size, examples, args.without, args.data.resolve(), Path(folder)) as measured:
             for n in range(-1, args.repeats):  # the first round warms up
                 rounds.append({})
                 before = measured[HF](f"{n}-first")
@@ -296,7 +300,7 @@ def main() -> None:
                     rounds[-1][name] = (speed, statistics.harmonic_mean([before, after]))
                     before = after
                 print(size, n, {name: (round(speed), round(speed / before, 2)) for name, (speed, before) in rounds[-1].items()}, flush=True)
-        report["sizes"][size] = table(rounds[1:])
+        report["sizes"][size], report["examples"][size] = table(rounds[1:]), examples
         for name, row in report["sizes"][size].items():
             print(
                 f"{size:>6}  {name:42} {row['tokens_per_second']:>9,.0f} tokens/s"
