@@ -18,7 +18,7 @@ what a GPU does. What processes do together is all their tokens over the seconds
 Ways run in turn, `repeats` times, and before and after each of them `hf` at batch 4 runs; a way's ratio is that of its
 speed to the two runs' together. What is told is the median over the rounds, beside all of them. The ratio to the stock is
 that of the same round.
-All of them stand in memory: at 125M eleven processes may want more than 24 GB, and `--without "batch 16" loop` leaves some ways out.
+All of them stand in memory: at 125M eleven processes may want more than 24 GB; `--without "batch 16" loop` leaves some ways out (16 GB).
 Writes --output to benchmarks/results/packed_throughput/.
 """
 
@@ -283,6 +283,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, help=f"that every trial is trained on in a round, a multiple of 16; else {EXAMPLES}")
     parser.add_argument("--output", default="results.json")
     args = parser.parse_args()
+    if args.examples is not None and (args.examples < 1 or args.examples % 16):
+        parser.error(f"--examples: got {args.examples}; a multiple of 16 from 16 up, so that batches of 4 and 16 see the same")
     machine = environment()
     machine.pop("host", None)
     report: dict[str, Any] = {"environment": machine, "threads": torch.get_num_threads(), "repeats": args.repeats}
