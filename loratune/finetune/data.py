@@ -54,6 +54,8 @@ class Exchange(NamedTuple):
     instruction: str
     input: str
     response: str
+    scored: bool = True  # False: the answer is context, no token of it counts in the loss
+    reasoning: str = ""  # the thinking part that stands before the response (`reasoning_content`)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,7 @@ class Example:
 
     exchanges: tuple[Exchange, ...]
     system: str = ""
+    tools: str = ""  # the functions that the assistant may call, a JSON list, for a chat template
     category: str = ""  # Dolly's, for stratified reports
     source: str = ""  # file or hub id
     place: str = ""  # "line 17" and the like

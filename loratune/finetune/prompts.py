@@ -95,7 +95,7 @@ def _without_eos(example: Example, tokenizer: Any) -> Example:
 def _encode_alpaca(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     mask: list[bool] = []
-    for number, (instruction, about, response) in enumerate(example.exchanges):
+    for number, (instruction, about, response, *_) in enumerate(example.exchanges):
         first = number == 0
         text = alpaca_prompt(instruction, about, example.system) if first else "\n\n" + _alpaca_turn(instruction, about)
         asked = _alpaca_ids(tokenizer, text, first=first)
@@ -133,7 +133,7 @@ def _encode_chat(example: Example, tokenizer: Any) -> tuple[list[int], list[bool
 
 def _messages(example: Example) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": example.system}] if example.system else []
-    for instruction, about, response in example.exchanges:
+    for instruction, about, response, *_ in example.exchanges:
         asked = f"{instruction}\n\n{about}" if about else instruction
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": response}]
     return messages

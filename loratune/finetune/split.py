@@ -38,7 +38,10 @@ def _punctuation() -> dict[int, str]:
 
 def identity(example: Example) -> str:
     """A text that tells an example from every different one."""
-    return "\x1f".join([example.system, *(part for exchange in example.exchanges for part in exchange)])
+    parts = [example.system, *(part for exchange in example.exchanges for part in exchange[:3])]
+    # Fields that most data lack are added where they are used, so that splits of other data stay what they were.
+    rare = [example.tools, *(f"{exchange.scored} {exchange.reasoning}" for exchange in example.exchanges)]
+    return "\x1f".join([*parts, *rare] if example.tools or any(e.reasoning or not e.scored for e in example.exchanges) else parts)
 
 
 def shuffled(texts: Sequence[str], seed: int) -> list[int]:
