@@ -22,13 +22,14 @@ from loratune import executors, samplers
 from loratune.environment import environment
 from loratune.errors import SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as
-from loratune.files import write_atomically
+from loratune.files import text_of, write_atomically
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.prepare import Prepared, prepare
 from loratune.plan import slots_for, workers_for
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.progress import Meter
 from loratune.record.storage import open_study
+from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
 from loratune.study import Event, Loop, Note
 
@@ -179,17 +180,31 @@ def _adopt(spec: StudySpec, record: Record) -> None:
                 f"{record.folder} holds a study with another description:\n{lines}\n"
                 "Only a larger budget continues a study. Undo the change, or choose another --output.folder."
             )
-    elif not (record.folder / "sessions").exists() and any(name != "lock" for name in os.listdir(record.folder)):
+    elif not (record.folder / "sessions").exists() and _strangers(record.folder):
         raise StorageError(f"{record.folder} is neither empty nor a study's folder. Choose another --output.folder.")
     write_atomically(path, spec.to_yaml())
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What lies in a folder that no start of ours can have left there before its first session."""
+    ours = {"lock", "spec.yaml"} if _as_written(folder / "spec.yaml") else {"lock"}
+    return [name for name in os.listdir(folder) if name not in ours and not name.startswith(".spec.yaml.")]
+
+
+def _as_written(path: Path) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == StudySpec.load(path).to_yaml()
+    except (OSError, UnicodeDecodeError, SpecError):
+        return False
 
 
 def _same_data(record: Record, data: Prepared) -> None:
     """Refuse to go on when the data files changed since the study began: their losses could not be compared."""
     path = record.folder / "data.txt"
-    if path.exists() and path.read_text() != data.folder.name and (record.folder / "trials").exists():
+    began = text_of(path) if path.exists() else data.folder.name
+    if began != data.folder.name and (record.folder / "trials").exists():
         raise StorageError(
-            f"the data or the tokenizer changed since {record.folder} began: it was {path.read_text()}, it is {data.folder.name}. "
+            f"the data or the tokenizer changed since {record.folder} began: {path} says {began!r}, it is {data.folder.name}. "
             "Restore the files, or begin a new study with another --output.folder."
         )
     write_atomically(path, data.folder.name)
@@ -219,10 +234,15 @@ class _Session:
     """One start of the driver: when, by which command, on what, for how long."""
 
     def __init__(self, record: Record) -> None:
-        earlier = read(record.folder).sessions
+        earlier = read_sessions(record.folder)
         self.earlier_seconds = sum(session["seconds"] for session in earlier)
         self._record, self._began, self._written = record, time.monotonic(), 0.0
-        self._facts = {"number": len(earlier) + 1, "started": time.time(), "command": sys.argv, "environment": environment()}
+        self._facts = {
+            "number": max((session["number"] for session in earlier), default=0) + 1,
+            "started": time.time(),
+            "command": sys.argv,
+            "environment": environment(),
+        }
         self.end()
 
     def tick(self) -> None:

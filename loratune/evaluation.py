@@ -21,8 +21,8 @@ from loratune.downstream.part import Model
 from loratune.downstream.registry import EMBEDDED, PUBLISHED
 from loratune.downstream.scores import FOLDER, Result, read_results
 from loratune.errors import EvaluationError, StorageError
+from loratune.files import text_of
 from loratune.record import StudyRecord, Trial, read
-from loratune.record.trials import text_of
 from loratune.spec import StudySpec
 from loratune.work import ModelRecipe
 

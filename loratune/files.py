@@ -1,32 +1,95 @@
-"""Writing files so that a crash at any moment leaves the old one or the new one, never half of it."""
+"""Files that a crash leaves whole, and files that are read back with their damage named.
 
+What is written stands aside first, in `.<name>.<process>.<random>.tmp`, and is renamed: at any moment there is the old file or
+the new one, never half of it. What a killed process left aside, `sweep` removes.
+"""
+
+import contextlib
 import os
-import tempfile
+import re
+import secrets
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from loratune.errors import StorageError
 
+T = TypeVar("T")
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+_ASIDE = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp")
+
+
+def aside(path: Path) -> Path:
+    """A new name beside `path`, for a file or folder that will be renamed to it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:
     """Write `content` beside `path`, flush it to the disk, and rename it into place.
 
-    Raises StorageError naming the path when the folder is read-only, the disk is full, and the like.
+    The file's mode follows the umask; `private` gives 0600. Raises StorageError naming the path when the folder is read-only,
+    the disk is full, and the like.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = None
+    temporary = aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes 0600; a study's folder is shared with colleagues
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}. Nothing before it was lost; "
             "free the disk or open the folder, then run the same command again."
         ) from error
+
+
+def text_of(path: Path) -> str:
+    """The file's text, UTF-8. Raises StorageError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{path} is damaged: it is not UTF-8 text (byte {error.start}).") from error
+
+
+def parsed(path: Path, parse: Callable[[str], T], remedy: str) -> T:
+    """What `parse` makes of the file's text. Raises StorageError: the file, its damage, and `remedy`, a sentence on what to do."""
+    try:
+        text = text_of(path)
+    except StorageError as error:
+        raise StorageError(f"{error} {remedy}") from error
+    try:
+        return parse(text)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what = "it is empty" if not text.strip() else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise StorageError(f"{path} is damaged ({what}). {remedy}") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes of this machine left aside in `folder` itself. What cannot be removed, stays."""
+    for path in folder.glob(".*.tmp"):
+        match = _ASIDE.fullmatch(path.name)
+        if match is None or (int(match[1]) != os.getpid() and alive(int(match[1]))):  # a container gives the same number again
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists here and is no zombie (killed, and not reaped by its parent yet)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:
+        return True

@@ -18,7 +18,26 @@ from loratune.executors.base import News, Notice
 from loratune.work import Json, Outcome, Progress
 
 _KINDS: dict[str, type[News]] = {"progress": Progress, "outcome": Outcome, "notice": Notice}
+_SOCKET_PATH = 107  # bytes, without the zero at the end
 _START_PATIENCE = 120.0  # seconds for a new process to call back; torchrun imports torch before it starts the workers
+
+
+def _socket_folder() -> str:
+    """A new folder that only this user can enter, with a path short enough for a socket: 108 bytes, the kernel's limit (unix(7)).
+
+    Raises TrainingError where TMPDIR is too long and /tmp cannot be used.
+    """
+    folder = tempfile.mkdtemp(prefix="loratune-")
+    if len(os.fsencode(folder)) <= _SOCKET_PATH - len("/socket"):
+        return folder
+    os.rmdir(folder)
+    try:
+        return tempfile.mkdtemp(prefix="loratune-", dir="/tmp")
+    except OSError as error:
+        raise TrainingError(
+            f"TMPDIR is too long for a socket: {folder} has {len(os.fsencode(folder))} bytes, at most {_SOCKET_PATH - len('/socket')} fit, "
+            f"and /tmp cannot be written ({error.strerror}). Set TMPDIR to a shorter folder."
+        ) from error
 
 
 class WorkerProcess:
@@ -39,7 +58,7 @@ class WorkerProcess:
         if self.connection is not None:
             return
         self.log.parent.mkdir(exist_ok=True)
-        folder = tempfile.mkdtemp(prefix="loratune-")  # mode 0700: only this user can connect
+        folder = _socket_folder()
         try:
             with socket.socket(socket.AF_UNIX) as server, self.log.open("ab") as log:
                 address = f"{folder}/socket"

@@ -8,7 +8,8 @@ import yaml
 from optuna.samplers import BaseSampler
 
 from loratune.errors import StorageError
-from loratune.record.trials import objectives_of, text_of
+from loratune.files import text_of
+from loratune.record.trials import objectives_of
 
 
 def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler) -> optuna.Study:

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from loratune.errors import StorageError
+from loratune.files import parsed
 from loratune.work import CurvePoint, Hyperparameters, Json, Outcome
 
 # What a trial's `state` says, beyond the states of one segment.
@@ -91,7 +93,7 @@ class StudyRecord:
     def default(self) -> Trial | None:
         """Trial 0, when the study began with the search space's defaults."""
         first = bool(self.spec.get("sampler", {}).get("defaults_first", True))
-        return self.trials[0] if first and self.trials else None
+        return next((t for t in self.trials if t.number == 0), None) if first else None
 
     @property
     def base_loss(self) -> float | None:
@@ -118,40 +120,117 @@ def objectives_of(spec: dict[str, Any]) -> dict[str, str]:
     return dict((o, "minimize") if isinstance(o, str) else (o["name"], o["direction"]) for o in given)
 
 
-def read(folder: Path) -> StudyRecord:
-    """Read a study's folder; safe while it is being written. Raises StorageError when it is not one."""
+def read(folder: Path | str) -> StudyRecord:
+    """Read a study's folder; safe while it is being written.
+
+    Raises StorageError when it is not one, and for a damaged file of it: which, and what to do.
+    """
+    folder = Path(folder)
     if not (folder / "spec.yaml").is_file():
         raise StorageError(f"{folder} is not a study's folder: it has no spec.yaml. `loratune run` makes one.")
-    spec = yaml.safe_load(text_of(folder / "spec.yaml"))
-    recipe = folder / "recipe.json"
-    manifest = Path(json.loads(text_of(recipe))["data"]) / "manifest.json" if recipe.is_file() else recipe
+    spec = parsed(folder / "spec.yaml", _spec, "Restore it from a copy, or give the same `loratune run` command again with every flag.")
     return StudyRecord(
         folder=folder,
         name=spec.get("name") or folder.name,
         spec=spec,
-        trials=tuple(_read_trial(path) for path in sorted((folder / "trials").glob("*/trial.json"))),
-        sessions=tuple(json.loads(text_of(path)) for path in sorted((folder / "sessions").glob("*.json"))),
-        manifest=json.loads(text_of(manifest)) if manifest.is_file() else {},
-        progress=json.loads(text_of(folder / "progress.json")) if (folder / "progress.json").is_file() else {},
+        trials=tuple(_read_trial(number, path / "trial.json") for number, path in trial_folders(folder) if (path / "trial.json").exists()),
+        sessions=tuple(read_sessions(folder)),
+        manifest=_manifest(folder),
+        progress=_cached(folder / "progress.json"),
     )
 
 
-def _read_trial(path: Path) -> Trial:
-    outcomes = [(file.stat().st_mtime_ns, Outcome.from_json(text_of(file))) for file in path.parent.glob("*/outcomes/*.json")]
-    outcomes.sort(key=lambda pair: (pair[0], pair[1].key))
-    trial = json.loads(text_of(path)) | {"outcomes": [json.loads(o.to_json()) for _, o in outcomes]}
-    return Trial.from_json(json.dumps(trial))
+def trial_folders(folder: Path) -> list[tuple[int, Path]]:
+    """(number, folder) of every trial, ascending; what else lies in `trials/` is not ours."""
+    inside = (folder / "trials").iterdir() if (folder / "trials").is_dir() else ()
+    return sorted((int(path.name), path) for path in inside if re.fullmatch(r"\d{4,9}", path.name))
+
+
+def read_sessions(folder: Path) -> list[dict[str, Any]]:
+    """Every start of the driver, in order. Raises StorageError."""
+    files = (path for path in (folder / "sessions").glob("*.json") if path.stem.isdigit())
+    remedy = "Remove the file: it holds the command and the duration of one start, no result."
+    return [parsed(path, _session, remedy) for path in sorted(files, key=lambda path: int(path.stem))]
+
+
+def _session(text: str) -> dict[str, Any]:
+    session = _mapping(json.loads(text))
+    return session | {"seconds": float(session.get("seconds", 0.0)), "number": int(session.get("number", 0))}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected a mapping, found {type(value).__name__}")
+    return value
+
+
+_READ = {  # what readers take from a description without looking at it again: section, field, type
+    "": {"name": (str, type(None)), "seed": int},
+    "sampler": {"name": str},
+    "schedule": {"name": str},
+    "budget": {"trials": int},
+    "model": {"name_or_path": str, "revision": (str, type(None))},
+    "executor": {"device": str},
+    "output": {},
+    "data": {},
+    "training": {},
+}
+
+
+def _spec(text: str) -> dict[str, Any]:
+    try:
+        spec = _mapping(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from error
+    for section, fields in _READ.items():
+        within = _mapping(spec.get(section) or {}) if section else spec
+        for name, kind in fields.items():
+            if name in within and not isinstance(within[name], kind):
+                raise TypeError(f"{section}{'.' * bool(section)}{name}: found {within[name]!r:.60}")
+    objectives_of(spec)
+    return spec
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The prepared data's manifest; empty where the data or the way to them are gone, since `loratune run` makes both again."""
+    data = _cached(folder / "recipe.json").get("data")
+    return _cached(Path(data) / "manifest.json") if isinstance(data, str) else {}
+
+
+def _cached(path: Path) -> dict[str, Any]:
+    """The mapping in a file that is only a copy of other knowledge: missing or damaged, it is empty."""
+    try:
+        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _read_trial(number: int, path: Path) -> Trial:
+    outcomes = read_outcomes(path.parent)
+    plain = [json.loads(o.to_json()) for o in outcomes]
+    remedy = "Remove the file; the same `loratune run` command writes it again from the trial's outcomes."
+    trial = parsed(path, lambda text: Trial.from_json(json.dumps(_mapping(json.loads(text)) | {"outcomes": plain})), remedy)
+    if trial.number != number:
+        raise StorageError(f"{path} is damaged (it is of trial {trial.number}). {remedy}")
+    return trial
+
+
+def read_outcomes(trial: Path) -> list[Outcome]:
+    """The outcomes in a trial's folder, in the order they were trained: shorter runs first, `main` last, each by its steps.
+
+    A run of a larger share comes later (`schedules/halving.py`); its last step says how large. Times of files say nothing: a copy
+    has others. Raises StorageError.
+    """
+    remedy = "Remove the file; the same `loratune run` command trains this segment again, to the same result."
+    found = [parsed(file, Outcome.from_json, remedy) for file in trial.glob("*/outcomes/*.json") if file.stem.isdigit()]
+    place = {outcome.key: (outcome.key.split("/")[1], int(outcome.key.split("/")[2])) for outcome in found}
+    length: dict[str, int] = {}
+    for run, stop in place.values():
+        length[run] = max(stop, length.get(run, 0))
+    return sorted(found, key=lambda o: ((run := place[o.key][0]) == "main", length[run], run, place[o.key][1]))
 
 
 def outcome_path(folder: Path, key: str) -> Path:
     """Where the outcome of the segment `key` lies in the study's folder."""
     trial, run, stop = key.split("/")
     return folder / "trials" / trial / run / "outcomes" / f"{stop}.json"
-
-
-def text_of(path: Path) -> str:
-    """The file's text. Raises StorageError."""
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error

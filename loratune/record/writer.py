@@ -1,5 +1,6 @@
 """The one writer of a study's folder, and the lock that keeps it the only one."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratune.errors import StorageError
-from loratune.files import write_atomically
-from loratune.record.trials import Trial, outcome_path, text_of
+from loratune.files import alive, parsed, sweep, text_of, write_atomically
+from loratune.record.trials import Trial, outcome_path, trial_folders
 from loratune.work import Outcome, Recipe, Segment, State
 
 
@@ -28,7 +29,8 @@ class Record:
     def outcome(self, segment: Segment) -> Outcome | None:
         """The segment's outcome, if it was ever recorded."""
         path = outcome_path(self.folder, segment.key)
-        return Outcome.from_json(text_of(path)) if path.exists() else None
+        remedy = "Remove the file; the same command then trains this segment again, to the same result."
+        return parsed(path, Outcome.from_json, remedy) if path.exists() else None
 
     def keep(self, outcome: Outcome) -> None:
         """Record a final outcome. Cancelled segments and bad input are not final: the same command tries again."""
@@ -41,8 +43,7 @@ class Record:
         content = json.loads(trial.to_json())
         content["segments"] = len(content.pop("outcomes"))  # each has a file of its own
         text = json.dumps(content, indent=1)
-        old = text_of(path) if path.exists() else ""
-        if old != text and (not old or json.loads(old)["segments"] <= content["segments"]):
+        if not path.exists() or _segments(path) <= content["segments"]:
             write_atomically(path, text)
 
     def begin(self, number: int, settled: int) -> None:
@@ -51,7 +52,9 @@ class Record:
 
     def began_at(self) -> dict[int, int]:
         """What `begin` noted, by trial: a replayed study starts each trial at the same point."""
-        return {int(path.parent.name): int(text_of(path)) for path in (self.folder / "trials").glob("*/began")}
+        remedy = "Restore it from a copy, or begin a new study: the sampler cannot be asked again as it was."
+        began = ((number, path / "began") for number, path in trial_folders(self.folder))
+        return {number: parsed(path, int, remedy) for number, path in began if path.exists()}
 
     def kept(self, name: Literal["slots", "workers"], chosen: int) -> int:
         """How many slots a process has, or how many processes train: what the study began with, else `chosen`, from now on.
@@ -61,13 +64,29 @@ class Record:
         path = self.folder / f"{name}.txt"
         if not path.exists() or not (self.folder / "trials").exists():
             write_atomically(path, str(chosen))
-        return int(text_of(path))
+        remedy = f"Write into it the number of {name} that the study began with, as sessions/ and workers/ may tell."
+        return parsed(path, _count, remedy)
 
     def progress(self, progress: dict[str, Any]) -> None:
-        write_atomically(self.folder / "progress.json", json.dumps(progress))
+        with contextlib.suppress(StorageError):  # a cache; where the disk is full, the next result says so
+            write_atomically(self.folder / "progress.json", json.dumps(progress))
 
     def session(self, session: dict[str, Any]) -> None:
         write_atomically(self.folder / "sessions" / f"{session['number']:04d}.json", json.dumps(session, indent=1))
+
+
+def _segments(path: Path) -> int:
+    """How many outcomes a `trial.json` knows of; -1 for a damaged one, which is then written anew."""
+    try:
+        return int(json.loads(text_of(path))["segments"])
+    except (StorageError, ValueError, TypeError, KeyError):
+        return -1
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise ValueError(f"found {count}, expected 1 or more")
+    return count
 
 
 @contextmanager
@@ -87,6 +106,8 @@ def open_record(folder: Path) -> Iterator[Record]:
         os.set_inheritable(handle, True)
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": os.uname().nodename}).encode(), 0)
+        for inside in (folder, folder / "sessions", *(path for _, path in trial_folders(folder))):
+            sweep(inside)
         yield Record(folder, handle)
     finally:
         os.close(handle)
@@ -104,19 +125,9 @@ def _acquire(handle: int, folder: Path, patience: float = 60.0) -> None:
             except ValueError:
                 holder = {}
             here = holder.get("host") == os.uname().nodename
-            if not here or _alive(holder.get("pid", 0)) or time.monotonic() > deadline:
+            if not here or alive(holder.get("pid", 0)) or time.monotonic() > deadline:
                 who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
                 raise StorageError(
                     f"{folder} is being written by {who}. Watch it with `loratune status {folder}`, or stop that process first."
                 ) from None
             time.sleep(0.1)
-
-
-def _alive(pid: int) -> bool:
-    """Whether the process exists and is no zombie (a killed driver whose parent has not reaped it yet)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    except OSError:
-        return True

@@ -27,12 +27,12 @@ from loratune import executors
 from loratune.errors import StorageError, error_of
 from loratune.executors import Executor, Notice
 from loratune.executors.devices import cuda_devices
+from loratune.files import text_of
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.order import total_steps
 from loratune.finetune.prepare import prepare
 from loratune.finetune.prepared import Prepared
 from loratune.record import Record, StudyRecord, Trial
-from loratune.record.trials import text_of
 from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
 
 FOLDER = "finalists"

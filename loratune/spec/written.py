@@ -60,10 +60,14 @@ SECTIONS = {*SHORTHAND, *SECTION_ALIASES}
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number, as YAML 1.2 does (YAML 1.1 wants 1.0e-5)."""
+    """SafeLoader of JSON's types alone, that reads 1e-5 as a number, as YAML 1.2 does (YAML 1.1 wants 1.0e-5)."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_JSON = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in value if tag in _JSON] for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.yaml_constructors = {tag: build for tag, build in yaml.SafeLoader.yaml_constructors.items() if tag in _JSON or tag is None}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
@@ -97,12 +101,13 @@ class Written:
     def add_file(self, path: Path) -> None:
         """Lay a YAML file over what stands here. Its mistakes of form (syntax, a key given twice) are collected."""
         try:
-            loader = _Loader(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             self.mistakes.append(((), f"cannot read {path}: {reason}"))
             return
         try:
+            loader = _Loader(text)
             node = loader.get_single_node()
             lines: dict[FieldPath, int] = {}
             for place, line, twice in _lines(node):
@@ -110,7 +115,7 @@ class Written:
                 if twice:
                     self.mistakes.append((place, f"given twice, first on line {twice}; give it once"))
             self.add_mapping(loader.construct_document(node) if node else {}, str(path), lines)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             self.mistakes.append(((), "".join((str(path), *_problem(error)))))
 
     def add_flag(self, name: str, text: str) -> None:
@@ -119,7 +124,7 @@ class Written:
             loader = _Loader(text)
             node = loader.get_single_node()
             value = loader.construct_document(node) if node else None
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             self.mistakes.append(((), f"--{name} {text}: {_problem(error)[1]}"))
             return
         parts: FieldPath = tuple(int(part) if part.isdigit() else part for part in name.split("."))
@@ -221,7 +226,9 @@ def _lines(node: yaml.Node | None, path: FieldPath = (), seen: set[int] | None =
 def _problem(error: Exception) -> tuple[str, str]:
     """(":line: " or ": ", what is wrong) of a YAML error."""
     mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if isinstance(error, yaml.reader.ReaderError):
+        return ": ", f"not valid YAML: the character {error.character!r} (place {error.position:,}) is not allowed; remove it"
+    what = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return f":{mark.line + 1}: " if mark else ": ", f"not valid YAML: {what}"
 
 
