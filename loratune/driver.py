@@ -25,6 +25,7 @@ from loratune.executors.devices import cuda_devices, seen_as
 from loratune.files import text_of, write_atomically
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.prepare import Prepared, prepare
+from loratune.masking import masked_command
 from loratune.plan import slots_for, workers_for
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.progress import Meter
@@ -168,6 +169,7 @@ def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int
 def _adopt(spec: StudySpec, record: Record) -> None:
     """Make the folder this study's, or see that it is."""
     path = record.folder / "spec.yaml"
+    spec = spec.masked()
     if path.exists() and (record.folder / "trials").exists():  # before the first trial, mending the description is free
         try:
             old = StudySpec.load(path)
@@ -240,7 +242,7 @@ class _Session:
         self._facts = {
             "number": max((session["number"] for session in earlier), default=0) + 1,
             "started": time.time(),
-            "command": sys.argv,
+            "command": masked_command(sys.argv),
             "environment": environment(),
         }
         self.end()

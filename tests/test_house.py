@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
 FLOORS = [
-    {"errors", "files", "work", "spec", "environment", "statistics"},
+    {"errors", "files", "masking", "work", "spec", "environment", "statistics"},
     {"samplers", "schedules", "finetune", "demo"},
     {"record", "executors", "downstream"},
     {"study", "plan", "selection", "preference"},

@@ -5,6 +5,7 @@ inside functions: help and `status` must be there at once.
 """
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -12,7 +13,8 @@ import traceback
 from collections.abc import Sequence
 
 from loratune.cli.parser import Parser
-from loratune.errors import LoratuneError
+from loratune.errors import LoratuneError, StorageError
+from loratune.masking import masked
 
 COMMANDS = {
     "run": "search for the best hyperparameters, or continue a study",
@@ -28,6 +30,7 @@ COMMANDS = {
     "doctor": "check this machine and what is installed",
 }
 _BUG = 70  # EX_SOFTWARE of sysexits.h
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # its state, no fault of ours
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,18 +43,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # argparse: help was shown, or the command line is wrong
         return error.code if isinstance(error.code, int) else 2
     except LoratuneError as error:
-        print(f"loratune: {error}", file=sys.stderr)
+        print(f"loratune: {masked(str(error))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _MACHINE:
+            return _bug()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python stumbles again over what it could not print
+        print(
+            f"loratune: {error.strerror}: {error.filename or 'the output'}. Nothing computed is lost; the same command goes on.",
+            file=sys.stderr,
+        )
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print("loratune: interrupted", file=sys.stderr)
         return 130
     except Exception:
-        traceback.print_exc()
-        print("loratune: this is a bug. Please report it with the text above and what `loratune doctor` prints.", file=sys.stderr)
-        return _BUG
+        return _bug()
+
+
+def _bug() -> int:
+    print(masked(traceback.format_exc()), file=sys.stderr)
+    print("loratune: this is a bug. Please report it with the text above and what `loratune doctor` prints.", file=sys.stderr)
+    return _BUG
 
 
 def _run(argv: list[str]) -> int:

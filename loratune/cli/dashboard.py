@@ -15,6 +15,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from loratune.errors import LoratuneError, MissingExtraError, StorageError
+from loratune.masking import unmasked
 from loratune.record import StudyRecord, read
 
 HOST, PORT = "127.0.0.1", 8080
@@ -23,12 +24,13 @@ _HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # whatever the port: an SSH 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="STUDY", help="the study's folder")
+    parser.add_argument("--storage", metavar="URL", help="of the study, where its password was not kept (default: as the study says)")
     parser.add_argument("--port", type=int, metavar="N", help=f"default: {PORT}, or any free one")
     parser.add_argument("--no-browser", action="store_true", help="print the page's address, open nothing")
 
 
 def main(args: argparse.Namespace) -> int:
-    with serve(read(Path(args.folder)), args.port) as server:
+    with serve(read(Path(args.folder)), args.port, args.storage) as server:
         address = f"http://{HOST}:{server.server_port}{server.page}"
         print(f"Dashboard at {address}\nIt shows the study and changes nothing. Ctrl-C ends it.", flush=True)
         if not args.no_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
@@ -47,13 +49,13 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
     page = "/dashboard"  # of the study
 
 
-def serve(record: StudyRecord, port: int | None) -> Server:
+def serve(record: StudyRecord, port: int | None, url: str | None = None) -> Server:
     """A listening server of the study's dashboard. Raises MissingExtraError, StorageError, and LoratuneError for a port that is taken."""
     try:
         from optuna_dashboard import wsgi
     except ImportError as error:
         raise MissingExtraError("optuna-dashboard", "dashboard", str(error)) from error
-    storage, number = _open(record)
+    storage, number = _open(record, url)
     problem = ""
     for wanted in (PORT, 0) if port is None else (port,):
         try:
@@ -91,13 +93,13 @@ class _Quiet(WSGIRequestHandler):
         pass
 
 
-def _open(record: StudyRecord) -> tuple[Any, int]:
+def _open(record: StudyRecord, url: str | None) -> tuple[Any, int]:
     """The study's Optuna storage, opened to read, and the study's number in it. Raises StorageError."""
     import optuna
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
-    where = str(record.spec.get("storage") or f"sqlite:///{record.folder.resolve() / 'study.db'}")
+    where = unmasked(str(url or record.spec.get("storage") or f"sqlite:///{record.folder.resolve() / 'study.db'}"))
     journal = where.endswith((".log", ".journal"))
     file = Path(where.removeprefix("sqlite:///"))
     if (journal or where.startswith("sqlite:///")) and not file.is_file():  # which either would make, empty

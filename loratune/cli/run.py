@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.errors import SpecError, StorageError
+from loratune.masking import masked_command
 
 if TYPE_CHECKING:
     from loratune.driver import Delivery
@@ -125,7 +126,7 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
             for event in tune(spec, interrupt.stop):
                 view.show(event)
         if interrupt.stop.is_set():
-            print(f"Stopped; nothing is lost. Go on with: {shlex.join(command_line)}")
+            print(f"Stopped; nothing is lost. Go on with: {shlex.join(masked_command(command_line))}")
             return INTERRUPTED
         delivery = deliver(spec.folder)
     _tell(delivery)

@@ -17,6 +17,7 @@ from torch import nn
 from loratune.finetune import checkpoint
 from loratune.finetune.batches import Tokens
 from loratune.finetune.order import order
+from loratune.masking import masked
 from loratune.work import CurvePoint, Outcome, Progress, Segment, State, TrainingRecipe
 
 _YOUNG = 30.0  # seconds; with checkpoint_steps unset, a crash checkpoint younger than this is not renewed
@@ -188,4 +189,4 @@ def write_log(folder: Path, text: str) -> None:
     """Add a line, or a traceback, with the time to `log.txt` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {masked(text)}\n")

@@ -9,6 +9,7 @@ from optuna.samplers import BaseSampler
 
 from loratune.errors import StorageError
 from loratune.files import text_of
+from loratune.masking import unmasked
 from loratune.record.trials import objectives_of
 
 
@@ -21,7 +22,7 @@ def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler
     """
     spec = folder / "spec.yaml"
     directions: list[Any] = list(objectives_of(yaml.safe_load(text_of(spec)) if spec.exists() else {}).values())
-    where = url or f"sqlite:///{folder.resolve() / 'study.db'}"
+    where = unmasked(url) if url else f"sqlite:///{folder.resolve() / 'study.db'}"
     try:
         storage = _journal(where) if where.endswith((".log", ".journal")) else optuna.storages.RDBStorage(where)
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, directions=directions, load_if_exists=True)

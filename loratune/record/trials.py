@@ -164,7 +164,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-_READ = {  # what readers take from a description without looking at it again: section, field, type
+_READ: dict[str, dict[str, Any]] = {  # what readers take from a description without looking at it again: section, field, type
     "": {"name": (str, type(None)), "seed": int},
     "sampler": {"name": str},
     "schedule": {"name": str},

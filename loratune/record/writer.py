@@ -7,11 +7,13 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from loratune.errors import StorageError
 from loratune.files import alive, parsed, sweep, text_of, write_atomically
+from loratune.masking import masked
 from loratune.record.trials import Trial, outcome_path, trial_folders
 from loratune.work import Outcome, Recipe, Segment, State
 
@@ -35,12 +37,12 @@ class Record:
     def keep(self, outcome: Outcome) -> None:
         """Record a final outcome. Cancelled segments and bad input are not final: the same command tries again."""
         if outcome.state not in (State.CANCELLED, State.BAD_INPUT):
-            write_atomically(outcome_path(self.folder, outcome.key), outcome.to_json())
+            write_atomically(outcome_path(self.folder, outcome.key), replace(outcome, message=masked(outcome.message)).to_json())
 
     def trial(self, trial: Trial) -> None:
         """Write `trial.json`, unless what stands there knows of more segments: then this is a replay."""
         path = self.folder / "trials" / f"{trial.number:04d}" / "trial.json"
-        content = json.loads(trial.to_json())
+        content = json.loads(replace(trial, message=masked(trial.message)).to_json())
         content["segments"] = len(content.pop("outcomes"))  # each has a file of its own
         text = json.dumps(content, indent=1)
         if not path.exists() or _segments(path) <= content["segments"]:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import SpecError
+from loratune.masking import masked
 from loratune.spec.limits import Constraint
 from loratune.spec.mistakes import MistakesError, found_in
 from loratune.spec.objectives import METRICS, RUN_CODE, SCORES, Objective, checked, limits, listed, not_for
@@ -29,7 +30,9 @@ class StudySpec(Section):
 
     name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$|^$", description="of the study; empty: from the model and the data")
     seed: int = Field(0, ge=0, lt=2**32, description="of everything: data order, initialisation, dropout, sampler")
-    storage: str | None = Field(None, description="Optuna storage URL; null: an SQLite file in the study's folder")
+    storage: str | None = Field(
+        None, description="Optuna storage URL, ${NAME} in it an environment variable; null: an SQLite file in the study's folder"
+    )
     objectives: Annotated[tuple[Objective, ...], Field(strict=False, min_length=1)] = Field(
         ("validation_loss",),
         validate_default=True,
@@ -111,6 +114,8 @@ class StudySpec(Section):
             written.add_file(path)
         for name, text in overrides:
             written.add_flag(name, text)
+        if any(not path for path, _ in written.mistakes):  # of a file that says nothing, every field would be missing
+            raise SpecError(lines_of(written, ()))
         try:
             spec = cls.model_validate(written.values)
         except ValidationError as error:
@@ -134,6 +139,10 @@ class StudySpec(Section):
         """The benchmarks among the objectives and constraints, which every finished trial is scored on."""
         metrics = [*(objective.name for objective in self.objectives), *(limit.metric for limit in self.limits)]
         return tuple(name for name in dict.fromkeys(metrics) if name in SCORES)
+
+    def masked(self) -> Self:
+        """The description as it may be written down: without the password in the storage's URL."""
+        return self if self.storage is None else self.model_copy(update={"storage": masked(self.storage)})
 
     def to_yaml(self) -> str:
         """The complete description, every default written out; `load` reads it back as an equal one."""
