@@ -161,8 +161,21 @@ def _session(text: str) -> dict[str, Any]:
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"expected a mapping, found {type(value).__name__}")
+    return dict(_harmless(value))
+
+
+def _harmless(value: Any) -> Any:
+    """The value without control characters in its texts: a folder may come from somebody else, and terminals obey escape sequences."""
+    if isinstance(value, str):
+        return _CONTROL.sub("", value)
+    if isinstance(value, list):
+        return [_harmless(item) for item in value]
+    if isinstance(value, dict):
+        return {_harmless(key): _harmless(item) for key, item in value.items()}
     return value
 
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the line feed
 
 _READ: dict[str, dict[str, Any]] = {  # what readers take from a description without looking at it again: section, field, type
     "": {"name": (str, type(None)), "seed": int},
@@ -222,12 +235,16 @@ def read_outcomes(trial: Path) -> list[Outcome]:
     has others. Raises StorageError.
     """
     remedy = "Remove the file; the same `loratune run` command trains this segment again, to the same result."
-    found = [parsed(file, Outcome.from_json, remedy) for file in trial.glob("*/outcomes/*.json") if file.stem.isdigit()]
+    found = [parsed(file, _outcome, remedy) for file in trial.glob("*/outcomes/*.json") if file.stem.isdigit()]
     place = {outcome.key: (outcome.key.split("/")[1], int(outcome.key.split("/")[2])) for outcome in found}
     length: dict[str, int] = {}
     for run, stop in place.values():
         length[run] = max(stop, length.get(run, 0))
     return sorted(found, key=lambda o: ((run := place[o.key][0]) == "main", length[run], run, place[o.key][1]))
+
+
+def _outcome(text: str) -> Outcome:
+    return Outcome.from_json(json.dumps(_mapping(json.loads(text))))
 
 
 def outcome_path(folder: Path, key: str) -> Path:

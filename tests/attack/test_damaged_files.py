@@ -11,7 +11,18 @@ import pytest
 from loratune.cli import main
 from loratune.record import COMPLETE, read
 
-SMALL = ["--data.train_count", "48", "--data.validation.0.count", "24", "--training.batch_size", "8", "--training.validations", "2"]
+SMALL = [
+    "--training.epochs",
+    "1",
+    "--data.train_count",
+    "24",
+    "--data.validation.0.count",
+    "12",
+    "--training.batch_size",
+    "2",
+    "--training.validations",
+    "2",
+]
 HALVING = [
     "--schedule.name",
     "halving",
@@ -135,6 +146,19 @@ def test_a_copy_with_other_times_says_the_same(finished: Path, tmp_path: Path) -
 def test_a_cache_is_done_without(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("progress.json", "recipe.json"):
         assert attack(finished, tmp_path / "copy", Path(name), b"{", capsys, [["status", "STUDY"]]) == [0]
+
+
+def test_escape_sequences_of_a_folder_are_not_printed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    evil = "\x1b[2J\x1b]0;owned\x07\x9b31m"
+    for path in [*tmp_path.glob("copy/trials/*/trial.json"), *tmp_path.glob("copy/trials/*/*/outcomes/*.json")]:
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"message": evil + "so", "state": "failed" if "params" in content else content["state"]}))
+    assert main(["status", str(tmp_path / "copy")]) == 0
+    said = capsys.readouterr().out
+    assert "so" in said
+    assert "\x1b" not in said
+    assert "\x9b" not in said
 
 
 def test_a_stray_folder_is_no_trial(finished: Path, tmp_path: Path) -> None:
