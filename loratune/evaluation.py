@@ -89,6 +89,7 @@ def evaluate(
         stop=stop,
     )
     if not stop.is_set():
+        yield Note("Looking for the benchmarks' items in the training data")
         said = _contamination(record, names, data)
         scores = _scored(record, models, names, top)
         yield replace(scores, text="\n".join([scores.text, "", *said])) if said else scores

@@ -48,7 +48,7 @@ class Contamination(Json):
     compared: int  # of these, long enough
     found: int  # of these, in the training data
     examples: int  # training examples that hold one
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[Sample, ...] = ()  # those with most in common first
 
     def sentence(self) -> str:
         """The counts in words."""
@@ -93,7 +93,7 @@ def check(folder: Path, prepared: Path, benchmarks: Sequence[Benchmark], *, trus
                 examples=len({place for places in found.documents.values() for place in places}),
                 samples=tuple(
                     Sample(item=own[item].id, words=found.shown[item], example=found.documents[item][0])
-                    for item in sorted(found.documents)[:_SHOWN]
+                    for item in sorted(found.runs, key=lambda item: (-found.runs[item], item))[:_SHOWN]
                 ),
             )
         write_atomically(folder / FILE, _All(found=tuple(known.values())).to_json())

@@ -82,7 +82,8 @@ class Found:
 
     compared: int  # items long enough to be compared
     documents: dict[int, list[int]] = field(default_factory=dict)  # item -> documents that hold a part of it
-    shown: dict[int, str] = field(default_factory=dict)  # item -> the words in common, in its first document
+    shown: dict[int, str] = field(default_factory=dict)  # item -> words in common, in its first document
+    runs: dict[int, int] = field(default_factory=dict)  # item -> places in documents where a part of it stands
 
 
 def held_items(sets: Sequence[Sequence[Sequence[str]]], documents: Iterable[str]) -> list[Found]:
@@ -116,6 +117,7 @@ def held_items(sets: Sequence[Sequence[Sequence[str]]], documents: Iterable[str]
                         into.shown.setdefault(item, shown)
         number += len(chunk)
     for into in found:
+        into.runs = {item: len(places) for item, places in into.documents.items()}
         into.documents = {item: sorted(set(places)) for item, places in into.documents.items()}
     return found
 
