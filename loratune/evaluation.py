@@ -9,16 +9,17 @@ Which models, on which benchmarks, with the study's own model and validation dat
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune import demo, driver
+from loratune.downstream import contamination
 from loratune.downstream import evaluate as downstream
 from loratune.downstream.evaluate import BASE
 from loratune.downstream.events import Event, Note
 from loratune.downstream.findings import lines
 from loratune.downstream.part import Model
-from loratune.downstream.registry import EMBEDDED, PUBLISHED
+from loratune.downstream.registry import EMBEDDED, HARNESS, PUBLISHED, build
 from loratune.downstream.scores import FOLDER, Result, read_results
 from loratune.errors import EvaluationError, StorageError
 from loratune.files import text_of
@@ -35,7 +36,7 @@ class Scored:
 
     folder: Path
     results: tuple[Result, ...]  # of the models and benchmarks that were asked for, in the order of the benchmarks
-    text: str  # the table, and what may be concluded
+    text: str  # the table, what may be concluded, and whether training data hold benchmark items
 
 
 def evaluate(
@@ -88,7 +89,10 @@ def evaluate(
         stop=stop,
     )
     if not stop.is_set():
-        yield _scored(record, models, names, top)
+        yield Note("Looking for the benchmarks' items in the training data")
+        said = _contamination(record, names, data)
+        scores = _scored(record, models, names, top)
+        yield replace(scores, text="\n".join([scores.text, "", *said])) if said else scores
 
 
 def choose(record: StudyRecord, top: int) -> tuple[list[Model], list[str]]:
@@ -130,6 +134,19 @@ def _scored(record: StudyRecord, models: Sequence[Model], benchmarks: Sequence[s
     best = [_name(trial) for trial in _best(record, top) if _name(trial) in asked]
     default = _name(record.default) if record.default is not None and _name(record.default) in asked else None
     return Scored(folder, tuple(results), "\n".join(lines(results, losses, best, default)))
+
+
+def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None) -> list[str]:
+    """Whether training data hold the items that were scored, in words. What goes wrong is told: the scores are there all the same."""
+    try:
+        # Nothing is run here, so the sandbox's strength does not matter.
+        benchmarks = [build(name, data, weaker=True) for name in names if not name.startswith(HARNESS)]
+        trusted = bool(record.spec["model"].get("trust_remote_code"))
+        said = contamination.lines(contamination.check(record.folder / FOLDER, _validation(record), benchmarks, trust_remote_code=trusted))
+    except Exception as error:  # of any kind, a tokenizer's own code among them
+        said = [f"Whether benchmark items stand in the training data could not be checked: {type(error).__name__}: {error}"]
+    foreign = [name for name in names if name.startswith(HARNESS)]
+    return [*said, f"Not compared with the training data: {', '.join(foreign)}."] if foreign else said
 
 
 def _validation(record: StudyRecord) -> Path:

@@ -61,6 +61,10 @@ class Benchmark(ABC):
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
         """A verdict per item. An answer is the text written, or the chosen one of `choices`."""
 
+    def texts(self, item: Item) -> tuple[str, ...]:
+        """What training data must not hold: the question without examples and template, and parts of it that may stand alone."""
+        return (item.prompt[item.shared :].removesuffix("Answer:"),)
+
     def decided(self, item: Item, text: str) -> bool:
         """Whether no continuation of `text` could change the verdict, so that generation may stop."""
         return False

@@ -42,7 +42,13 @@ def _prompt(record: dict[str, str]) -> str:
     return alpaca_prompt(record["instruction"], record["input"])
 
 
-class DemoChoice(Benchmark):
+class _Demo(Benchmark):
+    def texts(self, item: Item) -> tuple[str, ...]:
+        """The instruction with its input, without Alpaca's template."""
+        return (item.prompt.partition("### Instruction:\n")[2].removesuffix("### Response:").replace("### Input:\n", ""),)
+
+
+class DemoChoice(_Demo):
     """One of four by log-likelihood."""
 
     name, title = "demo_choice", "Demo: choice"
@@ -71,7 +77,7 @@ class DemoChoice(Benchmark):
         return [Verdict(score=float(answer in item.targets)) for item, answer in zip(items, answers, strict=True)]
 
 
-class DemoMatch(Benchmark):
+class DemoMatch(_Demo):
     """The exact answer, white space at its ends aside; the mean over the kinds of task."""
 
     name, title = "demo_match", "Demo: match"
@@ -95,7 +101,7 @@ class DemoMatch(Benchmark):
         return not begun.endswith("\ufffd") and not any(target.startswith(begun) for target in item.targets)
 
 
-class DemoCode(Benchmark):
+class DemoCode(_Demo):
     """A function of one line that agrees with the right one on some values, types included."""
 
     name, title = "demo_code", "Demo: code"

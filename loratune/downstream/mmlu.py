@@ -22,7 +22,14 @@ HUB = "cais/mmlu"
 Row = tuple[str, tuple[str, ...], str]  # question, options, letter
 
 
-class Mmlu(PrefixBenchmark):
+class _Questions(Benchmark):
+    def texts(self, item: Item) -> tuple[str, ...]:
+        """The question with its options, and alone."""
+        (whole,) = super().texts(item)
+        return whole, whole.partition("\nA. ")[0]
+
+
+class Mmlu(_Questions, PrefixBenchmark):
     """Instruct-Eval's: the model writes the letter."""
 
     name, title = "mmlu", "MMLU"
@@ -54,7 +61,7 @@ class Mmlu(PrefixBenchmark):
         )
 
 
-class MmluLoglikelihood(Benchmark):
+class MmluLoglikelihood(_Questions):
     """lm-evaluation-harness's: the likeliest letter."""
 
     name, title = "mmlu_loglikelihood", "MMLU (log-likelihood)"

@@ -1,17 +1,22 @@
 """Instruction data: what the user names (`Source`, `DataRecipe`) and what is read from it (`Example`).
 
-Five record formats, told apart by their fields. Every bad row has one message that says the file,
-the place in it, the field, what was expected and what was found.
+What the fields of a record mean is in `formats.py`. Every bad row has one message that says the file, the place in it,
+the field, what was expected and what was found.
 """
 
 import difflib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from loratune.errors import DataError
+from loratune.finetune.fields import BadError
+from loratune.finetune.formats import FORMATS, Exchange, detect, parse
 from loratune.finetune.records import described, records
 from loratune.work import Json
+
+__all__ = ["BadRow", "DataRecipe", "Example", "Exchange", "Source", "fields_of", "read"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +53,6 @@ class DataRecipe(Json):
     seed: int = 0  # of the split and of the draws, not of training
 
 
-class Exchange(NamedTuple):
-    """What a user said and what the assistant answered. `input` is what the instruction is about, or empty."""
-
-    instruction: str
-    input: str
-    response: str
-    scored: bool = True  # False: the answer is context, no token of it counts in the loss
-    reasoning: str = ""  # the thinking part that stands before the response (`reasoning_content`)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
     """One training example: a conversation of one exchange or more."""
@@ -68,6 +63,8 @@ class Example:
     category: str = ""  # Dolly's, for stratified reports
     source: str = ""  # file or hub id
     place: str = ""  # "line 17" and the like
+    history: int = 0  # of the exchanges, those that the field `history` held
+    unread: tuple[str, ...] = ()  # fields that held something and were not read
 
 
 class BadRow(NamedTuple):
@@ -79,10 +76,6 @@ class BadRow(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.source}, {self.place}: {self.problem}"
-
-
-class _BadError(ValueError):
-    """A problem inside one row; its text lacks only the place."""
 
 
 def read(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], list[BadRow]]:
@@ -98,26 +91,30 @@ def read(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], lis
         raise DataError(f"{source.path}: unknown format {name}. Known: auto, {', '.join(FORMATS)}.{hint}")
     examples: list[Example] = []
     bad: list[BadRow] = []
+    seen: dict[tuple[str, ...], tuple[str, ...]] = {}  # the same fields in each row: one tuple
     for file, place, value, problem in records(source.path, source.split):
         try:
             if problem:
-                raise _BadError(problem)
+                raise BadError(problem)
             if not isinstance(value, dict):
-                raise _BadError(f"expected an object with fields, found {described(value)}")
+                raise BadError(f"expected an object with fields, found {described(value)}")
             if name == "auto":
-                name = _detect(value)
-            system, exchanges = FORMATS[name].parse(value)
+                name = detect(value)
+            found = parse(value, name)
             category = value.get("category")
             examples.append(
                 Example(
-                    exchanges=tuple(exchanges),
-                    system=system,
+                    exchanges=found.exchanges,
+                    system=found.system,
+                    tools=found.tools,
                     category=category if isinstance(category, str) else "",
                     source=file,
                     place=place,
+                    history=found.history,
+                    unread=seen.setdefault(found.unread, found.unread),
                 )
             )
-        except _BadError as error:
+        except BadError as error:
             bad.append(BadRow(file, place, str(error)))
             if on_bad_rows != "skip":
                 raise DataError(f"{bad[-1]}. Mend the row, or leave such rows out with on_bad_rows: skip.") from None
@@ -128,117 +125,13 @@ def read(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], lis
     return examples, bad
 
 
-# ---- the formats ----
-
-
-class Format(NamedTuple):
-    """`required` tells a format from the others; `parse` turns a record into (system, exchanges)."""
-
-    required: tuple[str, ...]
-    parse: Callable[[dict[str, Any]], tuple[str, list[Exchange]]]
-
-
-def _detect(record: dict[str, Any]) -> str:
-    for name, known in FORMATS.items():
-        if all(field in record for field in known.required):
-            return name
-    fields = [str(field) for field in record]
-    wanted = {field for known in FORMATS.values() for field in known.required}
-    near = [(f, m[0]) for f in fields if f not in wanted and (m := difflib.get_close_matches(f, sorted(wanted), n=1, cutoff=0.75))]
-    hint = " " + "; ".join(f"{given} looks like {meant}" for given, meant in near) + "." if near else ""
-    formats = "; ".join(f"{name} ({', '.join(known.required)})" for name, known in FORMATS.items())
-    raise _BadError(f"the fields {', '.join(fields)[:200] or '(none)'} fit no known format: {formats}.{hint}".rstrip("."))
-
-
-def _text(record: dict[str, Any], field: str, *, optional: bool = False) -> str:
-    if field not in record:
-        if optional:
-            return ""
-        raise _BadError(f"field {field} is missing: expected text, found only the fields {', '.join(map(str, record))[:200] or '(none)'}")
-    value = record[field]
-    if optional and value is None:
-        return ""
-    if not isinstance(value, str):
-        raise _BadError(f"field {field}: expected text, found {described(value)}")
-    return _clean(value, f"field {field}")
-
-
-def _clean(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _BadError(f"{where}: holds half of a surrogate pair, which is no character: {ascii(text)[:60]}") from None
-    return text
-
-
-def _single(instruction: str, context: str, response: str) -> Callable[[dict[str, Any]], tuple[str, list[Exchange]]]:
-    def parse(record: dict[str, Any]) -> tuple[str, list[Exchange]]:
-        asked, about, answer = _text(record, instruction), _text(record, context, optional=True), _text(record, response)
-        if not asked.strip() and not about.strip():
-            raise _BadError(f"field {instruction}: is empty; expected at least one word")
-        if not answer.strip():
-            raise _BadError(f"field {response}: is empty; expected a response to learn from")
-        return _text(record, "system", optional=True), [Exchange(asked, about, answer)]
-
-    return parse
-
-
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-
-
-def _conversation(field: str) -> Callable[[dict[str, Any]], tuple[str, list[Exchange]]]:
-    def parse(record: dict[str, Any]) -> tuple[str, list[Exchange]]:
-        if field not in record:
-            _text(record, field)  # raises: missing
-        messages = record[field]
-        if not isinstance(messages, list) or not messages:
-            raise _BadError(f"field {field}: expected a list of messages, found {described(messages)}")
-        system, asked, exchanges = _text(record, "system", optional=True), None, []
-        for number, message in enumerate(messages, 1):
-            role, text = _message(message, f"{field}[{number}]")
-            expected = "user" if asked is None else "assistant"
-            if role == "system" and number == 1:
-                system = text
-            elif role != expected:
-                raise _BadError(f"{field}[{number}]: expected a message of the {expected} (turns alternate), found one of the {role}")
-            elif role == "user":
-                asked = text
-            else:
-                exchanges.append(Exchange(str(asked), "", text))
-                asked = None
-        if asked is not None or not exchanges:
-            raise _BadError(f"field {field}: expected an assistant message at the end, found {described(messages[-1])}")
-        return system, exchanges
-
-    return parse
-
-
-def _message(message: Any, where: str) -> tuple[str, str]:
-    """(role, text) of one message, in either spelling: {from, value} or {role, content}."""
-    if not isinstance(message, dict):
-        raise _BadError(f"{where}: expected an object with role and content, found {described(message)}")
-    who, what = ("from", "value") if "from" in message else ("role", "content")
-    role, text = message.get(who), message.get(what)
-    if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise _BadError(f"{where}.{who}: expected one of {', '.join(_ROLES)}, found {described(role)}")
-    if not isinstance(text, str) or (not text.strip() and _ROLES[role.lower()] != "system"):
-        raise _BadError(f"{where}.{what}: expected text, found {described(text)}")
-    return _ROLES[role.lower()], _clean(text, f"{where}.{what}")
-
-
-FORMATS = {
-    "alpaca": Format(("instruction", "output"), _single("instruction", "input", "output")),
-    "dolly": Format(("instruction", "response"), _single("instruction", "context", "response")),
-    "sharegpt": Format(("conversations",), _conversation("conversations")),
-    "messages": Format(("messages",), _conversation("messages")),
-    "prompt_completion": Format(("prompt", "completion"), _single("prompt", "", "completion")),
-}
+def fields_of(examples: Sequence[Example]) -> dict[str, Any]:
+    """What of the rows' fields is worth telling: the counts of `SourceCounts` by their names there."""
+    exchanges = [exchange for example in examples for exchange in example.exchanges]
+    return {
+        "history": sum(example.history > 0 for example in examples),
+        "unscored": sum(not exchange.scored for exchange in exchanges),
+        "reasoning": sum(exchange.reasoning != "" for exchange in exchanges),
+        "tools": sum(example.tools != "" for example in examples),
+        "unread": dict(Counter(name for example in examples for name in example.unread).most_common()),
+    }

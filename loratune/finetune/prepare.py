@@ -13,13 +13,14 @@ import numpy as np
 
 from loratune.errors import DataError, ModelError, StorageError
 from loratune.finetune import hub, records, split
-from loratune.finetune.data import BadRow, DataRecipe, Source, read
+from loratune.finetune.compared import compare, linked
+from loratune.finetune.data import BadRow, DataRecipe, Source, fields_of, read
 from loratune.finetune.prepared import Manifest, Prepared, SetCounts, SourceCounts, Tokens, discard, pack, write
 from loratune.finetune.prompts import PROMPTS, check_tokenizer, encode
 
 __all__ = ["Prepared", "Tokens", "check", "load_tokenizer", "prepare"]
 
-_FORMAT = 1  # raise when the arrays, the prompts or the split change meaning, so that old caches are not used
+_FORMAT = 2  # raise when the arrays, the prompts or the split change meaning, so that old caches are not used
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "chat_template*")
 _TOKENIZER_CHOICE = ("config.json", "*.py")  # what tells Transformers which class of tokenizer it is
 _LISTED = 5  # bad rows quoted per source
@@ -54,12 +55,16 @@ def prepare(
     loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
     check_tokenizer(loaded, recipe.prompt)
     train, held_out = ([_tokenise(s, role, recipe, loaded, report) for s in ss] for role, ss in _roles(recipe))
+    notes: list[str] = []
     if held_out:
         _use_validation_sources(recipe, train, held_out)
     else:
-        _split_training_sources(recipe, train, report)
+        _split_training_sources(recipe, train, notes)
     _draw_training(recipe, train)
     everything = [*train, *held_out]
+    report("comparing validation with training")
+    trained = [r.questions[i] for r in everything for i in sorted(set(r.train))]
+    common = compare(trained, [r.questions[i] for r in everything for i in r.validation])
     sets = {
         "train": pack([r.encoded[i] for r in train for i in r.train]),
         "validation": pack([r.encoded[i] for r in everything for i in r.validation]),
@@ -71,7 +76,10 @@ def prepare(
         revision=revision,
         pad_token_id=loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id,
         eos_token_id=loaded.eos_token_id,
-        duplicates=split.duplicates([k for r in train for k in r.keys]) + split.duplicates([k for r in held_out for k in r.keys]),
+        duplicates=sum(r.duplicates for r in everything),
+        shared=common.shared,
+        near_duplicates=common.near,
+        notes=(*notes, *common.examples),
         sources=tuple(r.counts() for r in everything),
         **{n: SetCounts(examples=len(t), tokens=len(t.ids), response_tokens=int(t.mask.sum())) for n, t in sets.items()},
     )
@@ -145,18 +153,20 @@ def check(recipe: DataRecipe) -> None:
 
 @dataclass(kw_only=True)
 class _Rows:
-    """One source's usable examples. `keys`, `texts`, `encoded` and `truncated` run in parallel."""
+    """One source's usable examples. `questions`, `texts`, `encoded` and `truncated` run in parallel."""
 
     source: Source
     role: str  # train | validation
     rows: int
     bad: list[BadRow]
-    keys: list[str] = field(default_factory=list)  # split.group_key
+    fields: dict[str, Any]  # data.fields_of
+    questions: list[split.Questions] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)  # split.identity
     encoded: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (ids, response_mask)
     truncated: list[bool] = field(default_factory=list)
     dropped: int = 0
     overlapping: int = 0
+    duplicates: int = 0
     pool: list[int] = field(default_factory=list)  # places that may train
     train: list[int] = field(default_factory=list)  # places drawn, repeats included
     validation: list[int] = field(default_factory=list)
@@ -170,11 +180,12 @@ class _Rows:
             bad_rows=tuple(str(row) for row in self.bad[:_LISTED]),
             dropped=self.dropped,
             overlapping=self.overlapping,
-            duplicates=split.duplicates(self.keys),
+            duplicates=self.duplicates,
             train=len(self.train),
             validation=len(self.validation),
             repeats=len(self.train) - len(set(self.train)),
             cut=sum(self.truncated[i] for i in (*self.train, *self.validation)),
+            **self.fields,
         )
 
 
@@ -185,7 +196,7 @@ def _roles(recipe: DataRecipe) -> tuple[tuple[str, tuple[Source, ...]], ...]:
 def _tokenise(source: Source, role: str, recipe: DataRecipe, tokenizer: Any, report: Callable[[str], None]) -> _Rows:
     report(f"reading {source.path}")
     examples, bad = read(source, recipe.on_bad_rows)
-    rows = _Rows(source=source, role=role, rows=len(examples) + len(bad), bad=bad)
+    rows = _Rows(source=source, role=role, rows=len(examples) + len(bad), bad=bad, fields=fields_of(examples))
     for number, example in enumerate(examples):
         if number and number % 10_000 == 0:
             report(f"tokenised {number:,} of {len(examples):,} rows of {source.path}")
@@ -193,7 +204,7 @@ def _tokenise(source: Source, role: str, recipe: DataRecipe, tokenizer: Any, rep
         if encoded is None:
             rows.dropped += 1
             continue
-        rows.keys.append(split.group_key(example))
+        rows.questions.append(split.questions_of(example))
         rows.texts.append(split.identity(example))
         rows.encoded.append((np.array(encoded.input_ids, dtype=np.int32), np.array(encoded.response_mask)))
         rows.truncated.append(encoded.truncated)
@@ -204,20 +215,24 @@ def _tokenise(source: Source, role: str, recipe: DataRecipe, tokenizer: Any, rep
 
 def _use_validation_sources(recipe: DataRecipe, train: Sequence[_Rows], held_out: Sequence[_Rows]) -> None:
     """Validation from its own sources; whatever asks the same question leaves training."""
-    wanted = split.quotas([len(r.keys) for r in held_out], [r.source.count for r in held_out], _weights(held_out), recipe.validation_count)
+    wanted = split.quotas(
+        [len(r.questions) for r in held_out], [r.source.count for r in held_out], _weights(held_out), recipe.validation_count
+    )
     for rows, count in zip(held_out, wanted, strict=True):
         _enough(rows, count)
         rows.validation = split.draw(rows.texts, count, recipe.seed).tolist()
-    keys = [r.keys[i] for r in held_out for i in r.validation]
-    for rows in train:
-        leaks = split.overlapping(rows.keys, keys)
-        rows.overlapping = int(leaks.sum())
-        rows.pool = np.flatnonzero(~leaks).tolist()
+    asked = [r.questions[i] for r in held_out for i in r.validation]
+    leaks = split.overlapping([q for r in train for q in r.questions], _owners(train), asked)
+    for rows, part in zip(train, _by_source(leaks, train), strict=True):
+        rows.overlapping = int(part.sum())
+        rows.pool = np.flatnonzero(~part).tolist()
+    for sources in (train, held_out):
+        _count_duplicates(sources, split.groups([q for r in sources for q in r.questions]))
 
 
-def _split_training_sources(recipe: DataRecipe, train: Sequence[_Rows], report: Callable[[str], None]) -> None:
+def _split_training_sources(recipe: DataRecipe, train: Sequence[_Rows], notes: list[str]) -> None:
     """Validation held out of every training source, in whole groups."""
-    sizes = [len(r.keys) for r in train]
+    sizes = [len(r.questions) for r in train]
     if recipe.validation_fraction is not None:
         wanted = split.apportion(max(1, round(recipe.validation_fraction * sum(sizes))), sizes)
     else:
@@ -227,14 +242,18 @@ def _split_training_sources(recipe: DataRecipe, train: Sequence[_Rows], report: 
         wanted = split.quotas(sizes, own, _weights(train), recipe.validation_count)
     for rows, count in zip(train, wanted, strict=True):
         _enough(rows, count)
-    sources = [s for s, size in enumerate(sizes) for _ in range(size)]
-    chosen = split.divide([key for r in train for key in r.keys], sources, wanted, recipe.seed)
-    for rows, part, count in zip(train, np.split(chosen, np.cumsum(sizes)[:-1]), wanted, strict=True):
+    questions = [q for r in train for q in r.questions]
+    held_out = split.hold_out(questions, _owners(train), wanted, recipe.seed)
+    _count_duplicates(train, held_out.keys)
+    for rows, part, count in zip(train, _by_source(held_out.chosen, train), wanted, strict=True):
         held = np.flatnonzero(part).tolist()
         rows.validation = [held[i] for i in split.shuffled([rows.texts[i] for i in held], recipe.seed)]
         rows.pool = np.flatnonzero(~part).tolist()
         if len(held) < count:
-            report(f"{rows.source.path}: {len(held):,} instead of {count:,} validation examples: groups of equal questions are too large")
+            notes.append(
+                f"{rows.source.path}: {len(held):,} instead of {count:,} validation examples: groups of equal questions are too large"
+            )
+    notes += linked(questions, held_out.keys)
     if not any(r.validation for r in train):
         raise DataError(
             "the split leaves no validation example: too few rows, or all ask the same question. Add data, or a validation source."
@@ -253,10 +272,24 @@ def _draw_training(recipe: DataRecipe, train: Sequence[_Rows]) -> None:
             rows.train = [rows.pool[i] for i in drawn]
 
 
+def _owners(sources: Sequence[_Rows]) -> list[int]:
+    return [number for number, rows in enumerate(sources) for _ in rows.questions]
+
+
+def _by_source(rows: np.ndarray, sources: Sequence[_Rows]) -> list[np.ndarray]:
+    return np.split(rows, np.cumsum([len(r.questions) for r in sources])[:-1])
+
+
+def _count_duplicates(sources: Sequence[_Rows], keys: Sequence[str]) -> None:
+    by_source = _by_source(np.array(keys, dtype=object), sources)
+    for rows, found in zip(sources, split.duplicates([part.tolist() for part in by_source]), strict=True):
+        rows.duplicates = found
+
+
 def _enough(rows: _Rows, count: int) -> None:
-    if count > len(rows.keys):
+    if count > len(rows.questions):
         raise DataError(
-            f"{rows.source.path}: {count:,} validation examples asked for of {len(rows.keys):,} usable rows; validation never repeats."
+            f"{rows.source.path}: {count:,} validation examples asked for of {len(rows.questions):,} usable rows; validation never repeats."
         )
 
 

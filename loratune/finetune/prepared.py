@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -39,11 +39,30 @@ class SourceCounts(Json):
     bad_rows: tuple[str, ...]  # the first few, in words
     dropped: int  # the prompt alone fills max_length
     overlapping: int  # training rows left out because their question stands in an explicit validation source
-    duplicates: int  # rows whose question stands in an earlier row of the same source; kept on one side
+    duplicates: int  # rows in the group of an earlier row, of this source or one before it; kept on one side
     train: int  # examples drawn
     validation: int
     repeats: int  # of `train`, those beyond the distinct ones there were
     cut: int  # of the examples drawn, those cut at max_length
+    history: int = 0  # usable rows whose field `history` was read
+    unscored: int = 0  # answers in usable rows that are context only
+    reasoning: int = 0  # answers in usable rows that have a reasoning part
+    tools: int = 0  # usable rows that have tools
+    unread: dict[str, int] = field(default_factory=dict)  # field that was not read -> usable rows where it holds something
+
+    def fields(self) -> list[str]:
+        """What was made of the rows' fields beyond question and answer, in words."""
+        told = [
+            (self.history, f"{self.history:,} rows with history: its exchanges stand before the question, their answers are scored too"),
+            (self.unscored, f"{self.unscored:,} answers are context only, not scored (weight: 0, train: false)"),
+            (self.reasoning, f"{self.reasoning:,} answers with a reasoning part"),
+            (self.tools, f"{self.tools:,} rows with tools"),
+        ]
+        by_rows: dict[int, list[str]] = {}
+        for name, rows in self.unread.items():
+            by_rows.setdefault(rows, []).append(name)
+        unread = "; ".join(f"{', '.join(names)} ({rows:,} row{'s' * (rows != 1)})" for rows, names in by_rows.items())
+        return [*(text for count, text in told if count), *([f"fields not read: {unread}"] if unread else [])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +84,13 @@ class Manifest(Json):
     revision: str | None
     pad_token_id: int  # the EOS where the tokenizer has no pad; padding is masked, so its value never matters
     eos_token_id: int
-    duplicates: int  # rows whose question stands in an earlier row of any source
+    duplicates: int  # the sum of the sources'
     sources: tuple[SourceCounts, ...]
     train: SetCounts
     validation: SetCounts
+    near_duplicates: int = 0  # validation examples with a question that is nearly one of training, see overlap.py
+    shared: int = 0  # validation examples with a question of training, where the split had to give up common ones
+    notes: tuple[str, ...] = ()  # what else people should know of the split, in words
 
 
 @dataclass(frozen=True)
@@ -127,17 +149,22 @@ class Prepared:
             (cut, f"{cut:,} cut at {m.recipe.max_length:,} tokens"),
             (dropped, f"{dropped:,} dropped (the prompt alone fills {m.recipe.max_length:,} tokens)"),
             (bad, f"{bad:,} bad rows skipped"),
+            (m.shared, f"{m.shared:,} validation examples ask something that training asks too"),
+            (m.near_duplicates, f"{m.near_duplicates:,} validation examples ask nearly what training asks"),
         ]
         lines = [
             f"{m.train.examples:,} train / {m.validation.examples:,} validation examples; {m.train.tokens:,} / {m.validation.tokens:,} "
             f"tokens, of them {m.train.response_tokens:,} / {m.validation.response_tokens:,} in responses",
             "; ".join(text for count, text in notes if count) or "no duplicates; nothing cut, dropped or skipped",
+            *m.notes,
         ]
         for s in m.sources:
             if len(m.sources) > 1:
                 lines.append(f"{s.path}: {s.rows:,} rows; {s.train:,} train, {s.validation:,} validation")
             if s.repeats:
                 lines.append(f"{s.path}: {s.train:,} training examples were asked of {s.train - s.repeats:,}: {s.repeats:,} are repeats")
+            before = f"{s.path}: " if len(m.sources) > 1 else ""
+            lines += [before + line for line in s.fields()]
             if s.bad:
                 lines += [f"skipped: {row}" for row in s.bad_rows] + (["..."] if s.bad > len(s.bad_rows) else [])
         return "\n".join(lines)

@@ -6,12 +6,10 @@ problem, for the caller to refuse or to skip.
 """
 
 import csv
-import difflib
 import gzip
 import hashlib
 import io
 import json
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +17,7 @@ from typing import Any, NamedTuple
 
 from loratune.errors import DataError
 from loratune.finetune import hub
-
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "package.json"}
-_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+from loratune.finetune.places import kind_of, local
 
 
 class Record(NamedTuple):
@@ -36,7 +31,7 @@ class Record(NamedTuple):
 
 def records(path: str, split: str | None = None) -> Iterator[Record]:
     """All records of a local file, a local folder or a hub data set. Raises DataError."""
-    if (found := _local(path, split)) is None:
+    if (found := local(path, split)) is None:
         yield from _hub(path, split)
     elif isinstance(found, Path):
         yield from _saved(found, split)
@@ -47,7 +42,7 @@ def records(path: str, split: str | None = None) -> Iterator[Record]:
 
 def fingerprint(path: str, split: str | None = None) -> list[str]:
     """SHA-256 of each file behind a source, in reading order; for a hub data set, `datasets`' own fingerprint."""
-    found = _local(path, split)
+    found = local(path, split)
     if found is None:
         return [str(_load_hub(path, split)._fingerprint)]
     files = sorted(p for p in found.rglob("*") if p.is_file()) if isinstance(found, Path) else found
@@ -59,64 +54,6 @@ def fingerprint(path: str, split: str | None = None) -> list[str]:
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
     return digests
-
-
-# ---- finding the files ----
-
-
-def _local(path: str, split: str | None) -> list[Path] | Path | None:
-    """The data files behind `path`; a folder for what `datasets` has saved to disk; None for a hub id."""
-    if not path.strip():
-        raise DataError("a source's path is empty; expected a file, a folder or a hub id.")
-    place = Path(path).expanduser()
-    if place.is_file():
-        if split is not None:
-            raise DataError(f"{path}: split: {split} was asked of a single file; split applies to folders and hub data sets. Leave it out.")
-        if not _kind(place):
-            raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}, each also with .gz (not Parquet).")
-        return [place]
-    if place.is_dir():
-        saved = any((place / name).is_file() for name in ("dataset_dict.json", "state.json"))
-        return place if saved else _folder(place, split)
-    if _kind(place) or path.startswith((".", "/", "~")) or path.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise DataError(_missing(place, path))
-    return None
-
-
-def _kind(file: Path) -> str:
-    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
-    return suffix if suffix in SUFFIXES else ""
-
-
-def _missing(place: Path, path: str) -> str:
-    parent = place.parent
-    if not parent.is_dir():
-        return f"{path}: no such file or folder; the folder {parent} does not exist either."
-    near = difflib.get_close_matches(place.name, [p.name for p in parent.iterdir()], n=3)
-    return f"{path}: no such file or folder." + (f" Did you mean {' or '.join(near)}?" if near else "")
-
-
-def _folder(folder: Path, split: str | None) -> list[Path]:
-    inside = [p for p in folder.rglob("*") if p.is_file() and _kind(p) and p.name not in _NOT_DATA]
-    files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    if not files:
-        raise DataError(f"{folder}: the folder holds no data files. Known: {', '.join(SUFFIXES)}.")
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        words = re.split(r"[\W_]+", str(file.relative_to(folder)).lower())
-        # A chosen split may have any name; unchosen, only the customary names tell splits apart.
-        name = next((s for s in ((split,) if split else _SPLITS) if s.lower() in words), "")
-        by_split.setdefault(name, []).append(file)
-    if split:
-        if split not in by_split:
-            raise DataError(f"{folder}: no file name contains split {split}. Files: {', '.join(p.name for p in files[:8])}.")
-        return by_split[split]
-    if len(by_split) > 1:
-        names = ", ".join(sorted(filter(None, by_split)))
-        raise DataError(
-            f"{folder}: the folder holds several splits ({names}). Name the one to use, for example split: {min(filter(None, by_split))}."
-        )
-    return files
 
 
 # ---- datasets ----
@@ -167,7 +104,7 @@ def _rows(name: str, data: Any) -> Iterator[Record]:
 
 
 def _file(file: Path) -> Iterator[Record]:
-    kind = _kind(file)
+    kind = kind_of(file)
     if kind == ".parquet":
         return _parquet(file)
     text = _text(file)
@@ -201,9 +138,36 @@ def _text(file: Path) -> str:
         ) from error
 
 
+class _Repeated(dict[str, Any]):
+    """An object of which a key stands twice: JSON readers keep the last, and nobody hears of the first."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeated, names = _Repeated(found), [name for name, _ in pairs]
+    repeated.key = next(name for place, name in enumerate(names) if name in names[:place])
+    return repeated
+
+
+def _repeated(value: Any) -> str:
+    """A problem: the first key that stands twice in an object, at any depth; else empty."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _Repeated):
+            return f"the key {value.key} stands twice in an object; keep one"
+        if isinstance(value, dict | list):
+            waiting += reversed(list(value.values()) if isinstance(value, dict) else value)
+    return ""
+
+
 def _json(file: Path, text: str) -> Iterator[Record]:
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=_object)
     except (json.JSONDecodeError, RecursionError) as error:
         # Many a .json file is JSONL: its first lines are objects by themselves.
         lines = [line for line in text.split("\n", 50) if line.strip()][:2]
@@ -219,13 +183,15 @@ def _json(file: Path, text: str) -> Iterator[Record]:
         )
         raise DataError(f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}.{cut}") from error
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        if isinstance(whole, _Repeated):
+            raise DataError(f"{file}: the key {whole.key} stands twice in the outermost object; keep one.")
         whole = whole["data"]
     if isinstance(whole, dict):
         whole = [whole]
     if not isinstance(whole, list):
         raise DataError(f"{file}: expected an array of records, found {described(whole)}.")
     for number, value in enumerate(whole, 1):
-        yield Record(str(file), f"record {number}", value)
+        yield Record(str(file), f"record {number}", value, _repeated(value))
 
 
 def _jsonl(file: Path, text: str) -> Iterator[Record]:
@@ -234,7 +200,8 @@ def _jsonl(file: Path, text: str) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            yield Record(str(file), f"line {number}", json.loads(line))
+            value = json.loads(line, object_pairs_hook=_object)
+            yield Record(str(file), f"line {number}", value, _repeated(value))
         except (json.JSONDecodeError, RecursionError) as error:
             cut = " (the last line; is the file cut off?)" if number == len(lines) > 1 else ""
             why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
@@ -253,6 +220,7 @@ def _csv(file: Path, text: str, delimiter: str) -> Iterator[Record]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
+        _once(file, list(reader.fieldnames or ()))
         for row in reader:
             line = reader.line_num
             if None in row:
@@ -265,6 +233,12 @@ def _csv(file: Path, text: str, delimiter: str) -> Iterator[Record]:
         raise DataError(f"{file}, the row after line {line}: not valid CSV: {error}. Is a quote missing?") from error
 
 
+def _once(file: Path, names: list[str]) -> None:
+    for place, name in enumerate(names):
+        if name and name in names[:place]:
+            raise DataError(f"{file}: the column {name} stands there twice. Keep one, or give them different names.")
+
+
 def _parquet(file: Path) -> Iterator[Record]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -272,6 +246,7 @@ def _parquet(file: Path) -> Iterator[Record]:
         table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file: {_short(error)}") from error
+    _once(file, table.column_names)
     number = 0
     for batch in table.to_batches(max_chunksize=1000):
         for row in batch.to_pylist():

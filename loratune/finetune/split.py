@@ -1,39 +1,52 @@
 """Training and validation without a leak, as a pure function of the texts and a seed.
 
-Rows with the same normalised question form a group, and a group stands wholly on one side. All
-random choices sort by a keyed hash of the row's own text, so neither the order of the rows nor the
+Rows that share a normalised question form a group, and so do rows that are linked by others (union-find); a group stands
+wholly on one side. All random choices sort by a keyed hash of the row's own text, so neither the order of the rows nor the
 random-number library of the day changes who goes where.
 
-Notation: rows are numbered 0..N-1, sources 0..S-1; `keys[i]` is row i's group.
+Questions that many conversations share ("go on") can link so many rows that no validation set is left. Only then are the
+most common ones given up as links, of rows that have another question, and what stands on both sides is counted.
+
+Notation: rows are numbered 0..N-1, sources 0..S-1; `questions[i]` are row i's, `keys[i]` is the name of its group.
 """
 
-import functools
 import hashlib
-import sys
-import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from loratune.errors import DataError
 from loratune.finetune.data import Example
+from loratune.finetune.wording import normalised
+
+Questions = tuple[str, ...]  # of one row, at least one
 
 
-def group_key(example: Example) -> str:
-    """The normalised instruction + input that opens an example: NFKC, casefolded, no punctuation, single spaces.
-
-    A conversation is known by its first question: cut or regenerated copies of it then stay together.
-    A question of punctuation alone is kept as it is.
-    """
-    first = example.exchanges[0]
-    text = unicodedata.normalize("NFKC", f"{first.instruction} {first.input}").casefold()
-    return " ".join(text.translate(_punctuation()).split()) or " ".join(text.split())
+def questions_of(example: Example) -> Questions:
+    """Every question of a conversation, instruction + input, normalised, in order and each once."""
+    return tuple(dict.fromkeys(normalised(f"{exchange.instruction} {exchange.input}") for exchange in example.exchanges))
 
 
-@functools.cache
-def _punctuation() -> dict[int, str]:
-    return {code: " " for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith("P")}
+def groups(questions: Sequence[Questions]) -> list[str]:
+    """The name of each row's group: the first in the alphabet of the questions that open the group's rows."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent[key] != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    for row in questions:
+        for key in row:
+            parent.setdefault(key, key)
+            parent[root(key)] = root(row[0])
+    names: dict[str, str] = {}
+    for row in questions:
+        group = root(row[0])
+        names[group] = min(names.get(group, row[0]), row[0])
+    return [names[root(row[0])] for row in questions]
 
 
 def identity(example: Example) -> str:
@@ -75,15 +88,67 @@ def divide(keys: Sequence[str], sources: Sequence[int], wanted: Sequence[int], s
     return np.array([key in chosen for key in keys], dtype=bool)
 
 
-def overlapping(keys: Sequence[str], validation_keys: Sequence[str]) -> np.ndarray:
-    """Bool [N]: rows whose group also stands in a given validation set, and which therefore must not train."""
-    held_out = set(validation_keys)
-    return np.array([key in held_out for key in keys], dtype=bool)
+class Held(NamedTuple):
+    """Which rows stand in validation, and the groups that were chosen from."""
+
+    chosen: np.ndarray  # bool [N]
+    keys: list[str]
 
 
-def duplicates(keys: Sequence[str]) -> int:
-    """Rows that have an earlier row in their group."""
-    return len(keys) - len(set(keys))
+def hold_out(questions: Sequence[Questions], sources: Sequence[int], wanted: Sequence[int], seed: int) -> Held:
+    """`divide` by `groups`. Where a source gives less than half of what is wanted, common questions are given up as links."""
+    best = Held(np.zeros(len(questions), dtype=bool), [])
+    for kept in _loosened(questions):
+        keys = groups(kept)
+        held = Held(divide(keys, sources, wanted, seed), keys)
+        if (2 * np.bincount(np.array(sources)[held.chosen], minlength=len(wanted)) >= np.array(wanted)).all():
+            return held
+        if not best.keys or held.chosen.sum() > best.chosen.sum():
+            best = held
+    return best
+
+
+def overlapping(questions: Sequence[Questions], sources: Sequence[int], held_out: Sequence[Questions]) -> np.ndarray:
+    """Bool [N]: rows that ask what also stands in a given validation set, and which therefore must not train.
+
+    Where a source would lose more than half of its rows, common questions are given up as links.
+    """
+    best = np.ones(len(questions), dtype=bool)
+    for kept in _loosened([*questions, *held_out]):
+        asked = {key for row in kept[len(questions) :] for key in row}
+        leaks = np.array([not asked.isdisjoint(row) for row in kept[: len(questions)]], dtype=bool)
+        if (2 * np.bincount(np.array(sources)[leaks], minlength=max(sources) + 1) <= np.bincount(sources)).all():
+            return leaks
+        if leaks.sum() < best.sum():
+            best = leaks
+    return best
+
+
+def _loosened(questions: Sequence[Questions]) -> Iterator[list[Questions]]:
+    """The questions of each row; then without those of more than n rows, n halved each time. A row keeps its rarest one."""
+    counts = Counter(key for row in questions for key in row)
+    yield list(questions)
+    limit = max((counts[key] for row in questions if len(row) > 1 for key in row), default=1)
+    while limit > 1:
+        limit //= 2
+        yield [tuple(key for key in row if counts[key] <= limit) or (min(row, key=lambda k: (counts[k], k)),) for row in questions]
+
+
+def on_both_sides(train: Sequence[Questions], validation: Sequence[Questions]) -> Counter[str]:
+    """Questions of the training rows that validation rows ask too -> the number of these validation rows."""
+    trained = {key for row in train for key in row}
+    return Counter(key for row in validation for key in row if key in trained)
+
+
+def duplicates(keys: Sequence[Sequence[str]]) -> list[int]:
+    """Of each source's rows those that have an earlier row in their group, in the same source or an earlier one."""
+    seen: set[str] = set()
+    found = []
+    for source in keys:
+        before = len(seen)
+        seen.update(source)
+        found.append(len(source) - (len(seen) - before))
+    return found
 
 
 def draw(texts: Sequence[str], count: int, seed: int) -> np.ndarray:

@@ -42,17 +42,13 @@ def examples(record: StudyRecord) -> str:
 
 def sources(record: StudyRecord) -> tuple[list[str], list[list[str]]]:
     """(head, rows): what became of each source's rows; no rows when the prepared data is not there."""
-    head = ["path", "rows", "train", "validation", "duplicates", "left out", "cut"]
-    rows = [
-        [
-            str(s["path"]),
-            *(str(s[name]) for name in ("rows", "train", "validation", "duplicates")),
-            str(s["bad"] + s["dropped"] + s["overlapping"]),
-            str(s["cut"]),
-        ]
-        for s in record.manifest.get("sources", ())
-    ]
-    return head, rows
+    found = record.manifest.get("sources", ())
+    names = ("rows", "train", "validation", "duplicates", "left out", "cut")
+    numbers = [{**s, "left out": s["bad"] + s["dropped"] + s["overlapping"]} for s in found]
+    rows = [[str(s["path"]), *(str(s[name]) for name in names)] for s in numbers]
+    if len(numbers) > 1:
+        rows.append(["all", *(str(sum(s[name] for s in numbers)) for name in names)])
+    return ["path", *names], rows
 
 
 def space(record: StudyRecord) -> list[tuple[str, str, str]]:

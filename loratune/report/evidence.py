@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from loratune.downstream.contamination import Contamination
+from loratune.downstream.contamination import read as read_contamination
 from loratune.downstream.findings import BASE, Finding, findings
 from loratune.downstream.scores import FOLDER, Cell, Result, read_results, table
 from loratune.preference import PreferenceRecord, find
@@ -26,6 +28,7 @@ class Downstream:
     losses: dict[str, float]  # validation losses in the study
     best: tuple[str, ...]  # those scored of the ten with the lowest loss, the lowest first
     default: str | None  # where it was scored
+    contamination: tuple[Contamination, ...] = ()  # benchmark items in the training data, where that was looked for
 
     @cached_property
     def cells(self) -> dict[str, dict[str, Cell]]:
@@ -134,6 +137,7 @@ def _downstream(record: StudyRecord, results: Sequence[Result]) -> Downstream | 
         losses=losses | ({BASE: base} if base is not None else {}),
         best=tuple(_name(trial) for trial in ranking if _name(trial) in scored),
         default=_name(record.default) if record.default is not None and _name(record.default) in scored else None,
+        contamination=tuple(read_contamination(record.folder / FOLDER)),
     )
 
 

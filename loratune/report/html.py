@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from loratune.downstream.contamination import RULE
 from loratune.errors import StorageError
 from loratune.files import write_atomically
 from loratune.record import PAUSED, PRUNED, RUNNING, StudyRecord
@@ -70,7 +71,7 @@ def _environment() -> jinja2.Environment:
     )
     spelt = (words.show, words.loss, words.signed, words.perplexity, words.duration, words.count, words.plural, words.label)
     found.globals |= {spell.__name__: spell for spell in (*spelt, words.percent, words.points, words.measured, words.metric)}
-    found.globals |= {"tables": tables, "votes": votes, "repr": repr, "exp": math.exp}
+    found.globals |= {"rule": RULE, "tables": tables, "votes": votes, "repr": repr, "exp": math.exp}
     return found
 
 

@@ -26,6 +26,9 @@ def test_table_at_chance(loratune: Callable[..., Any], study: Path, shared_data:
     report = study / "report.html"
     assert f"Report: {report}" in answer.out
     assert "MMLU (log-likelihood)" in report.read_text()
+    assert "Benchmark items in the training data (13 words in a row" in answer.out
+    assert "MMLU (log-likelihood): none of 24 items found." in answer.out
+    assert "none of 24 items found." in report.read_text()
     report.unlink()
     again = loratune(*asked)
     assert not report.exists()

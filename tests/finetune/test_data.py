@@ -190,6 +190,18 @@ BAD = {
     "long value": ("a.jsonl", lines(ALPACA | {"output": ["x" * 99]}), r', line 1: field output: expected text, found a list \["x+\.\.\.\.'),
     "empty response": ("a.jsonl", lines(ALPACA | {"output": " \n"}), ", line 1: field output: is empty; expected a response"),
     "empty question": ("a.jsonl", lines(ALPACA | {"instruction": "", "input": ""}), ", line 1: field instruction: is empty"),
+    "key twice": (
+        "a.jsonl",
+        lines(ALPACA) + '{"instruction": "a", "output": "b", "output": "c"}',
+        ", line 2: the key output stands twice in an object; keep one",
+    ),
+    "key twice within": (
+        "a.json",
+        '[{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}]',
+        ", record 1: the key content stands twice",
+    ),
+    "data twice": ("a.json", '{"data": [], "data": []}', ": the key data stands twice in the outermost object"),
+    "csv column twice": ("a.csv", "instruction,output,output\na,b,c\n", ": the column output stands there twice"),
     "surrogate": ("a.jsonl", lines(ALPACA | {"output": "\ud83d"}), ", line 1: field output: holds half of a surrogate pair"),
     "no messages": ("a.jsonl", lines({"messages": []}), r", line 1: field messages: expected a list of messages, found a list \[\]"),
     "unknown role": (
@@ -222,6 +234,24 @@ def test_bad_input_has_one_message(tmp_path, name):
         read(Source(path=str(path)))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < len(str(path)) + 500
+
+
+def test_a_parquet_column_that_stands_twice(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="the column output stands there twice"):
+        read(Source(path=str(tmp_path / "a.parquet")))
+
+
+def test_rows_with_a_key_twice_are_skipped_on_request(tmp_path):
+    (tmp_path / "a.json").write_text(f'[{json.dumps(ALPACA)}, {{"instruction": "a", "output": "b", "output": "c"}}]')
+    examples, bad = read(Source(path=str(tmp_path / "a.json")), "skip")
+    assert (len(examples), [(row.place, row.problem) for row in bad]) == (
+        1,
+        [("record 2", "the key output stands twice in an object; keep one")],
+    )
 
 
 def test_an_empty_path():

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 
+from loratune import demo
 from loratune.errors import DataError, ModelError, StorageError
 from loratune.finetune import prepare as module
 from loratune.finetune import prepared as prepared_module
@@ -91,6 +93,7 @@ def test_duplicates_stay_together_across_sources(tmp_path, tokenizer):
         assert not plain[0] & plain[1]
         assert prepared.manifest.duplicates == 4
         assert [s.validation for s in prepared.manifest.sources] == [16, 16]
+        assert [s.duplicates for s in prepared.manifest.sources] == [2, 2]  # they add up to what the summary says
         assert "4 duplicates kept on one side" in prepared.summary()
 
 
@@ -105,6 +108,108 @@ def test_validation_sources_take_their_questions_out_of_training(tmp_path, token
         ("validation", 0, 0, 4),
     ]
     assert "2 training rows left out because validation asks the same" in prepared.summary()
+
+
+BOX = "What is the secret of box {}?"
+
+
+def turns(*exchanges, **more):
+    roles = ("user", "assistant")
+    return {"messages": [{"role": r, "content": t} for exchange in exchanges for r, t in zip(roles, exchange, strict=True)], **more}
+
+
+LEAKS = {
+    "later turn": lambda n: turns((f"Hello number {n}", "Hi"), (BOX.format(n % 15), "x")),
+    "third turn": lambda n: turns((f"Hello {n}", "Hi"), (f"Bye {n}", "Oh"), (BOX.format(n % 15), "x")),
+    "first and later": lambda n: turns(*([] if n < 15 else [(f"Hello {n}", "Hi")]), (BOX.format(n % 15), "x")),
+    "history": lambda n: {"instruction": f"And then {n}?", "output": "x", "history": [[f"Hello {n}", "Hi"], [BOX.format(n % 15), "x"]]},
+    "zero width": lambda n: {"instruction": BOX.format(n % 15) + "\u200b" * (n // 15), "output": "x"},
+    "zero width within": lambda n: {
+        "instruction": BOX.format(n % 15).replace("secret", "sec\u2060ret" if n < 15 else "secret"),
+        "output": "x",
+    },
+    "soft hyphen": lambda n: {"instruction": BOX.format(n % 15).replace("box", "b\u00adox" if n < 15 else "box"), "output": "x"},
+    "byte order mark": lambda n: {"prompt": "\ufeff" * (n // 15) + BOX.format(n % 15), "completion": "x"},
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_no_question_of_any_turn_stands_on_both_sides(tmp_path, name):
+    tokenizer = str(demo.model_folder())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(LEAKS[name](n)) + "\n" for n in range(30)))
+    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.4)
+    prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    loaded = load_tokenizer(tokenizer)
+    sides = []
+    for tokens in (prepared.train, prepared.validation):
+        shown = [re.sub("[\u200b\u2060\u00ad\ufeff]", "", loaded.decode(tokens[i][0])) for i in range(len(tokens))]
+        sides.append({box for text in shown for box in re.findall(r"of box (\d+)", text)})
+    assert len(prepared.validation) == 12
+    assert len(sides[0] | sides[1]) == 15
+    assert not sides[0] & sides[1]
+    assert prepared.manifest.shared == 0
+    assert prepared.manifest.duplicates == 15
+
+
+def test_a_later_question_of_a_validation_source_leaves_training(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(turns((f"a{n}", "x"), (f"b{n}", "y"))) + "\n" for n in range(10)))
+    (tmp_path / "v.jsonl").write_text(json.dumps(turns(("c", "x"), ("B3!", "y"))) + "\n" + json.dumps(turns(("a7", "y"))) + "\n")
+    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation=(Source(path=str(tmp_path / "v.jsonl")),))
+    prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert sorted(texts(prepared.train, tokenizer)) == [f"a{n}" for n in range(10) if n not in (3, 7)]
+
+
+def test_a_follow_up_that_links_everything_is_told(tmp_path, tokenizer):
+    rows = [turns((f"a{n}", "x"), ("Go on", "y")) for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert (len(prepared.validation), prepared.manifest.shared) == (5, 5)
+    assert "5 validation examples ask something that training asks too" in prepared.summary()
+    assert 'in validation and in training, because they link too many conversations to keep those together: "go on" (5 rows)' in (
+        prepared.summary()
+    )
+    some = [turns((f"b{n}", "x")) for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *some]))
+    prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert (len(prepared.validation), prepared.manifest.shared) == (10, 0)
+    assert "20 of 40 rows form one group and stand on one side" in prepared.summary()
+    assert 'most of all "go on" (20 rows)' in prepared.summary()
+
+
+def test_fields_that_are_not_read_are_told_also_from_the_cache(tmp_path, tokenizer):
+    rows = [{**turns((f"a{n}", "x"), (f"b{n}", "y")), "id": n, "source": "web"} for n in range(20)]
+    for row in rows:
+        row["messages"][1] |= {"weight": 0, "name": "Bob"}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    for _ in range(2):
+        summary = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache").summary()
+        assert "20 answers are context only, not scored (weight: 0, train: false)" in summary
+        assert "fields not read: id, source, messages[].name (20 rows)" in summary
+
+
+def test_near_duplicates_are_counted_and_quoted(tmp_path, tokenizer):
+    long = "please write one short poem about the old house number {} that stands on the green hill beside the {} sea"
+    rows = [long.format(n, sea) for n in range(12) for sea in ("blue", "grey")] + questions("a", 20)
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps({"instruction": long.format(n, "red"), "output": "x"}) + "\n" for n in range(3)))
+    train, held_out = Source(path=write(tmp_path / "a.jsonl", rows)), Source(path=str(tmp_path / "v.jsonl"))
+    prepared = prepare(DataRecipe(train=(train,), validation=(held_out,)), tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert (len(prepared.train), prepared.manifest.near_duplicates) == (44, 3)  # told, not moved
+    assert "3 validation examples ask nearly what training asks" in prepared.summary()
+    assert 'nearly the same: "please write one short poem about the old house number 0 that' in prepared.summary()
+
+
+def test_a_manifest_from_before_these_counts_is_read(tmp_path, tokenizer):
+    prepared = prepare(simple(tmp_path), tokenizer=tokenizer, cache=tmp_path / "cache")
+    path = prepared.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("near_duplicates", "shared", "notes"):
+        del manifest[name]
+    for name in ("history", "unscored", "reasoning", "tools", "unread"):
+        del manifest["sources"][0][name]
+    path.write_text(json.dumps(manifest))
+    assert Prepared.load(prepared.folder).manifest == prepared.manifest
 
 
 def test_a_source_that_is_asked_for_more_repeats_it_and_says_so(tmp_path, tokenizer):

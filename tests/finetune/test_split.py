@@ -7,7 +7,19 @@ from hypothesis import strategies as st
 
 from loratune.errors import DataError
 from loratune.finetune.data import Example, Exchange
-from loratune.finetune.split import apportion, divide, draw, duplicates, group_key, identity, overlapping, quotas, shuffled
+from loratune.finetune.split import (
+    apportion,
+    divide,
+    draw,
+    duplicates,
+    groups,
+    hold_out,
+    identity,
+    overlapping,
+    questions_of,
+    quotas,
+    shuffled,
+)
 
 
 def example(instruction, about="", response="x"):
@@ -22,21 +34,93 @@ def example(instruction, about="", response="x"):
         (("ﬁve ①",), ("five 1",)),  # NFKC
         (("«Straße»",), ("STRASSE",)),
         (("Hi\n",), ("hi!",)),
+        (("What is a c\u200bat\ufeff?",), ("\u2060what\u00ad is a cat",)),  # Cf: dropped, not spaces
+        (("I ❤\ufe0f cats",), ("I ❤ cats",)),  # variation selector
+        (("cafe\u200b\u0301",), ("café",)),
+        (("a\x00 c\x07at",), ("a cat",)),
+        (("a\u2003cat\u2028here",), ("a cat here",)),
+        (("a\u034fb \u3164c",), ("ab c",)),  # shown as nothing, though a mark and a letter
     ],
 )
 def test_the_same_question(one, other):
-    assert group_key(example(*one)) == group_key(example(*other))
+    assert questions_of(example(*one)) == questions_of(example(*other))
 
 
 @pytest.mark.parametrize(("one", "other"), [("2 + 3", "2 3"), ("कि", "की"), ("?", "!"), ("a cat", "a bat")])
 def test_different_questions(one, other):
-    assert group_key(example(one)) != group_key(example(other))
+    assert questions_of(example(one)) != questions_of(example(other))
 
 
-def test_a_conversation_is_known_by_its_first_question():
-    long = Example(exchanges=(Exchange("Hi", "", "Hello"), Exchange("Bye", "", "See you")), system="Be brief.")
-    assert group_key(long) == group_key(example("hi"))
+def test_every_question_of_a_conversation_is_a_key():
+    long = Example(exchanges=(Exchange("Hi", "", "Hello"), Exchange("Bye", "", "See you"), Exchange("hi!", "", "?")), system="Be brief.")
+    assert questions_of(long) == ("hi", "bye")
     assert identity(long) != identity(example("Hi", "", "Hello"))
+
+
+def test_groups_are_linked_by_any_question_and_named_by_an_opening_one():
+    assert groups([("x", "b"), ("b",), ("a", "c"), ("c", "x"), ("d",), ("z", "y")]) == ["a", "a", "a", "a", "d", "z"]
+
+
+ROWS = st.lists(st.lists(st.sampled_from("abcdefghijklmnopqrstuv"), min_size=1, max_size=3).map(tuple), min_size=1, max_size=40)
+
+
+@given(rows=ROWS, order=st.randoms(use_true_random=False))
+def test_groups_are_the_connected_components(rows, order):
+    keys = groups(rows)
+    for i, one in enumerate(rows):  # reachable by shared questions, the slow way
+        reached = set(one)
+        while any(reached & set(row) and not set(row) <= reached for row in rows):
+            reached |= {q for row in rows if reached & set(row) for q in row}
+        assert [keys[j] == keys[i] for j in range(len(rows))] == [bool(reached & set(row)) for row in rows]
+    places = list(range(len(rows)))
+    order.shuffle(places)
+    assert groups([rows[i] for i in places]) == [keys[i] for i in places]
+
+
+@given(first=st.lists(st.integers(0, 30), min_size=1, max_size=60), seed=st.integers(0, 9))
+def test_conversations_without_common_later_questions_split_as_before(first, seed):
+    """Until every question became a key, the first alone was one."""
+    rows = [(f"q{n}", f"later {place}") for place, n in enumerate(first)]
+    wanted = [len(rows) // 4]
+    before = divide([row[0] for row in rows], [0] * len(rows), wanted, seed)
+    held = hold_out(rows, [0] * len(rows), wanted, seed)
+    if 2 * before.sum() >= wanted[0]:
+        assert held.chosen.tolist() == before.tolist()
+
+
+def sides(rows, chosen):
+    return [{q for row, c in zip(rows, chosen, strict=True) if c == side for q in row} for side in (False, True)]
+
+
+@given(rows=ROWS, seed=st.integers(0, 9))
+def test_no_question_stands_on_both_sides_where_the_split_can_be_made(rows, seed):
+    strict = divide(groups(rows), [0] * len(rows), [len(rows) // 4], seed)
+    held = hold_out(rows, [0] * len(rows), [len(rows) // 4], seed)
+    if 2 * strict.sum() >= len(rows) // 4:
+        assert held.chosen.tolist() == strict.tolist()
+        assert not set.intersection(*sides(rows, held.chosen))
+
+
+def test_a_question_that_links_everything_is_given_up_and_only_that():
+    rows = [(f"q{i // 2}", "go on") for i in range(100)]
+    held = hold_out(rows, [0] * 100, [20], 0)
+    assert held.chosen.sum() == 20
+    assert set.intersection(*sides(rows, held.chosen)) == {"go on"}
+    half = [(f"q{i}", "go on") for i in range(50)] + [(f"p{i}", f"r{i // 2}") for i in range(50)]
+    held = hold_out(half, [0] * 100, [20], 0)
+    assert held.chosen.sum() == 20
+    assert not set.intersection(*sides(half, held.chosen))  # enough rows without it
+
+
+def test_copies_of_a_conversation_stay_together_even_then():
+    rows = [("hi", f"q{i // 4}") for i in range(100)] + [("hi", "go on")] * 4
+    held = hold_out(rows, [0] * 104, [20], 0)
+    assert held.chosen.sum() == 20
+    assert set.intersection(*sides(rows, held.chosen)) == {"hi"}
+
+
+def test_one_question_asked_by_all_cannot_be_given_up():
+    assert hold_out([("a",)] * 9, [0] * 9, [3], 0).chosen.sum() == 0
 
 
 KEYS = st.lists(st.tuples(st.sampled_from("abcdefghijkl"), st.integers(0, 2)), min_size=1, max_size=60)
@@ -77,8 +161,16 @@ def test_seed_decides_and_every_row_has_the_same_chance():
 
 
 def test_overlapping_and_duplicates():
-    assert overlapping(["a", "b", "a", "c"], ["a", "z"]).tolist() == [True, False, True, False]
-    assert duplicates(["a", "b", "a", "a"]) == 2
+    assert overlapping([("a",), ("x", "b"), ("a",), ("c",)], [0] * 4, [("z", "a")]).tolist() == [True, False, True, False]
+    assert overlapping([("a", "b"), ("c", "d"), ("e",), ("f",)], [0] * 4, [("d",), ("z", "b")]).tolist() == [True, True, False, False]
+    assert duplicates([["a", "b", "a", "a"], ["b", "c", "c"]]) == [2, 2]  # with those of the sources before
+
+
+def test_a_common_question_does_not_empty_training():
+    rows = [(f"q{i}", "go on") for i in range(10)]
+    leaks = overlapping(rows, [0] * 10, [("q3", "go on"), ("p", "go on")])
+    assert np.flatnonzero(leaks).tolist() == [3]
+    assert overlapping([("a",)] * 9, [0] * 9, [("a",)]).all()
 
 
 def test_shuffled_keeps_equal_texts_in_order_and_is_pinned():

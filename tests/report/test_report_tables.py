@@ -160,3 +160,17 @@ def test_words() -> None:
     assert [count(n) for n in (0, 999, 1500, 2_340_000, 7.7e9)] == ["0", "999", "1.5 k", "2.34 M", "7.7 G"]
     assert (signed(-0.2065), signed(0.1), signed(None)) == ("−0.2065", "+0.1000", "–")
     assert in_order({"zeta", "learning_rate", "lora_r"}) == ["lora_r", "learning_rate", "zeta"]
+
+
+def test_duplicates_are_the_number_that_the_summary_says(tmp_path):
+    """Rows of one source that stand in another count once, where they come later."""
+    for name, letters in (("a", "abcda"), ("b", "abxyz")):
+        rows = [{"instruction": f"what is {letter}", "output": name} for letter in letters]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    recipe = DataRecipe(train=tuple(Source(path=str(tmp_path / f"{name}.json")) for name in "ab"), validation_fraction=0.3)
+    prepared = prepare(recipe, tokenizer=str(demo.model_folder()), cache=tmp_path / "cache")
+    head, rows = asked.sources(SimpleNamespace(manifest=json.loads(prepared.manifest.to_json())))
+    at = head.index("duplicates")
+    assert [row[at] for row in rows] == ["1", "2", "3"]
+    assert rows[-1][:2] == ["all", "10"]
+    assert "3 duplicates kept on one side of the split" in prepared.summary()

@@ -1,0 +1,66 @@
+"""Which files a source's path means: a file, the data files of a folder, a folder that `datasets` saved, or a hub id."""
+
+import difflib
+import re
+from pathlib import Path
+
+from loratune.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "package.json"}
+_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+
+
+def local(path: str, split: str | None) -> list[Path] | Path | None:
+    """The data files behind `path`; a folder for what `datasets` has saved to disk; None for a hub id."""
+    if not path.strip():
+        raise DataError("a source's path is empty; expected a file, a folder or a hub id.")
+    place = Path(path).expanduser()
+    if place.is_file():
+        if split is not None:
+            raise DataError(f"{path}: split: {split} was asked of a single file; split applies to folders and hub data sets. Leave it out.")
+        if not kind_of(place):
+            raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}, each also with .gz (not Parquet).")
+        return [place]
+    if place.is_dir():
+        saved = any((place / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        return place if saved else _folder(place, split)
+    if kind_of(place) or path.startswith((".", "/", "~")) or path.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise DataError(_missing(place, path))
+    return None
+
+
+def kind_of(file: Path) -> str:
+    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
+    return suffix if suffix in SUFFIXES else ""
+
+
+def _missing(place: Path, path: str) -> str:
+    parent = place.parent
+    if not parent.is_dir():
+        return f"{path}: no such file or folder; the folder {parent} does not exist either."
+    near = difflib.get_close_matches(place.name, [p.name for p in parent.iterdir()], n=3)
+    return f"{path}: no such file or folder." + (f" Did you mean {' or '.join(near)}?" if near else "")
+
+
+def _folder(folder: Path, split: str | None) -> list[Path]:
+    inside = [p for p in folder.rglob("*") if p.is_file() and kind_of(p) and p.name not in _NOT_DATA]
+    files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    if not files:
+        raise DataError(f"{folder}: the folder holds no data files. Known: {', '.join(SUFFIXES)}.")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[\W_]+", str(file.relative_to(folder)).lower())
+        # A chosen split may have any name; unchosen, only the customary names tell splits apart.
+        name = next((s for s in ((split,) if split else _SPLITS) if s.lower() in words), "")
+        by_split.setdefault(name, []).append(file)
+    if split:
+        if split not in by_split:
+            raise DataError(f"{folder}: no file name contains split {split}. Files: {', '.join(p.name for p in files[:8])}.")
+        return by_split[split]
+    if len(by_split) > 1:
+        names = ", ".join(sorted(filter(None, by_split)))
+        raise DataError(
+            f"{folder}: the folder holds several splits ({names}). Name the one to use, for example split: {min(filter(None, by_split))}."
+        )
+    return files

@@ -1,0 +1,149 @@
+"""What the fields of a record mean: read, refused, or counted as not read; none is dropped without a word."""
+
+import json
+
+import pytest
+
+from loratune.finetune.data import Example, Exchange, fields_of
+from loratune.finetune.fields import BadError
+from loratune.finetune.formats import detect, parse
+from loratune.finetune.prepared import SourceCounts
+
+ALPACA = {"instruction": "And how old is it?", "input": "", "output": "Ten."}
+
+
+def conversation(*answers, **more):
+    """Messages with these fields in the assistant's."""
+    turns = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}", **own}] for n, own in enumerate(answers)]
+    return {"messages": [message for turn in turns for message in turn], **more}
+
+
+def read(record):
+    return parse(record, detect(record))
+
+
+# ---- what is read ----
+
+
+@pytest.mark.parametrize("name", ["instruction", "dolly", "prompt"])
+@pytest.mark.parametrize("spelt", [[["Who?", "Tom."]], '[["Who?", "Tom."]]', (("Who?", "Tom."),)])
+def test_history_stands_before_the_question_and_is_scored(name, spelt):
+    spelt = list(spelt) if isinstance(spelt, tuple) else spelt
+    record = {"instruction": ALPACA, "dolly": {"instruction": "Q", "response": "A"}, "prompt": {"prompt": "Q", "completion": "A"}}[name]
+    found = read(record | {"history": spelt})
+    assert found.exchanges[0] == Exchange("Who?", "", "Tom.", scored=True)
+    assert (len(found.exchanges), found.history, found.unread) == (2, 1, ())
+
+
+@pytest.mark.parametrize("nothing", [None, [], "", "[]", " "])
+def test_no_history(nothing):
+    assert read(ALPACA | {"history": nothing}).exchanges == (Exchange(ALPACA["instruction"], "", "Ten."),)
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "training", "loss", "loss_scale"])
+@pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, 1.0), (0, None)])
+def test_an_answer_that_is_context_only(name, no, yes):
+    found = read(conversation({name: no}, {name: yes}))
+    assert [exchange.scored for exchange in found.exchanges] == [False, True]
+    assert found.unread == ()
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning(name):
+    found = read(conversation({name: "Hm."}, {name: None}))
+    assert [exchange.reasoning for exchange in found.exchanges] == ["Hm.", ""]
+    assert found.unread == ()
+
+
+def test_reasoning_of_a_single_answer():
+    assert read(ALPACA | {"reasoning_content": "Hm."}).exchanges[0].reasoning == "Hm."
+
+
+TOOLS = [{"type": "function", "function": {"name": "größe", "parameters": {"b": 1, "a": 2}}}]
+
+
+@pytest.mark.parametrize("record", [ALPACA, conversation({}), {"conversations": conversation({})["messages"]}])
+@pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)])
+def test_tools_are_kept_as_json_in_the_order_given(record, given):
+    assert read(record | {"tools": given}).tools == json.dumps(TOOLS, ensure_ascii=False)
+    assert read(record | {"tools": None}).tools == read(record | {"tools": []}).tools == ""
+
+
+def test_other_spellings():
+    assert read({"instruction": "q", "input": "about", "response": "a"}).exchanges[0].input == "about"
+    assert read({"instruction": "q", "context": "about", "output": "a"}).exchanges[0].input == "about"
+    assert read(ALPACA | {"system_prompt": "Be brief."}).system == "Be brief."
+    assert read({"messages": [{"role": "developer", "content": "Be brief."}, *conversation({})["messages"]]}).system == "Be brief."
+    assert read(ALPACA | {"label": True, "kto_tag": True, "weight": 1, "train": "true"}).unread == ()
+
+
+def test_prompt_and_completion_of_messages():
+    """TRL scores the completion alone."""
+    first, second = conversation({}, {})["messages"][:2], conversation({}, {})["messages"][2:]
+    found = read({"prompt": [*first, second[0]], "completion": [second[1]]})
+    assert found.exchanges == (Exchange("q0", "", "a0", scored=False), Exchange("q1", "", "a1"))
+
+
+# ---- what is refused ----
+
+REFUSED = {
+    "history of one text": (ALPACA | {"history": [["Who?"]]}, r"^history\[1\]: expected a pair of texts"),
+    "history without an answer": (ALPACA | {"history": [["Who?", None]]}, r"^history\[1\]: expected a pair of texts"),
+    "history as an object": (ALPACA | {"history": {"a": "b"}}, "^field history: expected a list of pairs"),
+    "history as text": (ALPACA | {"history": "Who? Tom."}, "^field history: expected a list of pairs"),
+    "half a weight": (conversation({"weight": 0.5}), r"^messages\[2\]\.weight: expected 0 or 1, .* found the number 0\.5"),
+    "weight in words": (conversation({"train": "maybe"}), r"^messages\[2\]\.train: expected 0 or 1"),
+    "contradiction": (conversation({"weight": 0, "train": True}), r"^messages\[2\]\.weight and train: contradict"),
+    "part of an answer": (
+        conversation({"train_detail": [{"begin_offset": 0}]}),
+        r"^messages\[2\]\.train_detail: an answer is scored as a whole",
+    ),
+    "no scored answer": (conversation({"weight": 0}, {"train": False}), "^no answer is scored"),
+    "a trained question": (
+        {"messages": [{"role": "user", "content": "q", "train": True}]},
+        "^messages.1.: a message of the user is marked",
+    ),
+    "reasoning of a user": ({"messages": [{"role": "user", "content": "q", "thinking": "x"}]}, "^messages.1.: .* has a reasoning part"),
+    "two reasonings": (conversation({"reasoning": "x", "thinking": "y"}), r"^messages\[2\]\.reasoning and thinking: mean the same"),
+    "weight of a row": (ALPACA | {"weight": 0.5}, "^field weight: expected 0 or 1"),
+    "row not to be learnt": (ALPACA | {"weight": 0}, "^the row is marked as not to be trained on"),
+    "unwanted answer": ({"prompt": "q", "completion": "a", "label": False}, "^field label: false marks an answer that is not wanted"),
+    "two systems": (
+        conversation({}, system="B") | {"messages": [{"role": "system", "content": "A"}, *conversation({})["messages"]]},
+        "two diff",
+    ),
+    "two inputs": (ALPACA | {"input": "a", "context": "b"}, "^field input and context: mean the same"),
+    "tools of text": (ALPACA | {"tools": "calculator"}, "^field tools: expected a list of objects"),
+    "tools by name": (ALPACA | {"tools": ["calculator"]}, r"^tools\[1\]: expected an object that describes a function"),
+    "functions": (conversation({}, functions=[{"name": "f"}]), "^field functions: .* write the functions as tools"),
+    "calls of tools": (conversation({"tool_calls": [{"id": "1"}]}), r"^messages\[2\]\.tool_calls: conversations with calls of tools"),
+    "results of tools": ({"messages": [{"role": "tool", "content": "4"}]}, r"^messages\[1\]\.role: expected one of .*calls of tools"),
+    "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "chosen and rejected are preference data"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    record, message = REFUSED[name]
+    with pytest.raises(BadError, match=message):
+        read(record)
+
+
+# ---- what is not read ----
+
+
+def test_other_fields_are_named_also_inside_messages():
+    record = conversation(
+        {"name": "Bob", "weight": 1}, {"name": "Bob", "refusal": None}, id=0, source="web", history=[], note=None, tags=[]
+    )
+    assert read(record).unread == ("id", "source", "messages[].name")
+
+
+def test_the_summary_groups_them_by_rows():
+    rows = [ALPACA | {"id": n, "source": "web", "history": [["q", "a"]]} | ({"score": 3} if n == 0 else {}) for n in range(2000)]
+    examples = [Example(exchanges=p.exchanges, history=p.history, unread=p.unread) for p in map(read, rows)]
+    zero = dict.fromkeys(("rows", "bad", "dropped", "overlapping", "duplicates", "train", "validation", "repeats", "cut"), 0)
+    assert SourceCounts(path="a", role="train", bad_rows=(), **zero, **fields_of(examples)).fields() == [
+        "2,000 rows with history: its exchanges stand before the question, their answers are scored too",
+        "fields not read: id, source (2,000 rows); score (1 row)",
+    ]
