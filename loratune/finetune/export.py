@@ -85,7 +85,7 @@ def model_card(
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):
         head.append(f"base_model: {base}")  # the hub refuses local paths here
     wanted = ({"revision": revision} if revision else {}) | dict(options or {})
-    given = "".join(f", {name}={json.dumps(value) if isinstance(value, str) else value!r}" for name, value in wanted.items())
+    given = "".join(f", {name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in wanted.items())
     load = (
         'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("this folder")'
         if merged
