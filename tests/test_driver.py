@@ -1,5 +1,6 @@
 """What a study leaves on disk, and which error it ends with."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,14 @@ def test_absent_layers_are_a_mistake_of_the_model(engine: str, tmp_path: Path, m
     with pytest.raises(ModelError, match="no_such_layer") as caught:
         list(tune(StudySpec.load(base=given)))
     assert caught.value.exit_code == 4
+
+
+def test_a_model_with_an_adapter_is_refused_before_the_data_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(demo.model_folder(), tmp_path / "mixed")
+    (tmp_path / "mixed" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    given = demo.study()
+    given |= {"model": {"name_or_path": str(tmp_path / "mixed")}, "output": {"folder": str(tmp_path / "study")}}
+    with pytest.raises(ModelError, match="holds a model AND an adapter"):
+        list(tune(StudySpec.load(base=given)))
+    assert not (tmp_path / "cache").exists()

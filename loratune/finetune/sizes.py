@@ -18,6 +18,7 @@ def adapter_sizes(recipe: ModelRecipe) -> Callable[[Hyperparameters], int]:
     The layers are those that training will choose, of the same model built without memory (torch's meta device).
     Raises ModelError for a model that cannot be built; the function does for target modules that it does not have.
     """
+    hub.refuse_adapter(recipe.name_or_path, recipe.revision)
     common: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
     try:
         with hub.asked_once(recipe.name_or_path):

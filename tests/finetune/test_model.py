@@ -9,6 +9,7 @@ import transformers
 
 from loratune.errors import ModelError
 from loratune.finetune import model
+from loratune.finetune.sizes import adapter_sizes
 from loratune.work import ModelRecipe
 
 CPU = torch.device("cpu")
@@ -65,6 +66,53 @@ def test_missing_folder() -> None:
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         load(tmp_path)
+
+
+@pytest.fixture
+def mixed(copy: Path) -> Path:
+    """A model's folder into which somebody copied an adapter."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": "someone/llama", "r": 4, "target_modules": ["q_proj"]}
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_a_folder_with_a_model_and_an_adapter(mixed: Path) -> None:
+    """Refused, wherever a model is loaded or its config read: Transformers would put the adapter on without a word."""
+    both = r"holds a model AND an adapter \(adapter_config\.json, made for someone/llama\).*merge the adapter first"
+    recipe = ModelRecipe(name_or_path=str(mixed))
+    for refused in (lambda: load(mixed), lambda: model.load_tokenizer(recipe), lambda: adapter_sizes(recipe)):
+        with pytest.raises(ModelError, match=both):
+            refused()
+    (mixed / "adapter_config.json").write_text("not JSON")
+    with pytest.raises(ModelError, match=r"a model AND an adapter \(adapter_config\.json\)"):
+        load(mixed)
+
+
+def test_a_folder_with_an_adapter_alone(mixed: Path) -> None:
+    (mixed / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"and no model\. Give the model that it was made for, someone/llama"):
+        load(mixed)
+    with pytest.raises(ModelError, match="no model"):
+        adapter_sizes(ModelRecipe(name_or_path=str(mixed)))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_hub_repository_with_an_adapter(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    """As the hub's cache holds it, without the network."""
+    if not whole:
+        (mixed / "config.json").unlink()
+    cache = tmp_path / "hub" / "models--someone--mixed"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("a" * 40)
+    (cache / "refs" / "v2").write_text("a" * 40)
+    shutil.copytree(mixed, cache / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    expected = "a model AND an adapter" if whole else "no model.*someone/llama"
+    for revision in (None, "v2"):
+        with pytest.raises(ModelError, match=expected):
+            load("someone/mixed", revision=revision)
 
 
 def test_broken_config(copy: Path) -> None:
