@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loratune.errors import ModelError, StorageError
+from loratune.finetune import layers
 from loratune.finetune.dropout import DropoutKey, KeyedDropout
 from loratune.work import Hyperparameters
 
@@ -157,25 +158,25 @@ def targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     Raises ModelError as `chosen_layers` does.
     """
     chosen = chosen_layers(model, wanted)
-    if isinstance(wanted, tuple):
-        return sorted(wanted)
+    modules = [name for name, _ in model.named_modules() if name]
     if wanted not in NAMED_SETS:
-        return [wanted]
-    return _endings(chosen, [name for name, module in model.named_modules() if name])
+        endings = wanted if isinstance(wanted, tuple) else (wanted,)
+        if {name for name in modules if any(_ends(name, ending) for ending in endings)} == set(chosen):
+            return sorted(endings)
+    return _endings(chosen, modules)
 
 
 def chosen_layers(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     """The names of the wanted linear layers, in the model's order.
 
     `qv`: query and value projections; `qkvo`: all of attention; `mlp`; `all-linear`: both. Where a family fuses
-    q, k and v, the fused layer stands for each of them. Raises ModelError naming the layers that exist.
+    q, k and v, the fused layer stands for each of them. Only layers that an adapter can go on (`layers.py`) are taken: a set
+    leaves the others out, a name stands for the text's layers of that name. Raises ModelError naming the layers that exist.
     """
     linear = linear_layers(model)
     if wanted not in NAMED_SETS:
         endings = wanted if isinstance(wanted, tuple) else (wanted,)
-        for ending in endings:
-            if not any(_ends(layer, ending) for layer in linear):
-                _refuse(ending, linear)
+        _check_names(model, endings)
         return [layer for layer in linear if any(_ends(layer, ending) for ending in endings)]
     chosen = [layer for layer in linear if wanted in _sets(layer)]
     leaves = {_leaf(layer) for layer in chosen}
@@ -183,6 +184,45 @@ def chosen_layers(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     if not complete:
         _refuse(str(wanted), linear)
     return chosen
+
+
+def left_out(model: nn.Module, wanted: str | tuple[str, ...]) -> str:
+    """A line on the layers that `wanted` names or stands for and that get no adapter; "" where there are none.
+
+    Raises ModelError as `chosen_layers` does.
+    """
+    chosen_layers(model, wanted)
+    known = layers.layers_of(model)
+    endings = wanted if isinstance(wanted, tuple) else (wanted,)
+    named = wanted in NAMED_SETS
+    unfit = {
+        layer: why
+        for layer, why in known.unfit.items()
+        if (wanted in _sets(layer) if named else any(_ends(layer, ending) for ending in endings))
+    }
+    phrases = [layers.in_words(unfit, known.fit)] if unfit else []
+    if known.experts and wanted in ("mlp", "all-linear"):
+        share, where = known.experts_share, layers.pattern(known.experts)
+        phrases.append(f"the experts, {share:.0%} of the parameters ({where}: Transformers keeps them in tensors, not in linear layers)")
+    return f"target_modules {', '.join(endings)}: no adapter on {'; on '.join(phrases)}" if phrases else ""
+
+
+def _check_names(model: nn.Module, endings: tuple[str, ...]) -> None:
+    """Refuse names of no linear layer, and of layers that no adapter can go on."""
+    known = layers.layers_of(model)
+    wrong = {}
+    for ending in endings:
+        fit = [layer for layer in known.fit if _ends(layer, ending)]
+        unfit = {layer: why for layer, why in known.unfit.items() if _ends(layer, ending)}
+        if not fit and not unfit:
+            _refuse(ending, list(known.fit))
+        wrong |= {layer: why for layer, why in unfit.items() if why != layers.NOT_TEXT or not fit}
+    if wrong:
+        names = ", ".join(sorted({_leaf(layer) for layer in known.fit}))
+        raise ModelError(
+            f"target_modules: no adapter can go on {layers.in_words(wrong, known.fit)}. "
+            f"Give others of its linear layers: {names or 'none'}; or one of {', '.join(NAMED_SETS)}."
+        )
 
 
 def _ends(layer: str, ending: str) -> bool:
@@ -204,10 +244,8 @@ def _sets(layer: str) -> set[str]:
 
 
 def linear_layers(model: Any) -> list[str]:
-    """The names of all linear layers but the output head."""
-    head = model.get_output_embeddings()
-    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)  # bitsandbytes' quantised layers are nn.Linear
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    """The names of all linear layers that an adapter can go on, in the model's order; never the output head."""
+    return list(layers.layers_of(model).fit)
 
 
 def _endings(chosen: list[str], everything: list[str]) -> list[str]:
