@@ -23,6 +23,7 @@ from loratune.environment import environment
 from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as
 from loratune.files import write_atomically
+from loratune.finetune import hub
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.prepare import Prepared, prepare
 from loratune.plan import slots_for, workers_for
@@ -105,7 +106,11 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
 
 
 def prepare_data(spec: StudySpec, notes: list[str]) -> Prepared:
-    """The study's tokenised, split data, from the cache where it is there. What happened is appended to `notes`."""
+    """The study's tokenised, split data, from the cache where it is there. What happened is appended to `notes`.
+
+    Raises DataError; ModelError for the tokenizer, and for a base model that has an adapter beside it.
+    """
+    hub.refuse_adapter(spec.model.name_or_path, spec.model.revision)
     return prepare(
         DataRecipe.from_json(json.dumps(spec.data_recipe_dict())),
         tokenizer=spec.model.name_or_path,
@@ -138,12 +143,17 @@ def cache_folder() -> Path:
 
 
 def deliver(folder: Path) -> Delivery:
-    """Write the report, and hand over the trial that `loratune select` chose, else the best: `best.yaml` and the adapter."""
+    """Write the report, and hand over the trial that `loratune select` chose, else the best: `best.yaml` and the adapter.
+
+    Before, plain PEFT loads the adapter on its base model, and it is compared with what was measured (`report/reloading.py`).
+    Raises ModelError, with the report written and nothing handed over, when it is another; StorageError.
+    """
     from loratune.report import hand_over, write_report
 
     record = read(folder)
+    report = write_report([record], folder / "report.html")
     best, adapter = hand_over(record, folder) if record.best is not None else (None, None)
-    return Delivery(record=record, report=write_report([record], folder / "report.html"), best=best, adapter=adapter)
+    return Delivery(record=record, report=report, best=best, adapter=adapter)
 
 
 def _sampler(spec: StudySpec, workers: int) -> BaseSampler:

@@ -27,7 +27,7 @@ def check(model: Any, recipe: ModelRecipe, data: Prepared, wanted: Sequence[str 
     wrong, notes = [], []
     for choice in dict.fromkeys(wanted):
         try:
-            notes.append(lora.left_out(model, choice))
+            notes += lora.left_out(model, choice)
         except ModelError as error:
             wrong.append(str(error))
     wrong.append(_tokens_without_embedding(model, recipe, data))
@@ -75,9 +75,11 @@ def _too_long(model: Any, data: Prepared) -> tuple[str, str]:
     if table is not None and longest > table[0]:
         limit, name = table
         return (
-            f"data.max_length: {data.manifest.recipe.max_length} lets {int((lengths > limit).sum()):,} of {len(lengths):,} examples be longer "
-            f"than the {limit:,} positions that the model has ({name}); the longest has {longest:,} tokens. Set max_length to {limit} at most."
-        ), ""
+            f"data.max_length: {data.manifest.recipe.max_length} lets {int((lengths > limit).sum()):,} of {len(lengths):,} examples be "
+            f"longer than the {limit:,} positions that the model has ({name}); the longest has {longest:,} tokens. "
+            f"Set max_length to {limit} at most.",
+            "",
+        )
     if made_for is not None and longest > made_for:
         over = int((lengths > made_for).sum())
         return "", (

@@ -7,6 +7,7 @@ The exported folder needs nothing of loratune:
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -18,15 +19,17 @@ from typing import Any
 import torch
 
 from loratune.errors import ModelError, StorageError
+from loratune.finetune import memory, model, reloaded
 from loratune.work import ModelRecipe
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def export_adapter(adapter: Path, destination: Path, card: Mapping[str, Any] | str) -> Path:
+def export_adapter(adapter: Path, destination: Path, card: Mapping[str, Any] | str, *, options: Mapping[str, Any] | None = None) -> Path:
     """Copy the PEFT folder `adapter` to `destination` and write its README.md; returns `destination`.
 
-    `card` is the whole model card, or facts to put in a table under a standard head. An earlier export is
+    `card` is the whole model card, or facts to put in a table under a standard head; `options` are what the base model is to be
+    loaded with beside its revision. Whether the adapter is what was trained, `reloaded.check` says. An earlier export is
     replaced; anything else that stands there is not. Raises ModelError for a folder that holds no adapter and
     StorageError when `destination` cannot be written.
     """
@@ -35,49 +38,62 @@ def export_adapter(adapter: Path, destination: Path, card: Mapping[str, Any] | s
     def fill(folder: Path) -> None:
         for name in (_CONFIG, _WEIGHTS):
             shutil.copyfile(adapter / name, folder / name)
-        (folder / "README.md").write_text(card if isinstance(card, str) else model_card(config, card))
+        (folder / "README.md").write_text(card if isinstance(card, str) else model_card(config, card, options=options))
 
     return _install(fill, destination, mark=_CONFIG)
 
 
-def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[str, Any] | str) -> Path:
+def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[str, Any] | str, *, data: Path | None = None) -> Path:
     """Write the base model with the adapter added to its weights, W + scale * B A, and its tokenizer; returns `destination`.
 
-    Works on CPU in the recipe's dtype (float32 for `auto`), on unquantised weights. Raises as `export_adapter`, and
-    ModelError when the base model cannot be loaded or the sum is not finite.
+    Works on CPU in the recipe's dtype (float32 for `auto`), on unquantised weights. The folder is loaded by plain Transformers and
+    its loss compared with the adapter's on some examples of `data`, the study's prepared data, before it stands at `destination`.
+    Raises as `export_adapter`, and ModelError when the base model cannot be loaded, the sum is not finite, or the loss is another.
     """
-    import peft
-
-    from loratune.finetune import model
-
-    config = _adapter_config(adapter)
-    base = model.load(replace(recipe, load_in_4bit=False), torch.device("cpu"), silent=False)
+    config, cpu = _adapter_config(adapter), torch.device("cpu")
+    plain = replace(recipe, load_in_4bit=False)
+    base = model.load(plain, cpu, silent=False)
+    some = reloaded.sample(data, base.model.config.get_text_config().vocab_size).tokens
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    expected = reloaded.with_deltas(base.model, reloaded.weights(adapter), scale, some)
     try:
-        merged = peft.PeftModel.from_pretrained(base.model, str(adapter)).merge_and_unload(safe_merge=True)
+        merged = reloaded.load(base.model, adapter).merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{adapter} cannot be merged into {recipe.name_or_path}: {error}") from error
+    exact = merged.dtype in (torch.float32, torch.float64)
+    tokenizer, held = base.tokenizer, [merged]
+    del base, merged
 
     def fill(folder: Path) -> None:
-        merged.save_pretrained(str(folder))
-        base.tokenizer.save_pretrained(str(folder))
+        held.pop().save_pretrained(str(folder))  # the last reference: a model of billions stands in memory once
+        tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card if isinstance(card, str) else model_card(config, card, merged=True))
+        memory.free(cpu)
+        again = model.load_network(replace(plain, name_or_path=str(folder), revision=None), cpu, silent=False)
+        found = reloaded.loss(again, again, some)
+        reloaded.compare(destination, found, "plain Transformers, merged", expected, "the adapter on its base model", exact=exact)
 
     return _install(fill, destination, mark="config.json")
 
 
-def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], *, merged: bool = False) -> str:
-    """A model card in the hub's format: YAML head, how to load it, the facts as a table."""
-    base = config.get("base_model_name_or_path") or "the base model"
+def model_card(
+    config: Mapping[str, Any], facts: Mapping[str, Any], *, merged: bool = False, options: Mapping[str, Any] | None = None
+) -> str:
+    """A model card in the hub's format: YAML head, how to load it, the facts as a table. `options`: what the base is loaded with."""
+    base, revision = config.get("base_model_name_or_path") or "the base model", config.get("revision")
     head = ["---", "library_name: " + ("transformers" if merged else "peft"), "tags: [lora, loratune]", "pipeline_tag: text-generation"]
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):
         head.append(f"base_model: {base}")  # the hub refuses local paths here
+    wanted = ({"revision": revision} if revision else {}) | dict(options or {})
+    given = "".join(f", {name}={json.dumps(value) if isinstance(value, str) else value!r}" for name, value in wanted.items())
     load = (
         'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("this folder")'
         if merged
         else "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "this folder")'
+        f'base = AutoModelForCausalLM.from_pretrained("{base}"{given})\nmodel = PeftModel.from_pretrained(base, "this folder")'
     )
-    own = {"base model": base, **{k: config[k] for k in ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules") if k in config}}
+    own = {"base model": base} | ({"revision of the base model": revision} if revision else {})
+    own |= {k: config[k] for k in ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules") if k in config}
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in {**own, **facts}.items()]
     what = "Base model with a LoRA adapter merged in" if merged else "LoRA adapter"
     lines = [*head, "---", "", f"# {what}", "", "Hyperparameters found by loratune.", "", "```python", load, "```", ""]
@@ -114,7 +130,8 @@ def _install(fill: Callable[[Path], None], destination: Path, *, mark: str) -> P
             shutil.rmtree(destination)
         aside.replace(destination)
     except OSError as error:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
         raise StorageError(f"cannot write {destination}: {error}") from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)  # unless it stands in its place now
     return destination

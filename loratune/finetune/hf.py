@@ -4,9 +4,9 @@ One process per device under torchrun; every process calls `run` with the same s
 """
 
 import contextlib
+import copy
 import gc
 import random
-import shutil
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -83,6 +83,7 @@ class HfEngine:
         run: SegmentRun | None = None
         state, message, details, kind = State.COMPLETED, "", "", ""
         try:
+            left_out = lora.left_out(self.base.model, wanted.hyperparameters.target_modules)
             adapter, key = lora.attach(self.base.model, wanted.hyperparameters, wanted.seed)
             if self.recipe.training.gradient_checkpointing:
                 model.checkpoint_activations(self.base.model, True)
@@ -98,6 +99,8 @@ class HfEngine:
                 report=report,
                 writes=self.rank == 0,
             )
+            for line in left_out:
+                run.log(line)
             state = self._train(run, adapter, key, parameters, optimizer, stop)
             message = "asked to stop; a checkpoint is written" if state is State.CANCELLED else ""
         except DivergedError as error:
@@ -206,16 +209,13 @@ class HfEngine:
 
 
 def _save_adapter(adapter, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    """Write an ordinary PEFT folder, aside, then put it in place of the old one."""
-    aside = folder.with_name(f".{folder.name}-new")
-    adapter.create_or_update_model_card = lambda _: None  # export.py writes it; PEFT's takes a fifth of a second
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        adapter.save_pretrained(str(aside), save_embedding_layers=False)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.replace(folder)
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error}. Free the disk, then run the same command.") from error
+    """Write an ordinary PEFT folder. Raises StorageError."""
+    tensors = {
+        f"base_model.model.{name}.lora_{side}.weight": getattr(layer, f"lora_{side}")[lora.ADAPTER].weight
+        for name, layer in lora.lora_layers(adapter)
+        for side in "AB"
+    }
+    lora.write_folder(folder, copy.copy(adapter.peft_config[lora.ADAPTER]), tensors)
 
 
 @contextlib.contextmanager

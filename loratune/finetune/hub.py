@@ -2,10 +2,15 @@
 
 import contextlib
 import functools
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from loratune.errors import ModelError
+
+_MERGE = "merge the adapter first: `loratune export STUDY FOLDER --merged`, or PEFT's merge_and_unload() and save_pretrained()"
 
 
 @functools.cache
@@ -62,3 +67,39 @@ def asked_once(name: str) -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = value
+
+
+def refuse_adapter(name: str, revision: str | None) -> None:
+    """Raise ModelError where `name`, a folder or a hub id, holds an adapter, with a model beside it or alone.
+
+    Transformers' `from_pretrained` would put the adapter on without a word, and what is trained then is another model's.
+    """
+    from transformers.utils import CONFIG_NAME, cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file  # what from_pretrained itself asks
+
+    folder = Path(name).expanduser()
+    if folder.exists():
+        found = find_adapter_config_file(str(folder))
+        has_model = (folder / CONFIG_NAME).is_file()
+    else:
+        quiet: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+        with asked_once(name):
+            try:
+                found = find_adapter_config_file(name, revision=revision)
+                has_model = found is not None and cached_file(name, CONFIG_NAME, revision=revision, **quiet) is not None
+            except (OSError, ValueError):
+                return  # no such repository, or revision: loading it says so, with the reason
+    if found is None:
+        return
+    try:
+        base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    if has_model:
+        made_for = f", made for {base}" if base else ""
+        raise ModelError(
+            f"model: {name} holds a model AND an adapter (adapter_config.json{made_for}), and both would be loaded. "
+            f"Give a folder that holds one of them, the model; or {_MERGE}."
+        )
+    instead = f"Give the model that it was made for, {base}" if base and base != name else "Give the model that it was made for"
+    raise ModelError(f"model: {name} holds an adapter (adapter_config.json) and no model. {instead}; or {_MERGE}.")

@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loratune.errors import ModelError, StorageError
+from loratune.files import write_atomically
 from loratune.finetune import layers
 from loratune.finetune.dropout import DropoutKey, KeyedDropout
+from loratune.finetune.peft_layers import addressable, refuse_lost, words_on_lost
+from loratune.finetune.peft_layers import detach as detach
+from loratune.finetune.peft_layers import lora_layers as lora_layers
 from loratune.work import Hyperparameters
 
 ADAPTER = "default"
+WEIGHTS = "adapter_model.safetensors"
 
 # Last part of a linear layer's name, by what it does. Families that fuse q, k and v in one layer have no other choice.
 _QUERY = {"q_proj", "query", "q", "q_lin", "wq"}
@@ -91,7 +96,8 @@ def peft_config(model: nn.Module, h: Hyperparameters) -> peft.LoraConfig:
         lora_dropout=h.lora_dropout,
         use_rslora=h.use_rslora,
         target_modules=targets(model, h.target_modules),
-        init_lora_weights=False,
+        init_lora_weights=False,  # set here, from a generator of our own
+        revision=getattr(model, "base_revision", None),
         fan_in_fan_out=any(isinstance(module, transformers.pytorch_utils.Conv1D) for module in model.modules()),
     )
 
@@ -108,35 +114,35 @@ def save_folder(folder: Path, model: nn.Module, h: Hyperparameters, tensors: Map
     """
     config = peft_config(model, h)
     config.base_model_name_or_path = getattr(model, "name_or_path", None)
+    write_folder(folder, config, {f"base_model.model.{name}": tensor for name, tensor in tensors.items()})
+
+
+def write_folder(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a PEFT folder as `save_folder` does; `tensors` by their names in the file. Changes `config`.
+
+    Beside it, in `<folder>.sha256`, stands the digest of its weights, by which the hand-over knows that they are those that
+    were measured.
+    """
     config.inference_mode = True
+    config.init_lora_weights = True  # B = 0: a weight that is not in the file adds nothing, instead of noise
+    config.target_modules = sorted(config.target_modules or ())  # type: ignore[assignment]  # PEFT makes a set of it, in no order
+    config.target_parameters = None
     aside = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         config.save_pretrained(str(aside))
-        named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(named, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(named, aside / WEIGHTS, metadata={"format": "pt"})
+        write_atomically(digest_of(folder), hashlib.sha256((aside / WEIGHTS).read_bytes()).hexdigest())
         shutil.rmtree(folder, ignore_errors=True)
         aside.replace(folder)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write {folder}: {error}. Free the disk, then run the same command.") from error
 
 
-def detach(model: nn.Module) -> None:
-    """Take every adapter off the base model, in place, also one that `attach` left half attached."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, peft.tuners.lora.LoraLayer):
-                setattr(parent, name, child.get_base_layer())
-    model.__dict__.pop("peft_config", None)
-    model.requires_grad_(False)
-    model.eval()
-
-
-def lora_layers(wrapped: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Each LoRA layer with its module's name in the base model, in the model's order."""
-    for name, module in wrapped.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            yield name.removeprefix("base_model.model."), module
+def digest_of(folder: Path) -> Path:
+    """Where the SHA-256 of the weights of the PEFT folder `folder` stands."""
+    return folder.with_name(f"{folder.name}.sha256")
 
 
 def adapter_parameters(wrapped: nn.Module) -> dict[str, nn.Parameter]:
@@ -170,41 +176,54 @@ def chosen_layers(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     """The names of the wanted linear layers, in the model's order.
 
     `qv`: query and value projections; `qkvo`: all of attention; `mlp`; `all-linear`: both. Where a family fuses
-    q, k and v, the fused layer stands for each of them. Only layers that an adapter can go on (`layers.py`) are taken: a set
-    leaves the others out, a name stands for the text's layers of that name. Raises ModelError naming the layers that exist.
+    q, k and v, the fused layer stands for each of them. Layers that no adapter can go on (`layers.py`) or whose adapters plain
+    PEFT would not load are left out of a set, and refused by name; a name stands for the text's layers of that name alone.
+    Raises ModelError naming the layers that exist.
     """
     linear = linear_layers(model)
     if wanted not in NAMED_SETS:
         endings = wanted if isinstance(wanted, tuple) else (wanted,)
         _check_names(model, endings)
-        return [layer for layer in linear if any(_ends(layer, ending) for ending in endings)]
+        chosen = [layer for layer in linear if any(_ends(layer, ending) for ending in endings)]
+        if lost := _lost(model, chosen):
+            refuse_lost(", ".join(endings), lost)
+        return chosen
     chosen = [layer for layer in linear if wanted in _sets(layer)]
     leaves = {_leaf(layer) for layer in chosen}
     complete = bool(leaves & _QUERY and leaves & _VALUE) or bool(leaves & _FUSED) if wanted in ("qv", "qkvo") else bool(chosen)
     if not complete:
         _refuse(str(wanted), linear)
-    return chosen
+    kept = addressable(model, chosen)
+    if not kept:
+        refuse_lost(wanted, chosen)
+    return kept
 
 
-def left_out(model: nn.Module, wanted: str | tuple[str, ...]) -> str:
-    """A line on the layers that `wanted` names or stands for and that get no adapter; "" where there are none.
+def _lost(model: nn.Module, layers: list[str]) -> list[str]:
+    kept = set(addressable(model, layers))
+    return [layer for layer in layers if layer not in kept]
+
+
+def left_out(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
+    """Lines on the layers that `wanted` names or stands for and that get no adapter.
 
     Raises ModelError as `chosen_layers` does.
     """
-    chosen_layers(model, wanted)
-    known = layers.layers_of(model)
+    chosen, known = set(chosen_layers(model, wanted)), layers.layers_of(model)
     endings = wanted if isinstance(wanted, tuple) else (wanted,)
-    named = wanted in NAMED_SETS
-    unfit = {
-        layer: why
-        for layer, why in known.unfit.items()
-        if (wanted in _sets(layer) if named else any(_ends(layer, ending) for ending in endings))
+    asked = {
+        layer
+        for layer in (*known.fit, *known.unfit)
+        if (wanted in _sets(layer) if wanted in NAMED_SETS else any(_ends(layer, ending) for ending in endings))
     }
+    unfit = {layer: why for layer, why in known.unfit.items() if layer in asked}
     phrases = [layers.in_words(unfit, known.fit)] if unfit else []
     if known.experts and wanted in ("mlp", "all-linear"):
         share, where = known.experts_share, layers.pattern(known.experts)
         phrases.append(f"the experts, {share:.0%} of the parameters ({where}: Transformers keeps them in tensors, not in linear layers)")
-    return f"target_modules {', '.join(endings)}: no adapter on {'; on '.join(phrases)}" if phrases else ""
+    lines = [f"target_modules {', '.join(endings)}: no adapter on {'; on '.join(phrases)}"] if phrases else []
+    lost = [layer for layer in known.fit if layer in asked - chosen]
+    return [*lines, words_on_lost(", ".join(endings), lost)] if lost else lines
 
 
 def _check_names(model: nn.Module, endings: tuple[str, ...]) -> None:

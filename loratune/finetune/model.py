@@ -67,12 +67,18 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
     LoRA dropout is then the only randomness in training, which makes a run a pure function of its seed.
     Raises ModelError, saying what is missing, for a folder or hub id that does not hold a causal language model.
     """
-    _check_folder(recipe)
+    _config(recipe)
+    tokenizer = load_tokenizer(recipe)
+    model = load_network(recipe, device, silent=silent)
+    return BaseModel(model=model, tokenizer=tokenizer, device=device, dtype=choose_dtype(recipe.dtype, device))
+
+
+def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> transformers.PreTrainedModel:
+    """The model of `load`, without its tokenizer. Raises ModelError."""
     dtype = choose_dtype(recipe.dtype, device)
     config = _config(recipe)
     if silent:
         _silence(config)
-    tokenizer = load_tokenizer(recipe)
     options: dict[str, Any] = {"config": config, "dtype": dtype, **_common(recipe)}
     if recipe.attn_implementation is not None:
         options["attn_implementation"] = recipe.attn_implementation
@@ -87,11 +93,14 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
             f"model {recipe.name_or_path!r}: {len(wrong)} weights are missing or have the wrong shape, {wrong[0]} among them. "
             "The files are incomplete or belong to another config.json."
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # a hub that could not be asked before, and then answered
+        raise ModelError(f"model {recipe.name_or_path!r}: an adapter was loaded with it. Give a model without one.")
+    model.base_revision = recipe.revision  # for what is trained on it: adapter_config.json names the base by both
     model.requires_grad_(False)
     if not recipe.load_in_4bit:  # a quantised model was placed while loading
         model.to(device)
     model.eval()
-    return BaseModel(model=model, tokenizer=tokenizer, device=device, dtype=dtype)
+    return model  # type: ignore[no-any-return]
 
 
 def load_tokenizer(recipe: ModelRecipe) -> transformers.PreTrainedTokenizerBase:
@@ -139,17 +148,20 @@ def _is_folder(name: str) -> bool:
 def _check_folder(recipe: ModelRecipe) -> None:
     name = recipe.name_or_path
     if not _is_folder(name):
+        hub.refuse_adapter(name, recipe.revision)
         return
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ModelError(
             f"model: there is no folder {name}. Give a folder that holds config.json, or a hub id such as meta-llama/Llama-2-7b-hf."
         )
+    hub.refuse_adapter(name, recipe.revision)
     if not (folder / "config.json").is_file():
         raise ModelError(f"model: {name} holds no config.json. Give the folder that `save_pretrained` wrote.")
 
 
 def _config(recipe: ModelRecipe) -> transformers.PretrainedConfig:
+    _check_folder(recipe)
     with _explained(recipe, "config.json"):
         config = transformers.AutoConfig.from_pretrained(recipe.name_or_path, **_common(recipe))
     causal = set(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

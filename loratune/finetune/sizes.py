@@ -14,6 +14,7 @@ from loratune.work import Hyperparameters, ModelRecipe
 
 def bare_model(recipe: ModelRecipe) -> Any:
     """The recipe's model without weights, on torch's meta device. Raises ModelError for one that cannot be built."""
+    hub.refuse_adapter(recipe.name_or_path, recipe.revision)
     common: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
     try:
         with hub.asked_once(recipe.name_or_path):

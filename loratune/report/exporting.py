@@ -6,8 +6,8 @@ from typing import Any
 from loratune.errors import StorageError
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import adapter_of, best_of, trial_of
-from loratune.report.handover import model_card
-from loratune.work import ModelRecipe
+from loratune.report.handover import load_options, model_card
+from loratune.report.reloading import as_measured, base_recipe, prepared_data
 
 
 def export(folder: Path, destination: Path, *, trial: int | None = None, merged: bool = False) -> Path:
@@ -16,6 +16,7 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
     trial: its number; by default the one that a selection chose, as long as the study did not go on since, else the one with the
     lowest validation loss. merged: write the base model with the adapter added to its weights, W + scale * B A, and its tokenizer.
 
+    Before, the adapter is loaded by plain PEFT and compared with what was measured; a merged model, by plain Transformers, too.
     Raises StorageError when `destination` holds something, when there is no such trial, or its adapter was not kept; ModelError.
     """
     record = read(folder)
@@ -32,11 +33,12 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
     else:
         found = best_of(record) if trial is None else trial_of(record, trial)
         adapter, card = adapter_of(record, found), _facts(record, found)
+    as_measured(record, found, adapter)
     from loratune.finetune.export import export_adapter, merge  # torch
 
     if merged:
-        return merge(ModelRecipe(**record.spec["model"]), adapter, destination, card)
-    return export_adapter(adapter, destination, card)
+        return merge(base_recipe(record), adapter, destination, card, data=prepared_data(record))
+    return export_adapter(adapter, destination, card, options=load_options(record))
 
 
 def _facts(record: StudyRecord, trial: Trial) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 Chosen is what `loratune select` chose, as long as the study did not go on since; before that, the lowest validation loss.
 """
 
+import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,18 +20,24 @@ from loratune.errors import StorageError, TrainingError
 from loratune.files import write_atomically
 from loratune.record import StudyRecord, Trial
 from loratune.report import asked, tables
+from loratune.report.reloading import as_measured
 from loratune.report.words import count, duration, loss, perplexity, plural, show, signed
 
 if TYPE_CHECKING:
     from loratune.selection import SelectionRecord
 
 
-def hand_over(record: StudyRecord, folder: Path) -> tuple[Path, Path | None]:
+Check = Callable[[StudyRecord, Trial, Path], None]
+
+
+def hand_over(record: StudyRecord, folder: Path, check: Check | None = as_measured) -> tuple[Path, Path | None]:
     """Write `best.yaml` and `adapter/` of the study's chosen trial into `folder`; returns their paths.
 
     An adapter of an earlier call is replaced once the new one is complete. A study that was told to keep
     no adapters (`output.keep_adapters: none`) hands over `best.yaml` alone, and None for the adapter.
-    Raises TrainingError when no trial was trained to the end, StorageError when its adapter is missing.
+    check: what raises unless the adapter is what was measured; None: nothing does.
+    Raises TrainingError when no trial was trained to the end, StorageError when its adapter is missing, and what `check` raises,
+    with nothing written.
     """
     from loratune.selection import adapter_folder  # scipy: a second of import
 
@@ -44,6 +52,8 @@ def hand_over(record: StudyRecord, folder: Path) -> tuple[Path, Path | None]:
     source = adapter_folder(record, found.best, selection.shipped.run) if selection else adapter_folder(record, found.best)
     adapter: Path | None = folder / "adapter"
     if source is not None:
+        if check is not None:
+            check(record, found.best, source)
         _replace_folder(source, folder / "adapter", {"README.md": model_card(record, found.best, selection)})
     elif record.spec.get("output", {}).get("keep_adapters") == "none":
         adapter = None
@@ -77,7 +87,8 @@ def version_of_loratune() -> str:
 def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | None" = None) -> str:
     """The adapter's README.md, with the YAML head that the Hugging Face Hub reads."""
     found, cost = tables.answer(record), tables.cost(record)
-    base = asked.base_model(record)
+    base, revision = asked.base_model(record), record.spec.get("model", {}).get("revision")
+    at = f", revision {_code(revision)}" if revision else ""
     on_hub = is_hub_id(base)
     head: dict[str, Any] = {"base_model": base} if on_hub else {}
     tags = [f"base_model:adapter:{base}"] if on_hub else []
@@ -90,11 +101,10 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
     lines = [
         f"---\n{local}{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# {_text(record.name)}",
-        f"A LoRA adapter for {_code(base)}, {'chosen from' if selection else 'the best of'} {plural(found.finished, 'configuration')} "
+        f"A LoRA adapter for {_code(base)}{at}, {'chosen from' if selection else 'the best of'} {plural(found.finished, 'configuration')} "
         "that loratune trained and compared.",
         "## Load it",
-        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
+        f"```python\nfrom peft import AutoPeftModelForCausalLM\n\nmodel = {load_line(record, 'path/to/this/folder')}\n```",
         "## Validation loss",
         "Mean negative log-likelihood (nats) per response token over the whole validation set.",
         _table(
@@ -134,6 +144,23 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
     return "\n\n".join(lines) + "\n"
 
 
+def load_line(record: StudyRecord, folder: str) -> str:
+    """The call that loads the adapter on its base model; PEFT knows the model and its revision from the adapter's config."""
+    given = "".join(f", {name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in load_options(record).items())
+    return f'AutoPeftModelForCausalLM.from_pretrained("{folder}"{given})'
+
+
+def load_options(record: StudyRecord) -> dict[str, Any]:
+    """What the base model is to be loaded with, to be held as the study held it, beside its name and revision."""
+    model = record.spec.get("model", {})
+    devices = [o.device for trial in record.trials for o in trial.outcomes]
+    dtype = model.get("dtype", "auto")
+    if dtype == "auto" and devices and all(" CPU" in name for name in devices):
+        dtype = "float32"  # whatever the checkpoint holds
+    options = {"dtype": dtype} if dtype != "auto" else {}
+    return options | ({"trust_remote_code": True} if model.get("trust_remote_code") else {})
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name` is a model on the Hub rather than a folder here."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)) and not Path(name).exists()
@@ -156,8 +183,9 @@ def _best(
         "chosen": _chosen(selection) if selection else "the lowest validation loss",
         "hyperparameters": {name: list(value) if isinstance(value, tuple) else value for name, value in hyperparameters.items()},
         "base_model": asked.base_model(record),
+        "base_model_revision": record.spec.get("model", {}).get("revision"),
         "adapter": adapter.name if adapter else None,
-        "load": "peft.AutoPeftModelForCausalLM.from_pretrained('adapter')" if adapter else None,
+        "load": f"peft.{load_line(record, 'adapter')}" if adapter else None,
         "command": asked.command(record),
         "loratune": version_of_loratune(),
     }

@@ -48,6 +48,8 @@ class Lane:
             optimizer=self.adapter.optimizer,
             report=report,
         )
+        for line in lora.left_out(base.model, h.target_modules):
+            self.run.log(line)
         self.run.resume()
         self.adapter.refresh()
         self._begin_step()
