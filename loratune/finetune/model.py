@@ -13,6 +13,7 @@ from torch import nn
 
 from loratune.errors import MissingExtraError, ModelError
 from loratune.finetune import hub
+from loratune.finetune.rope import forget_lengths
 from loratune.work import ModelRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -88,6 +89,7 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
             "The files are incomplete or belong to another config.json."
         )
     model.requires_grad_(False)
+    forget_lengths(model)
     if not recipe.load_in_4bit:  # a quantised model was placed while loading
         model.to(device)
     model.eval()
