@@ -41,7 +41,7 @@ def check(model: Any, recipe: ModelRecipe, data: Prepared, wanted: Sequence[str 
 def position_limit(model: Any) -> tuple[int, str] | None:
     """How many positions the model has a table for, and the table's name; None where positions are computed.
 
-    A table is an embedding, or a buffer of two dimensions, that is named for positions (`wpe`, `embed_positions`, ...). OPT's
+    A table is an embedding, or a buffer of [positions, features], that is named for positions (`wpe`, `embed_positions`, ...). OPT's
     and BART's leave their first rows out (`offset`), RoBERTa's those up to the padding's.
     """
     inside = layers.decoder_name(model)
@@ -53,7 +53,7 @@ def position_limit(model: Any) -> tuple[int, str] | None:
             unused = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
             tables[name] = module.num_embeddings - unused
         for leaf, buffer in module.named_buffers(recurse=False):
-            if _for_positions(leaf) and buffer.dim() == 2:
+            if _for_positions(leaf) and buffer.dim() == 2 and buffer.is_floating_point():
                 tables[f"{name}.{leaf}"] = buffer.shape[0]
     smallest = min(tables, key=lambda name: tables[name], default=None)
     return None if smallest is None else (tables[smallest], smallest)
