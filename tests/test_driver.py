@@ -11,7 +11,8 @@ from loratune import demo
 from loratune.driver import _tidy, tune
 from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_of, kind_of
 from loratune.executors.devices import seen_as
-from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial
+from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial, read
+from loratune.report.asked import asked
 from loratune.spec import StudySpec
 from loratune.study import Note
 from loratune.work import Hyperparameters
@@ -107,7 +108,7 @@ def test_layers_without_an_adapter_are_told_once_in_a_study(tmp_path: Path) -> N
     spec = _study(tmp_path, config, target_modules="all-linear")
     told = [event.text for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
     assert len(told) == 1
-    assert told[0] in (tmp_path / "study" / "notes.txt").read_text()
+    assert dict(asked(read(tmp_path / "study")))["Notes"] == told[0]
     assert not [event for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
 
 
