@@ -20,7 +20,7 @@ from optuna.samplers import BaseSampler
 
 from loratune import executors, samplers
 from loratune.environment import environment
-from loratune.errors import SpecError, StorageError
+from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as
 from loratune.files import text_of, write_atomically
 from loratune.finetune import hub
@@ -65,6 +65,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         data = prepare_data(spec, notes)
         yield from map(Note, [*notes, data.summary()])
         _same_data(record, data)
+        yield from map(Note, _known_beforehand(spec, record, data))
         recipe = replace(spec.recipe(str(data.folder)), slots=record.kept("slots", slots_for(spec, data)))
         record.recipe(recipe)
         scorer = _scorer(spec, record.folder, data, devices)
@@ -120,6 +121,21 @@ def prepare_data(spec: StudySpec, notes: list[str]) -> Prepared:
         cache=cache_folder() / "data",
         report=notes.append,
     )
+
+
+def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
+    """Lines on layers that get no adapter and examples longer than the model was made for; from the config, in seconds.
+
+    Raises one ModelError for tokens without an embedding, examples beyond the model's positions, layers that it has not.
+    """
+    from loratune.finetune import beforehand, sizes  # torch
+
+    recipe = spec.recipe("").model
+    try:
+        model = sizes.bare_model(recipe)
+    except ModelError:
+        return []  # what cannot be built without weights, is loaded with them, or refused there in better words
+    return beforehand.check(model, recipe, data, _targets(spec))
 
 
 def cache_folder() -> Path:
@@ -220,6 +236,23 @@ def _same_data(record: Record, data: Prepared) -> None:
             "Restore the files, or begin a new study with another --output.folder."
         )
     write_atomically(path, data.folder.name)
+
+
+def _targets(spec: StudySpec) -> list[str | tuple[str, ...]]:
+    """Every value that target_modules may take in the study."""
+    searched = spec.search_space.parameters.get("target_modules")
+    choices = getattr(searched, "choices", ())
+    return [spec.hyperparameters(spec.search_space.default_values()).target_modules, *choices]
+
+
+def _known_beforehand(spec: StudySpec, record: Record, data: Prepared) -> list[str]:
+    """`known_beforehand`, asked once per study and kept in its folder; nothing when the study goes on."""
+    path = record.folder / "notes.txt"
+    if path.exists() and (record.folder / "trials").exists():
+        return []
+    notes = known_beforehand(spec, data)
+    write_atomically(path, "\n".join(notes))
+    return notes
 
 
 def _tidy(spec: StudySpec, folder: Path) -> None:

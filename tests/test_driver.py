@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
 from loratune import demo
 from loratune.driver import _tidy, tune
 from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_of, kind_of
 from loratune.executors.devices import seen_as
-from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial
+from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial, read
+from loratune.report.asked import asked
 from loratune.spec import StudySpec
+from loratune.study import Note
 from loratune.work import Hyperparameters
 
 TRIALS = [  # state, loss, size
@@ -68,6 +71,46 @@ def test_a_device_is_named_as_this_process_sees_it(monkeypatch: pytest.MonkeyPat
     assert seen_as(3) == "cuda:3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 3")
     assert seen_as(3) == "cuda:1"
+
+
+def _study(folder: Path, config: transformers.PretrainedConfig, **training: Any) -> StudySpec:
+    """A study of one trial on a random model of that config, with the demo's tokenizer and data."""
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    transformers.AutoTokenizer.from_pretrained(demo.model_folder()).save_pretrained(folder / "model")
+    data = {"train": [str(demo.data_files()[0])], "train_count": 12, "validation_count": 4, "max_length": 96}
+    return StudySpec.load(
+        base={
+            "model": str(folder / "model"),
+            "data": data,
+            "training": {"batch_size": 6, "epochs": 1, **training},
+            "search_space": {"lora_r": [2, 4]},
+            "sampler": "random",
+            "executor": "inline",
+            "budget": {"trials": 1},
+            "output": {"folder": str(folder / "study")},
+        }
+    )
+
+
+def test_what_no_trial_can_train_is_one_error_before_the_first(tmp_path: Path) -> None:
+    vocabulary = len(transformers.AutoTokenizer.from_pretrained(demo.model_folder()))
+    shape = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+    config = transformers.OPTConfig(vocab_size=vocabulary, max_position_embeddings=20, **shape)
+    spec = _study(tmp_path, config, target_modules=["q_proj", "w2"])
+    with pytest.raises(ModelError, match=r"(?s)no linear layers for 'w2'.*20 positions.*embed_positions.*max_length to 20"):
+        list(tune(spec))
+    assert not (tmp_path / "study" / "trials").exists()
+
+
+def test_layers_without_an_adapter_are_told_once_in_a_study(tmp_path: Path) -> None:
+    vocabulary = len(transformers.AutoTokenizer.from_pretrained(demo.model_folder()))
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.MixtralConfig(vocab_size=vocabulary, num_local_experts=2, **shape)
+    spec = _study(tmp_path, config, target_modules="all-linear")
+    told = [event.text for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
+    assert len(told) == 1
+    assert dict(asked(read(tmp_path / "study")))["Notes"] == told[0]
+    assert not [event for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
 
 
 def test_bad_input_keeps_its_kind_across_a_border() -> None:

@@ -101,12 +101,12 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _dry_run(spec: "StudySpec") -> int:
-    from loratune.driver import prepare_data
+    from loratune.driver import known_beforehand, prepare_data
     from loratune.plan import plan
 
     _quiet()
     data = prepare_data(spec, [])
-    print(data.summary())
+    print("\n".join([data.summary(), *known_beforehand(spec, data)]))
     print("Measuring the training speed ...\n", flush=True)
     print(plan(spec, data))
     return 0

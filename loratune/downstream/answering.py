@@ -20,7 +20,7 @@ from loratune.downstream.attention import decoding
 from loratune.downstream.base import Benchmark, Item
 from loratune.downstream.forward import Forward
 from loratune.downstream.rows import Row, Rows, common
-from loratune.downstream.writing import Lane, Writer
+from loratune.downstream.writing import Lane, Writer, turns
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel, autocast
 
@@ -39,6 +39,17 @@ class Answer:
     log_likelihoods: tuple[float, ...] = ()  # of the choices, natural logarithm, summed over tokens
     shots: int | None = None  # examples that were left in the prompt, where some had to be left out
     cut: bool = False  # even so the prompt did not fit, and lost its beginning
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Company:
+    """Rows of equal company may share a pass (finetune/rope.py)."""
+
+    alone: bool = False  # one item's rows alone: what is run for them changes its side on the way
+    which: int = 0  # side, or the item's place
+
+
+_FIRST = _Company()
 
 
 class Answerer:
@@ -73,8 +84,15 @@ class Answerer:
         with torch.inference_mode(), autocast(self.base), self.adapters.use(order), decoding(self.base.model):
             blocks = len(order)
             writer = Writer(self.forward, benchmark, blocks, memory=self._memory(), seed=seed, interrupted=interrupted, most=self.rows)
-            for rows in self._groups(benchmark, items):
-                run = partial(self._score, blocks) if rows[0].scored else partial(_begun, writer)
+            before = _FIRST
+            for company, rows in self._groups(benchmark, items):
+                if company != before and writer.pending:
+                    yield found(_written(writer.finish()))
+                before = company
+                if rows[0].scored and company.alone:
+                    run: Callable[..., Done] = partial(self._score_whole, blocks)
+                else:
+                    run = partial(self._score, blocks) if rows[0].scored else partial(_begun, writer)
                 for done in self._batches(benchmark, rows, blocks, run, interrupted):
                     if done:
                         yield found(done)
@@ -83,24 +101,41 @@ class Answerer:
             if done := _written(writer.finish()):
                 yield found(done)
 
-    def _groups(self, benchmark: Benchmark, items: Sequence[Item]) -> Iterator[list[Row]]:
-        """The items' rows by shared beginning; last, together, those that share none with enough others."""
+    def _groups(self, benchmark: Benchmark, items: Sequence[Item]) -> Iterator[tuple["_Company", list[Row]]]:
+        """The items' rows by shared beginning; last, together, those that share none with enough others.
+
+        Where a model computes long sequences otherwise, those come behind, and one by one the items that may cross its border.
+        """
         make = Rows(self.base, self.forward.context)
         groups: dict[str, list[tuple[int, Item]]] = {}
         for number, item in enumerate(items):
             groups.setdefault(item.prompt[: item.shared], []).append((number, item))
-        pool: list[Row] = []
+        pools: dict[_Company, list[Row]] = {_FIRST: []}
+        later: list[tuple[_Company, list[Row]]] = []
         for members in groups.values():
-            alike: dict[int, list[Row]] = {}  # those that lost examples share less
-            for row in make.to_score(members) if members[0][1].choices else make.to_write(benchmark, members):
-                alike.setdefault(row.item.shared, []).append(row)
-            for rows in alike.values():
-                if not self.share or len({row.place for row in rows}) < _FEW:
-                    pool += rows
+            rows = make.to_score(members) if members[0][1].choices else make.to_write(benchmark, members)
+            alike: dict[tuple[_Company, int], list[Row]] = {}  # those that lost examples share less
+            for own in _by_item(rows):
+                alike.setdefault((self._company(benchmark, own), own[0].item.shared), []).extend(own)
+            for (company, _), rows in alike.items():
+                if not self.share or len(_by_item(rows)) < _FEW:
+                    pools.setdefault(company, []).extend(rows)
+                elif company == _FIRST:
+                    yield company, rows
                 else:
-                    yield rows
-        if pool:
-            yield pool
+                    later.append((company, rows))
+        for company, pool in pools.items():
+            yield from [one for one in later if one[0] == company]
+            if pool:
+                yield company, pool
+        yield from [one for one in later if one[0] not in pools]
+
+    def _company(self, benchmark: Benchmark, rows: list[Row]) -> "_Company":
+        """Whom an item's rows may share a pass with: those of their side, whatever is written or scored behind them."""
+        sides = {self.forward.side(len(row.ids)) for row in rows}
+        if len(sides) > 1 or any(turns(self.forward, benchmark, row) for row in rows):
+            return _Company(alone=True, which=rows[0].place)
+        return _Company(which=sides.pop())
 
     def _batches(
         self,
@@ -112,7 +147,8 @@ class Answerer:
     ) -> Iterator[Done]:
         """What `run(rows, prefix, shared)` gives for batches of all rows of some items, longest first."""
         shared = common(rows) if self.share and len(rows) > 1 else 0
-        shared = shared if shared >= _SHARED else 0
+        alike = self.forward.side(shared) == self.forward.side(len(rows[0].ids))  # else the beginning alone is another one
+        shared = shared if shared >= _SHARED and alike else 0
         by_item: dict[int, list[Row]] = {}
         for row in sorted(rows, key=lambda row: (-len(row.ids), row.place)):
             by_item.setdefault(row.place, []).append(row)
@@ -175,16 +211,41 @@ class Answerer:
                 tokens = spoken[at][2][1:]
                 wanted = torch.tensor(list(enumerate(tokens)), device=after.device)
                 likely[:, at] += _at(after[:, number], wanted).sum(1)
-        values: dict[int, dict[int, list[float]]] = {}
-        for (number, choice, _), value in zip(spoken, likely.T.tolist(), strict=True):
-            values.setdefault(rows[number].place, {})[choice] = value
-        return [
-            (
-                row.place,
-                [_likeliest(row, [values[row.place][choice][block] for choice in range(len(row.item.choices))]) for block in range(blocks)],
-            )
-            for row in {row.place: row for row in rows}.values()
-        ]
+        return _chosen(rows, spoken, likely)
+
+    def _score_whole(self, blocks: int, rows: list[Row], prefix: Any, shared: int) -> Done:
+        """As `_score`, each choice behind its prompt in a pass of its own: to the model the prompt alone is another one."""
+        spoken = [(number, choice, tokens) for number, row in enumerate(rows) for choice, tokens in row.scored]
+        likely = torch.zeros(blocks, len(spoken), dtype=torch.float64)
+        for at, (number, _, tokens) in enumerate(spoken):
+            if tokens:
+                logits = self.forward.whole([*rows[number].ids, *tokens[:-1]], blocks, keep=len(tokens))
+                likely[:, at] = _at(logits, torch.tensor(list(enumerate(tokens)), device=logits.device)).sum(1)
+        return _chosen(rows, spoken, likely)
+
+
+def _chosen(rows: list[Row], spoken: Sequence[tuple[int, int, list[int]]], likely: torch.Tensor) -> Done:
+    """Each item's likeliest choice: `likely` [K, m] are the log-likelihoods of m `spoken` (row, choice, tokens)."""
+    values: dict[int, dict[int, list[float]]] = {}
+    for (number, choice, _), value in zip(spoken, likely.T.tolist(), strict=True):
+        values.setdefault(rows[number].place, {})[choice] = value
+    return [
+        (
+            row.place,
+            [
+                _likeliest(row, [values[row.place][choice][block] for choice in range(len(row.item.choices))])
+                for block in range(len(likely))
+            ],
+        )
+        for row in {row.place: row for row in rows}.values()
+    ]
+
+
+def _by_item(rows: Sequence[Row]) -> list[list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.place, []).append(row)
+    return list(found.values())
 
 
 def _at(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

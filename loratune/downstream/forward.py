@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers.cache_utils import DynamicLayer
@@ -16,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from loratune.downstream.narrow import Narrow
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel
+from loratune.finetune.rope import sides_of
 
 SPARE = 16  # tokens that a cache has room for before it grows
 _TOKENS = {"cpu": 1536, "cuda": 32768}  # in a pass over prompts; on a CPU what its caches hold
@@ -38,9 +40,10 @@ class Forward:
         self._known = inspect.signature(base.model.forward).parameters
         if "past_key_values" not in self._known or getattr(base.model, "_is_stateful", False):
             raise ModelError(f"{type(base.model).__name__} keeps no key-value cache, which generating answers needs. It cannot be scored.")
-        window = getattr(config, "sliding_window", None)
-        if window and window < self.context:
-            self.context = int(window)  # within it every token sees all before it, so padding is exact
+        for window in (getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)):
+            if window and window < self.context:
+                self.context = int(window)  # within it every token sees all before it, so padding is exact
+        self._sides = sides_of(config)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._narrow = Narrow(base.model)
@@ -64,6 +67,10 @@ class Forward:
         logits = out.logits[:, -keep:]
         return logits if logits.dtype == torch.float64 else logits.float(), out.past_key_values
 
+    def side(self, length: int) -> int:
+        """Sequences of so many tokens may share a pass with others of the same number (finetune/rope.py)."""
+        return int(self._sides(np.asarray([length]))[0])
+
     def beginning(self, ids: Sequence[int], blocks: int) -> Any:
         """The cache of a beginning [P], once per block."""
         return self.prompts([ids], None, 0, blocks)[1]
@@ -80,20 +87,40 @@ class Forward:
         for number, part in enumerate(parts):
             ids[number, longest - len(part) :] = torch.tensor(part)
             mask[number, shared + longest - len(part) :] = 1
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        logits, cache = self._in_blocks(ids.repeat(blocks, 1), mask.repeat(blocks, 1), prefix, blocks)
+        return logits, cache, mask.repeat(blocks, 1).to(self.base.device)
+
+    def anew(self, sequences: Sequence[Sequence[int]], blocks: int) -> tuple[torch.Tensor, Any]:
+        """Run whole sequences of one length, R of them in `blocks`: the last logits [R, V] and the cache."""
+        ids = torch.tensor(sequences)
+        return self._in_blocks(ids, torch.ones_like(ids), None, blocks)
+
+    def whole(self, ids: Sequence[int], blocks: int, *, keep: int) -> torch.Tensor:
+        """Run one sequence in each of K blocks: logits [K, keep, V] of its last positions."""
+        found = []
+        for block in range(blocks):
+            with self._only(block, block + 1):
+                found.append(self.run(torch.tensor([list(ids)]), keep=keep)[0])
+        return torch.cat(found)
+
+    def _in_blocks(self, ids: torch.Tensor, mask: torch.Tensor, prefix: Any, blocks: int) -> tuple[torch.Tensor, Any]:
+        """Rows [R, T] of K blocks behind a beginning, as many blocks in a pass as its tokens allow."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         ids, mask, positions = (t.to(self.base.device) for t in (ids, mask, positions))
-        passes = min(blocks, max(1, -(-blocks * ids.numel() // self.tokens)))
+        rows = len(ids) // blocks
+        passes = min(blocks, max(1, -(-ids.numel() // self.tokens)))
         step = -(-blocks // passes)
         found = []
         for first in range(0, blocks, step):
             stop = min(first + step, blocks)
-            rows = torch.arange(first, stop, device=self.base.device).repeat_interleave(len(parts))
-            cache = selected(prefix, rows) if prefix is not None else None
-            here = [of_one.repeat(stop - first, 1) for of_one in (ids, mask, positions)]
+            cache = None
+            if prefix is not None:
+                cache = selected(prefix, torch.arange(first, stop, device=self.base.device).repeat_interleave(rows))
+            here = [of_all[first * rows : stop * rows] for of_all in (ids, mask, positions)]
             with self._only(first, stop):
                 found.append(self.run(here[0], cache, mask=here[1], positions=here[2]))
         logits = torch.cat([one[:, -1] for one, _ in found])
-        return logits, found[0][1] if len(found) == 1 else _stacked([cache for _, cache in found]), mask.repeat(blocks, 1)
+        return logits, found[0][1] if len(found) == 1 else _stacked([cache for _, cache in found])
 
     def behind(self, parts: Sequence[Sequence[int]], cache: Any, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Run tokens behind the prompts of some rows [r] of `cache`, which stays as it is: logits [r, T, V].
@@ -104,8 +131,7 @@ class Forward:
         ids = torch.tensor([[*part, *[self.base.pad_id] * (longest - len(part))] for part in parts], device=mask.device)
         real = torch.tensor([[1] * len(part) + [0] * (longest - len(part)) for part in parts], device=mask.device)
         before = mask[rows]
-        positions = before.sum(1, keepdim=True) + torch.arange(longest, device=mask.device)
-        positions = positions.clamp(max=self.context - 1)  # of padding
+        positions = before.sum(1, keepdim=True) + (real.cumsum(1) - 1)  # padding stands where the last token does: none goes beyond it
         return self.run(ids, selected(cache, rows), keep=longest, mask=torch.cat([before, real], dim=1), positions=positions)[0]
 
 

@@ -22,6 +22,7 @@ from loratune.downstream.adapters import Adapters
 from loratune.errors import EvaluationError
 from loratune.finetune.batches import Tokens, collate
 from loratune.finetune.model import BaseModel, autocast, output_head
+from loratune.finetune.rope import sides_of
 from loratune.finetune.validation import token_nll
 from loratune.work import Json
 
@@ -149,8 +150,10 @@ class Prover:
             while start < len(order):
                 if self.interrupted():
                     raise InterruptedError
-                stop = start + max(1, _BATCH // int(lengths[order[start]]))
-                some = order[start:stop]
+                some = order[start : start + max(1, _BATCH // int(lengths[order[start]]))]
+                sides = sides_of(self.base.model.config)(lengths[some])
+                some = some[sides == sides[0]]  # longest first: those of one side stand together
+                stop = start + len(some)
                 batch = collate(self.validation, some, pad_id=self.base.pad_id)
                 rows = (batch.places // batch.ids.shape[1]).numpy() + start
                 np.add.at(nll, rows, token_nll(self.base.model, head, batch.to(self.base.device)).double().cpu().numpy())

@@ -67,6 +67,18 @@ class _Part:
     begun: list[tuple[Lane, str]]  # the open lanes and their texts, to begin anew
 
 
+def turns(forward: Forward, benchmark: Benchmark, row: Row) -> bool:
+    """Whether what is run for the row may change its side (finetune/rope.py) on the way: it then has its passes to itself."""
+    more = [len(tokens) for _, tokens in row.scored] or [benchmark.max_new_tokens]
+    return forward.side(len(row.ids)) != forward.side(len(row.ids) + max(1, *more) - 1)  # the last token is never run
+
+
+def _filled(lane: Lane, length: int) -> list[int]:
+    """Its prompt and tokens; a finished lane's are filled up, and read by nobody."""
+    sequence = [*lane.row.ids, *lane.tokens]
+    return (sequence + sequence[-1:] * length)[:length]
+
+
 class Writer:
     """Collects prompts with `begin`; gives back what is written, K lanes per row, as soon as it is."""
 
@@ -115,6 +127,11 @@ class Writer:
         by_row = [lanes[number :: len(rows)] for number in range(len(rows))]
         self._waiting += [own for own in by_row if any(lane.open for lane in own)]
         return [own for own in by_row if not any(lane.open for lane in own)]
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to `finish`."""
+        return bool(self._parts)
 
     @property
     def full(self) -> bool:
@@ -167,6 +184,7 @@ class Writer:
         ]
         cache = joined([part.layers for part in parts], self.blocks)
         positions = mask.sum(1, keepdim=True)
+        turning = turns(self.forward, self.benchmark, lanes[0].row)  # then it is the only row, so that nothing is padded
         while kept := self._open_rows(lanes):
             if self.interrupted():
                 raise InterruptedError
@@ -176,8 +194,13 @@ class Writer:
                 tokens, mask, positions = tokens[index], mask[index], positions[index]
                 lanes = [lanes[at] for at in kept]
             mask[:, cache.get_seq_length()] = 1
-            shown = mask[:, : cache.get_mask_sizes(1, 0)[0]]
-            logits, cache = self.forward.run(tokens.view(-1, 1), cache, mask=shown, positions=positions)
+            length = int(positions.max()) + 1 if turning else 0
+            if turning and self.forward.side(length) != self.forward.side(length - 1):
+                logits, filled = self.forward.anew([_filled(lane, length) for lane in lanes], self.blocks)
+                logits, cache = logits.unsqueeze(1), joined([layers_of(filled, slice(None))], self.blocks)
+            else:
+                shown = mask[:, : cache.get_mask_sizes(1, 0)[0]]
+                logits, cache = self.forward.run(tokens.view(-1, 1), cache, mask=shown, positions=positions)
             positions = (positions + 1).clamp(max=self.forward.context - 1)  # finished rows may run past the end
             tokens = self._choose(logits[:, -1], lanes)
             self._take(lanes, tokens)

@@ -2,7 +2,8 @@
 
 A split of the data (`tokens` below) is anything with `len()`, `[i] -> (ids int32 [T], response_mask bool [T])`
 and `.lengths`; see prepare.py. Batches are padded on the right and carry no attention mask: in a causal model
-no real token can see what comes after it. Position 0 is never a target, for nothing predicts it.
+no real token can see what comes after it. Position 0 is never a target, for nothing predicts it. Examples of different
+sides (`Sides`) never stand in one batch.
 
 Notation: B examples in a forward pass, T positions of the longest, N response tokens of all.
 """
@@ -23,6 +24,17 @@ class Tokens(Protocol):
     def lengths(self) -> np.ndarray: ...  # [n] tokens of each example
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Sides(Protocol):
+    """Lengths [n] -> int64 [n]: sequences of equal numbers may share a forward pass (rope.py); with the length it never falls."""
+
+    def __call__(self, lengths: np.ndarray, /) -> np.ndarray: ...
+
+
+def one_side(lengths: np.ndarray, /) -> np.ndarray:
+    """`Sides` of a model that computes every sequence alike."""
+    return np.zeros(len(lengths), dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +87,41 @@ def response_tokens(tokens: Tokens, examples: Sequence[int] | np.ndarray) -> int
 
 
 def micro_batch_count(batch_size: int, micro_batch_size: int, world: int) -> int:
-    """Forward passes per optimiser step, the same in every process."""
+    """Forward passes per optimiser step, the same in every process, of examples that may all share one."""
     return math.ceil(math.ceil(batch_size / world) / micro_batch_size)
 
 
-def cut(lengths: np.ndarray, micro_batch_size: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
+def cut(
+    lengths: np.ndarray, micro_batch_size: int, rank: int = 0, world: int = 1, sides: Sides = one_side, count: int | None = None
+) -> list[np.ndarray]:
     """Deal a global batch out: the slots of each of this process's micro-batches, at most `micro_batch_size` each.
 
     `lengths` [batch_size] are the examples' tokens. Slots are sorted by length first, so that little is padded and
     every process gets its share of the long ones; since dropout is keyed by slot and the loss is a sum, the
-    cut changes no result. Some micro-batches are empty where there are too few examples for all processes.
+    cut changes no result. Some micro-batches are empty where there are too few examples for all processes, or for `count`.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")  # longest first: memory runs out at once or not at all
-    return np.array_split(order[rank::world], micro_batch_count(len(order), micro_batch_size, world))
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")  # longest first: memory runs out at once or not at all
+    least, own = micro_batch_count(len(order), micro_batch_size, world), order[rank::world]
+    groups = _apart(own, lengths, sides)
+    if len(groups) < 2:
+        pieces = np.array_split(own, least)
+    else:
+        pieces = [piece for group in groups for piece in np.array_split(group, math.ceil(len(group) / micro_batch_size))]
+    return pieces + [own[:0]] * (max(least, count or 0) - len(pieces))
 
 
-def validation_batches(tokens: Tokens, batch_size: int, pad_id: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+def validation_batches(
+    tokens: Tokens, batch_size: int, pad_id: int, rank: int = 0, world: int = 1, sides: Sides = one_side
+) -> Iterator[Batch]:
     """All of a split, longest first, every `world`-th batch."""
-    order = np.argsort(-np.asarray(tokens.lengths), kind="stable")
-    for start in range(rank * batch_size, len(order), world * batch_size):
-        examples = order[start : start + batch_size]
+    lengths = np.asarray(tokens.lengths)
+    groups = _apart(np.argsort(-lengths, kind="stable"), lengths, sides)
+    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+    for examples in batches[rank::world]:
         yield collate(tokens, examples, pad_id=pad_id)
+
+
+def _apart(order: np.ndarray, lengths: np.ndarray, sides: Sides) -> list[np.ndarray]:
+    """`order`, in descending lengths, cut where the side changes."""
+    return np.split(order, np.flatnonzero(np.diff(sides(lengths[order]))) + 1)

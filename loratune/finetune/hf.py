@@ -83,7 +83,7 @@ class HfEngine:
         run: SegmentRun | None = None
         state, message, details, kind = State.COMPLETED, "", "", ""
         try:
-            not_loaded = lora.not_loaded(self.base.model, wanted.hyperparameters.target_modules)
+            left_out = lora.left_out(self.base.model, wanted.hyperparameters.target_modules)
             adapter, key = lora.attach(self.base.model, wanted.hyperparameters, wanted.seed)
             if self.recipe.training.gradient_checkpointing:
                 model.checkpoint_activations(self.base.model, True)
@@ -99,8 +99,8 @@ class HfEngine:
                 report=report,
                 writes=self.rank == 0,
             )
-            if not_loaded:
-                run.log(not_loaded)
+            for line in left_out:
+                run.log(line)
             state = self._train(run, adapter, key, parameters, optimizer, stop)
             message = "asked to stop; a checkpoint is written" if state is State.CANCELLED else ""
         except DivergedError as error:

@@ -26,6 +26,7 @@ from torch import nn
 
 from loratune.errors import ModelError, StorageError
 from loratune.files import write_atomically
+from loratune.finetune import layers
 from loratune.finetune.dropout import DropoutKey, KeyedDropout
 from loratune.finetune.peft_layers import addressable, refuse_lost, words_on_lost
 from loratune.finetune.peft_layers import detach as detach
@@ -163,26 +164,26 @@ def targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     Raises ModelError as `chosen_layers` does.
     """
     chosen = chosen_layers(model, wanted)
-    if isinstance(wanted, tuple):
-        return sorted(wanted)
+    modules = [name for name, _ in model.named_modules() if name]
     if wanted not in NAMED_SETS:
-        return [wanted]
-    return _endings(chosen, [name for name, module in model.named_modules() if name])
+        endings = wanted if isinstance(wanted, tuple) else (wanted,)
+        if {name for name in modules if any(_ends(name, ending) for ending in endings)} == set(chosen):
+            return sorted(endings)
+    return _endings(chosen, modules)
 
 
 def chosen_layers(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     """The names of the wanted linear layers, in the model's order.
 
     `qv`: query and value projections; `qkvo`: all of attention; `mlp`; `all-linear`: both. Where a family fuses
-    q, k and v, the fused layer stands for each of them. Layers whose adapters plain PEFT would not load are left out of a set,
-    and refused by name. Raises ModelError naming the layers that exist.
+    q, k and v, the fused layer stands for each of them. Layers that no adapter can go on (`layers.py`) or whose adapters plain
+    PEFT would not load are left out of a set, and refused by name; a name stands for the text's layers of that name alone.
+    Raises ModelError naming the layers that exist.
     """
     linear = linear_layers(model)
     if wanted not in NAMED_SETS:
         endings = wanted if isinstance(wanted, tuple) else (wanted,)
-        for ending in endings:
-            if not any(_ends(layer, ending) for layer in linear):
-                _refuse(ending, linear)
+        _check_names(model, endings)
         chosen = [layer for layer in linear if any(_ends(layer, ending) for ending in endings)]
         if lost := _lost(model, chosen):
             refuse_lost(", ".join(endings), lost)
@@ -198,21 +199,49 @@ def chosen_layers(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     return kept
 
 
-def not_loaded(model: nn.Module, wanted: str | tuple[str, ...]) -> str:
-    """A line on the layers of a named set that get no adapter because PEFT would not load it; "" where there are none.
-
-    Raises ModelError as `chosen_layers` does.
-    """
-    if wanted not in NAMED_SETS:
-        return ""
-    kept = set(chosen_layers(model, wanted))
-    lost = [layer for layer in linear_layers(model) if wanted in _sets(layer) and layer not in kept]
-    return words_on_lost(wanted, lost) if lost else ""
-
-
 def _lost(model: nn.Module, layers: list[str]) -> list[str]:
     kept = set(addressable(model, layers))
     return [layer for layer in layers if layer not in kept]
+
+
+def left_out(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
+    """Lines on the layers that `wanted` names or stands for and that get no adapter.
+
+    Raises ModelError as `chosen_layers` does.
+    """
+    chosen, known = set(chosen_layers(model, wanted)), layers.layers_of(model)
+    endings = wanted if isinstance(wanted, tuple) else (wanted,)
+    asked = {
+        layer
+        for layer in (*known.fit, *known.unfit)
+        if (wanted in _sets(layer) if wanted in NAMED_SETS else any(_ends(layer, ending) for ending in endings))
+    }
+    unfit = {layer: why for layer, why in known.unfit.items() if layer in asked}
+    phrases = [layers.in_words(unfit, known.fit)] if unfit else []
+    if known.experts and wanted in ("mlp", "all-linear"):
+        share, where = known.experts_share, layers.pattern(known.experts)
+        phrases.append(f"the experts, {share:.0%} of the parameters ({where}: Transformers keeps them in tensors, not in linear layers)")
+    lines = [f"target_modules {', '.join(endings)}: no adapter on {'; on '.join(phrases)}"] if phrases else []
+    lost = [layer for layer in known.fit if layer in asked - chosen]
+    return [*lines, words_on_lost(", ".join(endings), lost)] if lost else lines
+
+
+def _check_names(model: nn.Module, endings: tuple[str, ...]) -> None:
+    """Refuse names of no linear layer, and of layers that no adapter can go on."""
+    known = layers.layers_of(model)
+    wrong = {}
+    for ending in endings:
+        fit = [layer for layer in known.fit if _ends(layer, ending)]
+        unfit = {layer: why for layer, why in known.unfit.items() if _ends(layer, ending)}
+        if not fit and not unfit:
+            _refuse(ending, list(known.fit))
+        wrong |= {layer: why for layer, why in unfit.items() if why != layers.NOT_TEXT or not fit}
+    if wrong:
+        names = ", ".join(sorted({_leaf(layer) for layer in known.fit}))
+        raise ModelError(
+            f"target_modules: no adapter can go on {layers.in_words(wrong, known.fit)}. "
+            f"Give others of its linear layers: {names or 'none'}; or one of {', '.join(NAMED_SETS)}."
+        )
 
 
 def _ends(layer: str, ending: str) -> bool:
@@ -234,10 +263,8 @@ def _sets(layer: str) -> set[str]:
 
 
 def linear_layers(model: Any) -> list[str]:
-    """The names of all linear layers but the output head."""
-    head = model.get_output_embeddings()
-    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)  # bitsandbytes' quantised layers are nn.Linear
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    """The names of all linear layers that an adapter can go on, in the model's order; never the output head."""
+    return list(layers.layers_of(model).fit)
 
 
 def _endings(chosen: list[str], everything: list[str]) -> list[str]:

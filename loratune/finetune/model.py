@@ -13,6 +13,7 @@ from torch import nn
 
 from loratune.errors import MissingExtraError, ModelError
 from loratune.finetune import hub
+from loratune.finetune.rope import forget_lengths
 from loratune.work import ModelRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -97,6 +98,7 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
         raise ModelError(f"model {recipe.name_or_path!r}: an adapter was loaded with it. Give a model without one.")
     model.base_revision = recipe.revision  # for what is trained on it: adapter_config.json names the base by both
     model.requires_grad_(False)
+    forget_lengths(model)
     if not recipe.load_in_4bit:  # a quantised model was placed while loading
         model.to(device)
     model.eval()

@@ -12,22 +12,27 @@ from loratune.finetune.lora import chosen_layers
 from loratune.work import Hyperparameters, ModelRecipe
 
 
-def adapter_sizes(recipe: ModelRecipe) -> Callable[[Hyperparameters], int]:
-    """A function that gives an adapter's number of trainable parameters: r x the sum of (in + out) over its layers.
-
-    The layers are those that training will choose, of the same model built without memory (torch's meta device).
-    Raises ModelError for a model that cannot be built; the function does for target modules that it does not have.
-    """
+def bare_model(recipe: ModelRecipe) -> Any:
+    """The recipe's model without weights, on torch's meta device. Raises ModelError for one that cannot be built."""
     hub.refuse_adapter(recipe.name_or_path, recipe.revision)
     common: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
     try:
         with hub.asked_once(recipe.name_or_path):
             config = transformers.AutoConfig.from_pretrained(recipe.name_or_path, revision=recipe.revision or "main", **common)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, **common)
+            return transformers.AutoModelForCausalLM.from_config(config, **common)
     except Exception as error:  # Transformers and the hub have many
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model {recipe.name_or_path!r}: cannot tell its layers: {type(error).__name__}: {reason}.") from error
+
+
+def adapter_sizes(recipe: ModelRecipe) -> Callable[[Hyperparameters], int]:
+    """A function that gives an adapter's number of trainable parameters: r x the sum of (in + out) over its layers.
+
+    The layers are those that training will choose. Raises ModelError for a model that cannot be built; the function does for
+    target modules that it does not have.
+    """
+    model = bare_model(recipe)
     sums: dict[str | tuple[str, ...], int] = {}
 
     def size(h: Hyperparameters) -> int:

@@ -7,6 +7,7 @@ are off: they cost more than a step of a small model, and none of them can be re
 import threading
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import torch.distributed as dist
@@ -15,11 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from loratune.finetune import model as base_model
-from loratune.finetune.batches import Batch, Tokens, collate, cut, micro_batch_count, response_tokens
+from loratune.finetune.batches import Batch, Sides, Tokens, collate, cut, micro_batch_count, response_tokens
 from loratune.finetune.beginnings import dropout_slots
 from loratune.finetune.dropout import DropoutKey
 from loratune.finetune.model import BaseModel
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, clip, learning_rate_factor, warmup_steps
+from loratune.finetune.rope import sides_of
 from loratune.finetune.segment import SegmentRun
 from loratune.finetune.validation import token_nll
 from loratune.work import TrainingRecipe
@@ -32,10 +34,15 @@ class DivergedError(Exception):
 class MicroBatches(Dataset[dict[str, Any]]):
     """What one process sees of steps `start` to `stop`: item s * count + m is micro-batch m of step start + s."""
 
-    def __init__(self, run: SegmentRun, tokens: Tokens, *, start: int, stop: int, size: int, pad_id: int, rank: int, world: int) -> None:
+    def __init__(
+        self, run: SegmentRun, tokens: Tokens, *, start: int, stop: int, size: int, pad_id: int, rank: int, world: int, sides: Sides
+    ) -> None:
         self.run, self.tokens, self.start, self.stop = run, tokens, start, stop
-        self.size, self.pad_id, self.rank, self.world = size, pad_id, rank, world
+        self.size, self.pad_id, self.rank, self.world, self.sides = size, pad_id, rank, world, sides
         self.count = micro_batch_count(run.segment.hyperparameters.batch_size, size, world)
+        if np.ptp(sides(np.asarray(tokens.lengths))):  # Trainer accumulates as many at every step: so many as the worst needs
+            steps = range(start, stop)
+            self.count = max((len(self._cut(run.examples(step), other)) for step in steps for other in range(world)), default=self.count)
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.count
@@ -44,7 +51,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
         step, micro = self.start + index // self.count, index % self.count
         examples = self.run.examples(step)
         if micro == 0:
-            self._pieces = cut(self.tokens.lengths[examples], self.size, self.rank, self.world)
+            self._pieces = self._cut(examples, self.rank, self.count)
             self._items = response_tokens(self.tokens, examples)
             self._slots = dropout_slots(self.tokens, examples)
         slots = self._pieces[micro]
@@ -53,6 +60,9 @@ class MicroBatches(Dataset[dict[str, Any]]):
         own = [self._slots[slot] for slot in seen]
         batch = collate(self.tokens, examples[seen], slots=own, pad_id=self.pad_id, scored=len(slots) > 0)
         return {"batch": batch, "items": self._items, "step": step}
+
+    def _cut(self, examples: np.ndarray, rank: int, count: int | None = None) -> list[np.ndarray]:
+        return cut(self.tokens.lengths[examples], self.size, rank, self.world, self.sides, count)
 
 
 class SegmentTrainer(transformers.Trainer):
@@ -89,6 +99,7 @@ class SegmentTrainer(transformers.Trainer):
             pad_id=base.pad_id,
             rank=rank,
             world=world,
+            sides=sides_of(base.model.config),
         )
         warmup = warmup_steps(h.warmup_ratio, segment.total_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -130,6 +141,8 @@ class SegmentTrainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         batch: Batch = inputs["batch"].to(self.base.device)
+        if self.world == 1 and not len(batch.labels):  # left over at a step that needs fewer
+            return torch.zeros((), device=self.base.device)
         if not model.training:
             model.train()
         positions = torch.arange(batch.ids.shape[1], device=batch.ids.device)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loratune.errors import DataError
 from loratune.finetune.batches import Batch, Tokens, validation_batches
+from loratune.finetune.rope import sides_of
 
 _CHUNK = 2**25  # logits turned into float32 at a time: 128 MiB
 
@@ -67,7 +68,7 @@ def validate(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # NLL, number
     with torch.no_grad(), autocast():
-        for batch in validation_batches(tokens, batch_size, pad_id, rank, world):
+        for batch in validation_batches(tokens, batch_size, pad_id, rank, world, sides_of(model.config)):
             if interrupted():
                 raise InterruptedError
             nll = token_nll(model, head, batch.to(device))

@@ -4,6 +4,7 @@
       spec.yaml            the study as asked for, complete
       recipe.json          what workers need of it (work.Recipe)
       data.txt             the prepared data's name: others cannot continue the study
+      notes.txt            lines on the model and the data, found before the first trial
       slots.txt            trials that one process trains together, chosen when the study began
       workers.txt          processes on a CPU, likewise
       study.db             the Optuna study (unless another storage URL is given)

@@ -18,6 +18,7 @@ def asked(record: StudyRecord) -> list[tuple[str, str]]:
     rows += [("Examples", counts)] if (counts := examples(record)) else []
     rows += [("Prompt", f"{data['prompt']}, at most {data['max_length']} tokens")] if "prompt" in data and "max_length" in data else []
     rows += [("Training", _training(training)), ("Budget", _budget(budget))]
+    rows += [("Notes", "; ".join(notes))] if (notes := _notes(record)) else []
     goals = [f"{metric(name)}{' (more is better)' if way == 'maximize' else ''}" for name, way in record.objectives.items()]
     rows += [("Objectives", "; ".join(goals))] if len(goals) > 1 else []
     rows += [("Constraints", "; ".join(spec["constraints"]))] if spec.get("constraints") else []
@@ -28,6 +29,12 @@ def asked(record: StudyRecord) -> list[tuple[str, str]]:
     else:
         rows.append(("Schedule", f"{schedule.pop('name')}: {show(schedule)}"))
     return [*rows, ("Seed", show(spec.get("seed")))]
+
+
+def _notes(record: StudyRecord) -> list[str]:
+    """Lines on the model and the data that were told before the first trial."""
+    path = record.folder / "notes.txt"
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 def examples(record: StudyRecord) -> str:

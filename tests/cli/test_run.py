@@ -132,6 +132,14 @@ def test_dry_run_tells_costs_and_leaves_nothing(loratune, done, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_refuses_what_cannot_be_trained(loratune, done, tmp_path: Path) -> None:
+    home, _ = done
+    answer = loratune("run", home / "spec.yaml", "--output", tmp_path / "study", "--dry-run", "--training.target_modules", "[q_prj]")
+    assert answer.code == 4
+    assert "no linear layers for 'q_prj'. Did you mean 'q_proj'?" in answer.err
+    assert "Measuring" not in answer.out
+
+
 def test_stopped_and_continued_is_the_same_study(loratune, done, tmp_path: Path) -> None:
     """A study interrupted by SIGINT in mid-trial ends, after the command is repeated, with the values of the uninterrupted one."""
     home, _ = done

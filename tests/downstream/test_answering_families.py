@@ -34,6 +34,13 @@ FAMILIES = {
 }
 
 
+def longrope(border: int) -> transformers.Phi3Config:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0, 9.0, 5.0, 7.0]}
+    return transformers.Phi3Config(
+        **SHAPE, original_max_position_embeddings=border, rope_parameters={**rope, "original_max_position_embeddings": border}
+    )
+
+
 class Continue(Benchmark):
     name = title = version = "continue"
     chance = 0.0
@@ -48,14 +55,29 @@ class Continue(Benchmark):
         return []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_as_generate(family: str) -> None:
+def made(config: transformers.PretrainedConfig) -> BaseModel:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]).eval().double()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo.model_folder())
-    base = BaseModel(model=model, tokenizer=tokenizer, device=torch.device("cpu"), dtype=torch.float64)
-    benchmark = Continue()
+    return BaseModel(model=model, tokenizer=tokenizer, device=torch.device("cpu"), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_generate(family: str) -> None:
+    as_generate(made(FAMILIES[family]), Continue())
+
+
+@pytest.mark.parametrize("border", [24, 28, 34, 40])
+def test_as_generate_on_both_sides_of_longropes_border_and_across_it(border: int) -> None:
+    base, benchmark = made(longrope(border)), Continue()
+    lengths = [len(base.tokenizer(item.prompt)["input_ids"]) for item in benchmark.items()]
+    assert min(lengths) - 8 < border < max(lengths) + 8, lengths
+    as_generate(base, benchmark)
+
+
+def as_generate(base: BaseModel, benchmark: Benchmark) -> None:
+    model, tokenizer = base.model, base.tokenizer
     found = {}
     for batch, answers in Answerer(base, Adapters(base, [None, None])).answers(benchmark, benchmark.items(), [0, 1]):
         for own in answers:
@@ -70,3 +92,39 @@ def test_as_generate(family: str) -> None:
         whole, asked = (tokenizer.decode(i, skip_special_tokens=True) for i in (out, ids[0]))
         assert found[item.id] == whole[len(asked) :]
     assert len(set(found.values())) > 1
+
+
+class Choose(Benchmark):
+    """Choices of several tokens, behind prompts of several lengths."""
+
+    name = title = version = "choose"
+    chance = 0.0
+    choices = (" cat", " a dog and a tree", " one two three", "")
+
+    def items(self) -> list[Item]:
+        opening = "Below is an instruction that describes a task and it is the same for all of them. "
+        return [
+            Item(id=str(n), prompt=opening + "house river " * (n // 2) + "tree" * (n % 2), choices=self.choices, shared=len(opening))
+            for n in range(12)
+        ]
+
+    def score(self, items: object, answers: object) -> list[Verdict]:
+        return []
+
+
+@pytest.mark.parametrize("border", [26, 33])
+def test_choices_on_both_sides_of_longropes_border_as_one_by_one(border: int) -> None:
+    base, benchmark = made(longrope(border)), Choose()
+    seen = 0
+    for batch, (first, second) in Answerer(base, Adapters(base, [None, None])).answers(benchmark, benchmark.items(), [0, 1]):
+        for item, answer, same in zip(batch, first, second, strict=True):
+            seen += 1
+            context = base.tokenizer(item.prompt.rstrip(" "))["input_ids"]
+            for choice, got in zip(item.choices, answer.log_likelihoods, strict=True):
+                whole = base.tokenizer(item.prompt + choice)["input_ids"]
+                with torch.no_grad():
+                    scores = base.model(input_ids=torch.tensor([whole[:-1]])).logits[0].log_softmax(-1)
+                places = range(len(context), len(whole))
+                assert got == pytest.approx(sum(float(scores[at - 1, whole[at]]) for at in places), abs=1e-9)
+            assert same.log_likelihoods == pytest.approx(answer.log_likelihoods, abs=1e-12)
+    assert seen == len(benchmark.items())

@@ -3,8 +3,8 @@
 Transformers' own model files run unchanged. What is ours is hung into them: a hook on each linear layer adds the
 adapters' deltas, an attention function keeps sequences apart, norms and rotary positions take fewer steps, the last
 layer's queries and MLP are taken for the rows alone that predict a response token, and the output head is left out of
-the model's forward pass, to be taken together with the loss. Whether a model bears that is tried when it is loaded: three
-sequences must come out as they do one by one.
+the model's forward pass, to be taken together with the loss. Whether a model bears that is tried when it is loaded: some
+sequences, on both sides of every length at which the model changes, must come out as they do one by one.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from torch import nn
 from loratune.errors import NotPackableError
 from loratune.finetune import dropout, lora
 from loratune.finetune import model as base_model
-from loratune.finetune.batches import Tokens, collate
+from loratune.finetune.batches import collate
 from loratune.finetune.model import BaseModel
 from loratune.finetune.packed import attention
 from loratune.finetune.packed.adapter import Adapter
@@ -28,14 +28,21 @@ from loratune.finetune.packed.head import frozen_head_nll
 from loratune.finetune.packed.layout import Flat, Share, Span, flatten
 from loratune.finetune.packed.norm import quick_norms
 from loratune.finetune.packed.rotary import quick_rotary
+from loratune.finetune.rope import RopeSides, sides_of
 from loratune.finetune.validation import token_nll
+
+_LONGEST_TRIED = 4096  # tokens: a moment, and what a batch of long examples takes anyway
 
 
 class PackedBase:
-    """A base model made ready for flat batches. Raises NotPackableError, leaving the model as it was."""
+    """A base model made ready for flat batches of sequences up to `longest` tokens.
 
-    def __init__(self, base: BaseModel) -> None:
+    Raises NotPackableError, leaving the model as it was.
+    """
+
+    def __init__(self, base: BaseModel, longest: int = 0) -> None:
         self.base, self.model, self.device = base, base.model, base.device
+        self.sides = sides_of(self.model.config)
         self.head = base_model.output_head(self.model)
         if not isinstance(self.head, nn.Linear):
             raise NotPackableError("it has no linear output head")
@@ -56,6 +63,7 @@ class PackedBase:
         self._norms: list[tuple[Any, Any]] = []  # and the forward function that it had of its own, not its class's
         self._last = self._read_alone()
         attention.register()
+        self._tried = _Trial(_lengths(self.model.config, longest))
         expected = self._reference()
         self.model.config._attn_implementation = attention.NAME
         for norm, forward in list(quick_norms(self.model)):
@@ -160,14 +168,17 @@ class PackedBase:
         return add_deltas(arguments[0], y, parts, rows, self._anchor, self.backend(self._adapters))
 
     def _reference(self) -> torch.Tensor:
+        """NLL of the tried sequences, each by itself."""
+        alone = (collate(self._tried, [i], pad_id=0).to(self.device) for i in range(len(self._tried)))
         with torch.no_grad(), base_model.autocast(self.base):
-            return torch.cat([token_nll(self.model, self.head, collate(_TRIAL, [i], pad_id=0).to(self.device)) for i in range(3)])
+            return torch.cat([token_nll(self.model, self.head, batch) for batch in alone])
 
     def _try(self, expected: torch.Tensor) -> None:
-        flat = flatten(_TRIAL, [Share(owner=0, examples=np.arange(3))], self.device)
+        sides = self.sides(self._tried.lengths)
         try:
             with torch.no_grad():
-                got = self.nll(flat, ())
+                together = [Share(owner=0, examples=np.flatnonzero(sides == side)) for side in np.unique(sides)]
+                got = torch.cat([self.nll(flatten(self._tried, [share], self.device), ()) for share in together])
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
             raise NotPackableError(f"{type(self.model).__name__} does not take a flat batch ({type(error).__name__}: {error})") from error
         tolerance = 0.05 if self.base.dtype in (torch.bfloat16, torch.float16) else 1e-4
@@ -189,16 +200,32 @@ def choose_backend(adapters: Sequence[Adapter]) -> Backend:
 
 
 class _Trial:
-    """Three short sequences on which a model is tried."""
+    """Sequences on which a model is tried."""
 
-    lengths = np.asarray([7, 12, 5])
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = np.asarray(lengths)
 
     def __len__(self) -> int:
-        return 3
+        return len(self.lengths)
 
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]:
         length = int(self.lengths[index])
         return ((np.arange(length) * 7 + index * 5) % 40 + 3).astype(np.int32), np.ones(length, dtype=bool)
 
 
-_TRIAL: Tokens = _Trial()
+def _lengths(config: Any, longest: int) -> list[int]:
+    """Three short sequences, and one beyond each length at which the model computes otherwise; none beyond what it will be given.
+
+    Raises NotPackableError for attention in chunks that are too long to be tried.
+    """
+    config = config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    borders = {getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")}
+    borders |= {rope.get("original_max_position_embeddings") for rope in [ropes, *ropes.values()] if isinstance(rope, dict)}
+    if isinstance(sides := sides_of(config), RopeSides):
+        borders |= {sides.switch, sides.grows}
+    crossed = sorted({int(border) for border in borders if border and border < longest})
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk in crossed and chunk > _LONGEST_TRIED:
+        raise NotPackableError(f"its attention works in chunks of {chunk} tokens, and the longest example has {longest}")
+    return [7, 12, 5, *(min(border + 5, longest) for border in crossed if border <= _LONGEST_TRIED)]

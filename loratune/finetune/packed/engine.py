@@ -49,7 +49,8 @@ class PackedEngine:
         prepared = Prepared.load(root / recipe.data)
         self.train: Tokens = prepared.train
         self.validation: Tokens = prepared.validation
-        self.base = PackedBase(model.load(recipe.model, self.device))
+        longest = max(int(np.max(tokens.lengths)) for tokens in (self.train, self.validation))
+        self.base = PackedBase(model.load(recipe.model, self.device), longest)
         if recipe.training.gradient_checkpointing:
             model.checkpoint_activations(self.base.model, True)
             self.base.checkpointing = True

@@ -30,6 +30,7 @@ class Lane:
     ) -> None:
         h = segment.hyperparameters
         self.segment, self.tokens, self._kind = segment, tokens, recipe.training.lr_scheduler_type
+        self._sides = base.sides
         layers = {name: base.features(name) for name in lora.chosen_layers(base.model, h.target_modules)}
         lora.peft_config(base.model, h)  # refuses what PEFT would
         self.adapter = Adapter(layers, h, segment.seed, recipe.training, dtype=base.base.dtype, device=base.device)
@@ -48,7 +49,7 @@ class Lane:
             optimizer=self.adapter.optimizer,
             report=report,
         )
-        if line := lora.not_loaded(base.model, h.target_modules):
+        for line in lora.left_out(base.model, h.target_modules):
             self.run.log(line)
         self.run.resume()
         self.adapter.refresh()
@@ -64,10 +65,16 @@ class Lane:
         """Whether the present step has seen all its examples."""
         return not len(self.waiting)
 
-    def offer(self, room: int, owner: int, *, at_least: int = 0) -> Share | None:
-        """The next examples of the present step that fit into `room` tokens, longest first; None when there are none."""
+    def offer(self, room: int, owner: int, *, beside: Share | None = None) -> Share | None:
+        """The next examples of the present step that fit into `room` tokens, longest first; None when there are none.
+
+        At least one, unless they go `beside` others: then those alone that may share a pass with them.
+        """
         lengths = np.asarray(self.tokens.lengths)[self._examples[self.waiting]]
-        count = max(int(np.searchsorted(np.cumsum(lengths), room, side="right")), min(at_least, len(lengths)))
+        count = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
+        first = self._examples[self.waiting[:1]] if beside is None else beside.examples[:1]
+        side = self._sides(np.asarray(self.tokens.lengths)[first])
+        count = max(min(count, _leading(self._sides(lengths) == side)), 0 if beside is not None else min(1, len(lengths)))
         if not count:
             return None
         slots = self.waiting[:count]
@@ -118,9 +125,14 @@ def fill(lanes: Sequence[Lane], room: int, enough: float) -> list[Share]:
     companions = [k for k, lane in enumerate(lanes) if k == 0 or (first.batch_tokens < enough and lane.batch_tokens < enough)]
     shares: list[Share] = []
     for owner in companions:
-        share = lanes[owner].offer(room, owner, at_least=0 if shares else 1)
+        share = lanes[owner].offer(room, owner, beside=shares[0] if shares else None)
         if share is None:
             continue
         shares.append(share)
         room -= int(np.asarray(lanes[owner].tokens.lengths)[share.examples].sum())
     return shares
+
+
+def _leading(true: np.ndarray) -> int:
+    """How many are true before the first that is not."""
+    return len(true) if true.all() else int(np.argmin(true))

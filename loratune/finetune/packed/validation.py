@@ -24,7 +24,7 @@ def validate_together(
     lengths = np.asarray(tokens.lengths)
     sums = torch.zeros(len(adapters), dtype=torch.float64, device=base.device)
     number = 0
-    for examples in _chunks(lengths, max(1, room // len(adapters))):
+    for examples in _chunks(lengths, max(1, room // len(adapters)), base.sides(lengths)):
         if interrupted():
             raise InterruptedError
         shares = [Share(owner=k, examples=examples) for k in range(len(adapters))]
@@ -38,13 +38,13 @@ def validate_together(
     return (sums / number).tolist(), time.perf_counter() - began
 
 
-def _chunks(lengths: np.ndarray, room: int) -> list[np.ndarray]:
-    """All examples, longest first, in chunks of at most `room` tokens, at least one example each."""
+def _chunks(lengths: np.ndarray, room: int, sides: np.ndarray) -> list[np.ndarray]:
+    """All examples, longest first, in chunks of one side and at most `room` tokens, at least one example each."""
     order = np.argsort(-lengths, kind="stable")
     chunks: list[list[int]] = []
     left = 0
     for example in order:
-        if not chunks or lengths[example] > left:
+        if not chunks or lengths[example] > left or sides[example] != sides[chunks[-1][0]]:
             chunks.append([])
             left = room
         chunks[-1].append(int(example))
