@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loratune.errors import ModelError, StorageError
 from loratune.work import ModelRecipe
 
@@ -47,6 +45,7 @@ def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[s
     ModelError when the base model cannot be loaded or the sum is not finite.
     """
     import peft
+    import torch
 
     from loratune.finetune import model
 

@@ -11,8 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from scipy.stats import binomtest
-
 CHOICES = ("left", "right", "tie", "neither")
 FIRST, SECOND, TIE, NEITHER = "first", "second", "tie", "neither"
 
@@ -32,6 +30,13 @@ class Vote:
         if self.choice in (TIE, NEITHER):
             return self.choice
         return self.left if self.choice == "left" else other(self.left)
+
+
+def _even(count: int, number: int) -> float:
+    """Two-sided exact binomial p-value of `count` among `number`, both ways being equally likely; 1 of nothing."""
+    from scipy.stats import binomtest  # seconds of import
+
+    return float(binomtest(count, number, 0.5).pvalue) if number else 1.0
 
 
 def other(side: str) -> str:
@@ -75,7 +80,7 @@ class Tally:
 
     def sign_test(self) -> float:
         """Two-sided exact binomial p-value of first against second, both equally likely; ties left out. 1 of nothing."""
-        return float(binomtest(self.first, self.decided, 0.5).pvalue) if self.decided else 1.0
+        return _even(self.first, self.decided)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ class PositionBias:
     @property
     def p_value(self) -> float:
         """Two-sided exact binomial test of both sides winning equally often."""
-        return float(binomtest(self.left, self.left + self.right, 0.5).pvalue) if self.left + self.right else 1.0
+        return _even(self.left, self.left + self.right)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ with open("file", "w") as file:
     file.write("secret")
 os.chmod("file", 0o600)
 os.utime("file", (1000, 1000))
-neighbour = subprocess.Popen([sys.executable, "-c", "import time\nwhile True: time.sleep(.05)"])
+neighbour = subprocess.Popen([sys.executable, "-c", "import os, time\np = os.getppid()\nwhile os.getppid() == p: time.sleep(.05)"])
 time.sleep(0.5)
 targets = [neighbour.pid, os.getpid()]
 
