@@ -199,7 +199,7 @@ def _vote(args: argparse.Namespace, folder: Path, listening: Any) -> None:
     with Votes(folder / NAME) as votes:
         for name in args.readmit:
             if not votes.readmit(name):
-                print(f"--readmit: nobody has voted as {name} yet.")
+                print(f"--readmit: nobody has entered as {name} yet.")
         app = create_app(record.pairs, votes, seed=record.comparison.seed, raters=args.raters, token=args.token)
         address = _address(args, listening.getsockname()[1])
         print(

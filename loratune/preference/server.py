@@ -4,8 +4,8 @@ What a rater sees is a function of (seed, rater, question): the order of the que
 stands on the left. So nothing is kept but votes, and a rater goes on at any time, after any restart. The seed
 is the comparison's secret; nothing that is sent tells it.
 
-A name belongs to the browser that first voted under it: entering leaves a secret in a cookie there, and votes.db keeps
-its hash. Without it nobody votes or takes back a vote under that name, nor sees what it has voted on.
+A name belongs to the browser that first entered under it: a cookie there holds a secret, and votes.db keeps its
+hash. Without it nobody votes or takes back a vote under that name, nor sees what it has voted on.
 """
 
 import hashlib
@@ -115,7 +115,7 @@ def create_app(pairs: Sequence[Pair], votes: Votes, *, seed: int, raters: Sequen
     async def _state(body: _Body, request: Request, response: Response) -> dict[str, Any]:
         rater = spelt(body.rater)
         secret = _secret(request, rater) or secrets.token_urlsafe(32)
-        if not votes.free_for(rater, secret):
+        if not votes.claim(rater, secret):
             raise HTTPException(403, _not_yours(rater))
         response.set_cookie(_cookie_of(rater), secret, httponly=True, samesite="strict", max_age=_COOKIE_DAYS * 86400)
         return state(rater)

@@ -108,12 +108,6 @@ class Votes:
                 self._db.execute("INSERT INTO raters (rater, browser, time) VALUES (?, ?, ?)", row)
         return known is None or hmac.compare_digest(known, _digest(secret))
 
-    def free_for(self, rater: str, secret: str) -> bool:
-        """Whether no other browser than the one that keeps `secret` has the rater's name."""
-        with self._explained():
-            known = self._browser(rater)
-        return known is None or hmac.compare_digest(known, _digest(secret))
-
     def readmit(self, rater: str) -> bool:
         """Let another browser have the rater's name; the votes stay. Returns whether one had it."""
         with self._transaction():

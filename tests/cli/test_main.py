@@ -31,7 +31,11 @@ def foreign(modules: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in modules} - known
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["--version"], ["run", "study.yaml", "--training.epochs", "2", "--help"], *([command, "--help"] for command in COMMANDS)],
+    ids=" ".join,
+)
 def test_help_imports_the_standard_library_alone(argv: list[str]) -> None:
     """So that it is there at once: `compare --help` took seconds, for SciPy's sake."""
     modules = modules_after(*argv)

@@ -281,7 +281,7 @@ def test_a_name_stays_with_its_browser(command: Command, browser: Any) -> None:
 
 
 def test_named_and_structured_for_screen_readers(address: str, browser: Any) -> None:
-    ann = Rater(browser, address, "Ann", ANN, viewport={"width": 375, "height": 667})
+    ann = Rater(browser, address, "Ann of the screen reader", ANN, viewport={"width": 375, "height": 667})
     ann.begin()
     tree = ann.page.locator("body").aria_snapshot()
     for wanted in (
@@ -312,7 +312,7 @@ def test_named_and_structured_for_screen_readers(address: str, browser: Any) -> 
 def test_contrast(address: str, browser: Any) -> None:
     """WCAG AA: 4.5 between every text and what it stands on."""
     for scheme in ("light", "dark"):
-        ann = Rater(browser, address, "Ann", ANN, color_scheme=scheme)
+        ann = Rater(browser, address, f"Ann in the {scheme}", ANN, color_scheme=scheme)  # a name is one browser's
         ann.begin()
         found = ann.page.evaluate(
             """() => {
@@ -334,7 +334,7 @@ def test_contrast(address: str, browser: Any) -> None:
 
 
 def test_answers_are_text_never_markup(address: str, browser: Any) -> None:
-    ann = Rater(browser, address, "Ann", ANN)
+    ann = Rater(browser, address, "Ann of the markup", ANN)
     ann.page.on("dialog", lambda dialog: ann.problems.append(dialog.message))
     ann.begin()
     assert HOSTILE in ann.page.inner_text("#left") + ann.page.inner_text("#right")

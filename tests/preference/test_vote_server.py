@@ -170,13 +170,13 @@ def test_without_entering_nobody_votes(page: TestClient, record: PreferenceRecor
     assert read_votes(record.folder) == []
 
 
-def test_a_name_is_the_browser_s_that_votes_first(record: PreferenceRecord, votes: Votes) -> None:
-    """Looking takes no name away."""
+def test_a_name_is_the_browser_s_that_entered_first(record: PreferenceRecord, votes: Votes) -> None:
+    """Before any vote."""
     first, second = browser(record, votes), browser(record, votes)
     state = say(first, "state")
-    assert say(second, "state") == state
-    say(second, "vote", question=state["question"]["id"], choice="left")
-    refused(first, "vote", question=state["question"]["id"], choice="right")
+    refused(second, "state")
+    refused(second, "vote", question=state["question"]["id"], choice="right")
+    say(first, "vote", question=state["question"]["id"], choice="left")
 
 
 def test_two_raters_share_a_browser(page: TestClient) -> None:
