@@ -57,6 +57,7 @@ def test_export_imports_nothing_that_trains(done, tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_report_imports_nothing_that_trains(done, tmp_path: Path) -> None:
     home, _ = done
     modules = modules_after("report", str(home / "study"), "--output", str(tmp_path / "report.html"))
