@@ -114,7 +114,7 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
     default = spec.hyperparameters(spec.search_space.default_values())
     steps = total_steps(len(data.train), default.batch_size, default.epochs)
     shown = order(spec.seed, len(data.train), steps * default.batch_size)
-    runs, validations = _expected(spec)
+    runs, validations = expected(spec)
     largest = _largest(spec, default)
     probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest, threads=_threads(spec))
     adapter = probed.trainable_parameters * _BYTES
@@ -189,7 +189,7 @@ def _devices(spec: StudySpec) -> list[int]:
     return cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
 
 
-def _expected(spec: StudySpec) -> tuple[float, float]:
+def expected(spec: StudySpec) -> tuple[float, float]:
     """(full runs, validations) that the schedule is expected to spend, the base model's validation included."""
     repeats = 1 if spec.schedule.name == "full" else 20
     spent = [_simulated(spec, random.Random(seed)) for seed in range(repeats)]

@@ -10,7 +10,7 @@ from loratune import demo
 from loratune.errors import SpecError
 from loratune.finetune.prepared import Prepared, pack
 from loratune.finetune.sizes import adapter_sizes
-from loratune.plan import Plan, _expected, _expected_epochs, _largest, _not_counted, _threads, slots_for, workers_for
+from loratune.plan import Plan, _expected_epochs, _largest, _not_counted, _threads, expected, slots_for, workers_for
 from loratune.record import open_record
 from loratune.spec import StudySpec
 from loratune.work import Hyperparameters, ModelRecipe
@@ -60,17 +60,17 @@ def test_the_text_tells_what_matters() -> None:
 
 
 def test_a_full_schedule_spends_one_run_per_trial() -> None:
-    assert _expected(spec(budget={"trials": 10}, training={"validations": 4})) == (10, 41)
+    assert expected(spec(budget={"trials": 10}, training={"validations": 4})) == (10, 41)
 
 
 @pytest.mark.parametrize("fidelity", ["steps", "budget"])
 def test_halving_spends_less_than_full_and_more_than_its_bottom_rung(fidelity: str) -> None:
-    runs, validations = _expected(spec(budget={"trials": 27}, schedule={"name": "halving", "fidelity": fidelity}))
+    runs, validations = expected(spec(budget={"trials": 27}, schedule={"name": "halving", "fidelity": fidelity}))
     # 27 at 1/9, about 9 at 1/3, about 3 at 1: 9 runs when restarted, less when resumed; asynchrony promotes a little more
     assert 27 / 9 < runs < 14
     assert 27 + 1 < validations < 27 + 9 + 3 + 12
     if fidelity == "steps":
-        assert runs < _expected(spec(budget={"trials": 27}, schedule={"name": "halving", "fidelity": "budget"}))[0]
+        assert runs < expected(spec(budget={"trials": 27}, schedule={"name": "halving", "fidelity": "budget"}))[0]
 
 
 def test_the_largest_adapter_of_the_space() -> None:

@@ -10,17 +10,16 @@ import secrets
 import sys
 import webbrowser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.errors import DataError, MissingExtraError, SpecError, StorageError
-from loratune.preference.answers import Generation, write_answers
-from loratune.preference.contestants import Tuned, base_of, choose
-from loratune.preference.questions import Question, demo_questions, read_questions
-from loratune.preference.record import Comparison, read, settle
-from loratune.preference.words import table
-from loratune.record import StudyRecord
-from loratune.record import read as read_study
-from loratune.work import ModelRecipe
+
+if TYPE_CHECKING:
+    from loratune.preference.contestants import Tuned
+    from loratune.preference.questions import Question
+    from loratune.preference.record import Comparison
+    from loratune.record import StudyRecord
+    from loratune.work import ModelRecipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions", metavar="FILE", type=Path, help="JSON Lines (Vicuna's form, or a question each), or text, one per line"
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: preference/A-vs-B in the study's folder")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the sides, the order of questions, and sampling (default: 0)")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of sampling (default: 0); sides and order are drawn at random, in secret"
+    )
 
     answers = parser.add_argument_group("answers")
     answers.add_argument("--model", metavar="NAME", help="base model, when there is no study to say it")
@@ -53,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     page.add_argument("--token", metavar="TEXT", nargs="?", const="", help="ask for a token; without TEXT one is made up at every start")
     page.add_argument("--raters", metavar="NAME", nargs="+", default=[], help="who may vote; default: anyone who opens the page")
 
+    page.add_argument(
+        "--readmit", metavar="NAME", nargs="+", default=[], help="let these raters vote from a new browser, which lost its cookie, say"
+    )
+
     judge = parser.add_argument_group("language model as judge")
     judge.add_argument("--judge", metavar="URL", help="an OpenAI-compatible endpoint, up to /v1")
     judge.add_argument("--judge-model", metavar="NAME", help="the model to ask there")
@@ -64,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.judge and not args.judge_model:
         raise SpecError("--judge needs --judge-model, the name of the model to ask there.")
+    from loratune.preference import read, table
+    from loratune.preference.answers import write_answers
+    from loratune.preference.record import settle
+
     study = _study(args.study)
     comparison = _comparison(args, study)
     folder = args.out or _default_folder(comparison, study)
@@ -83,12 +92,19 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _study(given: Path | None) -> StudyRecord | None:
+def _study(given: Path | None) -> "StudyRecord | None":
+    from loratune.record import read
+
     here = Path()
-    return read_study(given) if given is not None else read_study(here) if (here / "spec.yaml").is_file() else None
+    return read(given) if given is not None else read(here) if (here / "spec.yaml").is_file() else None
 
 
-def _comparison(args: argparse.Namespace, study: StudyRecord | None) -> Comparison:
+def _comparison(args: argparse.Namespace, study: "StudyRecord | None") -> "Comparison":
+    from loratune.preference import Comparison
+    from loratune.preference.answers import Generation
+    from loratune.preference.contestants import base_of, choose
+    from loratune.work import ModelRecipe
+
     tuned = _tuned(study) if study is not None and "tuned" in (args.first, args.second) else None
     first, second = (choose(given, study, tuned) for given in (args.first, args.second))
     if (first.adapter, first.weights) == (second.adapter, second.weights):
@@ -103,13 +119,13 @@ def _comparison(args: argparse.Namespace, study: StudyRecord | None) -> Comparis
         prompt=args.prompt or (study.spec["data"].get("prompt", "alpaca") if study is not None else "alpaca"),
         questions=_questions(args.questions, model),
         generation=Generation(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, batch_size=args.batch_size),
-        seed=args.seed,
     )
 
 
-def _tuned(study: StudyRecord) -> Tuned | None:
+def _tuned(study: "StudyRecord") -> "Tuned | None":
     """The trial and adapter that `loratune select` chose; None for the lowest loss. Says which it is."""
     from loratune import selection  # scipy: a second of import
+    from loratune.preference.contestants import Tuned
 
     made = selection.read(study.folder)
     if made is not None and made.holds_for(study):
@@ -128,7 +144,9 @@ def _tuned(study: StudyRecord) -> Tuned | None:
     return None
 
 
-def _questions(given: Path | None, model: ModelRecipe) -> tuple[Question, ...]:
+def _questions(given: Path | None, model: "ModelRecipe") -> "tuple[Question, ...]":
+    from loratune.preference.questions import demo_questions, read_questions
+
     if given is not None:
         return read_questions(given)
     from loratune.demo import model_folder
@@ -141,12 +159,13 @@ def _questions(given: Path | None, model: ModelRecipe) -> tuple[Question, ...]:
     )
 
 
-def _default_folder(comparison: Comparison, study: StudyRecord | None) -> Path:
+def _default_folder(comparison: "Comparison", study: "StudyRecord | None") -> Path:
     home = study.folder / "preference" if study is not None else Path("preference")
     return home / f"{comparison.first.name}-vs-{comparison.second.name}"
 
 
 def _judge(args: argparse.Namespace, folder: Path) -> None:
+    from loratune.preference import read
     from loratune.preference.judge import Judge, ask_judge
 
     judge = Judge(url=args.judge, model=args.judge_model, key=os.environ.get(args.judge_key, ""))
@@ -169,6 +188,7 @@ def _open_port(args: argparse.Namespace) -> Any:
 
 
 def _vote(args: argparse.Namespace, folder: Path, listening: Any) -> None:
+    from loratune.preference import read
     from loratune.preference.server import create_app, serve
     from loratune.preference.votes import NAME, Votes
 
@@ -177,6 +197,9 @@ def _vote(args: argparse.Namespace, folder: Path, listening: Any) -> None:
         print("Both gave the same answer to every question; there is nothing to vote on.")
         return
     with Votes(folder / NAME) as votes:
+        for name in args.readmit:
+            if not votes.readmit(name):
+                print(f"--readmit: nobody has entered as {name} yet.")
         app = create_app(record.pairs, votes, seed=record.comparison.seed, raters=args.raters, token=args.token)
         address = _address(args, listening.getsockname()[1])
         print(

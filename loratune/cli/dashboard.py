@@ -11,12 +11,14 @@ import sys
 import webbrowser
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from loratune.errors import LoratuneError, MissingExtraError, StorageError
 from loratune.masking import unmasked
-from loratune.record import StudyRecord, read
+
+if TYPE_CHECKING:
+    from loratune.record import StudyRecord
 
 HOST, PORT = "127.0.0.1", 8080
 _HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # whatever the port: an SSH tunnel changes it
@@ -30,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from loratune.record import read
+
     with serve(read(Path(args.folder)), args.port, args.storage) as server:
         address = f"http://{HOST}:{server.server_port}{server.page}"
         print(f"Dashboard at {address}\nIt shows the study and changes nothing. Ctrl-C ends it.", flush=True)
@@ -49,7 +53,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
     page = "/dashboard"  # of the study
 
 
-def serve(record: StudyRecord, port: int | None, url: str | None = None) -> Server:
+def serve(record: "StudyRecord", port: int | None, url: str | None = None) -> Server:
     """A listening server of the study's dashboard. Raises MissingExtraError, StorageError, and LoratuneError for a port that is taken."""
     try:
         from optuna_dashboard import wsgi
@@ -93,7 +97,7 @@ class _Quiet(WSGIRequestHandler):
         pass
 
 
-def _open(record: StudyRecord, url: str | None) -> tuple[Any, int]:
+def _open(record: "StudyRecord", url: str | None) -> tuple[Any, int]:
     """The study's Optuna storage, opened to read, and the study's number in it. Raises StorageError."""
     import optuna
     from optuna.storages import JournalStorage, RDBStorage

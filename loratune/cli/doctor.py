@@ -1,11 +1,12 @@
-"""Check this machine and what is installed. Each line says ok or missing, with the command that mends it."""
+"""Check this machine and what is installed. Each line says ok or missing, with the command that mends it; a line of
+three dots says what is being looked at."""
 
 import argparse
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -25,21 +26,37 @@ class Line:
     needed: bool = True
 
 
+@dataclass(frozen=True)
+class Doing:
+    """What is being done now; told before, for it may take a minute on a machine that reads the libraries for the first time."""
+
+    what: str
+    text: str
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
 
 def main(args: argparse.Namespace) -> int:
-    checks: list[Callable[[], list[Line]]] = [python, packages, extras, machine, devices, lora_step, nomad]
     warnings.simplefilter("ignore")
     failed = 0
-    for check in checks:
+    for check in (python, packages, extras, machine, devices, lora_step, nomad):
         for line in check():
-            word = "ok" if line.ok else "missing" if line.needed else "optional"
-            print(f"{word:<9}{line.what:<14} {line.text}{f'; mend with: {line.mend}' if line.mend and not line.ok else ''}", flush=True)
+            if isinstance(line, Doing):
+                _say("...", line.what, line.text, over=True)
+                continue
+            _say("ok" if line.ok else "missing" if line.needed else "optional", line.what, line.text, line.mend if not line.ok else "")
             failed += line.needed and not line.ok
     print(f"\n{failed} missing." if failed else "\nAll that loratune needs is here. First try: loratune run --demo")
     return 1 if failed else 0
+
+
+def _say(word: str, what: str, text: str, mend: str = "", *, over: bool = False) -> None:
+    """A line, shown at once; on a terminal the next one is written over it when `over`."""
+    line = f"{word:<9}{what:<14} {text}{f'; mend with: {mend}' if mend else ''}"
+    terminal = sys.stdout.isatty()
+    print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and over else "\n", flush=True)
 
 
 def python() -> list[Line]:
@@ -47,14 +64,15 @@ def python() -> list[Line]:
     return [Line("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")]
 
 
-def packages() -> list[Line]:
-    return [_package(name, name, f"pip install --upgrade {name}") for name in _NEEDED] + [
-        _package("PyNomadBBO", "PyNomad", "pip install --upgrade PyNomadBBO")
-    ]
+def packages() -> Iterator[Line | Doing]:
+    for name in _NEEDED:
+        yield from _package(name, name, f"pip install --upgrade {name}")
+    yield from _package("PyNomadBBO", "PyNomad", "pip install --upgrade PyNomadBBO")
 
 
-def extras() -> list[Line]:
-    return [_package(name, module, f"pip install 'loratune[{extra}]'", needed=False) for name, (module, extra) in _OPTIONAL.items()]
+def extras() -> Iterator[Line | Doing]:
+    for name, (module, extra) in _OPTIONAL.items():
+        yield from _package(name, module, f"pip install 'loratune[{extra}]'", needed=False)
 
 
 def machine() -> list[Line]:
@@ -70,35 +88,40 @@ def machine() -> list[Line]:
     ]
 
 
-def devices() -> list[Line]:
+def devices() -> Iterator[Line | Doing]:
+    yield Doing("gpu", "asking torch for GPUs")
     try:
         from loratune.finetune.selfcheck import gpus
     except Exception:
-        return []  # told by `packages`
+        return  # told by `packages`
     found = gpus()
     if not found:
         gpu = any(Path("/dev").glob("nvidia[0-9]*"))
         text = "a GPU is here, but this torch cannot use it" if gpu else "no GPU; trials run on the CPU"
-        return [Line("gpu", not gpu, text, "install a CUDA build of torch, see https://pytorch.org/get-started", needed=False)]
-    return [Line(f"gpu {index}", True, text) for index, text in enumerate(found)]
+        yield Line("gpu", not gpu, text, "install a CUDA build of torch, see https://pytorch.org/get-started", needed=False)
+    for index, text in enumerate(found):
+        yield Line(f"gpu {index}", True, text)
 
 
-def lora_step() -> list[Line]:
+def lora_step() -> Iterator[Line | Doing]:
     """One LoRA step of a random tiny Llama, on the device that trials would use."""
     mend = "pip install --upgrade torch transformers peft"
+    yield Doing("LoRA step", "training a tiny model")
     try:
         from loratune.finetune.selfcheck import one_step
 
         device, before, after = one_step()
     except Exception as error:
-        return [Line("LoRA step", False, f"{type(error).__name__}: {error}", mend)]
+        yield Line("LoRA step", False, f"{type(error).__name__}: {error}", mend)
+        return
     ok = after < before
-    return [Line("LoRA step", ok, f"runs on {device}" if ok else "the loss did not fall", mend)]
+    yield Line("LoRA step", ok, f"runs on {device}" if ok else "the loss did not fall", mend)
 
 
-def nomad() -> list[Line]:
+def nomad() -> Iterator[Line | Doing]:
     """Three proposals of NOMAD for a parabola."""
     mend = "pip install --force-reinstall PyNomadBBO"
+    yield Doing("NOMAD", "asking for three proposals")
     try:
         import optuna
 
@@ -108,16 +131,18 @@ def nomad() -> list[Line]:
         study = optuna.create_study(sampler=NomadSampler(search_space={"x": optuna.distributions.FloatDistribution(-1, 1)}, seed=0))
         study.optimize(lambda trial: (trial.suggest_float("x", -1, 1) - 0.3) ** 2, n_trials=3)
     except Exception as error:
-        return [Line("NOMAD", False, f"does not answer: {type(error).__name__}: {error}", mend)]
-    return [Line("NOMAD", True, "answers")]
+        yield Line("NOMAD", False, f"does not answer: {type(error).__name__}: {error}", mend)
+        return
+    yield Line("NOMAD", True, "answers")
 
 
-def _package(name: str, module: str, mend: str, *, needed: bool = True) -> Line:
+def _package(name: str, module: str, mend: str, *, needed: bool = True) -> Iterator[Line | Doing]:
+    yield Doing(name, "importing")
     try:
         import_module(module)
-        return Line(name, True, metadata.version(name), needed=needed)
+        yield Line(name, True, metadata.version(name), needed=needed)
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == module
-        return Line(name, False, "not installed" if absent else f"cannot be imported: {error}", mend, needed)
+        yield Line(name, False, "not installed" if absent else f"cannot be imported: {error}", mend, needed)
     except Exception as error:  # a broken build: whatever its import raises
-        return Line(name, False, f"cannot be imported: {type(error).__name__}: {error}", mend, needed)
+        yield Line(name, False, f"cannot be imported: {type(error).__name__}: {error}", mend, needed)

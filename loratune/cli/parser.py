@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         args = list(sys.argv[1:] if args is None else args)
-        if self._fields:
+        if self._fields and not {"-h", "--help"} & set(args):  # help needs no fields, and they need pydantic
             self._accept_fields(args)
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:

@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from loratune.record import read
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="the studies' folders")
@@ -12,6 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from loratune.record import read
     from loratune.report import write_report
 
     records = [read(Path(folder)) for folder in args.folders]

@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     spec = load_spec(args)
     if args.dry_run:
-        return _dry_run(spec)
+        from loratune.cli.dry_run import dry_run
+
+        return dry_run(spec)
     return _search(spec, args.command_line)
 
 
@@ -100,24 +102,12 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
     return flags
 
 
-def _dry_run(spec: "StudySpec") -> int:
-    from loratune.driver import known_beforehand, prepare_data
-    from loratune.plan import plan
-
-    _quiet()
-    data = prepare_data(spec, [])
-    print("\n".join([data.summary(), *known_beforehand(spec, data)]))
-    print("Measuring the training speed ...\n", flush=True)
-    print(plan(spec, data))
-    return 0
-
-
 def _search(spec: "StudySpec", command_line: list[str]) -> int:
     from loratune.cli.interrupt import Interrupt
     from loratune.cli.view import open_view
     from loratune.driver import deliver, tune
 
-    _quiet()
+    quiet()
     word = "Continuing study" if (spec.folder / "spec.yaml").is_file() else "Study"
     print(f"{word} {spec.name} in {spec.folder}: {spec.budget.trials} trials by {spec.sampler.name}")
     with Interrupt() as interrupt:
@@ -133,7 +123,7 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
     return 0
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the libraries' own messages from the terminal; workers write theirs to the trials' logs."""
     import warnings
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import StorageError
-from loratune.record import FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Trial, read
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from loratune.record import StudyRecord, Trial
 
 _LAST = 10  # trials in the table of the latest ones
 _BEST = 5
@@ -23,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from loratune.record import read
+
     folder = Path(args.folder) if args.folder else newest(Path("runs"))
     record = read(folder)
     if args.json:
@@ -57,7 +60,7 @@ def is_running(folder: Path) -> bool:
         return False
 
 
-def facts(record: StudyRecord) -> dict[str, Any]:
+def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
     from loratune.cli.scored import scored
 
@@ -88,8 +91,10 @@ def facts(record: StudyRecord) -> dict[str, Any]:
     }
 
 
-def _finished(record: StudyRecord) -> bool:
+def _finished(record: "StudyRecord") -> bool:
     """Whether the last start ran to the end of its budget: trials, or hours, after which the hand-over was written."""
+    from loratune.record import PAUSED, RUNNING
+
     ended = sum(trial.state not in (RUNNING, PAUSED) for trial in record.trials)
     handed_over = record.folder / "best.yaml"
     return ended >= record.spec.get("budget", {}).get("trials", 0) or (
@@ -97,11 +102,11 @@ def _finished(record: StudyRecord) -> bool:
     )
 
 
-def _brief(trial: Trial | None) -> dict[str, Any] | None:
+def _brief(trial: "Trial | None") -> dict[str, Any] | None:
     return None if trial is None else {"trial": trial.number, "state": trial.state, "value": trial.value, "params": trial.params}
 
 
-def _front(record: StudyRecord) -> list[dict[str, Any]]:
+def _front(record: "StudyRecord") -> list[dict[str, Any]]:
     """With several objectives, the trials that no other beats in all of them."""
     names = list(record.objectives)
     trials = record.front if len(names) > 1 else []
@@ -115,13 +120,14 @@ def _holder(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _print(record: StudyRecord) -> None:
+def _print(record: "StudyRecord") -> None:
     from rich.console import Console
     from rich.text import Text
 
     from loratune.cli import tables
     from loratune.cli.scored import score_table
     from loratune.cli.words import count, counts, duration
+    from loratune.record import FAILED, INFEASIBLE
 
     console = Console(highlight=False)
     now = facts(record)

@@ -7,9 +7,12 @@ object that equals everything gains nothing: only right answers pass.
 
 **Walls, in both modes.** The program starts with an empty environment and no open files but its pipes. It and all it
 starts are ended when the verdict is in, the wall-clock time is up, too much is printed, or loratune itself is killed.
-Per process: address space, CPU time, file size, 64 open files. Per program: number of processes and threads. No sockets
-of any family, no ptrace, no reading of other processes' memory, no new namespaces or mounts (seccomp, on x86-64 and
-AArch64). Under root each program is a user of its own without capabilities.
+Per process: address space, CPU time, file size, 64 open files. Per program: number of processes and threads. System calls
+are those that `sandbox_calls.py` lists (seccomp, on x86-64 and AArch64) and no others: no sockets but pairs inside the program,
+nothing that reaches or looks into the user's other processes (ptrace, prlimit64, setpriority, sched_setaffinity, F_SETOWN, ...), no
+new namespaces or mounts, and no memory that the limits do not count (memfd_create, System V shared memory, large pipes, descriptors
+in flight). What pipes and pairs of sockets hold comes on top, 32 MiB per process at most. Under root each program is a user
+of its own without capabilities.
 
 **With namespaces** (the rule): it sees of the machine's files the Python installation with its packages, and /usr and
 /lib, all read-only, and a /tmp in memory, limited in size, that vanishes with it; no other file, no other process, no
@@ -17,10 +20,13 @@ network device. Killing the first process of its PID namespace ends all of its p
 
 **Weaker** (only when namespaces are missing and the caller says `weaker=True`; containers often forbid them):
 Landlock (Linux 5.13) confines reading to the same folders and writing to a scratch folder, which is removed
-afterwards; signals may not be sent; orphaned and daemonised processes are found through a subreaper. Not covered: the
-total in the scratch folder is only looked at every 0.1 s; when loratune is killed by SIGKILL, the scratch folder and
-processes that the program had detached stay behind (still within their walls). On a kernel without Landlock also not
-covered: reading whatever this user may read and, unless loratune runs as root, writing whatever this user may write.
+afterwards; signals may not be sent, and a change of a file's mode, owner or times has no effect; orphaned and daemonised
+processes are found through a subreaper. The scratch folder's total, files that are open and removed included, is looked at
+every 0.1 s, so what is written in between, at most 64 files of `scratch_bytes` per process, comes on top; where TMPDIR is in
+memory, that is memory. Also not covered: when loratune is killed by SIGKILL, the scratch folder and processes that the program had
+detached stay behind (still within their walls); whether a file exists, and its size. On a kernel without Landlock also
+not covered: removed files that stay open, reading whatever this user may read and, unless loratune runs as root, writing whatever this
+user may write, /proc and /dev/shm included. On other processors than x86-64 and AArch64 the weaker walls are refused.
 
 Not covered in either mode: a flaw in the kernel; several processes together using `processes` x `memory_bytes`; load on
 processors and caches for `timeout` seconds, so a machine under load may time out a slow program. Linux only.

@@ -7,7 +7,7 @@ The *warden* stands outside: it sets the walls up, watches the clock and the out
 the first process inside; it runs the test code and calls the program's function through a pipe. The *program* answers
 calls; it holds neither the tests nor a way to the verdict, which only the judge sends and only the warden reads.
 
-Started by `sandbox.py` without site-packages, so: the standard library and its two sibling files only.
+Started by `sandbox.py` without site-packages, so: the standard library and its three sibling files only.
 """
 
 import contextlib
@@ -15,11 +15,13 @@ import os
 import resource
 import select
 import signal
+import stat
 import sys
 import time
 from typing import Any, NoReturn
 
 from loratune.downstream import sandbox_walls as walls
+from loratune.downstream.sandbox_calls import seccomp
 from loratune.downstream.sandbox_values import NotPlainError, decode, encode, receive, send
 
 CALLS, ANSWERS = 3, 4  # the program's ends of its two pipes to the judge
@@ -70,7 +72,7 @@ def warden() -> NoReturn:
     os.close(output_end)
     os.close(verdict_end)
     began = time.monotonic()
-    ran = _watch(output, verdict, began + limits["timeout"], limits, "" if order["namespaces"] else order["scratch"])
+    ran = _watch(output, verdict, began + limits["timeout"], limits, "" if order["namespaces"] else order["scratch"], user)
     ran["seconds"] = time.monotonic() - began
     with contextlib.suppress(ProcessLookupError):
         os.kill(judge, signal.SIGKILL)  # inside a PID namespace: ends every process in it
@@ -81,7 +83,7 @@ def warden() -> NoReturn:
     os._exit(0)
 
 
-def _watch(output: int, verdict: int, deadline: float, limits: dict[str, Any], scratch: str) -> dict[str, Any]:
+def _watch(output: int, verdict: int, deadline: float, limits: dict[str, Any], scratch: str, user: int) -> dict[str, Any]:
     """Drain the output and wait for the verdict, the end of time, or too much output.
 
     scratch: a folder on the disk, of which nothing but a look now and then limits the total; "" for one in memory.
@@ -92,7 +94,7 @@ def _watch(output: int, verdict: int, deadline: float, limits: dict[str, Any], s
         if now > deadline:
             return {"kind": "timeout", "why": "not done in time"}
         if scratch and now > look:
-            if _used(scratch, limits["scratch_bytes"]) > limits["scratch_bytes"]:
+            if _used(scratch, limits["scratch_bytes"]) + _nameless(user) > limits["scratch_bytes"]:
                 return {"kind": "output", "why": f"wrote more than {limits['scratch_bytes']} bytes"}
             look = time.monotonic() + 0.1
         ready, _, _ = select.select(open_ends, [], [], min(deadline - now, 0.1) if scratch else deadline - now)
@@ -125,6 +127,21 @@ def _used(folder: str, enough: int) -> int:
         if used > enough:
             break
     return used
+
+
+def _nameless(user: int) -> int:
+    """Bytes of the files that descendants hold open and no folder names any more: on a file system in memory, memory without a limit."""
+    sizes: dict[tuple[int, int], int] = {}
+    with walls.acting_as(user):  # a root without CAP_SYS_PTRACE, as in containers, may not look either
+        for process in _children():
+            with contextlib.suppress(OSError):
+                for thread in os.listdir(f"/proc/{process}/task"):
+                    for name in os.listdir(f"/proc/{process}/task/{thread}/fd"):
+                        with contextlib.suppress(OSError):
+                            found = os.stat(f"/proc/{process}/task/{thread}/fd/{name}")
+                            if stat.S_ISREG(found.st_mode) and not found.st_nlink:
+                                sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
+    return sum(sizes.values())
 
 
 def _end_descendants(user: int) -> None:
@@ -175,9 +192,9 @@ def _judge(order: dict[str, Any], program: str, user: int, crowd: int, output: i
     confined = not order["namespaces"] and walls.landlock(order["readable"], order["scratch"]) > 0
     walls.drop_privileges(user, keep_reading=confined)
     os.listdir(os.path.dirname(os.__file__))  # else every import would fail, and with it good programs
-    walls.seccomp(signalling=order["namespaces"])
     walls.prctl(walls.PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
     walls.prctl(walls.PR_SET_DUMPABLE, 0)  # nobody of the same user traces this process or reads its memory
+    seccomp(alone=order["namespaces"])
     calls, calls_end = os.pipe()
     answers, answers_end = os.pipe()
     process = os.fork()
@@ -188,6 +205,8 @@ def _judge(order: dict[str, Any], program: str, user: int, crowd: int, output: i
             for source, number in ((nothing, 0), (output, 1), (output, 2), (calls, CALLS), (answers_end, ANSWERS)):
                 os.dup2(source + 32, number)
             os.closerange(ANSWERS + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+            if confined:
+                walls.prctl(walls.PR_SET_DUMPABLE, 1)  # the warden sees its open files; its neighbours, behind Landlock, see nothing
             walls.limit_processes(crowd + limits["processes"])
             _serve(program, order["entry_point"])
         finally:

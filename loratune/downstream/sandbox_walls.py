@@ -1,28 +1,22 @@
-"""The walls around an untrusted process, each one Linux call or a few: namespaces, Landlock, seccomp, limits, privileges.
+"""The walls around an untrusted process, each one Linux call or a few: namespaces, Landlock, limits, privileges.
 
 Runs in the sandbox's own processes (`sandbox_child.py`), which start without site-packages: the standard library only,
 and nothing of loratune. Every function raises OSError when the kernel says no.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
 import resource
 import stat
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = (
-    1,
-    4,
-    8,
-    22,
-    24,
-    36,
-    38,
-)
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 24, 36, 38
 CAP_DAC_READ_SEARCH = 1 << 2
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x20000,
@@ -36,25 +30,6 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, AT_RECURSIVE = 1, 2, 4, 0x8000
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT, SYS_MOUNT_SETATTR = 444, 445, 446, 442  # the same on every architecture
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-
-# Denied system calls, by number: name -> (x86_64, aarch64). Sockets of every family, looking into or tracing other
-# processes, new namespaces and mounts, shared memory that outlives its processes, large kernel interfaces.
-DENIED = {
-    "socket": (41, 198), "io_uring_setup": (425, 425),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": (438, 438),
-    "open_by_handle_at": (304, 265),
-    "unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51), "pivot_root": (155, 41), "mount": (165, 40), "umount2": (166, 39),
-    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fspick": (433, 433), "mount_setattr": (442, 442),
-    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
-}  # fmt: skip
-SIGNALLING = {
-    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
-}  # fmt: skip
-CLONE, CLONE3 = (56, 220), 435
-AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
 def _call(what: str, result: int) -> int:
@@ -167,42 +142,6 @@ def landlock(readable: list[str], scratch: str) -> int:
     return version
 
 
-def seccomp(*, signalling: bool) -> None:
-    """Deny the system calls in DENIED (and SIGNALLING unless `signalling`) with EPERM, for good, here and in descendants.
-
-    On a processor other than x86-64 and AArch64 nothing is denied.
-    """
-    machine = platform.machine()
-    if machine not in AUDIT_ARCH:
-        return
-    column = list(AUDIT_ARCH).index(machine)
-    denied = sorted(pair[column] for pair in [*DENIED.values(), *([] if signalling else SIGNALLING.values())])
-    load, jump_eq, jump_ge, jump_set, ret = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF opcodes
-    allow, eperm, enosys, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
-    filters: list[tuple[int, int, int, int]] = [
-        (load, 0, 0, 4),  # seccomp_data.arch
-        (jump_eq, 1, 0, AUDIT_ARCH[machine]),
-        (ret, 0, 0, kill),
-        (load, 0, 0, 0),  # seccomp_data.nr
-        (jump_ge, 0, 1, 0x40000000),  # the x32 numbers of x86-64
-        (ret, 0, 0, eperm),
-        (jump_eq, 0, 1, CLONE3),  # its flags lie behind a pointer; the C library falls back to clone
-        (ret, 0, 0, enosys),
-    ]
-    for number in denied:
-        filters += [(jump_eq, 0, 1, number), (ret, 0, 0, eperm)]
-    filters += [
-        (jump_eq, 0, 3, CLONE[column]),
-        (load, 0, 0, 16),  # its first argument, lower half: flags
-        (jump_set, 0, 1, CLONE_NEWUSER),
-        (ret, 0, 0, eperm),
-        (ret, 0, 0, allow),
-    ]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in filters))
-    program = struct.pack("HxxxxxxP", len(filters), ctypes.addressof(code))
-    _call("seccomp", _libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.c_char_p(program), ctypes.c_ulong(0), ctypes.c_ulong(0)))
-
-
 def drop_privileges(user: int, *, keep_reading: bool) -> None:
     """Become `user` (when root), give up capabilities for good, and let no program being executed add any.
 
@@ -225,6 +164,21 @@ def drop_privileges(user: int, *, keep_reading: bool) -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
+@contextlib.contextmanager
+def acting_as(user: int) -> Iterator[None]:
+    """Under root, have files, and the files in /proc, opened as by `user`; nothing else changes."""
+    if os.geteuid() != 0:
+        yield
+        return
+    _libc.setfsgid(user)
+    _libc.setfsuid(user)
+    try:
+        yield
+    finally:
+        _libc.setfsuid(0)
+        _libc.setfsgid(os.getegid())
+
+
 def limit_resources(limits: dict[str, Any]) -> None:
     """Limits that hold for each process on its own: address space, CPU time, size of a file, open files, no core dumps."""
     seconds = int(limits["timeout"]) + 1
@@ -235,6 +189,8 @@ def limit_resources(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 64),  # counted per user: the user's other processes queue signals too
     ):
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -16,10 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loratune.errors import ModelError, StorageError
-from loratune.finetune import memory, model, reloaded
 from loratune.work import ModelRecipe
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,6 +47,10 @@ def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[s
     its loss compared with the adapter's on some examples of `data`, the study's prepared data, before it stands at `destination`.
     Raises as `export_adapter`, and ModelError when the base model cannot be loaded, the sum is not finite, or the loss is another.
     """
+    import torch
+
+    from loratune.finetune import memory, model, reloaded
+
     config, cpu = _adapter_config(adapter), torch.device("cpu")
     plain = replace(recipe, load_in_4bit=False)
     base = model.load(plain, cpu, silent=False)

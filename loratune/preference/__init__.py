@@ -10,7 +10,7 @@ questions.py    Question, read_questions: Vicuna's JSONL, one's own JSONL or tex
 contestants.py  choose: "tuned", "default", "base", "trial:17" or a folder -> Contestant
 answers.py      write_answers: generation, once, resumable
 votes.py        Votes: the SQLite file
-server.py       create_app: the page and its four requests; guard.py: who may send them
+server.py       create_app: the page and its four requests; guard.py: who may send them; connections.py: for how long
 judge.py        ask_judge: any OpenAI-compatible endpoint, both orders
 analysis.py     win rate, sign test, agreement, position bias: votes in, numbers out
 record.py       Comparison, PreferenceRecord, read, find: the folder as data; needs no web framework

@@ -68,7 +68,7 @@ class Guard:
             reply.set_cookie(self.cookie, self.token, httponly=True, samesite="lax", max_age=30 * 86400)
             return reply
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        if _same(bearer, self.token) or _same(_cookie(headers, self.cookie), self.token):
+        if _same(bearer, self.token) or _same(cookie(headers, self.cookie), self.token):
             return None
         return _refuse(401, "A token is needed: open the page through the link that `loratune compare` printed.")
 
@@ -129,7 +129,8 @@ def _same(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())  # in constant time
 
 
-def _cookie(headers: Headers, name: str) -> str:
+def cookie(headers: Headers, name: str) -> str:
+    """The value of the request's cookie `name`; empty when there is none."""
     try:
         found = SimpleCookie(headers.get("cookie", "")).get(name)
     except CookieError:

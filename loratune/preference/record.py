@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ class Comparison(Json):
     prompt: str  # alpaca | chat
     questions: tuple[Question, ...]
     generation: Generation
-    seed: int = 0  # of the sides and of the questions' order
+    # Of the sides and of the questions' order. Secret, for the function that makes the sides of it is public, and a rater who knows
+    # both knows who wrote what.
+    seed: int = field(default_factory=lambda: secrets.randbits(128))
 
     def contestant(self, side: str) -> Contestant:
         return self.first if side == SIDES[0] else self.second
@@ -104,7 +107,7 @@ def read_comparison(folder: Path) -> Comparison | None:
 
 
 def settle(comparison: Comparison, folder: Path) -> None:
-    """Make the folder this comparison's, or see that it is. Raises StorageError, saying what differs."""
+    """Make the folder this comparison's, or see that it is; it keeps its own seed. Raises StorageError, saying what differs."""
     old = read_comparison(folder)
     if old is not None:
         changed = [name for name, value in _essence(comparison).items() if _essence(old)[name] != value]
@@ -118,8 +121,8 @@ def settle(comparison: Comparison, folder: Path) -> None:
 
 
 def _essence(comparison: Comparison) -> dict[str, Any]:
-    """What decides the answers and who sees them how. Where an adapter lies and what it is called does not."""
-    content = {f.name: getattr(comparison, f.name) for f in dataclasses.fields(comparison)}
+    """What decides the answers. Where an adapter lies and what it is called does not; nor does the seed, which is the folder's own."""
+    content = {f.name: getattr(comparison, f.name) for f in dataclasses.fields(comparison) if f.name != "seed"}
     for side in SIDES:
         content[side] = content[side].weights or content[side].label
     return content

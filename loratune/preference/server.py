@@ -1,10 +1,16 @@
 """The voting page's server: one page and four requests. It knows the votes, and never tells who wrote what.
 
 What a rater sees is a function of (seed, rater, question): the order of the questions and which answer
-stands on the left. So nothing is kept but votes, and a rater goes on at any time, after any restart.
+stands on the left. So nothing is kept but votes, and a rater goes on at any time, after any restart. The seed
+is the comparison's secret; nothing that is sent tells it.
+
+A name belongs to the browser that first entered under it: a cookie there holds a secret, and votes.db keeps its
+hash. Without it nobody votes or takes back a vote under that name, nor sees what it has voted on.
 """
 
 import hashlib
+import re
+import secrets
 import socket
 import unicodedata
 from collections.abc import Sequence
@@ -12,20 +18,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from loratune.errors import LoratuneError, StorageError
 from loratune.preference.analysis import FIRST, SECOND, Vote, other
-from loratune.preference.guard import Guard
+from loratune.preference.connections import Patient
+from loratune.preference.guard import Guard, cookie
 from loratune.preference.record import Pair
 from loratune.preference.votes import Votes, key
 
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
 PORT = 8652
+_COOKIE_DAYS = 180
 
 
 def _name(text: str) -> str:
@@ -74,6 +82,12 @@ def create_app(pairs: Sequence[Pair], votes: Votes, *, seed: int, raters: Sequen
             raise HTTPException(403, f"{name} is not among the raters of this comparison.")
         return votes.spelt(allowed.get(key(name), name))
 
+    def mine(rater: str, request: Request) -> None:
+        """See that the name is, or now becomes, the asking browser's."""
+        secret = _secret(request, rater)
+        if not secret or not votes.claim(rater, secret):
+            raise HTTPException(403, _not_yours(rater))
+
     def state(rater: str) -> dict[str, Any]:
         """What the rater sees now. Only texts: nothing in it tells the contestants apart."""
         given = votes.of(rater)
@@ -98,23 +112,31 @@ def create_app(pairs: Sequence[Pair], votes: Votes, *, seed: int, raters: Sequen
 
     # Coroutines that never wait: the event loop runs them one after the other, each vote whole.
     @app.post("/api/state")
-    async def _state(body: _Body) -> dict[str, Any]:
-        return state(spelt(body.rater))
+    async def _state(body: _Body, request: Request, response: Response) -> dict[str, Any]:
+        rater = spelt(body.rater)
+        secret = _secret(request, rater) or secrets.token_urlsafe(32)
+        if not votes.claim(rater, secret):
+            raise HTTPException(403, _not_yours(rater))
+        response.set_cookie(_cookie_of(rater), secret, httponly=True, samesite="strict", max_age=_COOKIE_DAYS * 86400)
+        return state(rater)
 
     @app.post("/api/vote")
-    async def _vote(ballot: _Ballot) -> dict[str, Any]:
+    async def _vote(ballot: _Ballot, request: Request) -> dict[str, Any]:
         rater = spelt(ballot.rater)
         if ballot.question not in known:
             raise HTTPException(422, f"there is no question {ballot.question!r} to vote on.")
+        mine(rater, request)
         side = left_side(seed, rater, ballot.question)
         votes.cast(Vote(rater=rater, question=ballot.question, left=side, choice=ballot.choice))
         return state(rater)
 
     @app.post("/api/undo")
-    async def _undo(body: _Body) -> dict[str, Any]:
+    async def _undo(body: _Body, request: Request) -> dict[str, Any]:
         rater = spelt(body.rater)
-        if votes.undo(rater) is None:
+        if not votes.of(rater):
             raise HTTPException(409, "there is no vote to take back.")
+        mine(rater, request)
+        votes.undo(rater)
         return state(rater)
 
     @app.exception_handler(RequestValidationError)
@@ -128,6 +150,25 @@ def create_app(pairs: Sequence[Pair], votes: Votes, *, seed: int, raters: Sequen
         return JSONResponse({"detail": f"The vote was not stored: {error}"}, 503)
 
     return Guard(app, token)
+
+
+def _cookie_of(rater: str) -> str:
+    """One per name, for several people may share a browser. Cookies do not know ports: a name's secret may serve two comparisons."""
+    return "loratune_rater_" + hashlib.sha256(key(rater).encode()).hexdigest()[:12]
+
+
+def _secret(request: Request, rater: str) -> str:
+    """The secret that the browser keeps for this rater; empty when it has none, or none of ours."""
+    found = cookie(request.headers, _cookie_of(rater))
+    return found if re.fullmatch(r"[\w-]{43}", found, re.ASCII) else ""
+
+
+def _not_yours(rater: str) -> str:
+    return (
+        f"{rater} votes from another browser, or this browser has lost its cookie or keeps none. Go on in the browser where {rater} began. "
+        "If that is not possible, ask whoever runs the comparison to let the name in again (loratune compare ... --readmit NAME): "
+        "its votes stay."
+    )
 
 
 def listen(host: str, port: int | None, token: str | None) -> socket.socket:
@@ -149,5 +190,20 @@ def listen(host: str, port: int | None, token: str | None) -> socket.socket:
 
 def serve(app: Guard, listening: socket.socket) -> None:
     """Answer until SIGINT or SIGTERM; a vote that is being stored is finished first."""
-    config = uvicorn.Config(app, log_level="error", lifespan="off", server_header=False, proxy_headers=False, timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run(sockets=[listening])
+    server(app).run(sockets=[listening])
+
+
+def server(app: Guard) -> uvicorn.Server:
+    """uvicorn, as it should serve the page: without a word, and without waiting for ever (see connections.py)."""
+    config = uvicorn.Config(
+        app,
+        http=Patient,
+        ws="none",
+        log_level="error",
+        lifespan="off",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=2,
+    )
+    return uvicorn.Server(config)

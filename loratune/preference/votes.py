@@ -1,9 +1,11 @@
-"""What people said, in SQLite: one row per vote, committed before it is acknowledged, never changed.
+"""What people said, in SQLite: one row per vote, committed before it is acknowledged, never changed; and which browser is whose.
 
 A changed mind and an undo are new rows that supersede the old one; triggers refuse UPDATE and DELETE. The
 file may be read while the page is open (write-ahead log).
 """
 
+import hashlib
+import hmac
 import sqlite3
 import threading
 import time
@@ -26,6 +28,11 @@ CREATE TABLE IF NOT EXISTS votes (
     "left" TEXT NOT NULL CHECK ("left" IN ('first', 'second')),
     choice TEXT NOT NULL CHECK (choice IN ('left', 'right', 'tie', 'neither', 'undone')),
     supersedes INTEGER UNIQUE REFERENCES votes (id)    -- the row that no longer counts
+);
+CREATE TABLE IF NOT EXISTS raters (
+    rater TEXT PRIMARY KEY,                            -- as `key` spells the name
+    browser TEXT NOT NULL,                             -- SHA-256 of the secret that the rater's browser keeps
+    time REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS votes_of_rater ON votes (rater, question);
 CREATE TRIGGER IF NOT EXISTS votes_stay BEFORE UPDATE ON votes BEGIN SELECT RAISE (ABORT, 'votes are never changed'); END;
@@ -93,6 +100,23 @@ class Votes:
             known = [row[0] for row in self._db.execute("SELECT DISTINCT rater FROM votes")]
         return next((rater for rater in known if key(rater) == key(name)), " ".join(name.split()))
 
+    def claim(self, rater: str, secret: str) -> bool:
+        """Give the rater's name to the browser that keeps `secret`, unless another has it; returns whether it is this one's."""
+        with self._transaction():
+            if (known := self._browser(rater)) is None:
+                row = (key(rater), _digest(secret), time.time())
+                self._db.execute("INSERT INTO raters (rater, browser, time) VALUES (?, ?, ?)", row)
+        return known is None or hmac.compare_digest(known, _digest(secret))
+
+    def readmit(self, rater: str) -> bool:
+        """Let another browser have the rater's name; the votes stay. Returns whether one had it."""
+        with self._transaction():
+            return self._db.execute("DELETE FROM raters WHERE rater = ?", (key(rater),)).rowcount > 0
+
+    def _browser(self, rater: str) -> str | None:
+        row = self._db.execute("SELECT browser FROM raters WHERE rater = ?", (key(rater),)).fetchone()
+        return None if row is None else str(row[0])
+
     def _add(self, rater: str, question: str, left: str, choice: str, supersedes: int | None) -> None:
         row = (time.time(), rater, question, left, choice, supersedes)
         self._db.execute('INSERT INTO votes (time, rater, question, "left", choice, supersedes) VALUES (?, ?, ?, ?, ?, ?)', row)
@@ -121,6 +145,10 @@ class Votes:
 def key(name: str) -> str:
     """What makes two spellings of a rater's name the same."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def read_votes(folder: Path) -> list[Vote]:

@@ -7,12 +7,18 @@ export         study -> a copy of any trial's adapter, or the model merged with 
 Nothing here imports torch; matplotlib, jinja2 and Optuna are imported when a report is written.
 """
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from loratune.record import StudyRecord
-from loratune.report.exporting import export
-from loratune.report.handover import hand_over
+
+if TYPE_CHECKING:
+    from loratune.report.exporting import export
+    from loratune.report.handover import hand_over
+
+_HOMES = {"export": "loratune.report.exporting", "hand_over": "loratune.report.handover"}  # pydantic: half a second for `status`
 
 __all__ = ["export", "hand_over", "write_report"]
 
@@ -26,3 +32,9 @@ def write_report(records: Sequence[StudyRecord], destination: Path) -> Path:
     from loratune.report.html import render  # late: brings matplotlib and jinja2, a second of import
 
     return render(records, destination)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

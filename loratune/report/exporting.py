@@ -1,13 +1,16 @@
 """Taking one adapter out of a study: an ordinary PEFT folder with its model card, or the whole model with the adapter merged in."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.errors import StorageError
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import adapter_of, best_of, trial_of
 from loratune.report.handover import load_options, model_card
 from loratune.report.reloading import as_measured, base_recipe, prepared_data
+
+if TYPE_CHECKING:
+    from loratune.selection import SelectionRecord
 
 
 def export(folder: Path, destination: Path, *, trial: int | None = None, merged: bool = False) -> Path:
@@ -22,11 +25,11 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
     record = read(folder)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise StorageError(f"{destination} exists and is not an empty folder. Choose another destination.")
-    from loratune import selection  # scipy: a second of import
-
-    chosen = selection.read(record.folder) if trial is None else None
+    chosen = _selection(record) if trial is None else None
     card: dict[str, Any] | str
-    if chosen is not None and chosen.holds_for(record):
+    if chosen is not None:
+        from loratune import selection
+
         found = chosen.trial_of(record)
         adapter = selection.adapter_folder(record, found, chosen.shipped.run) or adapter_of(record, found)
         card = _facts(record, found) if merged else model_card(record, found, chosen)
@@ -34,11 +37,21 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
         found = best_of(record) if trial is None else trial_of(record, trial)
         adapter, card = adapter_of(record, found), _facts(record, found)
     as_measured(record, found, adapter)
-    from loratune.finetune.export import export_adapter, merge  # torch
+    from loratune.finetune.export import export_adapter, merge
 
     if merged:
         return merge(base_recipe(record), adapter, destination, card, data=prepared_data(record))
     return export_adapter(adapter, destination, card, options=load_options(record))
+
+
+def _selection(record: StudyRecord) -> "SelectionRecord | None":
+    """What a selection chose, as long as the study did not go on since."""
+    if not (record.folder / "selection.json").is_file():
+        return None
+    from loratune import selection  # scipy: seconds of import
+
+    made = selection.read(record.folder)
+    return made if made is not None and made.holds_for(record) else None
 
 
 def _facts(record: StudyRecord, trial: Trial) -> dict[str, Any]:

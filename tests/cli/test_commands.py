@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,8 +149,6 @@ def test_doctor_finds_this_machine_sound(loratune) -> None:
 
 
 def test_doctor_says_what_is_missing_and_what_mends_it(loratune, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "PyNomad", None)  # as if not installed
     from loratune.cli import doctor
 
@@ -158,6 +158,33 @@ def test_doctor_says_what_is_missing_and_what_mends_it(loratune, monkeypatch: py
     assert answer.code == 1
     assert "missing  PyNomadBBO" in answer.out
     assert "mend with: pip install --upgrade PyNomadBBO" in answer.out
+
+
+def test_doctor_tells_what_it_is_doing_before_it_does_it() -> None:
+    """Read line by line from a pipe: what is being imported is told before its import ends, on a machine where it takes a minute."""
+    code = """
+import sys, time
+from loratune.cli import doctor, main
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "slow_package":
+            input()  # the import goes on when the test says so
+sys.meta_path.insert(0, Finder())
+doctor._NEEDED, doctor._OPTIONAL = ("slow_package",), {}
+for name in ("devices", "lora_step", "nomad"):
+    setattr(doctor, name, list)
+main(["doctor"])
+"""
+    started = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    assert started.stdin is not None
+    assert started.stdout.readline().startswith("ok       python ")
+    assert started.stdout.readline() == "...      slow_package   importing\n"
+    assert started.poll() is None
+    started.stdin.write("\n")
+    started.stdin.flush()
+    assert started.stdout.readline().startswith("missing  slow_package   not installed; mend with: pip install")
+    started.communicate(timeout=60)
 
 
 def test_the_description_kept_in_a_study_is_complete(done) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,20 +24,44 @@ print("\\n@@" + ",".join(sys.modules))
     return set(done.stdout.rpartition("@@")[2].strip().split(","))
 
 
-def test_help_imports_nothing_heavy() -> None:
-    assert not modules_after("--help") & {*HEAVY, "pydantic", "rich", "numpy", "yaml"}
+def foreign(modules: set[str]) -> set[str]:
+    """The packages among them that are neither Python's own, nor loratune, nor what every start of this Python imports."""
+    bare = subprocess.run([sys.executable, "-c", "import sys; print(','.join(sys.modules))"], capture_output=True, text=True, check=True)
+    known = {*sys.stdlib_module_names, "loratune", *(name.partition(".")[0] for name in bare.stdout.strip().split(","))}
+    return {name.partition(".")[0] for name in modules} - known
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
-    assert not modules_after(command, "--help") & {*HEAVY, "pydantic", "rich"}
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["--version"], ["run", "study.yaml", "--training.epochs", "2", "--help"], *([command, "--help"] for command in COMMANDS)],
+    ids=" ".join,
+)
+def test_help_imports_the_standard_library_alone(argv: list[str]) -> None:
+    """So that it is there at once: `compare --help` took seconds, for SciPy's sake."""
+    modules = modules_after(*argv)
+    assert foreign(modules) == set()
+    assert not {"sqlite3", "asyncio", "multiprocessing"} & modules  # large ones of the standard library
 
 
 def test_status_imports_nothing_heavy(done) -> None:
     home, _ = done
     modules = modules_after("status", str(home / "study"))
-    assert not modules & HEAVY
+    assert not modules & {*HEAVY, "pydantic", "numpy", "scipy"}
     assert "rich" in modules  # it did print
+
+
+def test_export_imports_nothing_that_trains(done, tmp_path: Path) -> None:
+    home, _ = done
+    modules = modules_after("export", str(home / "study"), str(tmp_path / "adapter"))
+    assert not modules & {*HEAVY, "scipy"}
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_report_imports_nothing_that_trains(done, tmp_path: Path) -> None:
+    home, _ = done
+    modules = modules_after("report", str(home / "study"), "--output", str(tmp_path / "report.html"))
+    assert not modules & {"torch", "transformers", "datasets", "peft", "fastapi"}
 
 
 def test_help_names_every_command(loratune) -> None:

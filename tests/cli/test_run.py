@@ -130,6 +130,45 @@ def test_dry_run_tells_costs_and_leaves_nothing(loratune, done, tmp_path: Path) 
     assert re.search(r"^time +.* per trial; .* in all, [\d.]+ device-hours$", answer.out, re.MULTILINE)
     assert re.search(r"^memory +[\d.]+ [MG]iB at its peak, per device, at rank 4$", answer.out, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
+    stages = [line for line in answer.out.splitlines() if line.endswith(" ...")]
+    assert [line.split()[0] for line in stages] == ["First", "Loading", "Reading", "Measuring:"]
+    assert re.search(r"^  at least +about \d.* on these processors, at \d+ GFLOP/s", answer.out, re.MULTILINE)
+    assert answer.out.index("at least") < answer.out.index("Loading the libraries")
+
+
+def test_the_first_estimate_needs_neither_torch_nor_a_tokenizer(tmp_path: Path) -> None:
+    """It must be there within seconds, and those take a minute to import on some machines."""
+    rows = [{"instruction": "x" * 320, "output": "y" * 40} for _ in range(100)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"torch_dtype": "float16"}')
+    (model / "model.safetensors").write_bytes(bytes(2_000_000))
+    code = f"""
+import sys
+from loratune.cli.dry_run import first_estimate
+from loratune.spec import StudySpec
+data = {{"train": [{str(tmp_path / "data.json")!r}], "validation_fraction": 0.2}}
+spec = StudySpec.load(None, [], {{"model": {str(model)!r}, "data": data, "budget": {{"trials": 10}},
+    "training": {{"epochs": 2, "batch_size": 8, "validations": 1}}, "executor": {{"device": "cpu"}}}})
+print("\\n".join(first_estimate(spec)))
+print(sorted({{"torch", "transformers", "datasets", "peft"}} & set(sys.modules)))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    # 360 characters and 40 tokens around them are 130 tokens; 80 examples in batches of 8, twice, are 20 steps.
+    assert said[0] == "data          80 training and 20 validation examples of about 130 tokens"
+    assert said[1] == "work          10 full runs of about 20 steps; about 208 k training tokens"
+    assert said[2] == "model         1 M weights"
+    assert said[-1] == "[]"
+
+
+def test_a_stage_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from loratune.cli import dry_run
+
+    monkeypatch.setattr(dry_run, "_STILL", 0.1)
+    with dry_run._stage("Thinking"):
+        time.sleep(0.35)
+    assert capsys.readouterr().out.startswith("Thinking ...\n  still at it, ")
 
 
 def test_dry_run_refuses_what_cannot_be_trained(loratune, done, tmp_path: Path) -> None:

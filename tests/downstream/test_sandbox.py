@@ -99,6 +99,36 @@ ZOO: dict[str, tuple[str, str, str]] = {
         "AssertionError",
     ),
     "shared memory that stays": ("import ctypes\nc = ctypes.CDLL(None)\ndef f(x):\n    assert c.shmget(7, 1 << 20, 0o1777) >= 0; return 2", "failed", ""),
+    "memory in files without a name": (
+        "import os\ndef f(x):\n    a = []\n    while True:\n        a.append(os.memfd_create('a'))\n        os.write(a[-1], bytes(1 << 23))",
+        "failed",
+        "PermissionError",
+    ),
+    "memory in removed files": (
+        "import os\ndef f(x):\n    a = []\n    while True:\n        a.append(os.open('a', os.O_RDWR | os.O_CREAT)); os.unlink('a')\n        os.write(a[-1], bytes(1 << 20))\n        if len(a) > 40: __import__('time').sleep(1e4)",
+        "failed|output",
+        "",
+    ),
+    "memory in pipes": (
+        "import ctypes, mmap, os\nc = ctypes.CDLL(None)\ndef f(x):\n    b = mmap.mmap(-1, 1 << 20); r, w = os.pipe()\n"
+        "    v = (ctypes.c_size_t * 2)(ctypes.addressof(ctypes.c_char.from_buffer(b)), 1 << 20)\n"
+        "    assert c.vmsplice(w, v, ctypes.c_size_t(1), 0) > 0; return 2",
+        "failed",
+        "AssertionError",
+    ),
+    "large pipes": ("import fcntl, os\ndef f(x):\n    fcntl.fcntl(os.pipe()[0], 1031, 1 << 20); return 2", "failed", "PermissionError"),
+    "limits its parent": (
+        "import os, resource\ndef f(x):\n    resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1)); return 2",
+        "failed",
+        "PermissionError",
+    ),
+    "slows the user's processes down": ("import os\ndef f(x):\n    os.setpriority(os.PRIO_USER, os.getuid(), 19); return 2", "failed", "PermissionError"),
+    "binds its parent to a processor": ("import os\ndef f(x):\n    os.sched_setaffinity(os.getppid(), [0]); return 2", "failed", "PermissionError"),
+    "sends signals through a pipe": (
+        "import fcntl, os, time\ndef f(x):\n    r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, os.getppid()); return 2",
+        "failed",
+        "PermissionError",
+    ),
     "becomes a daemon": (
         "import os, time\ndef f(x):\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n"
         "            os.closerange(0, 64); time.sleep(1)\n            open('{decoy}/daemon', 'w').write('here')\n            time.sleep(1e4)\n"

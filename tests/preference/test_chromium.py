@@ -243,8 +243,45 @@ def test_a_whole_session_by_keyboard_alone(command: Command, browser: Any) -> No
     command.stop(signal.SIGTERM)
 
 
+def test_a_name_stays_with_its_browser(command: Command, browser: Any) -> None:
+    """Another browser is told what to do; after --readmit it goes on where the first one stopped."""
+    address = command.start()
+    ann = Rater(browser, address, "Ann", ANN)
+    ann.begin()
+    ann.vote()
+    other = Rater(browser, address, "ann", ANN)
+    other.page.keyboard.type("ann")
+    other.page.keyboard.press("Enter")
+    other.page.wait_for_selector("#alert:not([hidden])")
+    assert "ann votes from another browser" in other.page.inner_text("#alert").lower()
+    assert other.page.is_hidden("#vote")
+    other.shoot("taken")
+    other.page.fill("#name", "Bob")  # anybody else may vote here
+    other.page.keyboard.press("Enter")
+    other.page.wait_for_selector("#vote:not([hidden])")
+    ann.page.reload()
+    ann.page.wait_for_selector("#vote:not([hidden])")
+    assert ann.count == 1
+
+    ann.context.clear_cookies()
+    ann.page.keyboard.press("a")
+    ann.page.wait_for_selector("#alert:not([hidden])")
+    assert "--readmit" in ann.page.inner_text("#alert")
+    assert len(read_votes(command.folder)) == 1
+    command.stop(signal.SIGTERM)
+    command.arguments += ["--readmit", "Ann"]
+    command.start()
+    ann.page.reload()
+    ann.page.wait_for_selector("#vote:not([hidden])")
+    assert ann.count == 1
+    ann.vote()
+    for rater in (ann, other):
+        rater.context.close()
+    command.stop(signal.SIGTERM)
+
+
 def test_named_and_structured_for_screen_readers(address: str, browser: Any) -> None:
-    ann = Rater(browser, address, "Ann", ANN, viewport={"width": 375, "height": 667})
+    ann = Rater(browser, address, "Ann of the screen reader", ANN, viewport={"width": 375, "height": 667})
     ann.begin()
     tree = ann.page.locator("body").aria_snapshot()
     for wanted in (
@@ -275,7 +312,7 @@ def test_named_and_structured_for_screen_readers(address: str, browser: Any) -> 
 def test_contrast(address: str, browser: Any) -> None:
     """WCAG AA: 4.5 between every text and what it stands on."""
     for scheme in ("light", "dark"):
-        ann = Rater(browser, address, "Ann", ANN, color_scheme=scheme)
+        ann = Rater(browser, address, f"Ann in the {scheme}", ANN, color_scheme=scheme)  # a name is one browser's
         ann.begin()
         found = ann.page.evaluate(
             """() => {
@@ -297,7 +334,7 @@ def test_contrast(address: str, browser: Any) -> None:
 
 
 def test_answers_are_text_never_markup(address: str, browser: Any) -> None:
-    ann = Rater(browser, address, "Ann", ANN)
+    ann = Rater(browser, address, "Ann of the markup", ANN)
     ann.page.on("dialog", lambda dialog: ann.problems.append(dialog.message))
     ann.begin()
     assert HOSTILE in ann.page.inner_text("#left") + ann.page.inner_text("#right")

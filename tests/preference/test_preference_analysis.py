@@ -5,7 +5,7 @@ import math
 import pytest
 from comparisons import ANN, BOB
 
-from loratune.preference.analysis import Vote, krippendorff_alpha, net, summarise, summarise_judge, tally, wilson
+from loratune.preference.analysis import Tally, Vote, krippendorff_alpha, net, summarise, summarise_judge, tally, wilson
 
 
 def votes(left: str = "first") -> list[Vote]:
@@ -103,3 +103,14 @@ def test_a_judge_wins_only_in_both_orders() -> None:
     assert found.questions == tally(["first", "tie", "tie", "tie"])
     assert (found.inconsistent, found.unreadable) == (2, 1)
     assert (found.position.left, found.position.right) == (5, 2)
+
+
+def test_the_sign_test_is_scipy_s() -> None:
+    from scipy.stats import binomtest
+
+    for number in (1, 2, 3, 7, 20, 31):
+        for count in range(number + 1):
+            expected = binomtest(count, number, 0.5).pvalue
+            assert Tally(first=count, second=number - count).sign_test() == pytest.approx(expected, rel=1e-12)
+    assert Tally(first=5100, second=4900).sign_test() == pytest.approx(binomtest(5100, 10000, 0.5).pvalue, rel=1e-9)
+    assert Tally().sign_test() == 1

@@ -1,5 +1,7 @@
 """The page's server: what it tells, whom it refuses, and that a vote is stored before it is acknowledged."""
 
+import dataclasses
+import hashlib
 import json
 import socket
 import threading
@@ -10,7 +12,8 @@ import pytest
 from comparisons import WORDS, made
 
 from loratune.errors import LoratuneError
-from loratune.preference.record import PreferenceRecord, read
+from loratune.preference.analysis import Vote
+from loratune.preference.record import Comparison, PreferenceRecord, read, read_comparison, settle
 from loratune.preference.votes import NAME, Votes, read_votes
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (the extra `compare`)")
@@ -112,8 +115,139 @@ def test_the_rest_waits_for_a_restart(page: TestClient, record: PreferenceRecord
     then = say(page, "vote", question=state["question"]["id"], choice="left")
     votes.close()
     with Votes(record.folder / NAME) as again:
-        page = TestClient(create_app(record.pairs, again, seed=3), base_url="http://localhost", client=("127.0.0.1", 1))
-        assert say(page, "state", rater="ann") == then
+        returned = browser(record, again)
+        returned.cookies.update(page.cookies)
+        assert say(returned, "state", rater="ann") == then
+
+
+# --- whose name it is -------------------------------------------------------------------------------------------------
+
+
+def browser(record: PreferenceRecord, votes: Votes, seed: int = 3) -> TestClient:
+    """A browser of its own: no cookies."""
+    return TestClient(create_app(record.pairs, votes, seed=seed), base_url="http://localhost:1", client=("127.0.0.1", 1))
+
+
+def refused(page: TestClient, what: str, **body: str) -> str:
+    reply = page.post(f"/api/{what}", json={"rater": "Ann", **body})
+    assert reply.status_code == 403, reply.text
+    return reply.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["Ann", " ann ", "ANN", "\uff21nn"])
+def test_nobody_acts_under_another_s_name(page: TestClient, record: PreferenceRecord, votes: Votes, name: str) -> None:
+    state = say(page, "state")
+    state = say(page, "vote", question=state["question"]["id"], choice="left")
+    stored = read_votes(record.folder)
+    eve, forger = browser(record, votes), browser(record, votes)
+    say(eve, "state", rater="Eve")
+    (mine,) = eve.cookies.jar
+    (hers,) = page.cookies.jar
+    forger.cookies.set(hers.name, mine.value)  # Eve's own secret under Ann's cookie
+    for other in (eve, forger, browser(record, votes)):
+        assert "Ann votes from another browser" in refused(other, "state", rater=name)
+        assert "lost its cookie" in refused(other, "vote", rater=name, question=state["question"]["id"], choice="right")
+        assert "--readmit" in refused(other, "undo", rater=name)
+    assert read_votes(record.folder) == stored
+    assert say(page, "state") == state  # Ann goes on
+
+
+def test_the_secret_is_the_browser_s_alone(page: TestClient, record: PreferenceRecord) -> None:
+    reply = page.post("/api/state", json={"rater": "Ann"})
+    sent = reply.headers["set-cookie"].lower()
+    assert "httponly" in sent
+    assert "samesite=strict" in sent
+    (kept,) = page.cookies.jar
+    assert len(kept.value or "") == 43  # 32 bytes
+    assert (kept.value or "").encode() not in (record.folder / NAME).read_bytes() + (record.folder / f"{NAME}-wal").read_bytes()
+    assert kept.value not in reply.text
+
+
+def test_without_entering_nobody_votes(page: TestClient, record: PreferenceRecord) -> None:
+    refused(page, "vote", question="1", choice="left")
+    page.cookies.set("loratune_rater_" + hashlib.sha256(b"ann").hexdigest()[:12], "guessed")  # no secret of ours
+    refused(page, "vote", question="1", choice="left")
+    assert read_votes(record.folder) == []
+
+
+def test_a_name_is_the_browser_s_that_entered_first(record: PreferenceRecord, votes: Votes) -> None:
+    """Before any vote."""
+    first, second = browser(record, votes), browser(record, votes)
+    state = say(first, "state")
+    refused(second, "state")
+    refused(second, "vote", question=state["question"]["id"], choice="right")
+    say(first, "vote", question=state["question"]["id"], choice="left")
+
+
+def test_two_raters_share_a_browser(page: TestClient) -> None:
+    for rater in ("Ann", "Bob", "Ann"):
+        state = say(page, "state", rater=rater)
+        say(page, "vote", rater=rater, question=state["question"]["id"], choice="tie")
+    assert (say(page, "state")["done"], say(page, "state", rater="Bob")["done"]) == (2, 1)
+
+
+def test_a_lost_cookie_is_told_and_mended(page: TestClient, record: PreferenceRecord, votes: Votes) -> None:
+    state = say(page, "state")
+    then = say(page, "vote", question=state["question"]["id"], choice="left")
+    fresh = browser(record, votes)
+    refused(fresh, "state")
+    assert votes.readmit(" ANN ")
+    assert not votes.readmit("Nobody")
+    assert say(fresh, "state") == then  # the votes stay
+    say(fresh, "undo")
+    refused(page, "vote", question=then["question"]["id"], choice="left")  # the name is the new browser's
+
+
+def test_votes_of_before_names_had_browsers(record: PreferenceRecord, votes: Votes) -> None:
+    """The first browser that goes on takes the name over."""
+    votes.cast(Vote(rater="Ann", question="1", left="first", choice="left"))
+    page = browser(record, votes)
+    assert say(page, "state")["done"] == 1
+    say(page, "vote", question="2", choice="tie")
+    refused(browser(record, votes), "state")
+
+
+# --- the secret seed --------------------------------------------------------------------------------------------------
+
+
+def test_every_comparison_draws_its_own_seed(tmp_path: Path) -> None:
+    seeds = {fresh(tmp_path / str(n)).seed for n in range(4)}
+    assert len(seeds) == 4
+    assert min(seeds) > 2**64
+
+
+def fresh(folder: Path) -> Comparison:
+    """The comparison as the command settles it, which says no seed."""
+    like = read(made(folder / "like")).comparison
+    given = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
+    given.pop("seed")
+    settle(Comparison(**given), folder / "c")
+    return read_comparison(folder / "c") or pytest.fail("no comparison")
+
+
+def test_the_same_command_keeps_the_seed(tmp_path: Path) -> None:
+    """Also one of before, whose seed was 0: who voted goes on with the same sides."""
+    folder = made(tmp_path / "c")
+    text = json.loads((folder / "comparison.json").read_text())
+    (folder / "comparison.json").write_text(json.dumps({**text, "seed": 0}))
+    again = read(folder).comparison
+    settle(dataclasses.replace(again, seed=99), folder)
+    assert read(folder).comparison.seed == 0
+
+
+def test_no_reply_tells_the_seed(record: PreferenceRecord, votes: Votes) -> None:
+    seed = 0x1234567890ABCDEF1234567890ABCDEF
+    page = browser(record, votes, seed)
+    replies = [page.get(path) for path in ("/", "/page.js", "/page.css")]
+    replies.append(page.post("/api/state", json={"rater": "Ann"}))
+    while (question := replies[-1].json()["question"]) is not None:
+        replies.append(page.post("/api/vote", json={"rater": "Ann", "question": question["id"], "choice": "left"}))
+    replies.append(page.post("/api/undo", json={"rater": "Ann"}))
+    replies.append(page.post("/api/vote", json={"rater": "Ann", "question": "99", "choice": "left"}))
+    for reply in replies:
+        text = reply.text + str(dict(reply.headers))
+        assert str(seed) not in text
+        assert f"{seed:x}" not in text.lower()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
