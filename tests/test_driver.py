@@ -9,9 +9,11 @@ import yaml
 from loratune import demo
 from loratune.driver import _tidy, tune
 from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_of, kind_of
+from loratune.executors import devices
 from loratune.executors.devices import seen_as
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial
 from loratune.spec import StudySpec
+from loratune.study import Note
 from loratune.work import Hyperparameters
 
 TRIALS = [  # state, loss, size
@@ -67,6 +69,19 @@ def test_a_device_is_named_as_this_process_sees_it(monkeypatch: pytest.MonkeyPat
     assert seen_as(3) == "cuda:3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 3")
     assert seen_as(3) == "cuda:1"
+
+
+def test_training_on_the_cpu_beside_a_gpu_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_signs", lambda: ["/dev/nvidia0"])
+    monkeypatch.setattr(devices, "_ask", lambda: devices._Seen(count=0, hip=False, why="the driver is too old"))
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    given = demo.study()
+    given["data"] |= {"train_count": 8, "validation_count": 4}
+    events = tune(StudySpec.load(base=given | {"output": {"folder": str(tmp_path / "study")}}))
+    first = next(events)
+    events.close()
+    assert isinstance(first, Note)
+    assert first.text.startswith("warning: a GPU is here (/dev/nvidia0), but trials train on the CPU: the driver is too old.")
 
 
 def test_bad_input_keeps_its_kind_across_a_border() -> None:
