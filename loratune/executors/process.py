@@ -21,7 +21,8 @@ from loratune.work import Json, Outcome, Progress
 ON_GPU = "LORATUNE_ON_GPU"  # set where a worker was given a GPU: should it see none, it must not train on the CPU instead
 DEVICE_LOST = 4  # exit status of a worker whose device reported an error that no process survives
 _KINDS: dict[str, type[News]] = {"progress": Progress, "outcome": Outcome, "notice": Notice}
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # the first is every supported torch's
+# What the allocator listens to. The first is obeyed by every torch; before 2.12 the others are not, on CUDA (pytorch issue 183387).
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _START_PATIENCE = 120.0  # seconds for a new process to call back; torchrun imports torch before it starts the workers
 
 

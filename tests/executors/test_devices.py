@@ -123,13 +123,13 @@ def test_a_worker_sees_its_device_alone(machine: Machine, tmp_path: Path, monkey
     given = worker._environment()
     assert given["CUDA_VISIBLE_DEVICES"] == "GPU-b"
     assert given[ON_GPU]
-    assert given["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert given["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     for name in devices_of_the_allocator():
         monkeypatch.setenv(name, "max_split_size_mb:64")
         assert not set(devices_of_the_allocator()) & set(worker._environment()), "the user's own stands"
         monkeypatch.delenv(name)
     on_cpu = WorkerProcess(number=0, root=tmp_path, lock=0, devices=[], size=1, threads=1)._environment()
-    assert not {ON_GPU, "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF"} & set(on_cpu)
+    assert not {ON_GPU, "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF"} & set(on_cpu)
 
 
 def test_the_parent_stays_without_torch() -> None:

@@ -151,11 +151,14 @@ def test_a_validation_is_halved_before_anybody_leaves(
 
 
 def test_stopping_in_a_validation_is_no_crash(engine: PackedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+
     def interrupted(*_: object, **__: object) -> None:
+        stop.set()
         raise InterruptedError
 
     monkeypatch.setattr(validation, "validate_together", interrupted)
-    assert {o.state for o in run_all(engine, segments("interrupted"))} == {State.CANCELLED}
+    assert {o.state for o in run_all(engine, segments("interrupted"), stop=stop)} == {State.CANCELLED}
 
 
 def test_a_failed_pass_is_gone_before_memory_is_measured_again(engine: PackedEngine, monkeypatch: pytest.MonkeyPatch) -> None:

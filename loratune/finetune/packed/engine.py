@@ -122,19 +122,10 @@ class PackedEngine:
 
     def _round(self, stop: threading.Event) -> None:
         try:
-            if not self._validate([lane for lane in self._lanes if lane.run.validation_due()], stop):
-                return
-            working = [lane for lane in self._lanes if not lane.done]
-            if working:
-                self._train(working)
-            for lane in [lane for lane in working if lane.complete and lane in self._lanes]:
-                self._step(lane)
+            with suppress(InterruptedError):  # a validation was told to give up
+                self._advance(stop)
             if stop.is_set():
                 self._cancel()
-                return
-            self._finish([lane for lane in self._lanes if lane.done], stop)
-        except InterruptedError:
-            self._cancel()
         except DeviceLostError:
             raise
         except Exception as error:  # nobody knows whose fault it is: all go back to their checkpoints
@@ -144,6 +135,17 @@ class PackedEngine:
                 return
             for lane in list(self._lanes):
                 self._leave(lane, state_of(error), words(error), traceback.format_exc(), kind_of(error))
+
+    def _advance(self, stop: threading.Event) -> None:
+        if not self._validate([lane for lane in self._lanes if lane.run.validation_due()], stop):
+            return
+        working = [lane for lane in self._lanes if not lane.done]
+        if working:
+            self._train(working)
+        for lane in [lane for lane in working if lane.complete and lane in self._lanes]:
+            self._step(lane)
+        if not stop.is_set():
+            self._finish([lane for lane in self._lanes if lane.done], stop)
 
     def _train(self, lanes: list[Lane]) -> None:
         """One pass, and the lanes behind it come to the front."""
@@ -239,9 +241,7 @@ class PackedEngine:
             return all(self._validate([lane], stop) for lane in lanes if lane in self._lanes)
         before = memory.mark(self.device)
         adapters = [lane.adapter for lane in lanes]
-        found, self.validation_room = validate_within(
-            self.base, adapters, self.validation, room=self.validation_room, interrupted=interrupted
-        )
+        found, self.validation_room = validate_within(self.base, adapters, self.validation, self.validation_room, interrupted)
         if found is None and len(lanes) > 1:
             return all(self._validate([lane], stop) for lane in lanes if lane in self._lanes)
         if found is None:

@@ -41,7 +41,7 @@ def validate_together(
 
 
 def validate_within(
-    base: PackedBase, adapters: Sequence[Adapter], tokens: Tokens, *, room: int, interrupted: Callable[[], bool]
+    base: PackedBase, adapters: Sequence[Adapter], tokens: Tokens, room: int, interrupted: Callable[[], bool]
 ) -> tuple[tuple[list[float], float] | None, int]:
     """What `validate_together` gives, None where there is no memory for one example of each adapter; and the room that was left."""
     least = int(np.max(tokens.lengths)) * len(adapters)

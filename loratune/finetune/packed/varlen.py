@@ -1,7 +1,7 @@
 """Causal attention by torch's variable-length kernel, which is flash attention: on a GPU, in half precision.
 
 torch.nn.attention.varlen.varlen_attn took `is_causal` and no scale in torch 2.10, `scale` and `window_size` in 2.11, and
-`enable_gqa` only after that. So its signature is read, and what it cannot be told is done to its inputs.
+`enable_gqa` from 2.12 on. So its signature is read, and what it cannot be told is done to its inputs.
 
 Notation: T tokens of all sequences, H query heads, G key and value heads, D features of a head.
 """
