@@ -5,8 +5,8 @@
 LLaMA-2-7B's and Llama-3.2-1B's shapes in bfloat16 with random weights, examples of Alpaca-like lengths, rank 16 on the query
 and value projections, batches of 4. Prints and writes, per shape: tokens per second of `hf` and of `packed` at K = 1, 2, 4, 8,
 16, the median ratio of paired rounds, model FLOPs utilisation against this GPU's measured matrix peak and against the
-datasheet's, peak memory, and the kernels that take most time at the best K. Without a GPU it says so and writes nothing;
-`--shapes tiny --device cpu` tries the script itself. Writes benchmarks/results/packed_on_gpu/.
+datasheet's, memory (one model and what training took beside it), and the kernels that take most time at the best K. Without
+a GPU it says so and writes nothing; `--shapes tiny --device cpu` tries the script itself. Writes benchmarks/results/packed_on_gpu/.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from loratune.environment import environment
+from loratune.finetune import memory
 from loratune.finetune import model as base_model
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.engine import run_all
@@ -103,22 +104,17 @@ def matrix_peak(device: torch.device) -> float:
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     best = 0.0
     for _ in range(10):
-        synchronise(device)
+        memory.synchronize(device)
         began = time.perf_counter()
         for _ in range(5):
             a @ a
-        synchronise(device)
+        memory.synchronize(device)
         best = max(best, 5 * 2 * n**3 / (time.perf_counter() - began))
     return best
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(engine: Any, count: int, name: str) -> tuple[float, int]:
-    """(tokens per second, peak bytes) of `count` configurations trained for STEPS steps."""
+    """(tokens per second, bytes of one model and of what training took beside it) of `count` configurations, STEPS steps each."""
     segments = [
         Segment(
             trial=k,
@@ -130,12 +126,17 @@ def measure(engine: Any, count: int, name: str) -> tuple[float, int]:
         )
         for k in range(count)
     ]
-    synchronise(engine.device)
+    memory.free(engine.device)
+    before = memory.reserved(engine.device)
     outcomes = run_all(engine, segments)
+    taken = memory.reserved(engine.device) - before
     bad = [o.message for o in outcomes if o.state is not State.COMPLETED]
     if bad:
         raise SystemExit(bad[0])
-    return sum(o.tokens for o in outcomes) / sum(o.train_seconds for o in outcomes), max(o.peak_memory_bytes for o in outcomes)
+    base: BaseModel = engine.base.base if isinstance(engine, PackedEngine) else engine.base
+    weights = sum(p.nbytes for p in base.model.parameters())  # both engines hold a model here; a study has one
+    used = weights + taken if engine.device.type == "cuda" else max(o.peak_memory_bytes for o in outcomes)
+    return sum(o.tokens for o in outcomes) / sum(o.train_seconds for o in outcomes), used
 
 
 def profiled(engine: Any, count: int) -> list[dict[str, Any]]:
@@ -177,11 +178,11 @@ def benchmark(shape: str, device: torch.device, repeats: int, scratch: Path, pea
             "over_hf": statistics.median(r[name][0] / r["hf"][0] for r in rounds[1:]),
             "utilisation_of_measured_peak": speed * work / peak,
             "utilisation_of_datasheet_peak": speed * work / datasheet if datasheet else None,
-            "peak_memory_gib": max(r[name][1] for r in rounds[1:]) / 2**30,
+            "memory_gib": max(r[name][1] for r in rounds[1:]) / 2**30,
         }
         of_datasheet = f"{rows[name]['utilisation_of_datasheet_peak']:.1%}" if datasheet else "unknown"
         row = rows[name]
-        print(f"{shape:>5}  {name:16} {speed:>9,.0f} tokens/s  x{row['over_hf']:.2f}  {row['peak_memory_gib']:.1f} GiB", end="  ")
+        print(f"{shape:>5}  {name:16} {speed:>9,.0f} tokens/s  x{row['over_hf']:.2f}  {row['memory_gib']:.1f} GiB", end="  ")
         print(f"{row['utilisation_of_measured_peak']:.1%} of the measured peak, {of_datasheet} of the datasheet's")
     best = max(PACKS, key=lambda k: rows[f"packed, K = {k}"]["tokens_per_second"])
     found = {"rows": rows, "flops_per_token": work, "profile": {"K": best, "kernels": profiled(packed, best)}}
@@ -199,7 +200,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("No CUDA device here, so there is nothing to measure. On one this prints, per shape, a table of tokens/s, ratio to hf,")
-        print("utilisation of the measured and the datasheet's peak, and peak memory, for hf and for packed at K = 1, 2, 4, 8, 16.")
+        print("utilisation of the measured and the datasheet's peak, and memory, for hf and for packed at K = 1, 2, 4, 8, 16.")
         return
     device = torch.device(args.device)
     peak = matrix_peak(device)

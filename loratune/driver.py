@@ -21,7 +21,7 @@ from optuna.samplers import BaseSampler
 from loratune import executors, samplers
 from loratune.environment import environment
 from loratune.errors import ModelError, SpecError, StorageError
-from loratune.executors.devices import cuda_devices, seen_as
+from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
 from loratune.files import text_of, write_atomically
 from loratune.finetune import hub
 from loratune.finetune.data import DataRecipe
@@ -61,7 +61,8 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     with open_record(spec.folder) as record:
         _adopt(spec, record)
         session = _Session(record)
-        notes: list[str] = []
+        unused = unused_gpu(spec.executor.device, devices)
+        notes = [unused] if unused else []
         data = prepare_data(spec, notes)
         yield from map(Note, [*notes, data.summary()])
         _same_data(record, data)

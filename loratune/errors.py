@@ -55,6 +55,16 @@ class TrainingError(LoratuneError):
     exit_code = 7
 
 
+class DeviceLostError(TrainingError):
+    """The device reported an error after which this process cannot use it any more; another process can."""
+
+    def __init__(self, device: str, cause: str) -> None:
+        super().__init__(
+            f"{device} reported an error after which this process cannot use it any more:\n{cause}\n"
+            "Run the same command again: it goes on from the checkpoints. If that repeats, look for the device's faults in dmesg."
+        )
+
+
 class SearchSpentError(LoratuneError):
     """A sampler has nothing more to propose: its finite space is exhausted. Ends a study cleanly."""
 

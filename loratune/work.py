@@ -153,7 +153,7 @@ class Outcome(Json):
     tokens: int = 0  # training tokens processed by this segment
     train_seconds: float = 0.0
     validation_seconds: float = 0.0
-    peak_memory_bytes: int = 0  # of the device; of the process on CPU
+    peak_memory_bytes: int = 0  # on a GPU what the segment needs by itself, the model included; of the process on CPU
     trainable_parameters: int = 0
     devices: int = 1
     device: str = ""  # name in words

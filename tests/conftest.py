@@ -1,11 +1,22 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and what lets those that need a GPU run where pytest's plugins and Optuna are absent."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "of pytest-timeout, which is not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if importlib.util.find_spec("optuna") is not None:
+        config.addinivalue_line("filterwarnings", "ignore::optuna.exceptions.ExperimentalWarning")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import yaml
 from loratune import demo
 from loratune.driver import _tidy, tune
 from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_of, kind_of
+from loratune.executors import devices
 from loratune.executors.devices import seen_as
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial, read
 from loratune.report.asked import asked
@@ -111,6 +112,19 @@ def test_layers_without_an_adapter_are_told_once_in_a_study(tmp_path: Path) -> N
     assert len(told) == 1
     assert dict(asked(read(tmp_path / "study")))["Notes"] == told[0]
     assert not [event for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
+
+
+def test_training_on_the_cpu_beside_a_gpu_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_signs", lambda: ["/dev/nvidia0"])
+    monkeypatch.setattr(devices, "_ask", lambda: devices._Seen(count=0, hip=False, why="the driver is too old"))
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    given = demo.study()
+    given["data"] |= {"train_count": 8, "validation_count": 4}
+    events = tune(StudySpec.load(base=given | {"output": {"folder": str(tmp_path / "study")}}))
+    first = next(events)
+    events.close()
+    assert isinstance(first, Note)
+    assert first.text.startswith("warning: a GPU is here (/dev/nvidia0), but trials train on the CPU: the driver is too old.")
 
 
 def test_bad_input_keeps_its_kind_across_a_border() -> None:

@@ -6,10 +6,12 @@ LocalExecutor   a process (or torchrun group of processes) per device, each runn
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from loratune.executors.base import Executor, Notice
+from loratune.executors.devices import seen_as
 from loratune.executors.inline import InlineExecutor
 from loratune.executors.local import LocalExecutor
 from loratune.work import Recipe
@@ -36,6 +38,8 @@ def build(
     `lock` is the file descriptor of the study's lock, which workers inherit.
     """
     if name == "inline":
+        if devices:
+            recipe = replace(recipe, device=seen_as(devices[0]))
         return InlineExecutor(recipe=recipe, root=root, max_retries=max_retries)
     return LocalExecutor(
         recipe=recipe,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loratune.executors.base import Executor, News
 from loratune.executors.places import dispatch
-from loratune.executors.process import WorkerProcess
+from loratune.executors.process import DEVICE_LOST, WorkerProcess
 from loratune.work import Outcome, Pack, Recipe, Segment, State
 
 
@@ -112,6 +112,8 @@ class _Place:
 
 
 def _in_words(code: int | None) -> str:
+    if code == DEVICE_LOST:
+        return ", since its device reported an error that no process survives"
     if code is None or code >= 0:
         return f" with exit status {code}" if code else ""
     hint = ", perhaps by the system for want of memory" if -code == signal.SIGKILL else ""

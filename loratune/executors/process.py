@@ -15,10 +15,15 @@ from pathlib import Path
 
 from loratune.errors import TrainingError
 from loratune.executors.base import News, Notice
+from loratune.executors.devices import only
 from loratune.work import Json, Outcome, Progress
 
+ON_GPU = "LORATUNE_ON_GPU"  # set where a worker was given a GPU: should it see none, it must not train on the CPU instead
+DEVICE_LOST = 4  # exit status of a worker whose device reported an error that no process survives
 _KINDS: dict[str, type[News]] = {"progress": Progress, "outcome": Outcome, "notice": Notice}
 _SOCKET_PATH = 107  # bytes, without the zero at the end
+# What the allocator listens to. The first is obeyed by every torch; before 2.12 the others are not, on CUDA (pytorch issue 183387).
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _START_PATIENCE = 120.0  # seconds for a new process to call back; torchrun imports torch before it starts the workers
 
 
@@ -130,7 +135,9 @@ class WorkerProcess:
     def _environment(self) -> dict[str, str]:
         chosen = {"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
         if self._devices:
-            chosen["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._devices))
+            chosen |= {ON_GPU: "1"} | only(self._devices)
+            if not any(name in os.environ for name in _ALLOCATOR):
+                chosen[_ALLOCATOR[0]] = "expandable_segments:True"  # passes differ in size: fragments would fill the memory
         return chosen
 
     def _accept(self, server: socket.socket) -> Connection:

@@ -14,18 +14,34 @@ import os
 import signal
 import sys
 import threading
+import traceback
+from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
-from loratune.errors import LoratuneError, kind_of
+from loratune.errors import DeviceLostError, LoratuneError, kind_of
 from loratune.executors.base import News, Notice
 from loratune.executors.inbox import QueueInbox
+from loratune.executors.process import DEVICE_LOST, ON_GPU
 from loratune.work import Outcome, Recipe, Segment, State
 
 
 def main(root: Path, address: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the driver alone decides
     recipe = Recipe.from_json((root / "recipe.json").read_text())
+    if ON_GPU in os.environ:
+        recipe = replace(recipe, device="cuda")
+    try:
+        _work(recipe, root, address)
+    except DeviceLostError:
+        # No outcome is told: the driver sees the process end, and sends what it had to a new one. Leaving in order
+        # would ask the device to free its memory, which may hang.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(DEVICE_LOST)
+
+
+def _work(recipe: Recipe, root: Path, address: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         _lead(recipe, root, address)
     else:
@@ -41,6 +57,8 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
 
     try:
         engine = load_engine(recipe, root)
+    except DeviceLostError:
+        raise
     except LoratuneError as error:  # a model that cannot be loaded: every segment gets the same clear answer
         while (segment := inbox(wait=True)) is not None:
             _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=kind_of(error)))
@@ -56,6 +74,8 @@ def _follow(recipe: Recipe, root: Path) -> None:
 
     try:
         engine = load_engine(recipe, root)
+    except DeviceLostError:
+        raise
     except LoratuneError:
         return  # rank 0 met the same error, and tells it
     never = threading.Event()  # rank 0's word counts; the engine agrees on it across ranks

@@ -48,7 +48,8 @@ def capture(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optim
     if optimizer is not None:
         for name, p in parameters.items():
             for moment in _MOMENTS:
-                tensors[f"{moment}/{name}"] = optimizer.state[p].get(moment, torch.zeros_like(p))
+                found = optimizer.state[p].get(moment)
+                tensors[f"{moment}/{name}"] = found if found is not None else torch.zeros_like(p, device="cpu")  # wants no room on a GPU
     return tensors
 
 

@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from loratune.errors import ModelError, NotPackableError
+from loratune.errors import LoratuneError, ModelError, NotPackableError
 from loratune.finetune.batches import Tokens
 from loratune.finetune.distributed import broadcast
 from loratune.finetune.segment import Inbox
 from loratune.work import Hyperparameters, Outcome, Progress, Recipe, Segment, State
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Engine", "Probe", "broadcast", "load_engine", "probe", "run_all"]
 
@@ -27,11 +30,13 @@ class Engine(Protocol):
     never raises for what a trial did: that is the outcome's state. When `stop` is set it finishes the
     optimiser step, writes checkpoints, and answers CANCELLED for what it trains and takes.
 
-    An outcome's seconds are the segment's share of the engine's: what trained together adds up to the clock.
+    An outcome's seconds are the segment's share of the engine's: what trained together adds up to the clock. Its peak
+    of memory is what the segment needs by itself, the model included; on a CPU it is the process's.
     """
 
     slots: int  # segments that it trains at the same time
     notice: str  # a line for the user, on what the engine is or does; usually empty
+    device: "torch.device"
     train: Tokens
     validation: Tokens
 
@@ -41,24 +46,47 @@ class Engine(Protocol):
 
 
 def load_engine(recipe: Recipe, root: Path) -> Engine:
-    """The recipe's engine for the study in the folder `root`; `hf`, with a notice, for what `packed` cannot train.
+    """The recipe's engine for the study in the folder `root`; `hf`, with a warning, for what `packed` cannot train.
 
-    Raises ModelError, DataError, StorageError.
+    Raises ModelError, also where the device has no memory for the model, DataError, StorageError, DeviceLostError.
     """
-    notice = ""
-    if recipe.engine == "packed":
-        try:
-            from loratune.finetune.packed.engine import PackedEngine
+    from loratune.finetune import memory, model
+    from loratune.finetune.failures import ran_out
 
-            return PackedEngine(recipe, root)
-        except NotPackableError as error:
-            notice = f"the packed engine cannot train this model: {error}; training one trial at a time with hf"
-    elif recipe.engine != "hf":
+    if recipe.engine not in ("packed", "hf"):
         raise ModelError(f"engine: {recipe.engine!r} is not known; allowed: hf, packed.")
+    device = model.choose_device(recipe.device)
+    try:
+        return _loaded(recipe, root)
+    except LoratuneError:
+        raise
+    except Exception as error:
+        if not ran_out(error, device):
+            raise
+    memory.free(device)
+    free = f", {memory.available(device) / 2**30:.1f} GiB of which this process may take" if device.type == "cuda" else ""
+    raise ModelError(
+        f"model {recipe.model.name_or_path!r}: out of memory while loading it on {memory.device_name(device)}{free}. "
+        "load_in_4bit or a smaller model need less; end what else takes the device's memory."
+    )
+
+
+def _loaded(recipe: Recipe, root: Path) -> Engine:
+    from loratune.finetune import memory, model
     from loratune.finetune.hf import HfEngine
 
+    if recipe.engine == "hf":
+        return HfEngine(recipe, root)
+    try:
+        from loratune.finetune.packed.engine import PackedEngine
+
+        return PackedEngine(recipe, root)
+    except NotPackableError as error:
+        why = str(error)
+    memory.free(model.choose_device(recipe.device))  # of the model that was loaded for `packed`: it goes with the error
     engine = HfEngine(recipe, root)
-    engine.notice = notice
+    cost = "training takes longer, 1.7 to 2.5 times as long where it was measured, on CPUs"
+    engine.notice = f"the packed engine cannot train this model: {why}; warning: {cost}; training one trial at a time with hf"
     return engine
 
 
@@ -137,6 +165,8 @@ def probe(
 
 
 def _probe(recipe: Recipe, root: Path, hyperparameters: Hyperparameters, steps: int, validation_examples: int) -> Probe:
+    from loratune.finetune import memory
+
     recipe = replace(recipe, data=str((root / recipe.data).resolve()), training=replace(recipe.training, report_to=()))
     with tempfile.TemporaryDirectory(prefix="loratune-probe-") as scratch:
         began = time.perf_counter()
@@ -156,12 +186,13 @@ def _probe(recipe: Recipe, root: Path, hyperparameters: Hyperparameters, steps: 
                 stop_step=count,
             )
             outcomes = run_all(engine, [replace(wanted, trial=slot) for slot in range(engine.slots)])
+            # An outcome's memory is its trial's; what all of them need together is what the process holds of a GPU by now.
             return replace(
                 min(outcomes, key=lambda outcome: outcome.state is State.COMPLETED),
                 tokens=sum(outcome.tokens for outcome in outcomes),
                 train_seconds=sum(outcome.train_seconds for outcome in outcomes),
                 validation_seconds=sum(outcome.validation_seconds for outcome in outcomes),
-                peak_memory_bytes=max(outcome.peak_memory_bytes for outcome in outcomes),
+                peak_memory_bytes=max(memory.reserved(engine.device), *(outcome.peak_memory_bytes for outcome in outcomes)),
             )
 
         worst = measured(

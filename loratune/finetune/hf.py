@@ -10,6 +10,7 @@ import random
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from loratune.errors import DataError, ModelError, StorageError, TrainingError, 
 from loratune.files import write_atomically
 from loratune.finetune import distributed, lora, memory, model, segment
 from loratune.finetune.batches import Tokens
+from loratune.finetune.failures import ran_out
 from loratune.finetune.optimisation import make_optimizer
 from loratune.finetune.prepared import Prepared
 from loratune.finetune.segment import Inbox, SegmentRun
@@ -49,6 +51,7 @@ class HfEngine:
         self.base = model.load(recipe.model, self.device)
         gc.collect()
         gc.freeze()  # what is loaded stays: collecting between trials need not look at it again
+        self.training = recipe.training  # with smaller batches, once memory did not suffice
         self._base_loss: float | None = None  # of the base model, which is every trial's at step 0
 
     def run(self, inbox: Inbox, tell: Callable[[Progress | Outcome], None], stop: threading.Event) -> None:
@@ -71,6 +74,14 @@ class HfEngine:
         memory.reset_peak(self.device)
         with _global_randomness_kept():
             outcome = self._attempt(wanted, folder, report, stop)
+            while outcome.state is State.OUT_OF_MEMORY and self.training.micro_batch_size > 1 and self.world == 1:
+                memory.free(self.device)
+                size = self.training.micro_batch_size // 2
+                self.training = replace(self.training, micro_batch_size=size)
+                segment.write_log(folder, f"again with micro_batch_size {size}, to the same result")
+                outcome = self._attempt(wanted, folder, report, stop)
+        if outcome.state is State.OUT_OF_MEMORY:  # whatever the size: another configuration may train with the one that was chosen
+            self.training = replace(self.training, micro_batch_size=self.recipe.training.micro_batch_size)
         memory.free(self.device)
         if self.world > 1 and outcome.state in (State.OUT_OF_MEMORY, State.CRASHED):
             # The other processes wait for this one in a collective operation: the whole group has to start again.
@@ -109,11 +120,11 @@ class HfEngine:
             state, message, kind = State.BAD_INPUT, str(error), kind_of(error)
         except Exception as error:
             details = traceback.format_exc()
-            if memory.is_out_of_memory(error):
+            if ran_out(error, self.device):
                 state = State.OUT_OF_MEMORY
                 message = (
                     f"out of memory on {memory.device_name(self.device)} with lora_r {wanted.hyperparameters.lora_r}, "
-                    f"micro_batch_size {self.recipe.training.micro_batch_size}; a smaller micro_batch_size, "
+                    f"micro_batch_size {self.training.micro_batch_size}; a smaller micro_batch_size, "
                     "gradient_checkpointing or load_in_4bit need less"
                 )
             else:
@@ -149,7 +160,7 @@ class HfEngine:
                 run,
                 self.train,
                 optimizer,
-                self.recipe.training,
+                self.training,
                 hooks=hooks,
                 rank=self.rank,
                 world=self.world,
@@ -157,6 +168,7 @@ class HfEngine:
             try:
                 trainer.train()
             finally:
+                memory.synchronize(self.device)  # the last step's seconds are this trial's
                 run.training(False)
             if not all(bool(p.isfinite().all()) for p in parameters.values()):
                 raise DivergedError(f"step {run.step}: the adapter's weights are not finite")
@@ -176,18 +188,27 @@ class HfEngine:
         if run.step == 0 and self._base_loss is not None:
             run.add_point(self._base_loss, 0.0)
             return
-        loss, seconds = validate(
-            adapter,
-            self.validation,
-            batch_size=self.recipe.training.validation_batch_size,
-            pad_id=self.base.pad_id,
-            head=model.output_head(self.base.model),
-            device=self.device,
-            autocast=lambda: model.autocast(self.base),
-            interrupted=stop.is_set if stop is not None else lambda: False,
-            rank=self.rank,
-            world=self.world,
-        )
+        while True:
+            try:
+                loss, seconds = validate(
+                    adapter,
+                    self.validation,
+                    batch_size=self.training.validation_batch_size,
+                    pad_id=self.base.pad_id,
+                    head=model.output_head(self.base.model),
+                    device=self.device,
+                    autocast=lambda: model.autocast(self.base),
+                    interrupted=stop.is_set if stop is not None else lambda: False,
+                    rank=self.rank,
+                    world=self.world,
+                )
+                break
+            except Exception as error:
+                size = self.training.validation_batch_size
+                if not ran_out(error, self.device) or size == 1 or self.world > 1:
+                    raise
+            self.training = replace(self.training, validation_batch_size=size // 2)  # the loss does not depend on it
+            memory.free(self.device)
         if not np.isfinite(loss):
             raise DivergedError(f"step {run.step}: validation loss {loss}")
         if run.step == 0:

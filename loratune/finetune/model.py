@@ -85,6 +85,8 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
         options["attn_implementation"] = recipe.attn_implementation
     if recipe.load_in_4bit:
         options |= _four_bit(dtype, device)
+    if device.type != "cpu":  # straight onto the device: a process per device would else need as many copies in main memory
+        options["device_map"] = {"": device}
     with _explained(recipe, "weights"), _without_progress_bar():
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(recipe.name_or_path, output_loading_info=True, **options)
     model, info = loaded
@@ -99,8 +101,6 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
     model.base_revision = recipe.revision  # for what is trained on it: adapter_config.json names the base by both
     model.requires_grad_(False)
     forget_lengths(model)
-    if not recipe.load_in_4bit:  # a quantised model was placed while loading
-        model.to(device)
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -196,7 +196,7 @@ def _four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    return {"quantization_config": quantization, "device_map": {"": device.index or 0}}
+    return {"quantization_config": quantization}
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from loratune.finetune import memory
 from loratune.finetune import model as base_model
 from loratune.finetune.batches import Batch, Sides, Tokens, collate, cut, micro_batch_count, response_tokens
 from loratune.finetune.beginnings import dropout_slots
@@ -197,6 +198,7 @@ class StepHooks(transformers.TrainerCallback):
         if self.run.step >= self.run.segment.stop_step:
             return control
         if self.run.validation_due() and not self.cancelled:
+            memory.synchronize(self.trainer.base.device)
             self.run.training(False)
             self.validate()
             self.run.training(True)

@@ -26,7 +26,7 @@ import numpy as np
 from loratune import executors
 from loratune.errors import StorageError, error_of
 from loratune.executors import Executor, Notice
-from loratune.executors.devices import cuda_devices
+from loratune.executors.devices import cuda_devices, unused_gpu
 from loratune.files import text_of
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.order import total_steps
@@ -116,6 +116,7 @@ class Rerun:
         self._recipe: Recipe | None = None
         self._examples = 0
         self._executor: Executor | None = None
+        self._warning: str | None = None  # to be told once
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +145,9 @@ class Rerun:
             if self._stop.is_set():
                 return None
             executor = self._start()
+            if self._warning:
+                yield Note(self._warning)
+                self._warning = None
             while waiting and flying < executor.capacity:
                 executor.submit(Pack(segments=(waiting.pop(0),)))
                 flying += 1
@@ -211,13 +215,15 @@ class Rerun:
         """The executor, started when the first run needs it."""
         if self._executor is None:
             recipe, chosen = self._load(), self._study.spec["executor"]
+            devices = cuda_devices(chosen["device"], chosen["devices"], recipe.devices_per_trial)
+            self._warning = unused_gpu(chosen["device"], devices)
             self._record.recipe(recipe)
             self._executor = executors.build(
                 chosen["name"],
                 recipe=recipe,
                 root=self.folder.resolve(),
                 lock=self._record.lock,
-                devices=cuda_devices(chosen["device"], chosen["devices"], recipe.devices_per_trial),
+                devices=devices,
                 workers=Record(self._study.folder, self._record.lock).kept("workers", chosen["workers"] or 1),
                 threads=chosen["threads"],
                 max_retries=chosen["max_retries"],

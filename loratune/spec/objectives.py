@@ -22,7 +22,7 @@ METRICS: dict[str, str] = {
     "tokens": "training tokens of the trial's last run, prompt and response",
     "train_seconds": "device-seconds of that run's training, validation excluded",
     "adapter_mb": "trainable parameters x 4 bytes, 10^6 bytes",
-    "peak_memory_gib": "of the device (on CPU of the process) in training, 2^30 bytes, all slots of the process together",
+    "peak_memory_gib": "that training takes on a GPU by itself, the model included (on a CPU its process, all slots together), 2^30 bytes",
     "inference_cost": "multiply-adds per token that the adapter adds to the base: its trainable parameters",
     **dict.fromkeys(get_args(Score), "the benchmark's score on the items that guide the search, 0 to 1; more is better"),
 }

@@ -2,9 +2,10 @@
 
     python scripted_engine.py -m loratune.executors.worker FOLDER SOCKET      a worker, with this engine
 
-A segment's seed says what happens at its third step: to a FATAL one its process dies; a POISONOUS one
-crashes all that train beside it. An outcome's message tells the most neighbours that the segment had,
-its tokens count the steps that were taken since its last checkpoint, which is written at every step.
+A segment's seed says what happens at its third step: to a FATAL one its process dies; a POISONOUS one crashes all that
+train beside it; to a LOST one its process loses the device, the first time. An outcome's message tells the most
+neighbours that the segment had, its tokens count the steps that were taken since its last checkpoint, which is written
+at every step.
 """
 
 import os
@@ -17,9 +18,10 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+from loratune.errors import DeviceLostError
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
-FATAL, POISONOUS = 1, 2
+FATAL, POISONOUS, LOST = 1, 2, 3
 SLOTS = 3
 
 
@@ -63,6 +65,9 @@ class Lane:
         self._neighbours = max(self._neighbours, neighbours)
         if self.segment.seed == FATAL and self.taken == 3:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.segment.seed == LOST and self.taken == 3 and not (once := self._checkpoint.with_name("lost")).exists():
+            once.touch()
+            raise DeviceLostError("cuda:0", "CUDA error: an illegal memory access was encountered")
         if self.segment.seed != POISONOUS or self.taken < 3:
             self._checkpoint.write_text(str(self.taken))
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import scripted_engine
-from scripted_engine import FATAL, POISONOUS, SLOTS
+from scripted_engine import FATAL, LOST, POISONOUS, SLOTS
 
 from loratune import executors
+from loratune.errors import DeviceLostError
 from loratune.executors import Executor, Notice
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import WorkerProcess
@@ -104,6 +105,29 @@ def test_the_neighbours_of_one_that_crashes_never_notice(name: str, kind: int, t
         assert outcomes[trial].message == "neighbours: 0"
         assert 0 < outcomes[trial].tokens < 20, "it went on from its checkpoint"
     assert "neighbours: 2" in {outcomes[trial].message for trial in range(3, 9)}
+
+
+def test_a_process_that_lost_its_device_is_replaced(tmp_path: Path) -> None:
+    """What it had is trained by the new one, and nothing is sent to the old one any more."""
+    with executor("local", tmp_path) as made:
+        outcomes = finish(made, [segment(0, 20), segment(1, 20, seed=LOST), *(segment(trial, 20) for trial in range(2, 6))])
+        log = (tmp_path / "workers" / "0.log").read_text()
+    assert {o.state for o in outcomes.values()} == {State.COMPLETED}
+    assert len({o.device for o in outcomes.values()}) == 1, "all ended in one process, the second"
+    assert 0 < outcomes[1].tokens < 20, "it went on from its checkpoint"
+    assert "CUDA error: an illegal memory access" in log
+
+
+def test_a_device_that_is_lost_every_time_is_told(tmp_path: Path) -> None:
+    with executor("local", tmp_path, max_retries=0) as made:
+        (outcome,) = finish(made, [segment(1, 20, seed=LOST)]).values()
+    assert outcome.state is State.CRASHED
+    assert "the worker process died, since its device reported an error that no process survives" in outcome.message
+
+
+def test_this_process_cannot_be_replaced(tmp_path: Path) -> None:
+    with executor("inline", tmp_path) as made, pytest.raises(DeviceLostError, match="Run the same command again"):
+        finish(made, [segment(1, 20, seed=LOST)])
 
 
 @EVERY

@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -202,6 +203,35 @@ def test_failures_have_a_kind(engine, monkeypatch: pytest.MonkeyPatch, error: Ex
     assert outcome.message
     assert "Traceback" in (engine.root / wanted.folder / "log.txt").read_text()
     assert run(engine, wanted).state is State.COMPLETED
+
+
+def test_smaller_batches_are_tried_before_a_configuration_is_infeasible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for one example in training, two in validation, the same result; the next trial begins with what was learnt."""
+    from loratune.finetune import hf, trainer
+
+    engine = HfEngine(recipe(tmp_path), tmp_path)
+    expected = run(engine, segment(trial=1, validate_at=(3,)))
+    sizes: list[tuple[str, int]] = []
+
+    def limited(where: str, most: int, nll):  # type: ignore[no-untyped-def]
+        def wanted(model, head, batch):  # type: ignore[no-untyped-def]
+            sizes.append((where, len(batch.ids)))
+            if len(batch.ids) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return nll(model, head, batch)
+
+        return wanted
+
+    monkeypatch.setattr(trainer, "token_nll", limited("training", 1, trainer.token_nll))
+    validation = sys.modules[hf.validate.__module__]
+    monkeypatch.setattr(validation, "token_nll", limited("validation", 2, validation.token_nll))
+    outcome = run(engine, segment(trial=2, validate_at=(3,)))
+    assert outcome.validation_loss == pytest.approx(expected.validation_loss, abs=1e-7)
+    assert max(size for _, size in sizes) > 2
+    sizes.clear()
+    run(engine, segment(trial=3, validate_at=(3,)))
+    assert max(sizes) == ("validation", 2)
+    assert max(size for where, size in sizes if where == "training") == 1
 
 
 def test_real_allocation_failure_is_out_of_memory(engine) -> None:  # type: ignore[no-untyped-def]

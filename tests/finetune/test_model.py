@@ -25,8 +25,8 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def load(path: Path | str, **options: object) -> model.BaseModel:
-    return model.load(ModelRecipe(name_or_path=str(path), **options), CPU)  # type: ignore[arg-type]
+def load(path: Path | str, device: torch.device = CPU, **options: object) -> model.BaseModel:
+    return model.load(ModelRecipe(name_or_path=str(path), **options), device)  # type: ignore[arg-type]
 
 
 def test_loads_frozen_and_without_its_own_dropout(folder: Path) -> None:
@@ -171,3 +171,23 @@ def test_requests_that_cannot_be_met(folder: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="torch sees no CUDA device"):
             model.choose_device("cuda")
+
+
+def test_weights_go_straight_onto_a_device(folder: Path) -> None:
+    """None in main memory first: torch's meta device stands for a GPU."""
+    base = load(folder, device=torch.device("meta"), dtype="float32")
+    assert {parameter.device.type for parameter in base.model.parameters()} == {"meta"}
+
+
+def test_a_device_is_named_to_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    real = transformers.AutoModelForCausalLM.from_pretrained
+
+    def noted(*arguments: object, **options: object) -> object:
+        given.append(options.pop("device_map", None))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", noted)
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        load(folder, device=device, dtype="float32")
+    assert given == [{"": torch.device("cuda", 1)}, None]

@@ -10,8 +10,10 @@ import transformers
 from exact import exact_norms  # noqa: F401  # a fixture
 from tiny_engine import VOCABULARY, adapter, recipe, segment
 
+from loratune.errors import NotPackableError
 from loratune.finetune.engine import load_engine, run_all
 from loratune.finetune.hf import HfEngine
+from loratune.finetune.packed import attention
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.work import State
 
@@ -69,8 +71,34 @@ def test_others_fall_back_with_a_line_that_says_why(tmp_path: Path, config: tran
     assert isinstance(engine, HfEngine)
     assert engine.slots == 1
     assert "packed engine cannot train this model" in engine.notice
+    assert "warning: training takes longer, 1.7 to 2.5 times as long" in engine.notice
     (outcome,) = run_all(engine, [segment(2, target_modules="all-linear")])
     assert outcome.state is State.COMPLETED, outcome.message
+
+
+class OneWay(torch.autograd.Function):
+    """A kernel that has a forward pass alone."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        return x.clone()
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (OneWay.apply, r"LlamaForCausalLM has no backward pass in a flat batch \(NotImplementedError"),
+        (lambda out: out.detach(), "LlamaForCausalLM gives other gradients in a flat batch"),
+        (lambda out: out * 2 - out.detach(), "LlamaForCausalLM gives other gradients in a flat batch"),
+    ],
+    ids=["none", "cut off", "wrong"],
+)
+def test_a_model_is_tried_backward_too(tmp_path: Path, broken, why: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Its losses are right in each of these cases."""
+    causal = attention.causal_attention
+    monkeypatch.setattr(attention, "causal_attention", lambda *given: broken(causal(*given)))
+    with pytest.raises(NotPackableError, match=why):
+        PackedEngine(replace(recipe(tmp_path, dtype="float32"), engine="packed"), tmp_path)
 
 
 def test_export_reloads_in_peft_with_the_recorded_loss(tmp_path: Path) -> None:

@@ -79,6 +79,14 @@ class Adapter:
             assert parameter.grad is not None  # noqa: S101  # for the type checker; made in __init__
             parameter.grad.zero_()
 
+    def release(self) -> None:
+        """Give its memory back at once, whoever still refers to it. It is of no use afterwards."""
+        self.optimizer.state.clear()
+        for parameter in self.parameters.values():
+            parameter.grad, parameter.data = None, parameter.data.new_empty(0)
+        self.a = self.b = self.work_a = self.work_b = self.grad_a = self.grad_b = {}
+        self._working = {}
+
     @property
     def size(self) -> int:
         """How many parameters it has."""

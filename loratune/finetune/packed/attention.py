@@ -1,9 +1,9 @@
 """Causal self-attention in a flat batch: each sequence sees itself only.
 
 Registered with Transformers under a name, so that its model files run unchanged. On a GPU in half precision the
-variable-length kernel takes sequences end to end; on a CPU in full precision each is taken block by block (causal.py);
-elsewhere, and where sequences are long or a window slides, those of similar length are gathered into rectangles
-(`layout.Flat.buckets`) for scaled_dot_product_attention.
+variable-length kernel takes sequences end to end (varlen.py); on a CPU in full precision each is taken block by block
+(causal.py); elsewhere, and where sequences are long, a window slides or the kernel refuses, those of similar length are
+gathered into rectangles (`layout.Flat.buckets`) for scaled_dot_product_attention.
 
 Notation: T rows, H query heads, G key and value heads, D features of a head; n sequences of L positions.
 """
@@ -16,6 +16,7 @@ import transformers
 from torch.nn import functional
 
 from loratune.errors import NotPackableError
+from loratune.finetune.packed import varlen
 from loratune.finetune.packed.causal import LONGEST, causal_attention
 from loratune.finetune.packed.layout import Flat, Spread
 
@@ -46,11 +47,11 @@ def attention(
         raise NotPackableError(f"{what} is not known to it")
     window = sliding_window if sliding_window is not None and sliding_window < flat.longest else None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and window is None:
+    if window is None and varlen.takes(q, k, v):
         if flat.line is None:
-            return _varlen(q, k, v, flat, scaling).unsqueeze(0), None
+            return varlen.varlen_attention(q, k, v, flat.starts, flat.longest, scaling).unsqueeze(0), None
         q, k, v = (_Out.apply(x, flat.line) for x in (q, k, v))
-        return _Back.apply(_varlen(q, k, v, flat, scaling), flat.line).unsqueeze(0), None
+        return _Back.apply(varlen.varlen_attention(q, k, v, flat.starts, flat.longest, scaling), flat.line).unsqueeze(0), None
     if window is None and _by_blocks(q, v, flat):
         if flat.line is not None:
             k, v = (_Out.apply(x, flat.line) for x in (k, v))
@@ -78,14 +79,6 @@ def _rectangle(qkv: Sequence[torch.Tensor], scaling: float | None, window: int |
     grouped = q.shape[1] != k.shape[1]
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(0, 1)
-
-
-def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flat: Flat, scaling: float | None) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    ends, longest, grouped = flat.starts, flat.longest, q.shape[1] != k.shape[1]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)  # type: ignore[return-value]
 
 
 class _Out(torch.autograd.Function):

@@ -7,7 +7,8 @@ the model's forward pass, to be taken together with the loss. Whether a model be
 sequences, on both sides of every length at which the model changes, must come out as they do one by one.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from loratune.errors import NotPackableError
 from loratune.finetune import dropout, lora
 from loratune.finetune import model as base_model
 from loratune.finetune.batches import collate
+from loratune.finetune.memory import is_out_of_memory
 from loratune.finetune.model import BaseModel
 from loratune.finetune.packed import attention
 from loratune.finetune.packed.adapter import Adapter
@@ -30,7 +32,9 @@ from loratune.finetune.packed.norm import quick_norms
 from loratune.finetune.packed.rotary import quick_rotary
 from loratune.finetune.rope import RopeSides, sides_of
 from loratune.finetune.validation import token_nll
+from loratune.work import Hyperparameters, TrainingRecipe
 
+_SHORT = (7, 12, 5)  # tokens of the sequences that every model is tried on, backwards too
 _LONGEST_TRIED = 4096  # tokens: a moment, and what a batch of long examples takes anyway
 
 
@@ -64,7 +68,7 @@ class PackedBase:
         self._last = self._read_alone()
         attention.register()
         self._tried = _Trial(_lengths(self.model.config, longest))
-        expected = self._reference()
+        expected, gradient = self._reference()
         self.model.config._attn_implementation = attention.NAME
         for norm, forward in list(quick_norms(self.model)):
             self._norms.append((norm, vars(norm).get("forward")))
@@ -80,6 +84,7 @@ class PackedBase:
             self._hooks.append(last.register_forward_pre_hook(_ask_less, with_kwargs=True))
         try:
             self._try(expected)
+            self._try_backward(gradient)
         except BaseException:
             self.release()
             raise
@@ -111,9 +116,12 @@ class PackedBase:
             adapter.key.step = step
         if self.checkpointing:
             self.model.train(self._training)  # Transformers recomputes layers in training mode only
-        with base_model.autocast(self.base):
-            self.model(input_ids=flat.ids, position_ids=flat.positions, use_cache=False, flat=flat)
-        hidden, self._hidden = self._hidden[0].index_select(0, flat.predictors), torch.empty(0)
+        try:
+            with base_model.autocast(self.base):
+                self.model(input_ids=flat.ids, position_ids=flat.positions, use_cache=False, flat=flat)
+            hidden = self._hidden[0].index_select(0, flat.predictors)
+        finally:  # what is kept here would keep a failed pass's whole graph
+            self._hidden = torch.empty(0)
         head: Any = self.head
         return frozen_head_nll(hidden, head.weight, head.bias, flat.labels)
 
@@ -167,23 +175,76 @@ class PackedBase:
         rows = self._rows[self._predictors] if narrowed else self._rows
         return add_deltas(arguments[0], y, parts, rows, self._anchor, self.backend(self._adapters))
 
-    def _reference(self) -> torch.Tensor:
-        """NLL of the tried sequences, each by itself."""
-        alone = (collate(self._tried, [i], pad_id=0).to(self.device) for i in range(len(self._tried)))
-        with torch.no_grad(), base_model.autocast(self.base):
-            return torch.cat([token_nll(self.model, self.head, batch) for batch in alone])
+    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(NLL of the tried sequences, gradient of the short ones by `_gradient`) as Transformers has them, one after the other."""
+        nll, short = [], len(_SHORT)
+        with self._refused("cannot be tried"), self._embeddings_seen() as seen:
+            for i in range(len(self._tried)):
+                with torch.set_grad_enabled(i < short), base_model.autocast(self.base):
+                    nll.append(token_nll(self.model, self.head, collate(self._tried, [i], pad_id=0).to(self.device)))
+                if i < short:
+                    nll[-1].sum().backward()
+            return torch.cat(nll).detach(), _gradient(seen[:short])
 
     def _try(self, expected: torch.Tensor) -> None:
         sides = self.sides(self._tried.lengths)
-        try:
-            with torch.no_grad():
-                together = [Share(owner=0, examples=np.flatnonzero(sides == side)) for side in np.unique(sides)]
-                got = torch.cat([self.nll(flatten(self._tried, [share], self.device), ()) for share in together])
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
-            raise NotPackableError(f"{type(self.model).__name__} does not take a flat batch ({type(error).__name__}: {error})") from error
+        together = [Share(owner=0, examples=np.flatnonzero(sides == side)) for side in np.unique(sides)]
+        with self._refused("does not take a flat batch"), torch.no_grad():
+            got = torch.cat([self.nll(flatten(self._tried, [share], self.device), ()) for share in together])
         tolerance = 0.05 if self.base.dtype in (torch.bfloat16, torch.float16) else 1e-4
         if got.shape != expected.shape or not torch.allclose(got, expected.to(got.dtype), rtol=tolerance, atol=tolerance):
             raise NotPackableError(f"{type(self.model).__name__} gives other losses in a flat batch")
+
+    def _try_backward(self, expected: torch.Tensor) -> None:
+        """Also with an adapter on every layer, which adds nothing yet: an operation may have a forward pass alone."""
+        layers = {name: self.features(name) for name in self.linear}
+        h = Hyperparameters(lora_r=1, lora_dropout=0.0, target_modules="all-linear")
+        adapter = Adapter(layers, h, 0, TrainingRecipe(), dtype=self.base.dtype, device=self.device)
+        flat = flatten(self._tried, [Share(owner=0, examples=np.arange(len(_SHORT)))], self.device)
+        with self._refused("has no backward pass in a flat batch"), self._embeddings_seen() as seen:
+            self.nll(flat, [adapter], [0]).sum().backward()
+            got = _gradient(seen)
+        tolerance = 0.25 if self.base.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        if not bool((got - expected).norm() <= tolerance * expected.norm()):  # nor where it is not finite
+            raise NotPackableError(f"{type(self.model).__name__} gives other gradients in a flat batch")
+
+    @contextlib.contextmanager
+    def _refused(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise NotPackableError(f"{type(self.model).__name__} {what} ({type(error).__name__}: {error})") from error
+
+    @contextlib.contextmanager
+    def _embeddings_seen(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """While open, (tokens, their embeddings) of each pass are kept, and the embeddings take gradients."""
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def keep(_: nn.Module, arguments: tuple[Any, ...], embedded: torch.Tensor) -> torch.Tensor:
+            seen.append((arguments[0].flatten(), embedded.detach().requires_grad_()))
+            return seen[-1][1].clone()  # which the model may change in place
+
+        handle = self.model.get_input_embeddings().register_forward_hook(keep)
+        try:
+            with torch.enable_grad():
+                yield seen
+        finally:
+            handle.remove()
+
+
+def _gradient(seen: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The sum over all passes of each token's gradient, [largest token, D] in float32 or better: however rows are laid out."""
+    largest = max(int(ids.max()) for ids, _ in seen)
+    total = torch.zeros(())
+    for ids, embedded in seen:
+        if embedded.grad is None:
+            raise RuntimeError("no gradient reaches the embeddings")
+        g = embedded.grad.flatten(0, -2)
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        total = total.to(g) + g.new_zeros(largest + 1, g.shape[-1]).index_add_(0, ids, g)
+    return total
 
 
 def _ask_less(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -228,4 +289,4 @@ def _lengths(config: Any, longest: int) -> list[int]:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk in crossed and chunk > _LONGEST_TRIED:
         raise NotPackableError(f"its attention works in chunks of {chunk} tokens, and the longest example has {longest}")
-    return [7, 12, 5, *(min(border + 5, longest) for border in crossed if border <= _LONGEST_TRIED)]
+    return [*_SHORT, *(min(border + 5, longest) for border in crossed if border <= _LONGEST_TRIED)]

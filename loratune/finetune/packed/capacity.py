@@ -3,9 +3,10 @@
     bytes = fixed + sum over adapters k of c P_k + T * per_token         T tokens in the pass, P_k parameters of adapter k
     c     = 4 (master weights) + 4 (gradient) + 8 (AdamW's two moments) + 2 (copy for half-precision arithmetic)
 
-`fixed` is what the loaded base model leaves in use. `per_token` comes from a short probe on the longest examples: on a GPU
-the growth of the measured peak from a small pass to a larger one, forward and backward; on CPU, where a peak
-that small cannot be told from the allocator's habits, the bytes that autograd keeps for the backward pass.
+`fixed` is what the loaded base model leaves in use; the limit is what this process may take of the device beside others.
+`per_token` comes from a short probe on the longest examples: on a GPU the growth of the measured peak from a small pass to
+one of at least twice the tokens, forward and backward; on CPU, where a peak that small cannot be told from the
+allocator's habits, the bytes that autograd keeps for the backward pass.
 Where the model is wrong after all, the engine meets the limit, halves its passes and remembers (engine.py).
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from loratune.environment import available_memory
-from loratune.finetune import lora
+from loratune.finetune import lora, memory
 from loratune.finetune.batches import Tokens
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.base import PackedBase
@@ -25,7 +26,7 @@ from loratune.finetune.packed.layout import Share, flatten
 from loratune.work import Hyperparameters, TrainingRecipe
 
 _SAFE = 0.9  # share of the memory that is planned with; the rest is for fragments and what others take
-_SMALL, _LARGE = 256, 1024  # tokens of the two probing passes, on a GPU
+_SMALL, _LARGE = 256, 1024  # tokens of the two probing passes, on a GPU; more where a single example is longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +44,19 @@ class Capacity:
 
 
 def measure(base: PackedBase, tokens: Tokens) -> Capacity:
-    """Probe the device: a moment of computing, nothing is left behind. Raises what running out of memory raises."""
+    """Probe the device: a moment of computing, nothing is left behind. Raises what running out of memory raises, when there
+    is no memory for an adapter. Where the longest example does not fit, a token is taken to need its share of what is free.
+    """
     device, half = base.device, base.base.dtype in (torch.bfloat16, torch.float16)
     longest = np.argsort(-np.asarray(tokens.lengths), kind="stable")
     h = Hyperparameters(lora_r=16, lora_dropout=0.1, target_modules="all-linear")
     layers = {name: base.features(name) for name in lora.linear_layers(base.model)}
+    if device.type == "cuda":
+        memory.free(device)  # of what loading left behind
+        fixed, limit = torch.cuda.memory_allocated(device), memory.available(device)
     adapter = Adapter(layers, h, 0, TrainingRecipe(), dtype=base.base.dtype, device=device)
     if device.type == "cuda":
-        small, large = (_peak(base, adapter, tokens, longest, count) for count in (_SMALL, _LARGE))
-        per_token = (large[1] - small[1]) / max(1, large[0] - small[0])
-        fixed, limit = torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        per_token = _per_token(base, adapter, tokens, longest)
     else:
         count, kept = _kept(base, adapter, tokens, longest[:1])
         per_token, fixed = 2 * kept / count, resident()  # twice: gradients and intermediate results come on top
@@ -75,12 +79,30 @@ def _share(tokens: Tokens, longest: np.ndarray, count: int) -> Share:
     return Share(owner=0, examples=longest[:needed])
 
 
+def _per_token(base: PackedBase, adapter: Adapter, tokens: Tokens, longest: np.ndarray) -> float:
+    """Bytes that each further token of a pass takes on a GPU."""
+    began = torch.cuda.memory_allocated(base.device)
+    seen: list[tuple[int, int]] = [(0, began)]
+    for count in (_SMALL, _LARGE):
+        try:
+            seen.append(_peak(base, adapter, tokens, longest, max(count, 2 * seen[-1][0])))
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            break
+    if len(seen) == 1:
+        return (memory.available(base.device) - began) / int(np.asarray(tokens.lengths)[longest[0]])
+    small, large = seen[-2:] if seen[-1][0] > seen[-2][0] else (seen[0], seen[-1])  # all examples fit into the small pass
+    return (large[1] - small[1]) / (large[0] - small[0])
+
+
 def _peak(base: PackedBase, adapter: Adapter, tokens: Tokens, longest: np.ndarray, count: int) -> tuple[int, int]:
-    """(tokens, peak bytes) of a pass, forward and backward."""
+    """(tokens, peak bytes) of a pass of at least `count` tokens, where there are as many, forward and backward."""
     flat = flatten(tokens, [_share(tokens, longest, count)], base.device)
-    torch.cuda.reset_peak_memory_stats(base.device)
+    memory.reset_peak(base.device)
     base.nll(flat, [adapter], [0]).sum().backward()
-    return flat.tokens, torch.cuda.max_memory_allocated(base.device)
+    memory.synchronize(base.device)
+    return flat.tokens, memory.peak_bytes(base.device)
 
 
 def _kept(base: PackedBase, adapter: Adapter, tokens: Tokens, examples: np.ndarray) -> tuple[int, int]:

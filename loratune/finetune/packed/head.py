@@ -7,7 +7,8 @@ Since W is frozen, the gradient with respect to h is all that the backward pass 
 the factor d loss / d nll[n] in the forward pass. Both sums over the vocabulary are taken tile by tile with a running
 maximum, as flash attention does (Dao et al. 2022, arXiv 2205.14135, eq. 2): so each tile of logits is used while it is
 in the cache, and none is kept. The idea of not keeping them is that of Cut Cross-Entropy and Liger's fused linear
-cross-entropy (arXiv 2411.09009, 2410.10989).
+cross-entropy (arXiv 2411.09009, 2410.10989). Products of half-precision factors are summed and kept in float32: a logit
+of 20 rounded to bfloat16 is off by up to 0.06, and so would be the NLL.
 
 Notation: N response tokens, D hidden features, V words; for the tiles so far m [N, 1] is the largest logit,
 s [N, 1] the sum of e^(z - m), and g [N, D] the sum of e^(z - m) W.
@@ -17,8 +18,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-
-from loratune.finetune.packed.delta import add_product
 
 _CPU_WORDS = 1024  # a tile's width; hundreds of rows of it stay in the cache
 _GPU_LOGITS = 2**28  # a tile's size; one for all words, mostly
@@ -40,11 +39,11 @@ class _FrozenHeadNll(torch.autograd.Function):
         s = torch.zeros_like(m)
         g = torch.zeros(h.shape if differentiable else (), dtype=exact, device=h.device)
         width = _CPU_WORDS if h.device.type == "cpu" else max(1, _GPU_LOGITS // max(1, count))
-        buffer = torch.empty(count * min(width, len(weight)), dtype=weight.dtype, device=h.device)
+        buffer = torch.empty(count * min(width, len(weight)), dtype=exact, device=h.device)
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, len(weight), width):
                 w = weight[start : start + width]
-                z = torch.mm(h, w.T, out=buffer[: count * len(w)].view(count, len(w))).to(exact)
+                z = _product(h, w.T, out=buffer[: count * len(w)].view(count, len(w)))
                 if bias is not None:
                     z += bias[start : start + width].to(exact)
                 top = torch.maximum(m, z.amax(1, keepdim=True))
@@ -52,7 +51,7 @@ class _FrozenHeadNll(torch.autograd.Function):
                 shrink = (m - top).exp_()
                 s.mul_(shrink).add_(z.sum(1, keepdim=True))
                 if differentiable:
-                    add_product(g.mul_(shrink), z.to(weight.dtype), w, 1.0)
+                    _add_product(g.mul_(shrink), z.to(weight.dtype), w)
                 m = top
         own = functional.embedding(labels, weight)
         wanted = (h.to(exact) * own).sum(1)
@@ -66,3 +65,19 @@ class _FrozenHeadNll(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0].unsqueeze(1)).to(gradient.dtype), None, None, None, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """left right, with sums and results in out's precision, which is the factors' own or float32."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if left.is_cuda and torch.version.hip is None:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(_product(left, right, out=torch.empty_like(total)))

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loratune.finetune import lora
+from loratune.finetune import lora, memory
 from loratune.finetune.batches import Tokens, response_tokens
 from loratune.finetune.beginnings import dropout_slots
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, learning_rate_factor, warmup_steps
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.base import PackedBase
-from loratune.finetune.packed.layout import Share
+from loratune.finetune.packed.layout import Flat, Share, flatten
 from loratune.finetune.segment import SegmentRun
 from loratune.finetune.trainer import DivergedError
 from loratune.work import Progress, Recipe, Segment
@@ -38,6 +38,7 @@ class Lane:
         self.scale = HALF_PRECISION_SCALE if base.base.dtype == torch.float16 else 1.0
         self.waiting: np.ndarray = np.zeros(0, dtype=np.int64)  # slots of the present step's batch that are still to be seen
         self.items = 1  # response tokens of that batch
+        self.peak = 0  # bytes of memory
         self._nll = torch.zeros((), dtype=torch.float64, device=base.device)
         self._warmup = warmup_steps(h.warmup_ratio, segment.total_steps)
         self.run = SegmentRun(
@@ -84,6 +85,10 @@ class Lane:
         """A pass is done: `share`'s examples gave a summed `nll`, and their gradients are in the adapter."""
         self.waiting = self.waiting[len(share.examples) :]
         self._nll = self._nll + nll.detach().double()
+
+    def used(self, size: int) -> None:
+        """It had so many bytes of memory in use."""
+        self.peak = max(self.peak, size)
 
     def again(self) -> None:
         """Begin the present step anew: a pass broke off."""
@@ -136,3 +141,15 @@ def fill(lanes: Sequence[Lane], room: int, enough: float) -> list[Share]:
 def _leading(true: np.ndarray) -> int:
     """How many are true before the first that is not."""
     return len(true) if true.all() else int(np.argmin(true))
+
+
+def run_pass(base: PackedBase, tokens: Tokens, lanes: Sequence[Lane], shares: Sequence[Share]) -> tuple[Flat, list[torch.Tensor]]:
+    """One pass, forward and backward: (the flat batch, each share's summed NLL). Gradients are added to the adapters'."""
+    flat = flatten(tokens, shares, base.device)
+    nll = base.nll(flat, [lane.adapter for lane in lanes], [lane.run.step for lane in lanes])
+    sums = [nll[span.first : span.last].sum() for span in flat.spans]
+    losses = [total * (lanes[span.owner].scale / lanes[span.owner].items) for total, span in zip(sums, flat.spans, strict=True)]
+    # Each adapter's loss reaches its own rows only; a common sum would do as well, but for inf and NaN.
+    torch.autograd.backward([loss for loss in losses if loss.requires_grad])
+    memory.synchronize(base.device)
+    return flat, [total.detach() for total in sums]

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from loratune.errors import DataError
+from loratune.finetune import memory
 from loratune.finetune.batches import Tokens
+from loratune.finetune.failures import ran_out
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.layout import Share, flatten
@@ -36,6 +38,23 @@ def validate_together(
     if not number:
         raise DataError("the validation set holds no response token; give data with non-empty responses, or a larger validation share.")
     return (sums / number).tolist(), time.perf_counter() - began
+
+
+def validate_within(
+    base: PackedBase, adapters: Sequence[Adapter], tokens: Tokens, room: int, interrupted: Callable[[], bool]
+) -> tuple[tuple[list[float], float] | None, int]:
+    """What `validate_together` gives, None where there is no memory for one example of each adapter; and the room that was left."""
+    least = int(np.max(tokens.lengths)) * len(adapters)
+    while True:
+        try:
+            return validate_together(base, adapters, tokens, room=room, interrupted=interrupted), room
+        except Exception as error:
+            if not ran_out(error, base.device):
+                raise
+        memory.free(base.device)  # here, where the error and the failed pass are gone
+        if room <= least:
+            return None, room
+        room = max(least, room // 2)
 
 
 def _chunks(lengths: np.ndarray, room: int, sides: np.ndarray) -> list[np.ndarray]:
