@@ -19,12 +19,14 @@ import optuna
 from optuna.trial import TrialState
 
 from loratune import samplers, schedules
-from loratune.errors import SearchSpentError, error_of
+from loratune.errors import SearchSpentError, TrainingError, error_of
 from loratune.executors import Executor, Notice
+from loratune.executors.crashes import alike, cause
 from loratune.finetune.order import total_steps
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
 from loratune.record.goals import Goals, Sizes
 from loratune.record.progress import Meter
+from loratune.samplers.distinct import Distinct, Key, key_of
 from loratune.schedules import Fate, Stretch
 from loratune.spec import StudySpec
 from loratune.work import Outcome, Pack, Progress, Segment, State
@@ -82,7 +84,7 @@ class Loop:
         self._spec, self._record, self._study, self._executor, self._meter = spec, record, study, executor, meter
         self._examples, self._validation_examples = examples, validation_examples  # in the training and the validation set
         self._goals, self._score = Goals(spec, sizes), score
-        self._ordinals = samplers.ordinals(spec.sampler.name)
+        self._ordinals, self._distinct = samplers.ordinals(spec.sampler.name), Distinct(spec)
         self._schedule = schedules.build(
             spec.schedule.name,
             trials=spec.budget.trials,
@@ -114,13 +116,17 @@ class Loop:
             if self.stop.is_set():
                 return
             yield self._apply()
+            self._hope()
         if not self.stop.is_set():
             yield from self._close()
 
     def _send(self) -> Iterator[Event]:
         """Fill the executor's free slots."""
         while len(self._flying) < self._executor.capacity and not self.stop.is_set():
-            stretch = self._schedule.next(may_start=self._may_start())
+            may_start = self._may_start()
+            if self._spent:
+                self._schedule.no_more()
+            stretch = self._schedule.next(may_start=may_start)
             if stretch is None:
                 return
             if stretch.trial not in self._trials:
@@ -147,13 +153,17 @@ class Loop:
         number = len(self._trials)
         if number in self._began_at:
             return self._settled >= self._began_at[number] or not self._flying
-        if self._spent or self._out_of_budget():
+        if self._out_of_budget():
             return False
         try:
-            return samplers.ready(self._study)
+            self._spent = self._spent or self._distinct.used_up(self._seen())
+            return not self._spent and samplers.ready(self._study)
         except SearchSpentError as error:
             self._spent = str(error)
             return False
+
+    def _seen(self) -> set[Key]:
+        return {key_of(trial.hyperparameters) for trial in self._trials.values()}
 
     def _out_of_budget(self) -> bool:
         budget = self._spec.budget
@@ -172,7 +182,7 @@ class Loop:
         else:
             begun = number < len(stored) and stored[number].state is TrialState.RUNNING  # its parameters may be half written
             asked = optuna.Trial(self._study, stored[number]._trial_id) if begun else self._study.ask()
-            values = space.suggest(asked, self._ordinals)
+            values = self._distinct.suggest(asked, self._seen())
             for name, value in values.items():
                 if name not in asked.params:  # ordinals as indices, fixed values: what a dashboard would otherwise not show
                     asked.set_user_attr(name, value)
@@ -277,6 +287,15 @@ class Loop:
         self._record.trial(trial)
         self._meter.settled(trial)
 
+    def _hope(self) -> None:
+        """Raise TrainingError when the first trials all crashed, and alike: a cause that is the same for all."""
+        trained = [trial for trial in self._trials.values() if trial.outcomes]
+        if len(trained) == _HOPELESS and all(t.state == FAILED and alike(t.message, trained[0].message) for t in trained):
+            raise TrainingError(
+                f"the first {_HOPELESS} trials failed for the same reason, and so would the others: {cause(trained[0].message)}\n"
+                f"Their logs are in {self._record.folder / 'trials'}. Mend the cause, then begin anew with another --output.folder."
+            )
+
     def _close(self) -> Iterator[Event]:
         """The budget is spent: trials still paused stay where they are."""
         for trial in list(self._trials.values()):
@@ -284,9 +303,10 @@ class Loop:
                 self._trials[trial.number] = replace(trial, state=PRUNED)
                 self._tell(self._trials[trial.number])
         if self._spent:
-            yield Note(self._spent)
+            yield Note(f"{self._spent} The study ends after {len(self._trials)} of {self._spec.budget.trials} trials.")
         if self._out_of_budget() and len(self._trials) < self._spec.budget.trials:
             yield Note(f"The time budget is spent after {len(self._trials)} of {self._spec.budget.trials} trials.")
 
 
+_HOPELESS = 3  # trials
 _STATES = {State.DIVERGED: DIVERGED, State.OUT_OF_MEMORY: INFEASIBLE, State.CRASHED: FAILED}

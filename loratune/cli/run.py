@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.errors import SpecError, StorageError
+from loratune.errors import SpecError, StorageError, TrainingError
 
 if TYPE_CHECKING:
     from loratune.driver import Delivery
@@ -129,7 +129,7 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
             return INTERRUPTED
         delivery = deliver(spec.folder)
     _tell(delivery)
-    return 0
+    return 0 if delivery.best is not None else TrainingError.exit_code  # what was asked for is not there
 
 
 def _quiet() -> None:

@@ -13,6 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from loratune.executors.base import Executor, News
+from loratune.executors.crashes import LAST_WORDS
 from loratune.executors.places import dispatch
 from loratune.executors.process import WorkerProcess
 from loratune.work import Outcome, Pack, Recipe, Segment, State
@@ -76,7 +77,7 @@ class LocalExecutor(Executor):
     def _lost(self, place: "_Place", why: str) -> list[Outcome]:
         """The answers that a dead worker owed."""
         keys, place.owed = sorted(place.owed), set()
-        message = f"{why}. Its last words are in {place.process.log}"
+        message = f"{why}. {LAST_WORDS} {place.process.log}"
         return [Outcome(key=key, state=State.CRASHED, message=message) for key in keys]
 
     def close(self, grace: float = 60.0) -> None:

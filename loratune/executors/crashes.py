@@ -1,0 +1,34 @@
+"""What the text of a crash says of its cause: whether another try can help, whether two trials failed alike."""
+
+import re
+
+LAST_WORDS = "Its last words are in"
+_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception))\b")
+_OF_THE_PROGRAM = {
+    *("ArithmeticError", "AssertionError", "AttributeError", "ImportError", "IndexError", "KeyError", "LookupError"),
+    *("ModuleNotFoundError", "NameError", "NotImplementedError", "RecursionError", "TypeError", "UnboundLocalError"),
+    *("ValueError", "ZeroDivisionError"),
+}
+_OF_THE_DEVICE = re.compile(r"cuda|cublas|cudnn|nccl|device|memory|connection", re.IGNORECASE)
+
+
+def cause(message: str) -> str:
+    """One line: the exception's own, or how the process ended. Raises nothing; "" for an empty message."""
+    lines = [line.strip() for line in message.strip().splitlines()] or [""]
+    exceptions = [line for line in lines if _EXCEPTION.match(line)]
+    return (exceptions or lines)[-1].partition(LAST_WORDS)[0].strip()
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two crashes have one cause; numbers (sizes, places) may differ."""
+    first, second = (re.sub(r"\d+", "0", cause(message)) for message in (one, other))
+    return first == second
+
+
+def certain(message: str) -> bool:
+    """Whether the crash is an exception of the program, which the same input raises again, and none of the machine."""
+    line = cause(message)
+    found = _EXCEPTION.match(line)
+    if found is None:
+        return False
+    return found[1] in _OF_THE_PROGRAM or (found[1] == "RuntimeError" and not _OF_THE_DEVICE.search(line))
