@@ -28,7 +28,7 @@ from loratune.finetune.prepare import Prepared, prepare
 from loratune.plan import slots_for, workers_for
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.progress import Meter
-from loratune.record.storage import open_study
+from loratune.record.storage import explained, open_study, until_free
 from loratune.spec import StudySpec, differences
 from loratune.study import Event, Loop, Note
 
@@ -80,6 +80,9 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         )
         try:
             sampler = _sampler(spec, workers=executor.capacity)
+            yield from map(Note, until_free(spec.storage, record.folder, stop))
+            if stop.is_set():
+                return
             study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
             meter = Meter(budget_trials=spec.budget.trials, workers=executor.processes, earlier_seconds=session.earlier_seconds)
             loop = Loop(
@@ -93,9 +96,10 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                 stop=stop,
                 score=scorer.score if scorer is not None else None,
             )
-            for event in loop.run():
-                session.tick()
-                yield event
+            with explained(spec.storage, record.folder):
+                for event in loop.run():
+                    session.tick()
+                    yield event
         finally:
             executor.close()
             session.end()

@@ -21,12 +21,12 @@ from optuna.trial import TrialState
 from loratune import samplers, schedules
 from loratune.errors import SearchSpentError, TrainingError, error_of
 from loratune.executors import Executor, Notice
-from loratune.executors.crashes import alike, cause
+from loratune.executors.crashes import common_cause
 from loratune.finetune.order import total_steps
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
 from loratune.record.goals import Goals, Sizes
 from loratune.record.progress import Meter
-from loratune.samplers.distinct import Distinct, Key, key_of
+from loratune.samplers.distinct import Distinct
 from loratune.schedules import Fate, Stretch
 from loratune.spec import StudySpec
 from loratune.work import Outcome, Pack, Progress, Segment, State
@@ -123,10 +123,7 @@ class Loop:
     def _send(self) -> Iterator[Event]:
         """Fill the executor's free slots."""
         while len(self._flying) < self._executor.capacity and not self.stop.is_set():
-            may_start = self._may_start()
-            if self._spent:
-                self._schedule.no_more()
-            stretch = self._schedule.next(may_start=may_start)
+            stretch = self._schedule.next(may_start=self._may_start())
             if stretch is None:
                 return
             if stretch.trial not in self._trials:
@@ -156,14 +153,13 @@ class Loop:
         if self._out_of_budget():
             return False
         try:
-            self._spent = self._spent or self._distinct.used_up(self._seen())
-            return not self._spent and samplers.ready(self._study)
+            self._spent = self._spent or self._distinct.used_up(self._trials.values())
+            may = not self._spent and samplers.ready(self._study)
         except SearchSpentError as error:
-            self._spent = str(error)
-            return False
-
-    def _seen(self) -> set[Key]:
-        return {key_of(trial.hyperparameters) for trial in self._trials.values()}
+            self._spent, may = str(error), False
+        if self._spent:
+            self._schedule.no_more()
+        return may
 
     def _out_of_budget(self) -> bool:
         budget = self._spec.budget
@@ -182,7 +178,7 @@ class Loop:
         else:
             begun = number < len(stored) and stored[number].state is TrialState.RUNNING  # its parameters may be half written
             asked = optuna.Trial(self._study, stored[number]._trial_id) if begun else self._study.ask()
-            values = self._distinct.suggest(asked, self._seen())
+            asked, values = self._distinct.suggest(asked, self._trials.values())
             for name, value in values.items():
                 if name not in asked.params:  # ordinals as indices, fixed values: what a dashboard would otherwise not show
                     asked.set_user_attr(name, value)
@@ -288,12 +284,13 @@ class Loop:
         self._meter.settled(trial)
 
     def _hope(self) -> None:
-        """Raise TrainingError when the first trials all crashed, and alike: a cause that is the same for all."""
+        """Raise TrainingError when the first trials all crashed, and alike: the cause is the same for all."""
         trained = [trial for trial in self._trials.values() if trial.outcomes]
-        if len(trained) == _HOPELESS and all(t.state == FAILED and alike(t.message, trained[0].message) for t in trained):
+        why = common_cause([t.message for t in trained]) if all(t.state == FAILED for t in trained) else ""
+        if why and len(trained) == _HOPELESS:
             raise TrainingError(
-                f"the first {_HOPELESS} trials failed for the same reason, and so would the others: {cause(trained[0].message)}\n"
-                f"Their logs are in {self._record.folder / 'trials'}. Mend the cause, then begin anew with another --output.folder."
+                f"the first {_HOPELESS} trials failed for the same reason, and so would the others: {why}\nTheir logs are in "
+                f"{self._record.folder / 'trials'}. Mend the cause, then begin anew with another --output.folder."
             )
 
     def _close(self) -> Iterator[Event]:

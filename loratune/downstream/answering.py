@@ -232,7 +232,10 @@ def _chosen(rows: list[Row], spoken: Sequence[tuple[int, int, list[int]]], likel
     return [
         (
             row.place,
-            [_likeliest(row, [values[row.place][choice][block] for choice in range(len(row.item.choices))]) for block in range(len(likely))],
+            [
+                _likeliest(row, [values[row.place][choice][block] for choice in range(len(row.item.choices))])
+                for block in range(len(likely))
+            ],
         )
         for row in {row.place: row for row in rows}.values()
     ]

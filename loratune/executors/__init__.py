@@ -36,7 +36,7 @@ def build(
     `lock` is the file descriptor of the study's lock, which workers inherit.
     """
     if name == "inline":
-        return InlineExecutor(recipe=recipe, root=root, max_retries=max_retries)
+        return InlineExecutor(recipe=recipe, root=root, max_retries=max_retries, threads=threads)
     return LocalExecutor(
         recipe=recipe,
         root=root,

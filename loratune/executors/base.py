@@ -20,8 +20,9 @@ News = Progress | Outcome | Notice
 class Executor(ABC):
     """Trains segments. The caller submits no more than `capacity` at once and collects what comes, in any order.
 
-    A segment that crashed is sent again, to go on from its last checkpoint, `max_retries` times, once only where the
-    same exception of the program comes again; every segment submitted is answered by exactly one outcome, unless the executor is closed before.
+    A segment that crashed is sent again, to go on from its last checkpoint, `max_retries` times, but once only where the
+    same exception of the program comes again; every segment submitted is answered by exactly one outcome, unless the
+    executor is closed before.
     """
 
     capacity: int = 1  # segments that train at the same time, in all processes

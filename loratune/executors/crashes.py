@@ -1,6 +1,7 @@
 """What the text of a crash says of its cause: whether another try can help, whether two trials failed alike."""
 
 import re
+from collections.abc import Sequence
 
 LAST_WORDS = "Its last words are in"
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception))\b")
@@ -19,10 +20,10 @@ def cause(message: str) -> str:
     return (exceptions or lines)[-1].partition(LAST_WORDS)[0].strip()
 
 
-def alike(one: str, other: str) -> bool:
-    """Whether two crashes have one cause; numbers (sizes, places) may differ."""
-    first, second = (re.sub(r"\d+", "0", cause(message)) for message in (one, other))
-    return first == second
+def common_cause(messages: Sequence[str]) -> str:
+    """The cause of all these crashes, in which numbers (sizes, places) may differ; "" where there are several, or none."""
+    causes = [cause(message) for message in messages]
+    return causes[0] if len({re.sub(r"\d+", "0", line) for line in causes}) == 1 else ""
 
 
 def certain(message: str) -> bool:

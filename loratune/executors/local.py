@@ -5,13 +5,13 @@ it; the segments that it had are answered as crashed. One that gives no sign of 
 seconds is killed. A killed driver takes its workers along.
 """
 
-import os
 import signal
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from loratune.environment import threads_for
 from loratune.executors.base import Executor, News
 from loratune.executors.crashes import LAST_WORDS
 from loratune.executors.places import dispatch
@@ -32,11 +32,11 @@ class LocalExecutor(Executor):
         max_retries: int,
         hang_timeout: float | None,
     ) -> None:
-        """`devices`: CUDA indices, empty on CPU; `threads` per process, by default the cores shared evenly."""
+        """`devices`: CUDA indices, empty on CPU; `threads` per process, by default the usable cores shared evenly (environment.py)."""
         super().__init__(max_retries=max_retries)
         size = recipe.devices_per_trial
         groups = [list(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)] or [[]] * workers
-        threads = threads or max(1, len(os.sched_getaffinity(0)) // (len(groups) * size))
+        threads = threads or threads_for(len(groups) * size)
         self._places = [
             _Place(WorkerProcess(number=n, root=root, lock=lock, devices=group, size=size, threads=threads))
             for n, group in enumerate(groups)

@@ -10,13 +10,14 @@ from typing import Protocol
 
 import numpy as np
 
+from loratune.environment import threads_for
 from loratune.errors import ModelError, NotPackableError
 from loratune.finetune.batches import Tokens
 from loratune.finetune.distributed import broadcast
 from loratune.finetune.segment import Inbox
 from loratune.work import Hyperparameters, Outcome, Progress, Recipe, Segment, State
 
-__all__ = ["Engine", "Probe", "broadcast", "load_engine", "probe", "run_all"]
+__all__ = ["Engine", "Probe", "broadcast", "limit_threads", "load_engine", "probe", "run_all"]
 
 
 class Engine(Protocol):
@@ -60,6 +61,13 @@ def load_engine(recipe: Recipe, root: Path) -> Engine:
     engine = HfEngine(recipe, root)
     engine.notice = notice
     return engine
+
+
+def limit_threads(threads: int | None) -> None:
+    """Keep this process's torch to so many threads; where None, to what it may use (environment.threads_for), if that is fewer."""
+    import torch
+
+    torch.set_num_threads(threads or min(torch.get_num_threads(), threads_for(1)))
 
 
 def run_all(

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -29,10 +29,17 @@ from loratune.work import Hyperparameters
 
 _RETRIES = 5  # proposals of the sampler beyond its first
 _DRAWS = 200  # random configurations, before a finite space is gone through
-Key = tuple[Any, ...]
+_Key = tuple[Any, ...]
 
 
-def key_of(hyperparameters: Hyperparameters) -> Key:
+class Tried(Protocol):
+    """A trial, whatever became of it."""
+
+    @property
+    def hyperparameters(self) -> Hyperparameters: ...
+
+
+def _key_of(hyperparameters: Hyperparameters) -> _Key:
     """Equal for equal configurations: numbers to 12 digits, since a grid's are not always computed alike."""
     return tuple(float(f"{v:.12g}") if isinstance(v, float) else v for v in dataclasses.astuple(hyperparameters))
 
@@ -46,21 +53,22 @@ class Distinct:
         distributions = self._space.distributions(self._ordinals).values()
         self._finite = all(d.single() or number_of_values(d) is not None for d in distributions)
 
-    def used_up(self, seen: Collection[Key]) -> str:
-        """Why there is no configuration left beside those `seen`; "" where there is one."""
+    def used_up(self, trials: Iterable[Tried]) -> str:
+        """Why there is no configuration left that none of these trials has; "" where there is one."""
+        seen = _seen(trials) if self._finite else set()
         if not self._finite or any(key not in seen for key in self._keys()):
             return ""
         count = len(set(self._keys()))
         all_of = f"all {count} configurations were" if count > 1 else "its only configuration was"
         return f"The search space is used up: {all_of} tried."
 
-    def suggest(self, asked: optuna.Trial, seen: Collection[Key]) -> dict[str, Any]:
-        """The values of the trial that the study was `asked` for, now stored; their configuration is not among those `seen`."""
+    def suggest(self, asked: optuna.Trial, trials: Iterable[Tried]) -> tuple[optuna.Trial, dict[str, Any]]:
+        """The trial that the study was `asked` for and its values, now stored: a configuration that none of these trials has."""
         if not asked.params:  # else a start that was killed while it stored them had decided already
-            asked = self._decided(asked, seen)
-        return self._space.suggest(asked, self._ordinals)
+            asked = self._decided(asked, _seen(trials))
+        return asked, self._space.suggest(asked, self._ordinals)
 
-    def _decided(self, asked: optuna.Trial, seen: Collection[Key]) -> optuna.Trial:
+    def _decided(self, asked: optuna.Trial, seen: Collection[_Key]) -> optuna.Trial:
         """The trial, such that its parameters will be new ones."""
         sampler = asked.study.sampler
         again = _RETRIES if isinstance(sampler, SeededSampler) and not asked._fixed_params else 0
@@ -68,7 +76,7 @@ class Distinct:
             for attempt in range(1 + again):
                 trial = asked if not attempt else optuna.Trial(asked.study, asked._trial_id)
                 values = self._drafted(trial, attempt)
-                if key_of(self._hyperparameters(values)) not in seen:
+                if _key_of(self._hyperparameters(values)) not in seen:
                     return asked if not attempt else self._instead(asked, values)
         untried = self._untried(asked.number, seen)
         return asked if untried is None else self._instead(asked, untried)
@@ -90,18 +98,18 @@ class Distinct:
         asked.storage.set_trial_system_attr(asked._trial_id, "fixed_params", given)
         return optuna.Trial(asked.study, asked._trial_id)
 
-    def _untried(self, number: int, seen: Collection[Key]) -> dict[str, Any] | None:
+    def _untried(self, number: int, seen: Collection[_Key]) -> dict[str, Any] | None:
         """A random configuration that is not among those `seen`, a function of (study seed, trial number, those); None for none."""
         chance = RandomSampler(seed=derived_seed(self._seed, number, "untried"))
         for _ in range(_DRAWS):
             values = next(self._walk(lambda d: [chance.sample_independent(None, None, "", d)]))  # type: ignore[arg-type]  # unused there
-            if key_of(self._hyperparameters(values)) not in seen:
+            if _key_of(self._hyperparameters(values)) not in seen:
                 return values
         every = self._walk(_values) if self._finite else iter(())
-        return next((values for values in every if key_of(self._hyperparameters(values)) not in seen), None)
+        return next((values for values in every if _key_of(self._hyperparameters(values)) not in seen), None)
 
-    def _keys(self) -> Iterator[Key]:
-        return (key_of(self._hyperparameters(values)) for values in self._walk(_values))
+    def _keys(self) -> Iterator[_Key]:
+        return (_key_of(self._hyperparameters(values)) for values in self._walk(_values))
 
     def _walk(self, choose: Callable[[BaseDistribution], Iterable[Any]]) -> Iterator[dict[str, Any]]:
         """Real values of the points whose active parameters have the raw values that `choose` names."""
@@ -119,6 +127,10 @@ class Distinct:
                 yield from further(rest, {**values, first.name: first.decode(raw, self._ordinals)})
 
         return further(list(self._space.parameters.values()), {})
+
+
+def _seen(trials: Iterable[Tried]) -> set[_Key]:
+    return {_key_of(trial.hyperparameters) for trial in trials}
 
 
 class _WithoutParameters:

@@ -54,8 +54,8 @@ class NniTpeSampler(BaseSampler):
     float, float on a log scale   `uniform`, `loguniform`. The latter is uniform in ln x, as the published
                                exponent was in log10 x: Parzen windows do not notice the factor.
 
-    Trials that it did not propose (enqueued ones, and those that took the place of a known point) are imported into its history. Failed trials are
-    forgotten, as NNI does; pruned ones count with their last intermediate value, and those that
+    Trials that it did not propose (enqueued ones, and those that took the place of a known point) are imported into its
+    history. Failed trials are forgotten, as NNI does; pruned ones count with their last intermediate value, and those that
     violate a constraint with an infinite loss. Pending trials are NNI's constant liar's.
 
     search_space: None takes the intersection of the study's trials, the first of which is then random.

@@ -44,7 +44,7 @@ class Schedule(ABC):
         `may_start` is False when the sampler cannot propose a new configuration now.
         """
 
-    def no_more(self) -> None:
+    def no_more(self) -> None:  # noqa: B027  # most schedules need not know
         """No further trial will ever be started: the sampler has no configuration left."""
 
     @abstractmethod

@@ -31,7 +31,6 @@ from loratune.finetune.packed.rotary import quick_rotary
 from loratune.finetune.rope import RopeSides, sides_of
 from loratune.finetune.validation import token_nll
 
-
 _LONGEST_TRIED = 4096  # tokens: a moment, and what a batch of long examples takes anyway
 
 
