@@ -57,6 +57,9 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     _sampler(spec, workers=1)  # a mistake in its options is told before the data are read
     with open_record(spec.folder) as record:
         _adopt(spec, record)
+        yield from map(Note, until_free(spec.storage, record.folder, stop))
+        if stop.is_set():
+            return
         session = _Session(record)
         notes: list[str] = []
         data = prepare_data(spec, notes)
@@ -80,9 +83,6 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         )
         try:
             sampler = _sampler(spec, workers=executor.capacity)
-            yield from map(Note, until_free(spec.storage, record.folder, stop))
-            if stop.is_set():
-                return
             study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
             meter = Meter(budget_trials=spec.budget.trials, workers=executor.processes, earlier_seconds=session.earlier_seconds)
             loop = Loop(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "optuna", "PyNomadBBO", "nni", "cmaes", "datasets", "bitsandbytes")
-_THREADS = tuple(f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "BLIS", "NUMEXPR")) + ("VECLIB_MAXIMUM_THREADS",)
+_THREADS = (*(f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "BLIS", "NUMEXPR")), "VECLIB_MAXIMUM_THREADS")
 _GROUPS = Path("/sys/fs/cgroup")
 _SAFE = 0.8  # share of the free memory that is planned with
 _PROCESS = 2**30  # bytes that a process takes beside the weights

@@ -19,9 +19,9 @@ import optuna
 from optuna.trial import TrialState
 
 from loratune import samplers, schedules
-from loratune.errors import SearchSpentError, TrainingError, error_of
+from loratune.errors import SearchSpentError, error_of
 from loratune.executors import Executor, Notice
-from loratune.executors.crashes import common_cause
+from loratune.executors.crashes import stop_for_common_cause
 from loratune.finetune.order import total_steps
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
 from loratune.record.goals import Goals, Sizes
@@ -116,7 +116,8 @@ class Loop:
             if self.stop.is_set():
                 return
             yield self._apply()
-            self._hope()
+            crashes = [t.message if t.state == FAILED else "" for t in self._trials.values() if t.outcomes]
+            stop_for_common_cause(crashes, self._record.folder / "trials")
         if not self.stop.is_set():
             yield from self._close()
 
@@ -283,16 +284,6 @@ class Loop:
         self._record.trial(trial)
         self._meter.settled(trial)
 
-    def _hope(self) -> None:
-        """Raise TrainingError when the first trials all crashed, and alike: the cause is the same for all."""
-        trained = [trial for trial in self._trials.values() if trial.outcomes]
-        why = common_cause([t.message for t in trained]) if all(t.state == FAILED for t in trained) else ""
-        if why and len(trained) == _HOPELESS:
-            raise TrainingError(
-                f"the first {_HOPELESS} trials failed for the same reason, and so would the others: {why}\nTheir logs are in "
-                f"{self._record.folder / 'trials'}. Mend the cause, then begin anew with another --output.folder."
-            )
-
     def _close(self) -> Iterator[Event]:
         """The budget is spent: trials still paused stay where they are."""
         for trial in list(self._trials.values()):
@@ -305,5 +296,4 @@ class Loop:
             yield Note(f"The time budget is spent after {len(self._trials)} of {self._spec.budget.trials} trials.")
 
 
-_HOPELESS = 3  # trials
 _STATES = {State.DIVERGED: DIVERGED, State.OUT_OF_MEMORY: INFEASIBLE, State.CRASHED: FAILED}

@@ -33,20 +33,17 @@ def noted(spec: StudySpec, executor: Formula) -> list[str]:
     return [event.text for event in events(spec, executor) if isinstance(event, Note)]
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["defaults first", "no defaults"])
+@pytest.mark.parametrize(("space", "size", "first"), [(TWO, 2, True), (SIX, 6, False)], ids=["two", "six"])
 @pytest.mark.parametrize("sampler", samplers.NAMES)
-def test_a_space_that_is_used_up_ends_the_study(sampler: str, first: bool, tmp_path: Path) -> None:
+def test_a_space_that_is_used_up_ends_the_study(sampler: str, space: dict[str, Any], size: int, first: bool, tmp_path: Path) -> None:
     needs(sampler)
-    for name, space, size in (("two", TWO, 2), ("six", SIX, 6)):
-        spec = spec_of(tmp_path / name, {"name": sampler, "defaults_first": first}, trials=size + 4, search_space=space)
-        executor = Formula(2 if size > 2 else 1, seed=1)
-        last = noted(spec, executor)[-1]
-        assert last == (
-            f"The search space is used up: all {size} configurations were tried. The study ends after {size} of {size + 4} trials."
-        )
-        trials = read(spec.folder).trials
-        assert len({t.hyperparameters for t in trials}) == len(trials) == len(executor.trained) == size
-        assert {t.state for t in trials} == {COMPLETE}
+    spec = spec_of(tmp_path / "s", {"name": sampler, "defaults_first": first}, trials=size + 4, search_space=space)
+    executor = Formula(1 if first else 2, seed=1)
+    last = noted(spec, executor)[-1]
+    assert last == f"The search space is used up: all {size} configurations were tried. The study ends after {size} of {size + 4} trials."
+    trials = read(spec.folder).trials
+    assert len({t.hyperparameters for t in trials}) == len(trials) == len(executor.trained) == size
+    assert {t.state for t in trials} == {COMPLETE}
 
 
 @pytest.mark.parametrize("sampler", [name for name in samplers.NAMES if name not in ("nomad", "nni_tpe")])

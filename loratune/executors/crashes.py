@@ -2,7 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from loratune.errors import TrainingError
+
+_HOPELESS = 3  # trials
 LAST_WORDS = "Its last words are in"
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception))\b")
 _OF_THE_PROGRAM = {
@@ -24,6 +28,16 @@ def common_cause(messages: Sequence[str]) -> str:
     """The cause of all these crashes, in which numbers (sizes, places) may differ; "" where there are several, or none."""
     causes = [cause(message) for message in messages]
     return causes[0] if len({re.sub(r"\d+", "0", line) for line in causes}) == 1 else ""
+
+
+def stop_for_common_cause(messages: Sequence[str], logs: Path) -> None:
+    """Raise TrainingError where the first trials all crashed, and alike: `messages` of all so far, "" of those that did not."""
+    why = common_cause(messages)
+    if why and len(messages) == _HOPELESS:
+        raise TrainingError(
+            f"the first {_HOPELESS} trials failed for the same reason, and so would the others: {why}\n"
+            f"Their logs are in {logs}. Mend the cause, then begin anew with another --output.folder."
+        )
 
 
 def certain(message: str) -> bool:

@@ -15,7 +15,7 @@ from optuna.samplers import BaseSampler
 from loratune.errors import StorageError
 from loratune.record.trials import objectives_of, text_of
 
-PATIENCE = 30.0  # seconds that a locked database is waited for, at the start and at each later statement
+PATIENCE = 20.0  # seconds that a locked database is waited for, at the start and at each later statement
 _ON = "Nothing is lost: the same command goes on."
 
 

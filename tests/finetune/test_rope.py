@@ -84,7 +84,7 @@ def test_both_engines_train_each_example_as_it_is_alone(kind: str, tmp_path: Pat
     base = recipe(tmp_path)
     wanted = segment(4, target_modules="all-linear", validate_at=(0,))
     runs = {"packed": PackedEngine(replace(base, engine="packed", slots=2), tmp_path)}
-    runs |= {f"hf-{size}": HfEngine(replace(base, training=replace(base.training, micro_batch_size=size)), tmp_path) for size in (1, 3, 7)}
+    runs |= {f"hf-{size}": HfEngine(replace(base, training=replace(base.training, micro_batch_size=size)), tmp_path) for size in (1, 7)}
     found = {}
     for name, engine in runs.items():
         own = replace(wanted, run=name)
