@@ -30,7 +30,7 @@ from loratune.masking import masked_command
 from loratune.plan import slots_for, workers_for
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.progress import Meter
-from loratune.record.storage import open_study
+from loratune.record.storage import explained, open_study, until_free
 from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
 from loratune.study import Event, Loop, Note
@@ -60,6 +60,9 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     _sampler(spec, workers=1)  # a mistake in its options is told before the data are read
     with open_record(spec.folder) as record:
         _adopt(spec, record)
+        yield from map(Note, until_free(spec.storage, record.folder, stop))
+        if stop.is_set():
+            return
         session = _Session(record)
         unused = unused_gpu(spec.executor.device, devices)
         notes = [unused] if unused else []
@@ -98,9 +101,10 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                 stop=stop,
                 score=scorer.score if scorer is not None else None,
             )
-            for event in loop.run():
-                session.tick()
-                yield event
+            with explained(spec.storage, record.folder):
+                for event in loop.run():
+                    session.tick()
+                    yield event
         finally:
             executor.close()
             session.end()

@@ -6,7 +6,6 @@ on is simulated with the schedule itself, all losses being equally likely.
 """
 
 import math
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from loratune import schedules
-from loratune.environment import cpu_processes
+from loratune.environment import cpu_processes, threads_for
 from loratune.executors.devices import cuda_devices
 from loratune.finetune.hub import weights_on_disk
 from loratune.finetune.order import order, total_steps
@@ -179,10 +178,10 @@ def _processes(spec: StudySpec) -> int:
 
 
 def _threads(spec: StudySpec) -> int | None:
-    """Of a worker on a CPU, as the local executor shares the cores out; None: all of them."""
+    """Of a worker on a CPU, as the local executor shares the cores out; None: torch's own number."""
     if spec.executor.name == "inline" or _devices(spec):
-        return None
-    return spec.executor.threads or max(1, len(os.sched_getaffinity(0)) // (_processes(spec) * spec.training.devices_per_trial))
+        return spec.executor.threads
+    return spec.executor.threads or threads_for(_processes(spec) * spec.training.devices_per_trial)
 
 
 def _devices(spec: StudySpec) -> list[int]:

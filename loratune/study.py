@@ -21,10 +21,12 @@ from optuna.trial import TrialState
 from loratune import samplers, schedules
 from loratune.errors import SearchSpentError, error_of
 from loratune.executors import Executor, Notice
+from loratune.executors.crashes import stop_for_common_cause
 from loratune.finetune.order import total_steps
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
 from loratune.record.goals import Goals, Sizes
 from loratune.record.progress import Meter
+from loratune.samplers.distinct import Distinct
 from loratune.schedules import Fate, Stretch
 from loratune.spec import StudySpec
 from loratune.work import Outcome, Pack, Progress, Segment, State
@@ -82,7 +84,7 @@ class Loop:
         self._spec, self._record, self._study, self._executor, self._meter = spec, record, study, executor, meter
         self._examples, self._validation_examples = examples, validation_examples  # in the training and the validation set
         self._goals, self._score = Goals(spec, sizes), score
-        self._ordinals = samplers.ordinals(spec.sampler.name)
+        self._ordinals, self._distinct = samplers.ordinals(spec.sampler.name), Distinct(spec)
         self._schedule = schedules.build(
             spec.schedule.name,
             trials=spec.budget.trials,
@@ -114,6 +116,8 @@ class Loop:
             if self.stop.is_set():
                 return
             yield self._apply()
+            crashes = [t.message if t.state == FAILED else "" for t in self._trials.values() if t.outcomes]
+            stop_for_common_cause(crashes, self._record.folder / "trials")
         if not self.stop.is_set():
             yield from self._close()
 
@@ -147,13 +151,16 @@ class Loop:
         number = len(self._trials)
         if number in self._began_at:
             return self._settled >= self._began_at[number] or not self._flying
-        if self._spent or self._out_of_budget():
+        if self._out_of_budget():
             return False
         try:
-            return samplers.ready(self._study)
+            self._spent = self._spent or self._distinct.used_up(self._trials.values())
+            may = not self._spent and samplers.ready(self._study)
         except SearchSpentError as error:
-            self._spent = str(error)
-            return False
+            self._spent, may = str(error), False
+        if self._spent:
+            self._schedule.no_more()
+        return may
 
     def _out_of_budget(self) -> bool:
         budget = self._spec.budget
@@ -172,7 +179,7 @@ class Loop:
         else:
             begun = number < len(stored) and stored[number].state is TrialState.RUNNING  # its parameters may be half written
             asked = optuna.Trial(self._study, stored[number]._trial_id) if begun else self._study.ask()
-            values = space.suggest(asked, self._ordinals)
+            asked, values = self._distinct.suggest(asked, self._trials.values())
             for name, value in values.items():
                 if name not in asked.params:  # ordinals as indices, fixed values: what a dashboard would otherwise not show
                     asked.set_user_attr(name, value)
@@ -284,7 +291,7 @@ class Loop:
                 self._trials[trial.number] = replace(trial, state=PRUNED)
                 self._tell(self._trials[trial.number])
         if self._spent:
-            yield Note(self._spent)
+            yield Note(f"{self._spent} The study ends after {len(self._trials)} of {self._spec.budget.trials} trials.")
         if self._out_of_budget() and len(self._trials) < self._spec.budget.trials:
             yield Note(f"The time budget is spent after {len(self._trials)} of {self._spec.budget.trials} trials.")
 

@@ -155,6 +155,7 @@ def test_a_process_per_core(
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("loratune.environment.available_memory", lambda: 2**40)
     described = spec(model=str(tmp_path), budget={"trials": trials}, executor={"device": "cpu", **executor})
     assert workers_for(described) == workers

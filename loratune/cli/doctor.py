@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
+from loratune.environment import usable_cores
+
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "optuna", "cmaes", "matplotlib")
 _OPTIONAL = {"nni": ("nni", "nni"), "bitsandbytes": ("bitsandbytes", "4bit")}  # package: (module, extra)
 
@@ -76,12 +78,11 @@ def extras() -> Iterator[Line | Doing]:
 
 
 def machine() -> list[Line]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     writable = os.access(Path.cwd(), os.W_OK)
     return [
-        Line("processor", True, f"{cores} cores, {memory:.0f} GiB of memory"),
+        Line("processor", True, f"{usable_cores()} cores, {memory:.0f} GiB of memory"),
         Line(
             "disk", writable and free > 1, f"{free:.0f} GiB free here{'' if writable else ', but this folder is read-only'}", "cd elsewhere"
         ),

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.errors import SpecError, StorageError
+from loratune.errors import SpecError, StorageError, TrainingError
 from loratune.masking import masked_command
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
             return INTERRUPTED
         delivery = deliver(spec.folder)
     _tell(delivery)
-    return 0
+    return 0 if delivery.best is not None else TrainingError.exit_code  # what was asked for is not there
 
 
 def quiet() -> None:

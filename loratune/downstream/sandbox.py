@@ -47,10 +47,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from loratune.environment import usable_cores
 from loratune.errors import SandboxError
 
 Kind = Literal["ok", "failed", "timeout", "memory", "output", "killed"]
-AT_ONCE = os.cpu_count() or 1  # programs, unless `run_all` is told; less in a process that shares the processors with others
+AT_ONCE = usable_cores()  # programs, unless `run_all` is told; less in a process that shares the processors with others
 LEEWAY = 30.0  # seconds beyond the program's own after which the warden itself is taken for dead
 
 # The child starts without site-packages; bare packages stand in for loratune's, so that none of their code runs.

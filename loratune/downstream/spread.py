@@ -23,7 +23,7 @@ from loratune import errors
 from loratune.downstream.events import Began, Event, Note
 from loratune.downstream.part import Model, Part, Task
 from loratune.downstream.scores import ADAPTER_FILES
-from loratune.environment import cpu_processes
+from loratune.environment import cpu_processes, thread_variables, threads_for
 from loratune.errors import EvaluationError, LoratuneError
 from loratune.finetune.hub import weights_on_disk
 
@@ -77,7 +77,7 @@ def spread(parts: Sequence[Part], stop: threading.Event) -> Generator[tuple[int,
     Raises what a part raises, EvaluationError when a process dies, and InterruptedError when `stop` ended one early; what
     was answered is kept. Closing the iterator stops the processes.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // len(parts))
+    threads = threads_for(len(parts))
     children: list[_Child] = []
     try:
         for number, part in enumerate(parts):
@@ -127,7 +127,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+                env=os.environ | thread_variables(threads) | {"TOKENIZERS_PARALLELISM": "false"},
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C is the evaluation's to answer
             )

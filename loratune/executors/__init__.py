@@ -40,7 +40,7 @@ def build(
     if name == "inline":
         if devices:
             recipe = replace(recipe, device=seen_as(devices[0]))
-        return InlineExecutor(recipe=recipe, root=root, max_retries=max_retries)
+        return InlineExecutor(recipe=recipe, root=root, max_retries=max_retries, threads=threads)
     return LocalExecutor(
         recipe=recipe,
         root=root,

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
+from loratune.executors.crashes import cause, certain
 from loratune.work import Json, Outcome, Pack, Progress, Segment, State
 
 
@@ -19,8 +20,9 @@ News = Progress | Outcome | Notice
 class Executor(ABC):
     """Trains segments. The caller submits no more than `capacity` at once and collects what comes, in any order.
 
-    A segment that crashed is sent again, to go on from its last checkpoint, `max_retries` times; every
-    segment submitted is answered by exactly one outcome, unless the executor is closed before.
+    A segment that crashed is sent again, to go on from its last checkpoint, `max_retries` times, but once only where the
+    same exception of the program comes again; every segment submitted is answered by exactly one outcome, unless the
+    executor is closed before.
     """
 
     capacity: int = 1  # segments that train at the same time, in all processes
@@ -30,6 +32,7 @@ class Executor(ABC):
         self._max_retries = max_retries
         self._tries: dict[str, int] = {}
         self._segments: dict[str, Segment] = {}
+        self._crashes: dict[str, str] = {}  # the message of each segment's latest
         self._notices: set[Notice] = set()
 
     def submit(self, pack: Pack) -> None:
@@ -49,17 +52,25 @@ class Executor(ABC):
                 self._notices.add(item)
             if isinstance(item, Outcome) and item.key not in self._tries:
                 continue  # answered already: a worker that was given up spoke after all
-            if isinstance(item, Outcome) and item.state is State.CRASHED and self._tries[item.key] <= self._max_retries:
+            if isinstance(item, Outcome) and item.state is State.CRASHED and self._may_retry(item):
                 self._tries[item.key] += 1
                 self._start(Pack(segments=(self._segments[item.key],)))
                 continue
             if isinstance(item, Outcome):
                 tries = self._tries.pop(item.key)
                 del self._segments[item.key]
+                self._crashes.pop(item.key, None)
                 if item.state is State.CRASHED:
                     item = replace(item, message=f"gave up after {tries} tries. {item.message}")
             news.append(item)
         return news
+
+    def _may_retry(self, crash: Outcome) -> bool:
+        before = self._crashes.get(crash.key)
+        self._crashes[crash.key] = crash.message
+        if before is not None and certain(crash.message) and cause(before) == cause(crash.message):
+            return False
+        return self._tries[crash.key] <= self._max_retries
 
     def _again(self, key: str) -> bool:
         """Whether the segment crashed before."""

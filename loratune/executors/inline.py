@@ -11,10 +11,10 @@ from loratune.work import Outcome, Pack, Recipe, Segment
 
 
 class InlineExecutor(Executor):
-    def __init__(self, *, recipe: Recipe, root: Path, max_retries: int) -> None:
+    def __init__(self, *, recipe: Recipe, root: Path, max_retries: int, threads: int | None = None) -> None:
         super().__init__(max_retries=max_retries)
         self.capacity = recipe.slots
-        self._recipe, self._root = recipe, root
+        self._recipe, self._root, self._threads = recipe, root, threads
         self._waiting: list[Segment] = []
         self.owed: set[str] = set()  # as the one place where segments train
         self._inbox = QueueInbox()
@@ -25,8 +25,9 @@ class InlineExecutor(Executor):
 
     def _work(self) -> None:
         try:
-            from loratune.finetune.engine import load_engine  # torch: seconds to import
+            from loratune.finetune.engine import limit_threads, load_engine  # torch: seconds to import
 
+            limit_threads(self._threads)
             engine = load_engine(self._recipe, self._root)
             if engine.notice:
                 self._news.put(Notice(text=engine.notice))

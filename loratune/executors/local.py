@@ -5,14 +5,15 @@ it; the segments that it had are answered as crashed. One that gives no sign of 
 seconds is killed. A killed driver takes its workers along.
 """
 
-import os
 import signal
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from loratune.environment import threads_for
 from loratune.executors.base import Executor, News
+from loratune.executors.crashes import LAST_WORDS
 from loratune.executors.places import dispatch
 from loratune.executors.process import DEVICE_LOST, WorkerProcess
 from loratune.work import Outcome, Pack, Recipe, Segment, State
@@ -31,11 +32,11 @@ class LocalExecutor(Executor):
         max_retries: int,
         hang_timeout: float | None,
     ) -> None:
-        """`devices`: CUDA indices, empty on CPU; `threads` per process, by default the cores shared evenly."""
+        """`devices`: CUDA indices, empty on CPU; `threads` per process, by default the usable cores shared evenly (environment.py)."""
         super().__init__(max_retries=max_retries)
         size = recipe.devices_per_trial
         groups = [list(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)] or [[]] * workers
-        threads = threads or max(1, len(os.sched_getaffinity(0)) // (len(groups) * size))
+        threads = threads or threads_for(len(groups) * size)
         self._places = [
             _Place(WorkerProcess(number=n, root=root, lock=lock, devices=group, size=size, threads=threads))
             for n, group in enumerate(groups)
@@ -76,7 +77,7 @@ class LocalExecutor(Executor):
     def _lost(self, place: "_Place", why: str) -> list[Outcome]:
         """The answers that a dead worker owed."""
         keys, place.owed = sorted(place.owed), set()
-        message = f"{why}. Its last words are in {place.process.log}"
+        message = f"{why}. {LAST_WORDS} {place.process.log}"
         return [Outcome(key=key, state=State.CRASHED, message=message) for key in keys]
 
     def close(self, grace: float = 60.0) -> None:

@@ -13,6 +13,7 @@ from json import dumps, loads
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from loratune.environment import thread_variables
 from loratune.errors import TrainingError
 from loratune.executors.base import News, Notice
 from loratune.executors.devices import only
@@ -133,7 +134,7 @@ class WorkerProcess:
         return [] if self._size == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._size}"]
 
     def _environment(self) -> dict[str, str]:
-        chosen = {"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        chosen = {**thread_variables(self._threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
         if self._devices:
             chosen |= {ON_GPU: "1"} | only(self._devices)
             if not any(name in os.environ for name in _ALLOCATOR):

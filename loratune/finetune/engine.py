@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from loratune.environment import threads_for
 from loratune.errors import LoratuneError, ModelError, NotPackableError
 from loratune.finetune.batches import Tokens
 from loratune.finetune.distributed import broadcast
@@ -19,7 +20,7 @@ from loratune.work import Hyperparameters, Outcome, Progress, Recipe, Segment, S
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Engine", "Probe", "broadcast", "load_engine", "probe", "run_all"]
+__all__ = ["Engine", "Probe", "broadcast", "limit_threads", "load_engine", "probe", "run_all"]
 
 
 class Engine(Protocol):
@@ -88,6 +89,13 @@ def _loaded(recipe: Recipe, root: Path) -> Engine:
     cost = "training takes longer, 1.7 to 2.5 times as long where it was measured, on CPUs"
     engine.notice = f"the packed engine cannot train this model: {why}; warning: {cost}; training one trial at a time with hf"
     return engine
+
+
+def limit_threads(threads: int | None) -> None:
+    """Keep this process's torch to so many threads; where None, to what it may use (environment.threads_for), if that is fewer."""
+    import torch
+
+    torch.set_num_threads(threads or min(torch.get_num_threads(), threads_for(1)))
 
 
 def run_all(

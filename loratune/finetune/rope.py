@@ -35,17 +35,16 @@ class RopeSides:
 def sides_of(config: Any) -> Sides:
     """Of a model's configuration."""
     config = config.get_text_config()
-    switches, growing = set(), set()
+    switches: set[int | None] = set()
+    growing: set[int | None] = set()
     for rope in _ropes(config):
         kind = str(rope.get("rope_type") or rope.get("type") or "default")
         if kind in _SWITCHING or "long_mscale" in rope:  # PhiMoE switches by its own code, whatever the kind
             switches.add(rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None))
         elif "dynamic" in kind:
             growing.add(getattr(config, "max_position_embeddings", None))
-    switches, growing = switches - {None}, growing - {None}
-    if not switches and not growing:
-        return one_side
-    return RopeSides(switch=min(switches, default=None), grows=min(growing, default=None))
+    switch, grows = (min((border for border in borders if border is not None), default=None) for borders in (switches, growing))
+    return RopeSides(switch=switch, grows=grows) if switch is not None or grows is not None else one_side
 
 
 def forget_lengths(model: nn.Module) -> None:

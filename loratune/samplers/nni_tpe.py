@@ -54,8 +54,8 @@ class NniTpeSampler(BaseSampler):
     float, float on a log scale   `uniform`, `loguniform`. The latter is uniform in ln x, as the published
                                exponent was in log10 x: Parzen windows do not notice the factor.
 
-    Trials that it did not propose (enqueued ones) are imported into its history. Failed trials are
-    forgotten, as NNI does; pruned ones count with their last intermediate value, and those that
+    Trials that it did not propose (enqueued ones, and those that took the place of a known point) are imported into its
+    history. Failed trials are forgotten, as NNI does; pruned ones count with their last intermediate value, and those that
     violate a constraint with an infinite loss. Pending trials are NNI's constant liar's.
 
     search_space: None takes the intersection of the study's trials, the first of which is then random.
@@ -189,7 +189,10 @@ class _Replay:
 
     def _tell(self, number: int, loss: float | None, trial: FrozenTrial) -> None:
         self.told.add(number)
-        if number in self._proposed:
+        replaced = "fixed_params" in trial.system_attrs  # another point was trained in place of a known one (distinct.py)
+        if number in self._proposed and replaced:
+            self._tuner.trial_end(number, False)
+        if number in self._proposed and not replaced:
             if loss is not None:
                 self._tuner.receive_trial_result(number, None, loss)
             self._tuner.trial_end(number, loss is not None)

@@ -10,10 +10,11 @@ intermediate value (of several objectives, with what `base.SO_FAR` says), and li
 constraint that only some trials have been told of counts as kept by the others: Optuna's GP refuses gaps.
 """
 
+import contextlib
 import copy
 import math
 import threading
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -124,6 +125,7 @@ class SeededSampler(BaseSampler):
         self._factory = factory
         self._seed = seed
         self._name = str(factory(seed))
+        self._attempt = ""  # of proposals for a trial whose first was refused
         self._local = threading.local()  # the relative sampler between `infer_relative_search_space` and `sample_relative`
 
     def __str__(self) -> str:
@@ -136,7 +138,16 @@ class SeededSampler(BaseSampler):
         self.__dict__.update(state, _local=threading.local())
 
     def _fresh(self, trial: FrozenTrial, purpose: str) -> BaseSampler:
-        return self._factory(derived_seed(self._seed, trial.number, purpose))
+        return self._factory(derived_seed(self._seed, trial.number, purpose + self._attempt))
+
+    @contextlib.contextmanager
+    def asked_again(self, attempt: int) -> Iterator[None]:
+        """While open, proposals come from other seeds: those of this attempt (1, 2, ...) at the same trial."""
+        self._attempt = f" again {attempt}"
+        try:
+            yield
+        finally:
+            self._attempt = ""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Space:
         # Some samplers keep what they infer for `sample_relative`.

@@ -44,6 +44,9 @@ class Schedule(ABC):
         `may_start` is False when the sampler cannot propose a new configuration now.
         """
 
+    def no_more(self) -> None:  # noqa: B027  # most schedules need not know
+        """No further trial will ever be started: the sampler has no configuration left."""
+
     @abstractmethod
     def tell(self, stretch: Stretch, value: float | None, values: Sequence[float] = ()) -> Fate:
         """Take the validation loss at the end of a stretch; None when it failed, diverged or broke a constraint.

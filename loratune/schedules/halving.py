@@ -50,6 +50,9 @@ class HalvingSchedule(Schedule):
             return self._last_resort()
         return None
 
+    def no_more(self) -> None:
+        self._trials = self._started
+
     def tell(self, stretch: Stretch, value: float | None, values: Sequence[float] = ()) -> Fate:
         self._flying -= 1
         rung = self.rungs.index(stretch.length * stretch.stop)

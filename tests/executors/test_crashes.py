@@ -1,0 +1,63 @@
+"""What a crash's text says of its cause, and how often it is tried again."""
+
+import pytest
+
+from loratune.executors import Executor
+from loratune.executors.crashes import cause, certain, common_cause
+from loratune.work import Hyperparameters, Outcome, Pack, Segment, State
+
+INDEX = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\n    y[9]\nIndexError: index out of range in self'
+SHAPE = 'Traceback (most recent call last):\n  File "x.py", line 3\nRuntimeError: The size of tensor a ({}) must match 64'
+CUDA = "Traceback ...\nRuntimeError: CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"
+DEAD = "the worker process died with signal 9. Its last words are in runs/s/workers/{}.log"
+
+
+def test_causes() -> None:
+    assert cause(INDEX) == "IndexError: index out of range in self"
+    assert cause(CUDA) == "RuntimeError: CUDA error: unspecified launch failure"
+    assert cause(DEAD.format(1)) == "the worker process died with signal 9."
+    assert cause("") == ""
+    messages = (INDEX, SHAPE, CUDA, DEAD, "OSError: no space left", "torch.OutOfMemoryError: x")
+    assert [certain(m) for m in messages] == [True, True, *[False] * 4]
+    assert common_cause([DEAD.format(0), DEAD.format(1)])
+    assert common_cause([SHAPE.format(130), SHAPE.format(99)]) == cause(SHAPE.format(130))
+    assert not common_cause([INDEX, DEAD])
+    assert not common_cause([])
+
+
+class Crashing(Executor):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(max_retries=2)
+        self.messages, self.tries = messages, 0
+
+    def _start(self, pack: Pack) -> None:
+        (self.segment,) = pack.segments
+        self.tries += 1
+
+    def _poll(self, timeout: float) -> list[Outcome]:  # type: ignore[override]
+        return [Outcome(key=self.segment.key, state=State.CRASHED, message=self.messages[self.tries - 1])]
+
+    def close(self, grace: float = 60.0) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("messages", "tries"),
+    [
+        ([INDEX] * 3, 2),
+        ([CUDA] * 3, 3),
+        ([DEAD] * 3, 3),
+        ([INDEX, DEAD, INDEX], 3),
+        ([DEAD, INDEX, INDEX], 3),
+        ([INDEX, "KeyError: 1", INDEX], 3),
+    ],
+)
+def test_the_same_exception_of_the_program_is_not_tried_a_third_time(messages: list[str], tries: int) -> None:
+    executor = Crashing(messages)
+    executor.submit(Pack(segments=(Segment(trial=0, hyperparameters=Hyperparameters(), seed=0, total_steps=1, stop_step=1),)))
+    news: list[object] = []
+    while not news:
+        news += executor.collect(0.0)
+    (outcome,) = news
+    assert isinstance(outcome, Outcome)
+    assert executor.tries == tries
+    assert outcome.message.startswith(f"gave up after {tries} tries. ")
