@@ -22,7 +22,7 @@ from loratune import executors, samplers
 from loratune.environment import environment
 from loratune.errors import SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as
-from loratune.files import write_atomically
+from loratune.files import AnyPath, write_atomically
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.prepare import Prepared, prepare
 from loratune.plan import slots_for, workers_for
@@ -121,10 +121,11 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loratune"
 
 
-def deliver(folder: Path) -> Delivery:
+def deliver(folder: AnyPath) -> Delivery:
     """Write the report, and hand over the trial that `loratune select` chose, else the best: `best.yaml` and the adapter."""
     from loratune.report import hand_over, write_report
 
+    folder = Path(folder)
     record = read(folder)
     best, adapter = hand_over(record, folder) if record.best is not None else (None, None)
     return Delivery(record=record, report=write_report([record], folder / "report.html"), best=best, adapter=adapter)

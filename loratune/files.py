@@ -6,6 +6,9 @@ from pathlib import Path
 
 from loratune.errors import StorageError
 
+AnyPath = str | os.PathLike[str]
+"""How a caller may name a file or folder."""
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` beside `path`, flush it to the disk, and rename it into place.

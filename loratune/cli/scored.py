@@ -6,17 +6,18 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from loratune.downstream.scores import FOLDER, Result, read_results
+from loratune.downstream.scores import BASE, FOLDER, Result, model_name, read_results
 from loratune.record import StudyRecord
+from loratune.record.adapters import shipped_run
 
-_BASE = "base"
 _TOP = 10  # trials, as published
 
 
 def scored(record: StudyRecord) -> list[dict[str, Any]]:
     """One entry per benchmark that was begun; scores in [0, 1]. Raises StorageError for damaged files.
 
-    default, base: None where not scored. best: over the scored ones of the ten trials with the lowest validation loss;
+    default, base, shipped (what a selection hands over): None where not scored.
+    best: over the scored ones of the ten trials with the lowest validation loss;
     sd has the divisor n - 1. answered of asked: answers, all models together.
     """
     found: dict[str, dict[str, Result]] = {}
@@ -25,10 +26,12 @@ def scored(record: StudyRecord) -> list[dict[str, Any]]:
     ranking = sorted(record.finished, key=lambda trial: (trial.value, trial.number))
     best = [f"{trial.number:04d}" for trial in ranking[:_TOP]]
     default = f"{record.default.number:04d}" if record.default is not None else ""
-    return [_entry(name, own, best, default) for name, own in sorted(found.items())]
+    chosen = shipped_run(record)
+    shipped = model_name(*chosen) if chosen is not None else ""
+    return [_entry(name, own, best, default, shipped) for name, own in sorted(found.items())]
 
 
-def _entry(benchmark: str, own: dict[str, Result], best: list[str], default: str) -> dict[str, Any]:
+def _entry(benchmark: str, own: dict[str, Result], best: list[str], default: str, shipped: str) -> dict[str, Any]:
     values = {model: result.value for model, result in own.items() if result.scores}
     top = [values[model] for model in best if model in values]
     some = next(iter(own.values()))
@@ -40,7 +43,8 @@ def _entry(benchmark: str, own: dict[str, Result], best: list[str], default: str
         "items": max(asked.values()),
         "chance": some.chance,
         "default": values.get(default),
-        "base": values.get(_BASE),
+        "base": values.get(BASE),
+        "shipped": values.get(shipped),
         "best": _summary(top) if top else None,
         "answered": answered,
         "asked": sum(asked.values()),
@@ -58,13 +62,14 @@ def score_table(entries: list[dict[str, Any]]) -> Table:
     most = max((entry["best"]["n"] for entry in entries if entry["best"]), default=0)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
-    numbers = ("items", "chance", "base", "default", f"{most} best: min", "max", "mean", "sd")
-    for name in numbers if most else numbers[:4]:
+    shipped = ["handed over"] if any(entry["shipped"] is not None for entry in entries) else []
+    for name in ("items", "chance", "base", "default", *shipped, *((f"{most} best: min", "max", "mean", "sd") if most else ())):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for entry in entries:
         best = entry["best"] or {}
-        cells = [entry["chance"], entry["base"], entry["default"], *(best.get(name) for name in ("min", "max", "mean", "sd") if most)]
+        cells = [entry["chance"], entry["base"], entry["default"], *(entry["shipped"] for _ in shipped)]
+        cells += [best.get(name) for name in ("min", "max", "mean", "sd") if most]
         fewer = f"of {best['n']} best" if best and best["n"] < most else ""
         state = "" if entry["complete"] else f"{entry['answered']:,} of {entry['asked']:,} answered"
         row = [entry["title"], f"{entry['items']:,}", *("–" if cell is None else f"{100 * cell:.1f}" for cell in cells)]

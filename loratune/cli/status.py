@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.errors import StorageError
 from loratune.record import FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Trial, read
+from loratune.record.adapters import shipped_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,6 +78,7 @@ def facts(record: StudyRecord) -> dict[str, Any]:
         "in_training": progress.get("running", []) if running else [],
         "best": _brief(record.best),
         "front": _front(record),
+        "shipped": _shipped(record),
         "default": _brief(record.default),
         "base_loss": record.base_loss,
         "scores": scored(record),
@@ -106,6 +108,12 @@ def _front(record: StudyRecord) -> list[dict[str, Any]]:
     names = list(record.objectives)
     trials = record.front if len(names) > 1 else []
     return [{"trial": t.number, "values": dict(zip(names, t.values, strict=True)), "params": t.params} for t in trials]
+
+
+def _shipped(record: StudyRecord) -> dict[str, Any] | None:
+    """What `loratune select` hands over: a trial, and which of its runs."""
+    chosen = shipped_run(record)
+    return None if chosen is None else {"trial": chosen[0], "run": chosen[1]}
 
 
 def _holder(folder: Path) -> dict[str, Any]:
@@ -154,12 +162,21 @@ def _print(record: StudyRecord) -> None:
     if now["scores"]:
         console.print("\nscores in %")
         console.print(score_table(now["scores"]))
+        if now["shipped"]:
+            console.print(Text(_whose(now)), soft_wrap=True)
     for name in ("report.html", "adapter"):
         if now["finished"] and (record.folder / name).exists():
             console.print(Text(f"{name.partition('.')[0]:<8} {record.folder / name}"), soft_wrap=True)
     failed = [trial for trial in record.trials if trial.state == FAILED and trial.message]
     if failed:
         console.print(Text(f"trial {failed[-1].number} failed: {failed[-1].message}", style="red"))
+
+
+def _whose(now: dict[str, Any]) -> str:
+    from loratune.downstream.scores import model_name, whose
+
+    name = model_name(now["shipped"]["trial"], now["shipped"]["run"])
+    return whose(name, any(entry["shipped"] is not None for entry in now["scores"]))
 
 
 def _front_table(front: list[dict[str, Any]]) -> "Table":

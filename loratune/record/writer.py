@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratune.errors import StorageError
-from loratune.files import write_atomically
+from loratune.files import AnyPath, write_atomically
 from loratune.record.trials import Trial, outcome_path, text_of
 from loratune.work import Outcome, Recipe, Segment, State
 
@@ -71,12 +71,13 @@ class Record:
 
 
 @contextmanager
-def open_record(folder: Path) -> Iterator[Record]:
+def open_record(folder: AnyPath) -> Iterator[Record]:
     """Open a study's folder for writing, alone.
 
     A driver that was killed leaves the lock to its workers, which notice within a second and exit; they
     are waited for. A driver that lives is respected. Raises StorageError.
     """
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)

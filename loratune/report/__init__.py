@@ -10,6 +10,7 @@ Nothing here imports torch; matplotlib, jinja2 and Optuna are imported when a re
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratune.files import AnyPath
 from loratune.record import StudyRecord
 from loratune.report.exporting import export
 from loratune.report.handover import hand_over
@@ -17,7 +18,7 @@ from loratune.report.handover import hand_over
 __all__ = ["export", "hand_over", "write_report"]
 
 
-def write_report(records: Sequence[StudyRecord], destination: Path) -> Path:
+def write_report(records: Sequence[StudyRecord], destination: AnyPath) -> Path:
     """Write the report of one study, or the comparison of several, as one HTML file that opens offline.
 
     Its figures are also written beside it, to `figures/`, as .svg and .pdf. Returns `destination`.
@@ -25,4 +26,4 @@ def write_report(records: Sequence[StudyRecord], destination: Path) -> Path:
     """
     from loratune.report.html import render  # late: brings matplotlib and jinja2, a second of import
 
-    return render(records, destination)
+    return render(records, Path(destination))

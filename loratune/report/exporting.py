@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import StorageError
+from loratune.files import AnyPath
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import adapter_of, best_of, trial_of
 from loratune.report.handover import model_card
 from loratune.work import ModelRecipe
 
 
-def export(folder: Path, destination: Path, *, trial: int | None = None, merged: bool = False) -> Path:
+def export(folder: AnyPath, destination: AnyPath, *, trial: int | None = None, merged: bool = False) -> Path:
     """Write an adapter of the study in `folder` to `destination`, and return it.
 
     trial: its number; by default the one that a selection chose, as long as the study did not go on since, else the one with the
@@ -18,7 +19,7 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
 
     Raises StorageError when `destination` holds something, when there is no such trial, or its adapter was not kept; ModelError.
     """
-    record = read(folder)
+    record, destination = read(folder), Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise StorageError(f"{destination} exists and is not an empty folder. Choose another destination.")
     from loratune import selection  # scipy: a second of import
@@ -27,11 +28,17 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
     card: dict[str, Any] | str
     if chosen is not None and chosen.holds_for(record):
         found = chosen.trial_of(record)
-        adapter = selection.adapter_folder(record, found, chosen.shipped.run) or adapter_of(record, found)
-        card = _facts(record, found) if merged else model_card(record, found, chosen)
+        shipped = selection.adapter_folder(record, found, chosen.shipped.run)
+        if shipped is None:  # another seed's would be another adapter than the one that was chosen, measured and described
+            raise StorageError(
+                f"the adapter that `loratune select` chose, of trial {found.number} ({chosen.shipped.run}), is not on disk. "
+                f"`loratune select {record.folder}` trains it again; --trial {found.number} exports that of the study's own run."
+            )
+        adapter, facts = shipped, _facts(record, found, chosen.shipped.validation_loss, chosen.shipped.seed)
+        card = facts if merged else model_card(record, found, chosen)
     else:
         found = best_of(record) if trial is None else trial_of(record, trial)
-        adapter, card = adapter_of(record, found), _facts(record, found)
+        adapter, card = adapter_of(record, found), _facts(record, found, found.value, int(record.spec["seed"]))
     from loratune.finetune.export import export_adapter, merge  # torch
 
     if merged:
@@ -39,12 +46,13 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
     return export_adapter(adapter, destination, card)
 
 
-def _facts(record: StudyRecord, trial: Trial) -> dict[str, Any]:
-    """What the model card says of where the adapter comes from."""
+def _facts(record: StudyRecord, trial: Trial, loss: float | None, seed: int) -> dict[str, Any]:
+    """What the model card says of where the adapter comes from; loss and seed: of the run that made it."""
     facts = {
         "study": record.name,
         "trial": trial.number,
-        "validation loss": trial.value,
+        "seed": seed,
+        "validation loss": loss,
         "validation loss of the base model": record.base_loss,
     }
     if record.default is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loratune.errors import StorageError, TrainingError
-from loratune.files import write_atomically
+from loratune.files import AnyPath, write_atomically
 from loratune.record import StudyRecord, Trial
 from loratune.report import asked, tables
 from loratune.report.words import count, duration, loss, perplexity, plural, show, signed
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loratune.selection import SelectionRecord
 
 
-def hand_over(record: StudyRecord, folder: Path) -> tuple[Path, Path | None]:
+def hand_over(record: StudyRecord, folder: AnyPath) -> tuple[Path, Path | None]:
     """Write `best.yaml` and `adapter/` of the study's chosen trial into `folder`; returns their paths.
 
     An adapter of an earlier call is replaced once the new one is complete. A study that was told to keep
@@ -33,7 +33,7 @@ def hand_over(record: StudyRecord, folder: Path) -> tuple[Path, Path | None]:
     """
     from loratune.selection import adapter_folder  # scipy: a second of import
 
-    found, selection = tables.answer(record), _selection(record)
+    folder, found, selection = Path(folder), tables.answer(record), _selection(record)
     if selection is not None:
         found = replace(found, best=selection.trial_of(record))
     if found.best is None:
@@ -67,6 +67,21 @@ def _selection(record: StudyRecord) -> "SelectionRecord | None":
     return made if made is not None and made.holds_for(record) else None
 
 
+def refresh_card(record: StudyRecord) -> Path | None:
+    """Write the card of `adapter/` anew, where that is still the adapter to ship: what was measured since belongs on it."""
+    folder, selection = record.folder, _selection(record)
+    chosen = selection.trial_of(record) if selection is not None else tables.answer(record).best
+    best, card = folder / "best.yaml", folder / "adapter" / "README.md"
+    if chosen is None or not (best.is_file() and card.is_file()):
+        return None
+    told = yaml.safe_load(best.read_text(encoding="utf-8"))
+    handed = (told["trial"], told["chosen"]["run"] if isinstance(told["chosen"], dict) and "run" in told["chosen"] else None)
+    if handed != (chosen.number, selection.shipped.run if selection is not None else None):
+        return None
+    write_atomically(card, model_card(record, chosen, selection))
+    return card
+
+
 def version_of_loratune() -> str:
     try:
         return version("loratune")
@@ -76,6 +91,8 @@ def version_of_loratune() -> str:
 
 def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | None" = None) -> str:
     """The adapter's README.md, with the YAML head that the Hugging Face Hub reads."""
+    from loratune.report.card import scores_section  # scipy: a second of import
+
     found, cost = tables.answer(record), tables.cost(record)
     base = asked.base_model(record)
     on_hub = is_hub_id(base)
@@ -124,6 +141,7 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
         f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(cost.trials, 'trial')}, "
         f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. This is trial {best.number}.",
         f"```\n{asked.command(record)}\n```",
+        *scores_section(record, best, selection),
         *(["## Why this one", _why(selection)] if selection else []),
         "## Limits",
         "- The adapter was chosen by the validation loss shown here, which is therefore slightly flattering. It was measured once.\n"
@@ -168,7 +186,8 @@ def _chosen(selection: "SelectionRecord") -> dict[str, Any]:
     return {
         "rule": selection.rule,
         "seed": selection.shipped.seed,
-        "share_of_resamples": selection.share,
+        "run": selection.shipped.run,
+        "how_sure": selection.sureness,
         "loss_with_fresh_seeds": honest.chosen.value if honest else None,
         "gain_over_default_with_fresh_seeds": honest.gain.value if honest and honest.gain else None,
     }

@@ -1,6 +1,7 @@
 """From what people write (YAML, flags, Python) to one plain dict in canonical names, remembering where each value stood."""
 
 import copy
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class Written:
             return
         lines = lines or {}
         seen: dict[FieldPath, str] = {}
-        for path, value, written in _fields(given):
+        for path, value, written in _fields(_texts(given)):
             at = tuple(map(str, written))
             if path in seen:
                 names = f"{seen[path]!r} and {dotted(at)!r}"
@@ -173,6 +174,15 @@ class Written:
             self.mistakes.append((path, f"{part!r} is not one of the list's places, 0 to {len(holder)}"))
             return False
         return True
+
+
+def _texts(given: Any) -> Any:
+    """The same with every pathlib.Path as text, which is how a description holds it."""
+    if isinstance(given, Mapping):
+        return {key: _texts(value) for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        return type(given)(map(_texts, given)) if type(given) in (list, tuple) else given
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
 def _get(holder: Any, part: str | int) -> Any:

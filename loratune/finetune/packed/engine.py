@@ -233,6 +233,7 @@ class PackedEngine:
             return
         for lane in [lane for lane in lanes if lane in self._lanes]:
             try:
+                lane.run.settle()
                 lane.adapter.save(lane.run.folder / "adapter", self.base.model)
             except StorageError as error:
                 self._leave(lane, State.BAD_INPUT, str(error), kind=kind_of(error))
