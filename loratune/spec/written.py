@@ -176,12 +176,12 @@ class Written:
         return True
 
 
-def _texts(given: Any) -> Any:
-    """The same with every pathlib.Path as text, which is how a description holds it."""
-    if isinstance(given, Mapping):
-        return {key: _texts(value) for key, value in given.items()}
-    if isinstance(given, list | tuple):
-        return type(given)(map(_texts, given)) if type(given) in (list, tuple) else given
+def _texts(given: Any, depth: int = 5) -> Any:
+    """The same with every pathlib.Path as text, which is how a description holds it. Paths stand no deeper; a cycle may go on for ever."""
+    if depth and isinstance(given, Mapping):
+        return {key: _texts(value, depth - 1) for key, value in given.items()}
+    if depth and isinstance(given, list):
+        return [_texts(value, depth - 1) for value in given]
     return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 

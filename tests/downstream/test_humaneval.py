@@ -80,7 +80,8 @@ FENCED = [
 
 @pytest.fixture
 def both(tmp_path: Path) -> tuple[HumanEval, HumanEvalFenced]:
-    (tmp_path / "HumanEval.jsonl").write_text(json.dumps(PROBLEM))
+    described = {**PROBLEM, "prompt": 'def f(x):\n    """x itself."""\n'}  # as all of the benchmark are
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps(described))
     published, fenced = build("humaneval", tmp_path, weaker=True), build("humaneval_fenced", tmp_path, weaker=True)
     assert isinstance(published, HumanEval)
     assert isinstance(fenced, HumanEvalFenced)

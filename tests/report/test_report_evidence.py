@@ -40,6 +40,7 @@ ORDER = [
     "The choice, and how sure it is",
     "Blind preference",
     "All trials",
+    "Not measured",  # the scores of the adapter that is handed over, which another seed made
     "To repeat it",
 ]
 
