@@ -62,14 +62,13 @@ def score_table(entries: list[dict[str, Any]]) -> Table:
     most = max((entry["best"]["n"] for entry in entries if entry["best"]), default=0)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
-    shipped = ["handed over"] if any(entry["shipped"] is not None for entry in entries) else []
-    for name in ("items", "chance", "base", "default", *shipped, *((f"{most} best: min", "max", "mean", "sd") if most else ())):
+    numbers = ("items", "chance", "base", "default", f"{most} best: min", "max", "mean", "sd")
+    for name in numbers if most else numbers[:4]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for entry in entries:
         best = entry["best"] or {}
-        cells = [entry["chance"], entry["base"], entry["default"], *(entry["shipped"] for _ in shipped)]
-        cells += [best.get(name) for name in ("min", "max", "mean", "sd") if most]
+        cells = [entry["chance"], entry["base"], entry["default"], *(best.get(name) for name in ("min", "max", "mean", "sd") if most)]
         fewer = f"of {best['n']} best" if best and best["n"] < most else ""
         state = "" if entry["complete"] else f"{entry['answered']:,} of {entry['asked']:,} answered"
         row = [entry["title"], f"{entry['items']:,}", *("–" if cell is None else f"{100 * cell:.1f}" for cell in cells)]

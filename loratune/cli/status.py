@@ -12,6 +12,7 @@ from loratune.record import FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Tr
 from loratune.record.adapters import shipped_run
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 _LAST = 10  # trials in the table of the latest ones
@@ -163,7 +164,7 @@ def _print(record: StudyRecord) -> None:
         console.print("\nscores in %")
         console.print(score_table(now["scores"]))
         if now["shipped"]:
-            console.print(Text(_whose(now)), soft_wrap=True)
+            _print_shipped(console, now)
     for name in ("report.html", "adapter"):
         if now["finished"] and (record.folder / name).exists():
             console.print(Text(f"{name.partition('.')[0]:<8} {record.folder / name}"), soft_wrap=True)
@@ -172,11 +173,17 @@ def _print(record: StudyRecord) -> None:
         console.print(Text(f"trial {failed[-1].number} failed: {failed[-1].message}", style="red"))
 
 
-def _whose(now: dict[str, Any]) -> str:
-    from loratune.downstream.scores import model_name, whose
+def _print_shipped(console: "Console", now: dict[str, Any]) -> None:
+    """The scores of the adapter that is handed over, on a line of their own, and whose the table's are."""
+    from rich.text import Text
+
+    from loratune.downstream.scores import in_words, model_name, whose
 
     name = model_name(now["shipped"]["trial"], now["shipped"]["run"])
-    return whose(name, any(entry["shipped"] is not None for entry in now["scores"]))
+    own = [f"{entry['title']} {100 * entry['shipped']:.1f}" for entry in now["scores"] if entry["shipped"] is not None]
+    if own:
+        console.print(Text(f"handed over, {in_words(name)}: {', '.join(own)}", style="bold green"), soft_wrap=True)
+    console.print(Text(whose(name, bool(own))), soft_wrap=True)
 
 
 def _front_table(front: list[dict[str, Any]]) -> "Table":

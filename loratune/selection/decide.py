@@ -308,10 +308,7 @@ class _Selection:
                 f"No downstream score took part: not every candidate has one. `loratune evaluate {self.study.folder}` measures them."
             )
         if shipped.run != AGAIN and any(metric not in METRICS or metric == "score" for metric in rule.metrics):
-            self._tell(
-                "The downstream scores that took part are of the study's own runs; "
-                f"`loratune evaluate {self.study.folder}` scores the adapter that is handed over as a model of its own."
-            )
+            self._tell("The downstream scores that took part are of the study's own runs, not of the adapter that is handed over.")
         return tuple(self.notes)
 
 
