@@ -139,7 +139,8 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
         ),
         "## How it was found",
         f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(cost.trials, 'trial')}, "
-        f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. This is trial {best.number}.",
+        f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. "
+        f"This is trial {best.number}{_again(selection)}.",
         f"```\n{asked.command(record)}\n```",
         *scores_section(record, best, selection),
         *(["## Why this one", _why(selection)] if selection else []),
@@ -155,6 +156,12 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
 def is_hub_id(name: str) -> bool:
     """Whether `name` is a model on the Hub rather than a folder here."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)) and not Path(name).exists()
+
+
+def _again(selection: "SelectionRecord | None") -> str:
+    """That another seed than the study's made the adapter."""
+    shipped = selection.shipped if selection is not None else None
+    return f", trained again with seed {shipped.seed} ({_code(shipped.run)})" if shipped is not None and shipped.run != "main" else ""
 
 
 def _why(selection: "SelectionRecord") -> str:

@@ -170,6 +170,7 @@ def test_status_report_and_card_say_whose_scores_they_show(study: Path, capsys: 
     card = (deliver(study).adapter / "README.md").read_text()  # type: ignore[operator]
     row = next(line for line in card.splitlines() if line.startswith("| **this adapter** | ") and "(" in line)
     assert row.split("|")[2].strip().startswith(f"{100 * values[model_name(choice.chosen, choice.shipped.run)]:.1f}")
+    assert f"This is trial {choice.chosen}, trained again with seed {choice.shipped.seed} (`{choice.shipped.run}`)." in card
     assert f"| trial {choice.chosen} as the study trained it, another seed | " in card
     found = gather(record).downstream
     assert found is not None
