@@ -22,7 +22,7 @@ from loratune import executors, samplers
 from loratune.environment import environment
 from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
-from loratune.files import text_of, write_atomically
+from loratune.files import AnyPath, text_of, write_atomically
 from loratune.finetune import hub
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.prepare import Prepared, prepare
@@ -149,7 +149,7 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loratune"
 
 
-def deliver(folder: Path) -> Delivery:
+def deliver(folder: AnyPath) -> Delivery:
     """Write the report, and hand over the trial that `loratune select` chose, else the best: `best.yaml` and the adapter.
 
     Before, plain PEFT loads the adapter on its base model, and it is compared with what was measured (`report/reloading.py`).
@@ -157,6 +157,7 @@ def deliver(folder: Path) -> Delivery:
     """
     from loratune.report import hand_over, write_report
 
+    folder = Path(folder)
     record = read(folder)
     report = write_report([record], folder / "report.html")
     best, adapter = hand_over(record, folder) if record.best is not None else (None, None)

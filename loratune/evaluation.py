@@ -12,18 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratune import demo, driver
+from loratune import demo, driver, selection
 from loratune.downstream import contamination
 from loratune.downstream import evaluate as downstream
-from loratune.downstream.evaluate import BASE
 from loratune.downstream.events import Event, Note
 from loratune.downstream.findings import lines
 from loratune.downstream.part import Model
 from loratune.downstream.registry import EMBEDDED, HARNESS, PUBLISHED, build
-from loratune.downstream.scores import FOLDER, Result, read_results
+from loratune.downstream.scores import BASE, FOLDER, Result, in_words, model_name, read_results
 from loratune.errors import EvaluationError, StorageError
-from loratune.files import text_of
+from loratune.files import AnyPath, text_of
 from loratune.record import StudyRecord, Trial, read
+from loratune.record.adapters import shipped_run
 from loratune.spec import StudySpec
 from loratune.work import ModelRecipe
 
@@ -37,15 +37,16 @@ class Scored:
     folder: Path
     results: tuple[Result, ...]  # of the models and benchmarks that were asked for, in the order of the benchmarks
     text: str  # the table, what may be concluded, and whether training data hold benchmark items
+    shipped: str | None = None  # of the models, the one that a selection hands over
 
 
 def evaluate(
-    folder: Path,
+    folder: AnyPath,
     *,
     benchmarks: Sequence[str] | None = None,
     top: int = TOP,
-    data: Path | None = None,
-    tasks: Path | None = None,
+    data: AnyPath | None = None,
+    tasks: AnyPath | None = None,
     subset: int | None = None,
     device: str | None = None,
     allow_code_execution: bool = False,
@@ -53,6 +54,9 @@ def evaluate(
     stop: threading.Event | None = None,
 ) -> Iterator[Event | Scored]:
     """Score the `top` trials of the study in `folder`, its default's adapter and the bare model, and yield what happens.
+
+    After a selection also the adapter that is handed over: where it is a run of the chosen trial with another seed, it is a model of
+    its own.
 
     benchmarks: their names; by default the published four, of the embedded demo its own. data: the benchmarks' data, else the hub.
     tasks: folder with descriptions of lm-evaluation-harness tasks. subset: items of each benchmark, the same every time. device: by
@@ -71,8 +75,15 @@ def evaluate(
         yield Note(
             f"Not on disk, so not scored: the adapters of trials {', '.join(lacking)} (output.keep_adapters says how many are kept)."
         )
-    tuned = sum(model.adapter is not None for model in models)
-    yield Note(f"Scoring {tuned} adapters of study {record.name} and the bare model on {', '.join(names)}")
+    tuned, shipped = sum(model.adapter is not None for model in models), shipped_name(record)
+    scored = {model.name for model in models}
+    if shipped is not None and shipped not in scored:
+        yield Note(
+            f"Not on disk, so not scored: the adapter that is handed over, {in_words(shipped)}. "
+            f"`loratune select {record.folder}` trains it again."
+        )
+    handed = f", among them the one handed over, {in_words(shipped)}," if shipped in scored and shipped is not None else ""
+    yield Note(f"Scoring {tuned} adapters of study {record.name}{handed} and the bare model on {', '.join(names)}")
     yield from downstream.evaluate(
         record.folder / FOLDER,
         recipe=ModelRecipe(**record.spec["model"]),
@@ -80,8 +91,8 @@ def evaluate(
         benchmarks=names,
         validation=_validation(record),
         recorded_base=record.base_loss,
-        data=data,
-        tasks=tasks,
+        data=Path(data) if data is not None else None,
+        tasks=Path(tasks) if tasks is not None else None,
         subset=subset,
         device=device or record.spec["executor"]["device"],
         allow_code_execution=allow_code_execution,
@@ -96,14 +107,16 @@ def evaluate(
 
 
 def choose(record: StudyRecord, top: int) -> tuple[list[Model], list[str]]:
-    """(the best `top` trials, the default's and the bare model; the numbers of trials whose adapters are not on disk).
+    """(what is handed over, the best `top` trials, the default's and the bare model; the numbers of trials whose adapters are not on disk).
 
     Raises StorageError when no adapter is there."""
     wanted = {trial.number: trial for trial in _best(record, top)}
     if record.default is not None:
         wanted.setdefault(record.default.number, record.default)
     places = {trial.number: adapter_of(record, trial) for trial in wanted.values()}
-    found = [Model(name=_name(trial), adapter=place, loss=trial.value) for n, trial in wanted.items() if (place := places[n]) is not None]
+    found = _shipped(record)
+    found += [Model(name=_name(trial), adapter=place, loss=trial.value) for n, trial in wanted.items() if (place := places[n]) is not None]
+    found = list({model.name: model for model in found}.values())  # what is handed over may be a trial's own run
     if not found:
         raise StorageError(
             f"{record.folder} holds no adapter of a finished trial. Let a trial finish; output.keep_adapters says how many are kept."
@@ -113,8 +126,10 @@ def choose(record: StudyRecord, top: int) -> tuple[list[Model], list[str]]:
 
 
 def adapter_of(record: StudyRecord, trial: Trial) -> Path | None:
-    """Where the trial's adapter lies: where it was trained, else, of the best, the one handed over."""
-    places = [record.folder / "trials" / _name(trial) / "main" / "adapter"]
+    """Where the adapter of the trial's run in the study lies: where it was trained, else, of the best, the one handed over."""
+    if (trained := selection.adapter_folder(record, trial)) is not None:
+        return trained
+    places = []
     if record.best is not None and trial.number == record.best.number and not (record.folder / "selection.json").exists():
         places.append(record.folder / "adapter")
     return next((place for place in places if (place / "adapter_config.json").is_file()), None)
@@ -126,6 +141,21 @@ def default_benchmarks(record: StudyRecord) -> list[str]:
     return list(EMBEDDED if own else PUBLISHED)
 
 
+def shipped_name(record: StudyRecord) -> str | None:
+    """Among the models, the one that a selection hands over; None before one, and when the study went on since."""
+    chosen = shipped_run(record)
+    return model_name(*chosen) if chosen is not None else None
+
+
+def _shipped(record: StudyRecord) -> list[Model]:
+    """The adapter that a selection hands over, as a model; nothing where there is none, or its files are gone."""
+    made, name = selection.read(record.folder), shipped_name(record)
+    if made is None or name is None:
+        return []
+    adapter = selection.adapter_folder(record, made.trial_of(record), made.shipped.run)
+    return [Model(name=name, adapter=adapter, loss=made.shipped.validation_loss)] if adapter is not None else []
+
+
 def _scored(record: StudyRecord, models: Sequence[Model], benchmarks: Sequence[str], top: int) -> Scored:
     folder, losses = record.folder / FOLDER, {model.name: model.loss for model in models if model.loss is not None}
     asked, order = {model.name for model in models}, [name.replace(":", "-") for name in benchmarks]
@@ -133,7 +163,8 @@ def _scored(record: StudyRecord, models: Sequence[Model], benchmarks: Sequence[s
     results.sort(key=lambda result: order.index(result.benchmark))
     best = [_name(trial) for trial in _best(record, top) if _name(trial) in asked]
     default = _name(record.default) if record.default is not None and _name(record.default) in asked else None
-    return Scored(folder, tuple(results), "\n".join(lines(results, losses, best, default)))
+    shipped = shipped_name(record)
+    return Scored(folder, tuple(results), "\n".join(lines(results, losses, best, default, shipped)), shipped)
 
 
 def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None) -> list[str]:
@@ -162,4 +193,4 @@ def _best(record: StudyRecord, top: int) -> list[Trial]:
 
 
 def _name(trial: Trial) -> str:
-    return f"{trial.number:04d}"
+    return model_name(trial.number)

@@ -15,6 +15,9 @@ from typing import TypeVar
 
 from loratune.errors import StorageError
 
+AnyPath = str | os.PathLike[str]
+"""How a caller may name a file or folder."""
+
 T = TypeVar("T")
 
 _ASIDE = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp")

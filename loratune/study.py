@@ -199,7 +199,7 @@ class Loop:
         self._tell(trial)
 
     def _segment(self, stretch: Stretch) -> Segment:
-        given = self._trials[stretch.trial].hyperparameters
+        given, curve = self._trials[stretch.trial].hyperparameters, self._trials[stretch.trial].curve
         total = math.ceil(stretch.length * total_steps(self._examples, given.batch_size, given.epochs))
         start, stop = math.ceil(stretch.start * total), math.ceil(stretch.stop * total)
         shares = range(1, self._spec.training.validations)
@@ -214,6 +214,7 @@ class Loop:
             start_step=start,
             stop_step=stop,
             validate_at=tuple(sorted(p for p in points if p in range(start, stop) and (p > start or start == 0))),
+            validated_at=tuple(p.step for p in curve if 0 < p.step <= start) if self._spec.training.keep == "best" else (),
         )
 
     def _work(self, segment: Segment) -> int:

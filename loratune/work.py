@@ -74,6 +74,7 @@ class TrainingRecipe(Json):
     tokens_per_pass: int | None = None  # of the packed engine: in one forward pass, at most; None: by the device. Never changes results
     gradient_checkpointing: bool = False
     checkpoint_steps: int | None = None  # steps between crash checkpoints; None: a tenth of the run
+    keep: str = "last"  # last | best: which validated point of a run gives its value and its adapter
     report_to: tuple[str, ...] = ()  # Transformers' trackers: tensorboard, wandb, ...
 
 
@@ -102,6 +103,7 @@ class Segment(Json):
     start_step: int = 0
     stop_step: int
     validate_at: tuple[int, ...] = ()  # further steps in [start_step, stop_step) at which to validate; 0 is the base model
+    validated_at: tuple[int, ...] = ()  # up to start_step, by segments before; done again, for keep: best, if the checkpoint is lost
 
     @property
     def key(self) -> str:
@@ -148,7 +150,8 @@ class Outcome(Json):
 
     key: str  # the segment's
     state: State
-    validation_loss: float | None = None  # at stop_step; None unless completed
+    validation_loss: float | None = None  # of the run's adapter as it is saved; None unless completed
+    kept_step: int | None = None  # where that was measured, with keep: best; None: at stop_step
     curve: tuple[CurvePoint, ...] = ()  # of this segment only, ascending steps
     tokens: int = 0  # training tokens processed by this segment
     train_seconds: float = 0.0

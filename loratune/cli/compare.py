@@ -136,8 +136,9 @@ def _tuned(study: "StudyRecord") -> "Tuned | None":
                 f"the adapter that `loratune select` chose, of trial {trial.number}, is not on disk; the command trains it again, "
                 "or name another contestant."
             )
-        print(f"tuned is trial {trial.number}, which `loratune select` chose", flush=True)
-        return Tuned(trial=trial, adapter=adapter)
+        again = "" if made.shipped.run == "main" else f", trained with another seed ({made.shipped.run}): the adapter that is handed over"
+        print(f"tuned is trial {trial.number}, which `loratune select` chose{again}", flush=True)
+        return Tuned(trial=trial, adapter=adapter, run=made.shipped.run)
     if study.best is not None:
         why = "no selection was made" if made is None else "the selection is out of date"
         print(f"tuned is trial {study.best.number}, the lowest validation loss ({why}: loratune select {study.folder})", flush=True)

@@ -4,7 +4,9 @@
     loratune evaluate runs/study --benchmarks mmlu,bbh --data FOLDER
     loratune evaluate runs/study --benchmarks lm_eval:arc_easy
 
-Benchmarks: mmlu, mmlu_loglikelihood, bbh, drop, humaneval, and any task of lm-evaluation-harness as lm_eval:TASK.
+Benchmarks: mmlu, mmlu_loglikelihood, bbh, drop, humaneval, humaneval_fenced (an answer within ``` fences, which fails in the
+published protocol, is taken out of them), and any task of lm-evaluation-harness as lm_eval:TASK.
+After `loratune select` the adapter that is handed over is scored too, as a model of its own where another seed made it.
 Before anything is scored, each adapter is shown to be on. Answers are kept in FOLDER/evaluation: stopped by Ctrl-C or
 killed, the same command goes on. A report that the study has is written anew.
 """
@@ -73,11 +75,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _refresh(report: Path) -> None:
-    """Write the study's report anew, where it has one: it shows the scores."""
+    """Write the study's report and the adapter's card anew, where it has them: they show the scores."""
     if report.is_file():
         from loratune.record import read
         from loratune.report import write_report
+        from loratune.report.handover import refresh_card
 
+        refresh_card(read(report.parent))
         print(f"Report: {write_report([read(report.parent)], report)}")
 
 

@@ -6,17 +6,18 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from loratune.downstream.scores import FOLDER, Result, read_results
+from loratune.downstream.scores import BASE, FOLDER, Result, model_name, read_results
 from loratune.record import StudyRecord
+from loratune.record.adapters import shipped_run
 
-_BASE = "base"
 _TOP = 10  # trials, as published
 
 
 def scored(record: StudyRecord) -> list[dict[str, Any]]:
     """One entry per benchmark that was begun; scores in [0, 1]. Raises StorageError for damaged files.
 
-    default, base: None where not scored. best: over the scored ones of the ten trials with the lowest validation loss;
+    default, base, shipped (what a selection hands over): None where not scored.
+    best: over the scored ones of the ten trials with the lowest validation loss;
     sd has the divisor n - 1. answered of asked: answers, all models together.
     """
     found: dict[str, dict[str, Result]] = {}
@@ -25,10 +26,12 @@ def scored(record: StudyRecord) -> list[dict[str, Any]]:
     ranking = sorted(record.finished, key=lambda trial: (trial.value, trial.number))
     best = [f"{trial.number:04d}" for trial in ranking[:_TOP]]
     default = f"{record.default.number:04d}" if record.default is not None else ""
-    return [_entry(name, own, best, default) for name, own in sorted(found.items())]
+    chosen = shipped_run(record)
+    shipped = model_name(*chosen) if chosen is not None else ""
+    return [_entry(name, own, best, default, shipped) for name, own in sorted(found.items())]
 
 
-def _entry(benchmark: str, own: dict[str, Result], best: list[str], default: str) -> dict[str, Any]:
+def _entry(benchmark: str, own: dict[str, Result], best: list[str], default: str, shipped: str) -> dict[str, Any]:
     values = {model: result.value for model, result in own.items() if result.scores}
     top = [values[model] for model in best if model in values]
     some = next(iter(own.values()))
@@ -40,7 +43,8 @@ def _entry(benchmark: str, own: dict[str, Result], best: list[str], default: str
         "items": max(asked.values()),
         "chance": some.chance,
         "default": values.get(default),
-        "base": values.get(_BASE),
+        "base": values.get(BASE),
+        "shipped": values.get(shipped),
         "best": _summary(top) if top else None,
         "answered": answered,
         "asked": sum(asked.values()),

@@ -90,7 +90,9 @@ def _agreed() -> bool:
 
 
 def _hand_over(record: "SelectionRecord", folder: Path) -> None:
+    from loratune.downstream.scores import FOLDER
     from loratune.driver import deliver
+    from loratune.selection.rerun import AGAIN
 
     print("\n" + record.explain())
     spent = f"{record.runs} runs, {record.tokens:,} training tokens, {record.device_seconds / 3600:.2g} device-hours"
@@ -101,3 +103,5 @@ def _hand_over(record: "SelectionRecord", folder: Path) -> None:
     print(f"Report:   {delivery.report}")
     if delivery.adapter is not None:
         print(f"Adapter:  {delivery.adapter}")
+    if record.shipped.run != AGAIN and any((folder / FOLDER).glob("*/*.json")):
+        print(f"\nThe scores so far are of the study's own runs; `loratune evaluate {shlex.quote(str(folder))}` scores this adapter.")

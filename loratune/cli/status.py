@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loratune.errors import StorageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from loratune.record import StudyRecord, Trial
@@ -80,6 +81,7 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "in_training": progress.get("running", []) if running else [],
         "best": _brief(record.best),
         "front": _front(record),
+        "shipped": _shipped(record),
         "default": _brief(record.default),
         "base_loss": record.base_loss,
         "scores": scored(record),
@@ -93,6 +95,7 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
 
 def _finished(record: "StudyRecord") -> bool:
     """Whether the last start ran to the end of its budget: trials, or hours, after which the hand-over was written."""
+
     from loratune.record import PAUSED, RUNNING
 
     ended = sum(trial.state not in (RUNNING, PAUSED) for trial in record.trials)
@@ -111,6 +114,14 @@ def _front(record: "StudyRecord") -> list[dict[str, Any]]:
     names = list(record.objectives)
     trials = record.front if len(names) > 1 else []
     return [{"trial": t.number, "values": dict(zip(names, t.values, strict=True)), "params": t.params} for t in trials]
+
+
+def _shipped(record: "StudyRecord") -> dict[str, Any] | None:
+    """What `loratune select` hands over: a trial, and which of its runs."""
+    from loratune.record.adapters import shipped_run
+
+    chosen = shipped_run(record)
+    return None if chosen is None else {"trial": chosen[0], "run": chosen[1]}
 
 
 def _holder(folder: Path) -> dict[str, Any]:
@@ -160,12 +171,27 @@ def _print(record: "StudyRecord") -> None:
     if now["scores"]:
         console.print("\nscores in %")
         console.print(score_table(now["scores"]))
+        if now["shipped"]:
+            _print_shipped(console, now)
     for name in ("report.html", "adapter"):
         if now["finished"] and (record.folder / name).exists():
             console.print(Text(f"{name.partition('.')[0]:<8} {record.folder / name}"), soft_wrap=True)
     failed = [trial for trial in record.trials if trial.state == FAILED and trial.message]
     if failed:
         console.print(Text(f"trial {failed[-1].number} failed: {failed[-1].message}", style="red"))
+
+
+def _print_shipped(console: "Console", now: dict[str, Any]) -> None:
+    """The scores of the adapter that is handed over, on a line of their own, and whose the table's are."""
+    from rich.text import Text
+
+    from loratune.downstream.scores import in_words, model_name, whose
+
+    name = model_name(now["shipped"]["trial"], now["shipped"]["run"])
+    own = [f"{entry['title']} {100 * entry['shipped']:.1f}" for entry in now["scores"] if entry["shipped"] is not None]
+    if own:
+        console.print(Text(f"handed over, {in_words(name)}: {', '.join(own)}", style="bold green"), soft_wrap=True)
+    console.print(Text(whose(name, bool(own))), soft_wrap=True)
 
 
 def _front_table(front: list[dict[str, Any]]) -> "Table":

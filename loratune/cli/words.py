@@ -60,7 +60,9 @@ def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
         first = f" (base model {loss(base)})" if base is not None else ""
         waits = f", paused at step {outcome.key.rpartition('/')[2].lstrip('0')}" if trial.state == PAUSED else ""
         scores = "".join(f", {name} {score:.3f}" for name, score in outcome.scores.items())
-        return f"trial {trial.number}: validation loss {loss(trial.value)}{first}{scores}{waits}, {seconds}"
+        last = outcome.curve[-1].step if outcome.curve else None
+        at = f" at step {trial.kept_step}, its lowest" if trial.kept_step not in (None, last) else ""
+        return f"trial {trial.number}: validation loss {loss(trial.value)}{at}{first}{scores}{waits}, {seconds}"
     return f"trial {trial.number} {trial.state} after {seconds}: {trial.message}".rstrip(": ")
 
 

@@ -52,6 +52,7 @@ class Benchmark(ABC):
     temperature: float = 0.0  # 0: greedy
     mean_over_groups: bool = False  # the benchmark's score: unweighted mean over groups, else over items
     runs_code: bool = False  # scoring executes what the model wrote
+    protocol: str = ""  # what one must know of it to read the scores, in a sentence; shown with them
 
     @abstractmethod
     def items(self) -> list[Item]:
@@ -72,6 +73,8 @@ class Benchmark(ABC):
 
 class PrefixBenchmark(Benchmark):
     """Right is an answer that begins with the target, white space at its ends aside: Instruct-Eval's rule."""
+
+    protocol = "Right is an answer that begins with the expected one; an answer that first explains counts as wrong."
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
         return [Verdict(score=float(answer.strip().startswith(item.targets)), why="") for item, answer in zip(items, answers, strict=True)]

@@ -106,6 +106,7 @@ class DemoCode(_Demo):
 
     name, title = "demo_code", "Demo: code"
     version = "demo/1"
+    protocol = "The whole answer is run as it stands; a program within ``` fences does not run and counts as wrong."
     chance = 0.0
     max_new_tokens = 48
     runs_code = True

@@ -26,8 +26,6 @@ from loratune.work import ModelRecipe
 if TYPE_CHECKING:
     from loratune.finetune.model import BaseModel
 
-BASE = "base"
-
 
 def evaluate(
     folder: Path,

@@ -2,18 +2,20 @@
 
 The published table: over the trials with the lowest validation loss the minimum, maximum, mean and standard deviation
 of each benchmark's score, beside the default's and the bare model's. Then what may be concluded: whether anything is
-above chance, whether the best trial beats the default (paired over items), and whether validation loss predicts
-the score over all scored trials.
+above chance, whether the adapter handed over and the best trial beat the default (paired over items), and whether validation
+loss predicts the score over all scored trials.
+
+A trial's scores are those of its run in the study. What a selection hands over may be a run of the chosen trial with another
+seed: a model of its own (`shipped`), which counts neither among the best trials nor in the relation of loss and score.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loratune.downstream.scores import Cell, Result, table
+from loratune.downstream.scores import BASE, Cell, Result, in_words, table, whose
 from loratune.statistics import Summary, sentence, summarise
 
-BASE = "base"
 _SEED = 0  # of the bootstraps
 
 
@@ -28,14 +30,19 @@ class Finding:
     sentences: tuple[str, ...]
 
 
-def findings(results: Sequence[Result], losses: Mapping[str, float], best: Sequence[str], default: str | None) -> list[Finding]:
-    """One per benchmark. losses: recorded, by trial (0007); best: the trials with the lowest, in order; default: its trial."""
+def findings(
+    results: Sequence[Result], losses: Mapping[str, float], best: Sequence[str], default: str | None, shipped: str | None = None
+) -> list[Finding]:
+    """One per benchmark. losses: recorded, by model; best: the trials with the lowest, in order; default: its trial.
+
+    shipped: the model that a selection hands over, where there is one.
+    """
     found = []
     for benchmark in dict.fromkeys(result.benchmark for result in results):
         own = {result.model: result for result in results if result.benchmark == benchmark}
         top = [own[name].interval().value for name in best if name in own]
         some = next(iter(own.values()))
-        said = [*_chance(own), *_against(own, best, default), *_correlation(own, losses)]
+        said = [*_protocol(own), *_chance(own), *_against(own, best, default, shipped), *_correlation(own, losses)]
         found.append(
             Finding(
                 benchmark=benchmark,
@@ -48,18 +55,20 @@ def findings(results: Sequence[Result], losses: Mapping[str, float], best: Seque
     return found
 
 
-def lines(results: Sequence[Result], losses: Mapping[str, float], best: Sequence[str], default: str | None) -> list[str]:
-    """The table and the sentences, for a terminal. `losses` may hold `base`."""
+def lines(
+    results: Sequence[Result], losses: Mapping[str, float], best: Sequence[str], default: str | None, shipped: str | None = None
+) -> list[str]:
+    """The table and the sentences, for a terminal; arguments as of `findings`. `losses` may hold `base`."""
     if not results:
         return ["Nothing was scored yet."]
     cells = table(results)
-    found = findings(results, losses, best, default)
-    order = [*dict.fromkeys([*best, *([default] if default else []), *sorted(cells)])]
+    found = findings(results, losses, best, default, shipped)
+    order = [*dict.fromkeys([*([shipped] if shipped else []), *best, *([default] if default else []), *sorted(cells)])]
     head = ["", "loss", *(finding.title for finding in found)]
     rows = [head]
     for name in (name for name in order if name in cells):
         loss = f"{losses[name]:.4f}" if name in losses else ""
-        rows.append([label(name, best, default), loss, *(_cell(cells[name].get(finding.benchmark)) for finding in found)])
+        rows.append([label(name, best, default, shipped), loss, *(_cell(cells[name].get(finding.benchmark)) for finding in found)])
     summaries = [finding.best for finding in found]
     for what in ("min", "max", "mean", "sd") if any(summaries) else ():
         values = [f"{100 * getattr(one, what):.1f}" if one else "" for one in summaries]
@@ -68,17 +77,17 @@ def lines(results: Sequence[Result], losses: Mapping[str, float], best: Sequence
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     text = ["Scores in %, with 95 % intervals over items:"]
     text += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if shipped is not None:
+        text += ["", whose(shipped, shipped in cells)]
     for finding in found:
         text += ["", f"{finding.title}:", *(f"  {line}" for line in finding.sentences)]
     return text
 
 
-def label(name: str, best: Sequence[str], default: str | None) -> str:
-    """`best, trial 7`, `default, trial 0`, `trial 12`, `base model`."""
-    if name == BASE:
-        return "base model, untuned"
-    role = "best, " if best and name == best[0] else "default, " if name == default else ""
-    return f"{role}trial {int(name)}" if name.isdigit() else name
+def label(name: str, best: Sequence[str], default: str | None, shipped: str | None = None) -> str:
+    """`handed over, trial 7 (race-01)`, `best, trial 7`, `default, trial 0`, `trial 12`, `base model, untuned`."""
+    roles = {"handed over": name == shipped, "best": name in best[:1], "default": name == default}
+    return ", ".join([*(role for role, has in roles.items() if has), in_words(name)])
 
 
 def _cell(cell: Cell | None) -> str:
@@ -112,9 +121,14 @@ def _chance(own: Mapping[str, Result]) -> list[str]:
     return [f"All {len(own)} models are above {what}."]
 
 
-def _against(own: Mapping[str, Result], best: Sequence[str], default: str | None) -> list[str]:
-    """The best trial by loss against the default and the bare model, paired over items."""
-    first = next((name for name in best if name in own), None)
+def _against(own: Mapping[str, Result], best: Sequence[str], default: str | None, shipped: str | None) -> list[str]:
+    """What is handed over, and the best trial by loss, against the default and the bare model, paired over items."""
+    lowest = next((name for name in best if name in own), None)
+    said = _compared(own, shipped, "the adapter handed over", default) if shipped in own else []
+    return said + (_compared(own, lowest, "the trial with the lowest loss", default) if lowest != shipped or not said else [])
+
+
+def _compared(own: Mapping[str, Result], first: str | None, who: str, default: str | None) -> list[str]:
     said = []
     for name, words in ((default, "the default"), (BASE, "the bare model")):
         if first is None or name is None or name not in own or name == first:
@@ -122,19 +136,28 @@ def _against(own: Mapping[str, Result], best: Sequence[str], default: str | None
         difference = own[first].against(own[name])
         points = f"{100 * difference.value:+.1f} points"
         if difference.known and difference.low == difference.high == 0:
-            said.append(f"The trial with the lowest loss answers every item as well as {words}.")
+            said.append(f"{_capital(who)} answers every item as well as {words}.")
             continue
         points += f" [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]" if difference.known else ""
         if difference.excludes(0):
-            said.append(f"The trial with the lowest loss scores {'higher' if difference.value > 0 else 'lower'} than {words}: {points}.")
+            said.append(f"{_capital(who)} scores {'higher' if difference.value > 0 else 'lower'} than {words}: {points}.")
         else:
-            said.append(f"The data cannot tell the trial with the lowest loss from {words}: {points}.")
+            said.append(f"The data cannot tell {who} from {words}: {points}.")
     return said
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _protocol(own: Mapping[str, Result]) -> list[str]:
+    """What one must know of the protocol to read the scores."""
+    return list(dict.fromkeys(str(said) for result in own.values() if (said := result.facts.get("protocol"))))
 
 
 def _correlation(own: Mapping[str, Result], losses: Mapping[str, float]) -> list[str]:
     """Validation loss and score over all scored trials."""
-    names = [name for name in own if name in losses and name != BASE]
+    names = [name for name in own if name in losses and name.isdigit()]
     if len(names) < 3:
         return []
     loss, intervals = [losses[name] for name in names], [own[name].interval() for name in names]

@@ -11,7 +11,11 @@ from loratune.errors import StorageError
 from loratune.files import write_atomically
 
 FOLDER = "scoring"
-_ALIKE = ({"mmlu", "mmlu_loglikelihood"}, {"demo_choice", "demo_match"})  # ask the same questions, under the same ids
+_ALIKE = (
+    {"mmlu", "mmlu_loglikelihood"},
+    {"humaneval", "humaneval_fenced"},
+    {"demo_choice", "demo_match"},
+)  # ask the same questions, under the same ids
 
 
 def items_that_guided(study: Path) -> dict[str, set[str]]:

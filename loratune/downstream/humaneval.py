@@ -4,7 +4,9 @@ Protocol (Instruct-Eval, declare-lab/instruct-eval at 33b8f90, human_eval/main.p
 no examples; one instruction line, then the function's head; one sample at temperature 0.1, at most 512 new tokens; of
 the answer, lines indented by an odd number of spaces get one more (LLaMA's tokenizer swallows a leading one), newlines
 at its start are dropped, and it ends at the first blank line; pass@1 = share of the 164 programs that pass within 3 s.
-The cut is the protocol's: it also cuts right answers that hold a blank line (34 of the 164 reference solutions).
+The cut is the protocol's: it also cuts right answers that hold a blank line (34 of the 164 reference solutions), and an answer
+within ``` fences, as chat models write it, is no program and fails. `humaneval_fenced` takes such an answer out of its fences; it
+is a benchmark of its own, so that scores of the two never stand in one column.
 
 Data: Chen et al., Evaluating Large Language Models Trained on Code, arXiv 2107.03374; MIT licence.
 """
@@ -12,6 +14,7 @@ Data: Chen et al., Evaluating Large Language Models Trained on Code, arXiv 2107.
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,10 @@ from loratune.errors import DataError
 
 INSTRUCTION = "Please complete the following Python code without providing any additional tasks such as testing or explanations\n"
 PLACES = ("HumanEval.jsonl.gz", "HumanEval.jsonl", "data/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl.gz")
+# A block that the length limit cut has no end; then all that was written counts.
+_BLOCK = re.compile(
+    r"^(?P<indent>[ \t]*)(?P<fence>```+|~~~+)[^\n`]*\n(?P<code>.*?)(?P<end>^[ \t]*(?P=fence)[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
+)
 FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 
 
@@ -37,6 +44,7 @@ class HumanEval(Benchmark):
     max_new_tokens = 512
     temperature = 0.1
     runs_code = True
+    protocol = "The answer ends at its first blank line; an answer within ``` fences fails (humaneval_fenced takes it out of them)."
 
     def __init__(self, folder: Path, *, weaker: bool = False) -> None:
         self._file = _find(folder)
@@ -62,13 +70,44 @@ class HumanEval(Benchmark):
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
         """1 when the program passes its tests in the sandbox. Raises SandboxError when it cannot be set up."""
-        jobs = [job(item, completion(answer)) for item, answer in zip(items, answers, strict=True)]
+        jobs = [job(item, self.completion(answer)) for item, answer in zip(items, answers, strict=True)]
         results = run_all(jobs, limits=Limits(timeout=3.0), weaker=self._weaker)
         return [Verdict(score=float(ran.kind == "ok"), why="" if ran.kind == "ok" else f"{ran.kind}: {ran.why}") for ran in results]
 
     def decided(self, item: Item, text: str) -> bool:
         """After the first blank line nothing counts."""
         return "\n\n" in text.lstrip("\n")
+
+    def completion(self, answer: str) -> str:
+        """What of a model's answer is appended to the function's head."""
+        return completion(answer)
+
+
+class HumanEvalFenced(HumanEval):
+    """HumanEval, but of an answer with a fenced block, what is in the first block counts, blank lines included."""
+
+    name = "humaneval_fenced"
+    title = "HumanEval, fences stripped"
+    protocol = (
+        "Not the published protocol: of an answer with ``` fences the first fenced block counts, whole; "
+        "any other answer ends at its first blank line."
+    )
+
+    def __init__(self, folder: Path, *, weaker: bool = False) -> None:
+        super().__init__(folder, weaker=weaker)
+        self.version += ", fences stripped"
+
+    def decided(self, item: Item, text: str) -> bool:
+        """After the first block nothing counts; before it, talk and blank lines may come."""
+        block = _BLOCK.search(text)
+        return block is not None and bool(block["end"])
+
+    def completion(self, answer: str) -> str:
+        block = _BLOCK.search(answer)
+        if block is None:
+            return completion(answer)
+        indent = block["indent"]  # of a block within a list
+        return "\n".join(line.removeprefix(indent) for line in block["code"].split("\n")).strip("\n")
 
 
 def completion(answer: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from loratune.downstream.base import Benchmark, Item, constant_scores
 from loratune.downstream.events import Began, Event, Note, Progress
-from loratune.downstream.scores import Ledger
+from loratune.downstream.scores import Ledger, in_words
 from loratune.files import write_atomically
 from loratune.work import ModelRecipe
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Model:
     """What is scored: the bare model (`adapter` None) or a trial's adapter on it."""
 
-    name: str  # of its folder: the trial's number, 0007, or base
+    name: str  # of its folder: `scores.model_name`, or base
     adapter: Path | None
     loss: float | None  # recorded validation loss
 
@@ -64,6 +64,7 @@ class Work:
                 "chance": self.benchmark.chance,
                 "mean_over_groups": self.benchmark.mean_over_groups,
                 "constant": constant_scores(self.items),
+                "protocol": self.benchmark.protocol,
                 "items": len(self.items),
                 "subset": subset,
                 "validation_loss": model.loss,
@@ -158,8 +159,7 @@ class _Run:
         prover = Prover(self.base, self.adapters, tokens, base_place=0, recorded_base=recorded_base, interrupted=self.interrupted)
         proofs = []
         for model in self.tuned:
-            label = f"trial {int(model.name)}" if model.name.isdigit() else model.name
-            proofs.append(prover.prove(self.places[model.name], label, model.loss))
+            proofs.append(prover.prove(self.places[model.name], in_words(model.name), model.loss))
             write_atomically(self.part.folder / model.name / "proof.json", proofs[-1].to_json() + "\n")
         yield Note(f"Proved: {summary(proofs)}.")
 

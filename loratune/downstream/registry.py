@@ -18,6 +18,7 @@ _PLACES = {  # name -> file, class
     "bbh": ("bbh", "Bbh"),
     "drop": ("drop", "Drop"),
     "humaneval": ("humaneval", "HumanEval"),
+    "humaneval_fenced": ("humaneval", "HumanEvalFenced"),  # an answer within ``` is taken out of them
     "demo_choice": ("embedded", "DemoChoice"),
     "demo_match": ("embedded", "DemoMatch"),
     "demo_code": ("embedded", "DemoCode"),
@@ -41,8 +42,8 @@ def build(name: str, data: Path | None = None, *, weaker: bool = False) -> Bench
         raise EvaluationError(f"there is no benchmark {name!r}; {hint} A task of lm-evaluation-harness is named {HARNESS}TASK.")
     file, kind = _PLACES[name]
     make: Any = getattr(importlib.import_module(f"loratune.downstream.{file}"), kind)
-    if name == "humaneval" and data is None:
-        raise DataError("humaneval is read from a folder: give --data FOLDER with HumanEval.jsonl.gz of github.com/openai/human-eval.")
+    if file == "humaneval" and data is None:
+        raise DataError(f"{name} is read from a folder: give --data FOLDER with HumanEval.jsonl.gz of github.com/openai/human-eval.")
     places = () if name in EMBEDDED else (data,)
     return make(*places, weaker=weaker) if make.runs_code else make(*places)
 

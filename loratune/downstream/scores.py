@@ -1,7 +1,7 @@
 """What was answered and what it is worth, kept with the study and read back. No torch.
 
     evaluation/
-      0007/                  a model: a trial's number, or `base`
+      0007/                  a model: a trial's number, or `base`; 0007-race-01: the trial trained again by a selection, which ships it
         mmlu.jsonl           one line per item, in the order they were done: id, group, answer, score, why
         mmlu.json            what it was measured with: version, seed, model, adapter, number of items, seconds
         proof.json           that the adapter was on
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loratune.statistics import Interval  # needs scipy, which `loratune status` need not wait for
 
 FOLDER = "evaluation"
+BASE = "base"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SEED = 0  # of the bootstrap
 _EVALUATION, _PROCESSES = 0, 1  # bytes of the lock file: held by the evaluation, shared by the processes it started
@@ -41,7 +42,7 @@ _ORPHANS = 20.0  # seconds
 class Result:
     """One model on one benchmark, as far as it was measured."""
 
-    model: str  # folder's name: 0007, base
+    model: str  # folder's name: 0007, 0007-race-01, base
     benchmark: str
     facts: dict[str, Any]  # the .json
     scores: dict[str, float]  # item -> score
@@ -86,6 +87,28 @@ class Result:
 
     def _groups(self, items: Iterable[str]) -> list[str] | None:
         return [self.groups[item] for item in items] if self.facts.get("mean_over_groups") else None
+
+
+def model_name(trial: int, run: str = "main") -> str:
+    """The folder of a trial's results: 0007; of a run that is not the study's own, which another seed made, 0007-race-01."""
+    return f"{trial:04d}" + (f"-{run}" if run != "main" else "")
+
+
+def in_words(name: str) -> str:
+    """`trial 7`, `trial 7 (race-01)`, `base model, untuned`: a model by its folder's name."""
+    number, _, run = name.partition("-")
+    if number.isdigit():
+        return f"trial {int(number)}" + (f" ({run})" if run else "")
+    return "base model, untuned" if name == BASE else name
+
+
+def whose(shipped: str, scored: bool) -> str:
+    """Whose scores a table shows beside those of the model handed over, or that it lacks that one."""
+    if shipped.isdigit():
+        return f"Handed over is the study's own run of {in_words(shipped)}" + ("." if scored else ", which is not scored.")
+    also = "scored as a model of its own" if scored else "and not scored yet"
+    own = "A trial's scores are of its run in the study."
+    return f"Handed over is {in_words(shipped)}, trained with another seed, {also}. {own}"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
     <run folder>/checkpoint-0000120.safetensors
         adapter/<parameter>                                 the weights after step 120
         exp_avg/<parameter>, exp_avg_sq/<parameter>         AdamW's moments; absent once the run is complete
+        best/<parameter>                                    the weights at the lowest point of the curve, with keep: best
         metadata: {"run": what was being trained, "facts": counters and curve so far}, JSON each
 
 With the order of examples, the schedule and dropout pure functions of the step, that is all a run needs to go
@@ -42,9 +43,15 @@ class Checkpoint:
         return any(name.startswith("exp_avg/") for name in self.tensors)
 
 
-def capture(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors: the adapter's weights and, with an optimiser, its moments (zero before its first step)."""
+def capture(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, best: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors: the adapter's weights and, with an optimiser, its moments (zero before its first step).
+
+    best: the weights that are kept whatever comes, by the same names. One file holds both, so that a kill cannot part them.
+    """
     tensors = {f"adapter/{name}": p.detach() for name, p in parameters.items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in (best or {}).items()}
     if optimizer is not None:
         for name, p in parameters.items():
             for moment in _MOMENTS:
@@ -67,6 +74,11 @@ def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], opti
         for index, name in enumerate(ordered)
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def kept(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """What `capture` was given as `best`; empty of a checkpoint without."""
+    return {name.removeprefix("best/"): tensor for name, tensor in checkpoint.tensors.items() if name.startswith("best/")}
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:

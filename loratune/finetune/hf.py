@@ -180,6 +180,7 @@ class HfEngine:
                 self._validate(run, adapter, stop if self.world == 1 else None)
             except InterruptedError:
                 return State.CANCELLED
+        run.settle()
         if self.rank == 0:
             _save_adapter(adapter, run.folder / "adapter")
         return State.COMPLETED

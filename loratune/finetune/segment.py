@@ -5,6 +5,7 @@ each step's loss, and asks it for the outcome.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,6 +49,9 @@ class SegmentRun:
         self.segment, self.folder, self.writes = segment, folder, writes
         self.step = 0
         self.curve: dict[int, CurvePoint] = {}
+        self._keeps_best = training.keep == "best"
+        self._best_step: int | None = None  # of the lowest point so far, and the adapter's weights there
+        self._best: dict[str, torch.Tensor] = {}
         self.train_seconds = 0.0  # of this segment, by all its attempts, up to the last checkpoint
         self.validation_seconds = 0.0
         self._clock: float | None = None  # when training last went on
@@ -85,6 +89,7 @@ class SegmentRun:
         facts = found.facts
         self.step = found.step
         self.curve = {p["step"]: CurvePoint(**p) for p in facts["curve"]}
+        self._best_step, self._best = facts.get("best_step"), checkpoint.kept(found)
         if facts["start_step"] == self.segment.start_step and facts["stop_step"] == stop:
             self._nll, self._items = facts["nll"], facts["items"]
             self.train_seconds, self.validation_seconds = facts["train_seconds"], facts["validation_seconds"]
@@ -113,7 +118,8 @@ class SegmentRun:
 
     def validation_due(self) -> bool:
         """Whether the curve wants a point at the present step, other than the last."""
-        return self.step in self.segment.validate_at and self.step not in self.curve and self.step < self.segment.stop_step
+        points = (*self.segment.validate_at, *(self.segment.validated_at if self._keeps_best else ()))
+        return self.step in points and self.step not in self.curve and self.step < self.segment.stop_step
 
     def add_point(self, validation_loss: float, seconds: float) -> None:
         """Put a validation on the curve."""
@@ -123,6 +129,10 @@ class SegmentRun:
         self.curve[self.step] = CurvePoint(
             step=self.step, tokens=self.tokens(self.step), train_loss=train_loss, validation_loss=validation_loss
         )
+        # Step 0 is the base model, which is no adapter to keep.
+        if self._keeps_best and self.step > 0 and validation_loss < self._lowest:
+            self._best_step = self.step
+            self._best = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
         self.log(f"step {self.step}/{self.segment.total_steps}  validation loss {validation_loss:.6f}  in {seconds:.1f} s")
         if self.writes:
             self._report(self._progress(train_loss=train_loss, validation_loss=validation_loss))
@@ -147,19 +157,43 @@ class SegmentRun:
             "stop_step": self.segment.stop_step,
             "train_seconds": self.train_seconds,
             "validation_seconds": self.validation_seconds,
+            "best_step": self._best_step,
         }
-        tensors = checkpoint.capture(self._parameters, None if complete else self._optimizer)
+        tensors = checkpoint.capture(self._parameters, None if complete else self._optimizer, self._best)
         checkpoint.save(self.folder, checkpoint.Checkpoint(step=self.step, run=self._identity, tensors=tensors, facts=facts))
+
+    def settle(self) -> None:
+        """The last validation is on the curve: bring the weights to those of the point that is kept, so that they can be saved.
+
+        With keep: best the checkpoint is written once more before, for the segment that may go on from it needs this curve and
+        its best point.
+        """
+        if not self._keeps_best:
+            return
+        self.save()
+        if self._best_step != self.step:
+            self.log(f"keeping the adapter of step {self._best_step}, validation loss {self._lowest:.6f}")
+            with torch.no_grad():
+                for name, p in self._parameters.items():
+                    p.copy_(self._best[name])
+
+    @property
+    def _lowest(self) -> float:
+        """The lowest validation loss of the run so far; infinite before the first."""
+        point = self.curve.get(self._best_step) if self._best_step is not None else None
+        return math.inf if point is None or point.validation_loss is None else point.validation_loss
 
     def outcome(self, state: State, message: str = "", **facts: Any) -> Outcome:
         """The answer, as far as it got."""
         wanted = {*self.segment.validate_at, self.segment.stop_step}
         points = tuple(p for step, p in sorted(self.curve.items()) if step in wanted and step >= self.segment.start_step)
-        last = self.curve.get(self.segment.stop_step)
+        completed = state is State.COMPLETED
+        kept = self.curve.get(self._best_step if self._keeps_best and self._best_step is not None else self.segment.stop_step)
         return Outcome(
             key=self.segment.key,
             state=state,
-            validation_loss=last.validation_loss if last is not None and state is State.COMPLETED else None,
+            validation_loss=kept.validation_loss if kept is not None and completed else None,
+            kept_step=self._best_step if completed else None,
             curve=points,
             tokens=max(0, self.tokens(self.step) - self.tokens(self.segment.start_step)),
             train_seconds=self.train_seconds,

@@ -30,6 +30,7 @@ class Tuned:
 
     trial: Trial
     adapter: Path  # PEFT folder
+    run: str = "main"  # of the trial: main, the study's own; else with another seed, a model of its own
 
 
 def choose(given: str, study: StudyRecord | None, tuned: Tuned | None = None) -> Contestant:
@@ -44,8 +45,11 @@ def choose(given: str, study: StudyRecord | None, tuned: Tuned | None = None) ->
     trial = _trial(given, study) if chosen is None else chosen.trial
     if trial is not None and study is not None:
         adapter = adapter_of(study, trial).resolve() if chosen is None else chosen.adapter.resolve()
-        label = f"trial {trial.number}" + (f" ({given})" if given in NAMES else "")
-        return Contestant(label=label, name=f"trial-{trial.number}", adapter=str(adapter), weights=_digest(adapter))
+        again = chosen.run if chosen is not None and chosen.run != "main" else ""
+        roles = ", ".join(filter(None, [given if given in NAMES else "", again]))
+        label = f"trial {trial.number}" + (f" ({roles})" if roles else "")
+        name = f"trial-{trial.number}" + (f"-{again}" if again else "")
+        return Contestant(label=label, name=name, adapter=str(adapter), weights=_digest(adapter))
     folder = Path(given)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import StorageError
-from loratune.files import write_atomically
+from loratune.files import AnyPath, write_atomically
 from loratune.preference.analysis import JudgeSummary, Summary, Vote, summarise, summarise_judge
 from loratune.preference.answers import SIDES, Answer, Generation, read_answers
 from loratune.preference.contestants import Contestant
@@ -67,8 +67,9 @@ class PreferenceRecord:
         return summarise(self.votes, {q.id: q.category for q in self.comparison.questions}) if self.votes else None
 
 
-def read(folder: Path) -> PreferenceRecord:
+def read(folder: AnyPath) -> PreferenceRecord:
     """Read a comparison's folder; safe while people vote. Raises StorageError when it is not one."""
+    folder = Path(folder)
     comparison = read_comparison(folder)
     if comparison is None:
         raise StorageError(f"{folder} holds no comparison: it has no {FILE}. `loratune compare` makes one.")
@@ -90,9 +91,9 @@ def read(folder: Path) -> PreferenceRecord:
     )
 
 
-def find(study: Path) -> list[PreferenceRecord]:
+def find(study: AnyPath) -> list[PreferenceRecord]:
     """The comparisons in a study's folder, by name."""
-    return [read(path.parent) for path in sorted(study.glob(f"preference/*/{FILE}"))]
+    return [read(path.parent) for path in sorted(Path(study).glob(f"preference/*/{FILE}"))]
 
 
 def read_comparison(folder: Path) -> Comparison | None:

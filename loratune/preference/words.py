@@ -56,6 +56,8 @@ def _rows(rows: list[tuple[str, Tally]]) -> list[str]:
 
 
 def _rate(tally: Tally) -> str:
+    if not tally.total:
+        return "–"
     low, high = tally.interval()
     text = f"{tally.win_rate:.1%} ({low:.1%} to {high:.1%})"
     if tally.decided and tally.decided < tally.total:

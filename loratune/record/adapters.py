@@ -1,8 +1,10 @@
 """A trial by its number, and where its adapter lies."""
 
+import json
 from pathlib import Path
 
 from loratune.errors import StorageError
+from loratune.files import text_of
 from loratune.record.trials import StudyRecord, Trial
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -22,6 +24,22 @@ def trial_of(record: StudyRecord, number: int) -> Trial:
         has = f"its trials are 0 to {record.trials[-1].number}" if record.trials else "it has none yet"
         raise StorageError(f"{record.folder} has no trial {number}; {has}.")
     return found
+
+
+def shipped_run(record: StudyRecord) -> tuple[int, str] | None:
+    """(trial, its run: main, race-01, ...) whose adapter `loratune select` hands over; None before it, and when the study went on since.
+
+    Of the selection's file these two facts alone, without the room that makes it, which takes a second to import. Raises StorageError.
+    """
+    path = record.folder / "selection.json"
+    if not path.is_file():
+        return None
+    try:
+        made = json.loads(text_of(path))
+        chosen = int(made["chosen"]), str(made["shipped"]["run"])
+        return chosen if made["finished"] == len(record.finished) else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"cannot read {path}: {error}. Remove it; `loratune select {record.folder}` writes it anew.") from error
 
 
 def adapter_of(record: StudyRecord, trial: Trial) -> Path:

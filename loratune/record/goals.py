@@ -94,9 +94,12 @@ class Goals:
     def tell(self, study: optuna.Study, handle: optuna.Trial, trial: Trial, outcome: Outcome | None) -> None:
         """Tell the storage what became of the trial after `outcome`; a paused one stays open there."""
         stored = study.get_trials(deepcopy=False)[trial.number]
-        for point in outcome.curve if outcome is not None and not self.several else ():
-            if point.step > 0 and point.validation_loss is not None and point.step not in stored.intermediate_values:
-                handle.report(point.validation_loss, point.step)
+        points = {p.step: p.validation_loss for p in outcome.curve} if outcome is not None and not self.several else {}
+        if points and outcome is not None and outcome.validation_loss is not None:
+            points[max(points)] = outcome.validation_loss  # the value so far, which samplers read of a paused or pruned trial
+        for step, loss in points.items():
+            if step > 0 and loss is not None and step not in stored.intermediate_values:
+                handle.report(loss, step)
         constraints = self.constraints(trial)
         if trial.state == PAUSED:
             if self.several or self._limits:  # else its intermediate values say it all

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from loratune.errors import StorageError
-from loratune.files import parsed
+from loratune.files import AnyPath, parsed
 from loratune.work import CurvePoint, Hyperparameters, Json, Outcome
 
 # What a trial's `state` says, beyond the states of one segment.
@@ -28,7 +28,8 @@ class Trial(Json):
     hyperparameters: Hyperparameters
     params: dict[str, Any]  # searched values only, by the search space's own names (alpha_ratio, ...)
     state: str = RUNNING
-    value: float | None = None  # latest validation loss; the worst seen of a trial that diverged or did not fit; None: not trained
+    # Validation loss, the latest or the lowest (training.keep); the worst seen of a trial that diverged or did not fit; None: not trained.
+    value: float | None = None
     values: tuple[float, ...] = ()  # as Optuna is told them, in the order of the spec's objectives
     message: str = ""
     outcomes: tuple[Outcome, ...] = ()  # in the order they were trained
@@ -38,6 +39,11 @@ class Trial(Json):
         """The learning curve of the trial's last run, ascending steps."""
         runs = [outcome.key.split("/")[1] for outcome in self.outcomes]
         return tuple(p for run, o in zip(runs, self.outcomes, strict=True) if run == runs[-1] for p in o.curve)
+
+    @property
+    def kept_step(self) -> int | None:
+        """The step of the curve's point whose loss is the value and whose adapter is kept, where that need not be the last one."""
+        return self.outcomes[-1].kept_step if self.outcomes else None
 
     @property
     def device_seconds(self) -> float:
@@ -120,7 +126,7 @@ def objectives_of(spec: dict[str, Any]) -> dict[str, str]:
     return dict((o, "minimize") if isinstance(o, str) else (o["name"], o["direction"]) for o in given)
 
 
-def read(folder: Path | str) -> StudyRecord:
+def read(folder: AnyPath) -> StudyRecord:
     """Read a study's folder; safe while it is being written.
 
     Raises StorageError when it is not one, and for a damaged file of it: which, and what to do.

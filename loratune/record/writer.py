@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratune.errors import StorageError
-from loratune.files import alive, parsed, sweep, text_of, write_atomically
+from loratune.files import AnyPath, alive, parsed, sweep, text_of, write_atomically
 from loratune.masking import masked
 from loratune.record.trials import Trial, outcome_path, trial_folders
 from loratune.work import Outcome, Recipe, Segment, State
@@ -92,12 +92,13 @@ def _count(text: str) -> int:
 
 
 @contextmanager
-def open_record(folder: Path) -> Iterator[Record]:
+def open_record(folder: AnyPath) -> Iterator[Record]:
     """Open a study's folder for writing, alone.
 
     A driver that was killed leaves the lock to its workers, which notice within a second and exit; they
     are waited for. A driver that lives is respected. Raises StorageError.
     """
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)

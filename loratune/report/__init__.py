@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratune.files import AnyPath
 from loratune.record import StudyRecord
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _HOMES = {"export": "loratune.report.exporting", "hand_over": "loratune.report.h
 __all__ = ["export", "hand_over", "write_report"]
 
 
-def write_report(records: Sequence[StudyRecord], destination: Path) -> Path:
+def write_report(records: Sequence[StudyRecord], destination: AnyPath) -> Path:
     """Write the report of one study, or the comparison of several, as one HTML file that opens offline.
 
     Its figures are also written beside it, to `figures/`, as .svg and .pdf. Returns `destination`.
@@ -31,7 +32,7 @@ def write_report(records: Sequence[StudyRecord], destination: Path) -> Path:
     """
     from loratune.report.html import render  # late: brings matplotlib and jinja2, a second of import
 
-    return render(records, destination)
+    return render(records, Path(destination))
 
 
 def __getattr__(name: str) -> Any:

@@ -133,7 +133,8 @@ def _validation(data: dict[str, Any]) -> str:
 
 def _training(training: dict[str, Any]) -> str:
     shown = ("epochs", "batch_size", "lr_scheduler_type", "warmup_ratio", "weight_decay", "target_modules", "use_rslora", "engine")
-    return show({label(name): training[name] for name in shown if name in training})
+    kept = f", keeping the lowest of {training.get('validations')} validations" if training.get("keep") == "best" else ""
+    return show({label(name): training[name] for name in shown if name in training}) + kept
 
 
 def _budget(budget: dict[str, Any]) -> str:

@@ -1,14 +1,13 @@
 """What was measured of a study after its search, read once: downstream scores, the selection, what people preferred."""
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from loratune.downstream.contamination import Contamination
 from loratune.downstream.contamination import read as read_contamination
-from loratune.downstream.findings import BASE, Finding, findings
-from loratune.downstream.scores import FOLDER, Cell, Result, read_results, table
+from loratune.downstream.findings import Finding, findings
+from loratune.downstream.scores import BASE, FOLDER, Cell, Result, in_words, model_name, read_results, table, whose
 from loratune.preference import PreferenceRecord, find
 from loratune.record import StudyRecord, Trial
 from loratune.report import tables
@@ -22,13 +21,14 @@ _SEED = 0  # of the bootstraps
 
 @dataclass(frozen=True, kw_only=True)
 class Downstream:
-    """Scores of the study's models. Models are named as their folders: a trial's number, 0007, or `base`."""
+    """Scores of the study's models, which are named as their folders (`scores.model_name`, or `base`)."""
 
     results: tuple[Result, ...]
-    losses: dict[str, float]  # validation losses in the study
+    losses: dict[str, float]  # validation losses in the study; of what is handed over, its own
     best: tuple[str, ...]  # those scored of the ten with the lowest loss, the lowest first
     default: str | None  # where it was scored
     contamination: tuple[Contamination, ...] = ()  # benchmark items in the training data, where that was looked for
+    shipped: str | None = None  # what a selection hands over, scored or not
 
     @cached_property
     def cells(self) -> dict[str, dict[str, Cell]]:
@@ -38,7 +38,7 @@ class Downstream:
     @cached_property
     def findings(self) -> list[Finding]:
         """Per benchmark: the summary of the best, and what may be concluded."""
-        return findings(self.results, self.losses, self.best, self.default)
+        return findings(self.results, self.losses, self.best, self.default, self.shipped)
 
     @property
     def benchmarks(self) -> list[str]:
@@ -46,20 +46,33 @@ class Downstream:
 
     @property
     def others(self) -> list[str]:
-        """Scored trials that are neither among the best nor the default."""
-        return [name for name in self.cells if name not in (*self.best, self.default, BASE)]
+        """Scored models that are neither among the best nor the default, nor handed over."""
+        return [name for name in self.cells if name not in (*self.best, self.default, self.shipped, BASE)]
+
+    def called(self, name: str) -> str:
+        return in_words(name)
+
+    @property
+    def whose(self) -> str:
+        """Whose scores the table shows; empty where nothing was selected."""
+        return whose(self.shipped, self.shipped in self.cells) if self.shipped is not None else ""
 
     def items(self, benchmark: str) -> int:
         """How many items were answered by the model that answered most."""
         return max(cells[benchmark].n for cells in self.cells.values() if benchmark in cells)
 
+    @property
+    def gaining(self) -> str | None:
+        """What is compared with the default: what is handed over, or, where that is not scored, the lowest loss."""
+        return self.shipped if self.shipped in self.cells else next(iter(self.best), None)
+
     @cached_property
     def gains(self) -> dict[str, Interval]:
-        """benchmark -> score of the trial with the lowest loss minus the default's, paired over the items of both."""
+        """benchmark -> score of `gaining` minus the default's, paired over the items of both."""
         own = {(result.model, result.benchmark): result for result in self.results}
-        if not self.best or self.default is None or self.best[0] == self.default:
+        if self.gaining is None or self.default is None or self.gaining == self.default:
             return {}
-        pairs = {name: (own.get((self.best[0], name)), own.get((self.default, name))) for name in self.benchmarks}
+        pairs = {name: (own.get((self.gaining, name)), own.get((self.default, name))) for name in self.benchmarks}
         return {name: first.against(second) for name, (first, second) in pairs.items() if first is not None and second is not None}
 
     def points(self, benchmark: str) -> list[tuple[str, float, Cell]]:
@@ -67,7 +80,7 @@ class Downstream:
         return [
             (name, self.losses[name], cells[benchmark])
             for name, cells in self.cells.items()
-            if benchmark in cells and name in self.losses and name != BASE
+            if benchmark in cells and name in self.losses and name.isdigit()
         ]
 
     def correlation(self, benchmark: str) -> tuple[Interval, Interval] | None:
@@ -104,6 +117,9 @@ class Evidence:
         found = []
         if self.downstream is None:
             found.append(("Downstream scores: whether a lower loss also is a better model.", f"loratune evaluate {folder}"))
+        elif self.downstream.shipped is not None and self.downstream.shipped not in self.downstream.cells:
+            what = f"Downstream scores of the adapter that is handed over, {in_words(self.downstream.shipped)}."
+            found.append((what, f"loratune evaluate {folder}"))
         if self.selection is None:
             told = again if self.outdated else "The noise of a loss, which trial to ship, and how sure that is."
             found.append((told, f"loratune select {folder}"))
@@ -118,28 +134,34 @@ def gather(record: StudyRecord) -> Evidence:
     current = selection is not None and selection.holds_for(record)
     return Evidence(
         record=record,
-        downstream=_downstream(record, read_results(record.folder / FOLDER)),
+        downstream=downstream_of(record, selection if current else None),
         selection=selection if current else None,
         outdated=selection is not None and not current,
         comparisons=tuple(find(record.folder)),
     )
 
 
-def _downstream(record: StudyRecord, results: Sequence[Result]) -> Downstream | None:
+def downstream_of(record: StudyRecord, selection: SelectionRecord | None) -> Downstream | None:
+    """What `loratune evaluate` measured; selection: one that holds for the study."""
+    results = read_results(record.folder / FOLDER)
     if not results:
         return None
     ranking = tables.ranked(record, TOP)[0]
     scored = {result.model for result in results}
     losses = {_name(trial): tables.value(trial) for trial in tables.scored(record)}
     base = tables.answer(record).base
+    shipped = model_name(selection.chosen, selection.shipped.run) if selection is not None else None
+    if selection is not None and shipped is not None:
+        losses[shipped] = selection.shipped.validation_loss
     return Downstream(
         results=tuple(results),
         losses=losses | ({BASE: base} if base is not None else {}),
         best=tuple(_name(trial) for trial in ranking if _name(trial) in scored),
         default=_name(record.default) if record.default is not None and _name(record.default) in scored else None,
         contamination=tuple(read_contamination(record.folder / FOLDER)),
+        shipped=shipped,
     )
 
 
 def _name(trial: Trial) -> str:
-    return f"{trial.number:04d}"
+    return model_name(trial.number)

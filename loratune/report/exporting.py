@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import StorageError
+from loratune.files import AnyPath
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import adapter_of, best_of, trial_of
 from loratune.report.handover import load_options, model_card
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from loratune.selection import SelectionRecord
 
 
-def export(folder: Path, destination: Path, *, trial: int | None = None, merged: bool = False) -> Path:
+def export(folder: AnyPath, destination: AnyPath, *, trial: int | None = None, merged: bool = False) -> Path:
     """Write an adapter of the study in `folder` to `destination`, and return it.
 
     trial: its number; by default the one that a selection chose, as long as the study did not go on since, else the one with the
@@ -22,7 +23,7 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
     Before, the adapter is loaded by plain PEFT and compared with what was measured; a merged model, by plain Transformers, too.
     Raises StorageError when `destination` holds something, when there is no such trial, or its adapter was not kept; ModelError.
     """
-    record = read(folder)
+    record, destination = read(folder), Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise StorageError(f"{destination} exists and is not an empty folder. Choose another destination.")
     chosen = _selection(record) if trial is None else None
@@ -31,11 +32,17 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
         from loratune import selection
 
         found = chosen.trial_of(record)
-        adapter = selection.adapter_folder(record, found, chosen.shipped.run) or adapter_of(record, found)
-        card = _facts(record, found) if merged else model_card(record, found, chosen)
+        shipped = selection.adapter_folder(record, found, chosen.shipped.run)
+        if shipped is None:  # another seed's would be another adapter than the one that was chosen, measured and described
+            raise StorageError(
+                f"the adapter that `loratune select` chose, of trial {found.number} ({chosen.shipped.run}), is not on disk. "
+                f"`loratune select {record.folder}` trains it again; --trial {found.number} exports that of the study's own run."
+            )
+        adapter, facts = shipped, _facts(record, found, chosen.shipped.validation_loss, chosen.shipped.seed)
+        card = facts if merged else model_card(record, found, chosen)
     else:
         found = best_of(record) if trial is None else trial_of(record, trial)
-        adapter, card = adapter_of(record, found), _facts(record, found)
+        adapter, card = adapter_of(record, found), _facts(record, found, found.value, int(record.spec["seed"]))
     as_measured(record, found, adapter)
     from loratune.finetune.export import export_adapter, merge
 
@@ -54,12 +61,13 @@ def _selection(record: StudyRecord) -> "SelectionRecord | None":
     return made if made is not None and made.holds_for(record) else None
 
 
-def _facts(record: StudyRecord, trial: Trial) -> dict[str, Any]:
-    """What the model card says of where the adapter comes from."""
+def _facts(record: StudyRecord, trial: Trial, loss: float | None, seed: int) -> dict[str, Any]:
+    """What the model card says of where the adapter comes from; loss and seed: of the run that made it."""
     facts = {
         "study": record.name,
         "trial": trial.number,
-        "validation loss": trial.value,
+        "seed": seed,
+        "validation loss": loss,
         "validation loss of the base model": record.base_loss,
     }
     if record.default is not None:

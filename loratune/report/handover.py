@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loratune.errors import StorageError, TrainingError
-from loratune.files import write_atomically
+from loratune.files import AnyPath, write_atomically
 from loratune.record import StudyRecord, Trial
 from loratune.report import asked, tables
 from loratune.report.reloading import as_measured
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Check = Callable[[StudyRecord, Trial, Path], None]
 
 
-def hand_over(record: StudyRecord, folder: Path, check: Check | None = as_measured) -> tuple[Path, Path | None]:
+def hand_over(record: StudyRecord, folder: AnyPath, check: Check | None = as_measured) -> tuple[Path, Path | None]:
     """Write `best.yaml` and `adapter/` of the study's chosen trial into `folder`; returns their paths.
 
     An adapter of an earlier call is replaced once the new one is complete. A study that was told to keep
@@ -41,7 +41,7 @@ def hand_over(record: StudyRecord, folder: Path, check: Check | None = as_measur
     """
     from loratune.selection import adapter_folder  # scipy: a second of import
 
-    found, selection = tables.answer(record), _selection(record)
+    folder, found, selection = Path(folder), tables.answer(record), _selection(record)
     if selection is not None:
         found = replace(found, best=selection.trial_of(record))
     if found.best is None:
@@ -77,6 +77,21 @@ def _selection(record: StudyRecord) -> "SelectionRecord | None":
     return made if made is not None and made.holds_for(record) else None
 
 
+def refresh_card(record: StudyRecord) -> Path | None:
+    """Write the card of `adapter/` anew, where that is still the adapter to ship: what was measured since belongs on it."""
+    folder, selection = record.folder, _selection(record)
+    chosen = selection.trial_of(record) if selection is not None else tables.answer(record).best
+    best, card = folder / "best.yaml", folder / "adapter" / "README.md"
+    if chosen is None or not (best.is_file() and card.is_file()):
+        return None
+    told = yaml.safe_load(best.read_text(encoding="utf-8"))
+    handed = (told["trial"], told["chosen"]["run"] if isinstance(told["chosen"], dict) and "run" in told["chosen"] else None)
+    if handed != (chosen.number, selection.shipped.run if selection is not None else None):
+        return None
+    write_atomically(card, model_card(record, chosen, selection))
+    return card
+
+
 def version_of_loratune() -> str:
     try:
         return version("loratune")
@@ -86,6 +101,8 @@ def version_of_loratune() -> str:
 
 def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | None" = None) -> str:
     """The adapter's README.md, with the YAML head that the Hugging Face Hub reads."""
+    from loratune.report.card import scores_section  # scipy: a second of import
+
     found, cost = tables.answer(record), tables.cost(record)
     base, revision = asked.base_model(record), record.spec.get("model", {}).get("revision")
     at = f", revision {_code(revision)}" if revision else ""
@@ -132,8 +149,10 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
         ),
         "## How it was found",
         f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(cost.trials, 'trial')}, "
-        f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. This is trial {best.number}.",
+        f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. "
+        f"This is trial {best.number}{_again(selection)}.",
         f"```\n{asked.command(record)}\n```",
+        *scores_section(record, best, selection),
         *(["## Why this one", _why(selection)] if selection else []),
         "## Limits",
         "- The adapter was chosen by the validation loss shown here, which is therefore slightly flattering. It was measured once.\n"
@@ -166,6 +185,12 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)) and not Path(name).exists()
 
 
+def _again(selection: "SelectionRecord | None") -> str:
+    """That another seed than the study's made the adapter."""
+    shipped = selection.shipped if selection is not None else None
+    return f", trained again with seed {shipped.seed} ({_code(shipped.run)})" if shipped is not None and shipped.run != "main" else ""
+
+
 def _why(selection: "SelectionRecord") -> str:
     return "\n".join(f"- {_text(line)}" for line in selection.explain().splitlines())
 
@@ -196,7 +221,8 @@ def _chosen(selection: "SelectionRecord") -> dict[str, Any]:
     return {
         "rule": selection.rule,
         "seed": selection.shipped.seed,
-        "share_of_resamples": selection.share,
+        "run": selection.shipped.run,
+        "how_sure": selection.sureness,
         "loss_with_fresh_seeds": honest.chosen.value if honest else None,
         "gain_over_default_with_fresh_seeds": honest.gain.value if honest and honest.gain else None,
     }

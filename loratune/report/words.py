@@ -31,6 +31,16 @@ METRICS = {
 }
 
 
+NOTHING = "–"  # what was not measured: None, or NaN
+
+
+def _odd(value: float | None) -> str | None:
+    """How a number that is none is spelt; None for one that is."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    return ("∞" if value > 0 else "−∞") if math.isinf(value) else None
+
+
 def metric(name: str) -> str:
     return METRICS.get(name, name.replace("_", " "))
 
@@ -47,11 +57,13 @@ def in_order(names: set[str]) -> list[str]:
 def show(value: Any) -> str:
     """A hyperparameter or a setting: four significant digits; small ones as 4.794e-4."""
     if value is None:
-        return "–"
+        return NOTHING
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        if math.isfinite(value) and value == round(value) and abs(value) < 1e5:
+        if (odd := _odd(value)) is not None:
+            return odd
+        if value == round(value) and abs(value) < 1e5:
             return str(round(value))
         small = 0 < abs(value) < 1e-3
         mantissa, e, exponent = (f"{value:.3e}" if small else f"{value:.4g}").partition("e")
@@ -67,37 +79,48 @@ def show(value: Any) -> str:
 
 def loss(value: float | None) -> str:
     """A validation loss in nats per response token."""
-    return "–" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+    odd = _odd(value)
+    if value is None or odd is not None:
+        return odd or NOTHING
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def perplexity(loss: float | None) -> str:
     """exp(loss) in words; of a difference of losses, the ratio of the perplexities."""
-    if loss is None or loss >= 20:
-        return "–" if loss is None else f"e^{loss:.1f}"
+    odd = _odd(loss)
+    if loss is None or odd is not None:
+        return odd or NOTHING
+    if loss >= 20:
+        return f"e^{loss:.1f}"
     return f"{math.exp(loss):.{3 if math.exp(loss) < 100 else 1}f}"
 
 
 def signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.4f}".replace("-", "−")
+    odd = _odd(value)
+    if value is None or odd is not None:
+        return odd or NOTHING
+    return f"{value:+.4f}".replace("-", "−")
 
 
 def percent(share: float) -> str:
     """A share without its sign, for a table in %: `45.2`."""
-    return f"{100 * share:.1f}"
+    return _odd(share) or f"{100 * share:.1f}"
 
 
 def points(share: float) -> str:
     """A difference of shares in percentage points: `+1.2`."""
-    return f"{100 * share:+.1f}".replace("-", "−")
+    return _odd(share) or f"{100 * share:+.1f}".replace("-", "−")
 
 
 def measured(value: float) -> str:
     """Three significant digits; `–` for NaN, which was not measured."""
-    return "–" if math.isnan(value) else f"{value:.3g}"
+    return _odd(value) or f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
     """Two units at most: `12 s`, `4 min`, `3 h 20 min`, `11 d 4 h`."""
+    if (odd := _odd(seconds)) is not None:
+        return odd
     if round(seconds) < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -110,6 +133,8 @@ def duration(seconds: float) -> str:
 
 def count(number: float) -> str:
     """`950`, `12.3 k`, `4.56 M`, `1.20 G`."""
+    if (odd := _odd(number)) is not None:
+        return odd
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -9,6 +9,7 @@ Arrays in, decisions out:
     race          their repeats with fresh seeds: the clearly worse drop out; its test is in sequential.py
     bias          what the winner's loss really is
     choose        a rule over criteria, run over resamples
+    sureness      how sure that is: the interval to the next best
     constraints   `adapter_mb <= 50`
     pareto        several objectives: the front, and its hypervolume
 
@@ -29,6 +30,7 @@ from loratune.selection.pareto import hypervolume, non_dominated
 from loratune.selection.race import Drop, Race, Standing
 from loratune.selection.rerun import Note, Ran
 from loratune.selection.selected import Entrant, SelectionRecord, Shipped, read
+from loratune.selection.sureness import Gap
 
 __all__ = [
     "METRICS",
@@ -38,6 +40,7 @@ __all__ = [
     "Drop",
     "Entrant",
     "Finalists",
+    "Gap",
     "Honest",
     "Noise",
     "Note",

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from loratune.errors import SpecError
 from loratune.selection.constraints import Constraint, higher_is_better, known, parse
+from loratune.selection.sureness import Gap, gap, sure
 
 Floats = NDArray[np.float64]
 
@@ -61,7 +62,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The answer. `shares`: of the resamples, by candidate, the winner's first."""
+    """The answer. `shares`: of the resamples, by candidate, the winner's first. `gap`: to the runner-up, else to the next lowest loss."""
 
     winner: str
     share: float
@@ -70,11 +71,11 @@ class Choice:
     shares: dict[str, float]
     why: tuple[str, ...]
     what_would_change: tuple[str, ...]
+    gap: Gap | None = None
 
     def __str__(self) -> str:
-        second = f"; runner-up {self.runner_up} ({self.runner_up_share:.0%})" if self.runner_up else ""
         changes = self.what_would_change or ("none of: another tie width, a criterion or a constraint less",)
-        lines = [f"Ship {self.winner}: picked in {self.share:.0%} of resamples{second}.", *self.why, "What would change it:"]
+        lines = [f"Ship {self.winner}. {sure(self.gap, self.share)}", *self.why, "What would change it:"]
         return "\n".join([*lines, *(f"- {change}" for change in changes)])
 
 
@@ -118,7 +119,19 @@ def choose(
         shares={names[n]: float(counts[n]) for n in order},
         why=tuple(judge.reasons(rule, allowed, winner)),
         what_would_change=tuple(judge.changes(rule, winner, second)),
+        gap=_gap(candidates, winner, second, noise_sd),
     )
+
+
+def _gap(candidates: Sequence[Candidate], winner: int, second: int | None, noise_sd: float | None) -> Gap | None:
+    losses = [dict(enumerate(np.asarray(c.losses, dtype=float).reshape(len(np.asarray(c.losses)), -1).mean(axis=1))) for c in candidates]
+    means = [float(np.mean(list(own.values()))) for own in losses]
+    if second is None:
+        second = min((n for n in range(len(means)) if n != winner), key=means.__getitem__, default=None)
+    if second is None:
+        return None
+    noise = (noise_sd, "as given") if noise_sd is not None else None
+    return gap(candidates[second].name, losses[winner], losses[second], noise)
 
 
 class _Judge:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.errors import SpecError, StorageError, TrainingError
+from loratune.files import AnyPath
 from loratune.record import PAUSED, RUNNING, StudyRecord, Trial, open_record, read
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
@@ -63,7 +64,7 @@ SelectEvent = Event | Planned | Selected
 
 
 def select(
-    folder: Path,
+    folder: AnyPath,
     *,
     most: int = FINALISTS,
     runs: int | None = None,
@@ -307,7 +308,7 @@ class _Selection:
                 f"No downstream score took part: not every candidate has one. `loratune evaluate {self.study.folder}` measures them."
             )
         if shipped.run != AGAIN and any(metric not in METRICS or metric == "score" for metric in rule.metrics):
-            self._tell("The downstream scores are those of the study's own adapter, not of the one that is handed over.")
+            self._tell("The downstream scores that took part are of the study's own runs, not of the adapter that is handed over.")
         return tuple(self.notes)
 
 

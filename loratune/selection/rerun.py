@@ -182,7 +182,9 @@ class Rerun:
         h = trial.hyperparameters
         steps = total_steps(self._examples, h.batch_size, h.epochs)
         seed = fresh_seed(int(self._study.spec["seed"]), run)
-        return Segment(trial=trial.number, run=run, hyperparameters=h, seed=seed, total_steps=steps, stop_step=steps)
+        # Where the best point is kept, a run has the points that the study's own has, or it is another kind of run.
+        points = tuple(p.step for p in trial.curve if 0 < p.step < steps) if self._load().training.keep == "best" else ()
+        return Segment(trial=trial.number, run=run, hyperparameters=h, seed=seed, total_steps=steps, stop_step=steps, validate_at=points)
 
     def _load(self) -> Recipe:
         """The study's recipe, its data there."""

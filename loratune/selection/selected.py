@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratune.errors import StorageError
-from loratune.files import write_atomically
+from loratune.files import AnyPath, write_atomically
 from loratune.record import StudyRecord, Trial
+from loratune.selection.sureness import Gap, gap, sure
 from loratune.statistics import Interval
 from loratune.work import Json
 
@@ -125,8 +126,7 @@ class SelectionRecord(Json):
     def explain(self) -> str:
         """The choice in about ten lines."""
         own = self.entrant(self.chosen)
-        second = f"; runner-up: trial {self.runner_up} ({self.runner_up_share:.0%})" if self.runner_up is not None else ""
-        lines = [f"Ship trial {self.chosen}: picked in {self.share:.0%} of resamples{second}.", *self.why]
+        lines = [f"Ship trial {self.chosen}. {self.sureness}", *self.why]
         if self.chosen != self.lowest:
             lines.append(f"The study's lowest loss was trial {self.lowest}'s.")
         if self.race is not None:
@@ -150,18 +150,44 @@ class SelectionRecord(Json):
         return "\n".join([*lines, *self.notes])
 
     @property
+    def nearest(self) -> Gap | None:
+        """The chosen one against the runner-up, else against the next lowest loss; None when no other has a seed in common with it."""
+        if self.runner_up is not None:
+            return self.gap_to(self.runner_up)
+        gaps = [(entrant.loss, found) for entrant in self.candidates if (found := self.gap_to(entrant.trial)) is not None]
+        return min(gaps, key=lambda pair: pair[0])[1] if gaps else None
+
+    @property
+    def sureness(self) -> str:
+        """How sure the choice is, in a sentence or two, with its interval."""
+        return sure(self.nearest, self.share)
+
+    def gap_to(self, trial: int) -> Gap | None:
+        """How far a candidate's loss is above the chosen one's, paired by the seeds of both; None for itself and without such seeds."""
+        if trial == self.chosen:
+            return None
+        own, other = self._losses(self.chosen), self._losses(trial)
+        return gap(f"trial {trial}", own, other, (self.noise.value, self.noise_source))
+
+    def _losses(self, trial: int) -> dict[int, float]:
+        """Finite losses by the race's repeats, which share their seeds; without a race the study's one."""
+        if self.race is None:
+            return {0: self.entrant(trial).study_loss}
+        return {run.repeat: run.loss for run in self.race.log if run.trial == trial and math.isfinite(run.loss)}
+
+    @property
     def honest_seeds(self) -> int:
         """Seeds with which the chosen one was trained after the choice."""
         return len({run.repeat for run in self.honest.runs}) if self.honest is not None else 0
 
 
-def write(record: SelectionRecord, folder: Path) -> None:
-    write_atomically(folder / NAME, json.dumps(json.loads(record.to_json()), indent=1) + "\n")
+def write(record: SelectionRecord, folder: AnyPath) -> None:
+    write_atomically(Path(folder) / NAME, json.dumps(json.loads(record.to_json()), indent=1) + "\n")
 
 
-def read(folder: Path) -> SelectionRecord | None:
+def read(folder: AnyPath) -> SelectionRecord | None:
     """The study's selection; None when none was made. Raises StorageError for a file that cannot be read."""
-    path = folder / NAME
+    path = Path(folder) / NAME
     if not path.exists():
         return None
     try:

@@ -15,7 +15,7 @@ from loratune.spec.mistakes import FieldPath, MistakesError, not_allowed, shown
 from loratune.spec.sections import Section
 
 Cost = Literal["validation_loss", "tokens", "train_seconds", "adapter_mb", "peak_memory_gib", "inference_cost"]
-Score = Literal["mmlu", "mmlu_loglikelihood", "bbh", "drop", "humaneval", "demo_choice", "demo_match", "demo_code"]
+Score = Literal["mmlu", "mmlu_loglikelihood", "bbh", "drop", "humaneval", "humaneval_fenced", "demo_choice", "demo_match", "demo_code"]
 Metric = Literal[Cost, Score]
 METRICS: dict[str, str] = {
     "validation_loss": "nats per response token",
@@ -27,7 +27,7 @@ METRICS: dict[str, str] = {
     **dict.fromkeys(get_args(Score), "the benchmark's score on the items that guide the search, 0 to 1; more is better"),
 }
 SCORES: tuple[str, ...] = get_args(Score)
-RUN_CODE = ("humaneval", "demo_code")  # scoring them runs programs that the model writes
+RUN_CODE = ("humaneval", "humaneval_fenced", "demo_code")  # scoring them runs programs that the model writes
 KNOWN = ("adapter_mb", "inference_cost")  # follow from the hyperparameters and the model, without training
 GROWING = ("tokens", "train_seconds", "peak_memory_gib")  # once above a bound, more training does not bring them below
 SINGLE_OBJECTIVE = ("nni_tpe", "cmaes")  # samplers

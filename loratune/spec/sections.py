@@ -115,6 +115,10 @@ class Training(Section):
     loraplus_lr_ratio: float = Field(1.0, gt=0, description="LoRA+: learning rate of the B matrices over that of the A's")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between crash checkpoints; null: a tenth of the run")
     validations: int = Field(1, ge=1, description="validations per run, evenly spread, the last at its end: the learning curve")
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="a trial's adapter and loss: last, of the run's end; best, of the lowest of its validations",
+    )
     report_to: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Transformers' trackers: tensorboard, wandb, ...")
     engine: Literal["hf", "packed"] = Field(
         "packed",

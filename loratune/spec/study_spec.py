@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import SpecError
+from loratune.files import AnyPath
 from loratune.masking import masked
 from loratune.spec.limits import Constraint
 from loratune.spec.mistakes import MistakesError, found_in
@@ -87,6 +88,14 @@ class StudySpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_points_to_keep_the_best_of(self) -> Self:
+        paused = self.schedule.name == "halving" and self.schedule.fidelity == "steps"  # each rung is a point of the run
+        if self.training.keep == "best" and self.training.validations == 1 and not paused:
+            what = "got 'best'; with validations: 1 a run has one point, its last; write validations above 1, or keep: last"
+            raise MistakesError(((("training", "keep"), what),))
+        return self
+
+    @model_validator(mode="after")
     def _code_is_allowed(self) -> Self:
         running = [name for name in self.scores if name in RUN_CODE]
         if running and not self.scoring.allow_code_execution:
@@ -102,7 +111,7 @@ class StudySpec(Section):
         return self
 
     @classmethod
-    def load(cls, path: Path | None = None, overrides: Iterable[tuple[str, str]] = (), base: Mapping[str, Any] | None = None) -> Self:
+    def load(cls, path: AnyPath | None = None, overrides: Iterable[tuple[str, str]] = (), base: Mapping[str, Any] | None = None) -> Self:
         """The description in a YAML file, laid over `base`, under flags such as ("training.epochs", "2").
 
         Raises SpecError with every mistake, one line each: field, place, what was given, what is allowed.
@@ -111,7 +120,7 @@ class StudySpec(Section):
         if base is not None:
             written.add_mapping(base)
         if path is not None:
-            written.add_file(path)
+            written.add_file(Path(path))
         for name, text in overrides:
             written.add_flag(name, text)
         if any(not path for path, _ in written.mistakes):  # of a file that says nothing, every field would be missing

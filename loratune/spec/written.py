@@ -1,6 +1,7 @@
 """From what people write (YAML, flags, Python) to one plain dict in canonical names, remembering where each value stood."""
 
 import copy
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ class Written:
             return
         lines = lines or {}
         seen: dict[FieldPath, str] = {}
-        for path, value, written in _fields(given):
+        for path, value, written in _fields(_texts(given)):
             at = tuple(map(str, written))
             if path in seen:
                 names = f"{seen[path]!r} and {dotted(at)!r}"
@@ -178,6 +179,15 @@ class Written:
             self.mistakes.append((path, f"{part!r} is not one of the list's places, 0 to {len(holder)}"))
             return False
         return True
+
+
+def _texts(given: Any, depth: int = 5) -> Any:
+    """The same with every pathlib.Path as text, which is how a description holds it. Paths stand no deeper; a cycle may go on for ever."""
+    if depth and isinstance(given, Mapping):
+        return {key: _texts(value, depth - 1) for key, value in given.items()}
+    if depth and isinstance(given, list):
+        return [_texts(value, depth - 1) for value in given]
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
 def _get(holder: Any, part: str | int) -> Any:

@@ -37,7 +37,8 @@ class Interval:
     def __format__(self, spec: str) -> str:
         """`f"{interval:.3f}"` -> `0.412 [0.398, 0.427]`."""
         if not self.known:
-            return f"{self.value:{spec}} (no interval: {self.why})"
+            value = "unknown" if math.isnan(self.value) else f"{self.value:{spec}}"
+            return f"{value} (no interval{f': {self.why}' if self.why else ''})"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
     def __str__(self) -> str:

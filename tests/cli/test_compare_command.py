@@ -71,7 +71,11 @@ def test_the_selection_s_adapter_goes_first(study: StudyRecord, capsys: pytest.C
     raced = adapter(study.folder / "finalists" / "trials" / "0000" / "race-00" / "adapter")
     found = _tuned(study)
     assert found is not None
-    assert (found.trial.number, found.adapter) == (0, raced)
+    assert (found.trial.number, found.adapter, found.run) == (0, raced, "race-00")
+    told = "tuned is trial 0, which `loratune select` chose, trained with another seed (race-00): the adapter that is handed over\n"
+    assert capsys.readouterr().out == told
+    choose(study, finished=2, run="main")
+    assert _tuned(study) is not None
     assert capsys.readouterr().out == "tuned is trial 0, which `loratune select` chose\n"
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loratune.downstream.humaneval import HumanEval, completion, job
+from loratune.downstream.humaneval import HumanEval, HumanEvalFenced, completion, job
+from loratune.downstream.registry import build
 from loratune.downstream.sandbox import run_all
 from loratune.errors import DataError
 
@@ -65,6 +66,51 @@ def test_decided_at_the_first_blank_line(benchmark: HumanEval) -> None:
     item = benchmark.items()[0]
     assert not benchmark.decided(item, "\n\n    return 1\n")
     assert benchmark.decided(item, "\n\n    return 1\n\n")
+
+
+PLAIN = "    return x"
+FENCED = [
+    "```python\n    return x\n```",
+    "Here it is:\n\n```python\ndef f(x):\n    y = x\n\n    return y\n```\n\nIt returns x.",
+    "```\n    return x",  # cut at the length limit
+    "1. So:\n\n   ```py\n   def f(x):\n       return x\n   ```",
+    "~~~\n    return x\n~~~",
+]
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[HumanEval, HumanEvalFenced]:
+    described = {**PROBLEM, "prompt": 'def f(x):\n    """x itself."""\n'}  # as all of the benchmark are
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps(described))
+    published, fenced = build("humaneval", tmp_path, weaker=True), build("humaneval_fenced", tmp_path, weaker=True)
+    assert isinstance(published, HumanEval)
+    assert isinstance(fenced, HumanEvalFenced)
+    return published, fenced
+
+
+def test_an_answer_within_fences_fails_in_the_protocol_and_passes_without_them(both: tuple[HumanEval, HumanEvalFenced]) -> None:
+    published, fenced = both
+    items = published.items() * len(FENCED)
+    assert [verdict.score for verdict in published.score(items, FENCED)] == [0] * len(FENCED)
+    assert [verdict.score for verdict in fenced.score(items, FENCED)] == [1] * len(FENCED)
+    for benchmark in both:  # what has no fence is cut as ever
+        assert [verdict.score for verdict in benchmark.score(items[:2], [PLAIN, "    y = 2\n\n    return x"])] == [1, 0]
+
+
+def test_the_two_are_never_one_column_and_say_what_they_do(both: tuple[HumanEval, HumanEvalFenced]) -> None:
+    published, fenced = both
+    assert (published.name, fenced.name) == ("humaneval", "humaneval_fenced")
+    assert len({published.version, fenced.version}) == 2
+    assert "``` fences fails" in published.protocol
+    assert fenced.protocol.startswith("Not the published protocol")
+
+
+def test_a_fenced_answer_is_decided_at_the_end_of_its_block(both: tuple[HumanEval, HumanEvalFenced]) -> None:
+    fenced = both[1]
+    item = fenced.items()[0]
+    assert not fenced.decided(item, "So:\n\n```python\n    return x\n\n")
+    assert not fenced.decided(item, "    return x\n\n")
+    assert fenced.decided(item, "So:\n\n```python\n    return x\n```")
 
 
 def test_same_data_packed_or_not_is_the_same_version(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_findings_of_a_clear_case() -> None:
     assert "scores higher than the default: +50.0 points" in said
     assert "lower validation loss goes with a higher B score" in said
     text = "\n".join(lines(results, losses, names, "0000"))
+    assert "anded over" not in text
     assert (
         text.index("best, trial 1") < text.index("default, trial 0") < text.index("base model, untuned") < text.index("mean of the 10 best")
     )

@@ -47,9 +47,11 @@ def test_by_role_number_and_folder(study: StudyRecord, tmp_path: Path) -> None:
 
 
 def test_tuned_is_what_a_selection_chose(study: StudyRecord, tmp_path: Path) -> None:
-    shipped = Tuned(trial=study.trials[0], adapter=adapter(tmp_path / "race-01"))
+    shipped = Tuned(trial=study.trials[0], adapter=adapter(tmp_path / "race-01"), run="race-01")
     tuned = choose("tuned", study, shipped)
-    assert (tuned.label, tuned.name, tuned.adapter) == ("trial 0 (tuned)", "trial-0", str(tmp_path / "race-01"))
+    assert (tuned.label, tuned.name, tuned.adapter) == ("trial 0 (tuned, race-01)", "trial-0-race-01", str(tmp_path / "race-01"))
+    same = choose("tuned", study, Tuned(trial=study.trials[0], adapter=adapter(tmp_path / "main")))
+    assert (same.label, same.name) == ("trial 0 (tuned)", "trial-0")
     assert choose("default", study, shipped).adapter != tuned.adapter, "the other names mean what they meant"
     assert choose("tuned", study).label == "trial 1 (tuned)"
 

@@ -40,6 +40,7 @@ ORDER = [
     "The choice, and how sure it is",
     "Blind preference",
     "All trials",
+    "Not measured",  # the scores of the adapter that is handed over, which another seed made
     "To repeat it",
 ]
 
@@ -72,14 +73,17 @@ def test_the_choice_is_the_selections(whole: StudyRecord, story: Path) -> None:
     assert made.honest.gain is not None
     assert made.race is not None
     gain = made.honest.gain
-    assert f"Ship trial {made.chosen}: the rule picks it in {100 * made.share:.0f} % of resamples." in page.text
+    assert f"Ship trial {made.chosen}. {made.sureness}" in page.text
+    assert "% of resamples" not in page.text
     assert f"{loss(gain.value)} below the default’s (95 % interval {loss(gain.low)} to {loss(gain.high)})" in page.text
     assert page.row("Gain, paired by seed")[0] == f"{signed(gain.value)}{signed(gain.low)} to {signed(gain.high)}"
     runs = [loss(run.loss) for run in made.honest.runs if run.trial == made.chosen]
     assert page.row(f"Chosen, trial {made.chosen}")[1] == ", ".join(runs)
     for entrant in made.candidates:
         cells = next(row for row in page.rows if row[0] == f"trial {entrant.trial}" and len(row) == 8)
-        assert " ".join(cells[2].split()) == f"{loss(entrant.loss)}{len(entrant.losses)} runs"
+        assert " ".join(cells[1].split()) == f"{loss(entrant.loss)}{len(entrant.losses)} runs"
+        gap = made.gap_to(entrant.trial)
+        assert cells[2].strip().startswith(signed(gap.behind.value) if gap else "–")
         assert cells[3] == loss(entrant.study_loss)
     for line in (*made.why, *made.what_would_change, *made.race.explained):
         assert " ".join(line.split()) in page.text
@@ -240,7 +244,9 @@ def test_several_studies_with_and_without_a_selection(whole: StudyRecord, study:
     made = selection.read(whole.folder)
     assert made is not None
     rows = [row for row in page.rows if row[0] in ("whole", "plain") and len(row) == 9]
-    assert [cell.strip() for cell in rows[0][4:6]] == [f"trial {made.chosen}", f"{100 * made.share:.0f} %"]
+    assert made.nearest is not None
+    assert rows[0][4].strip() == f"trial {made.chosen}"
+    assert rows[0][5].strip().startswith(signed(made.nearest.behind.value))
     assert [cell.strip() for cell in rows[1][4:]] == ["–"] * 5
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))

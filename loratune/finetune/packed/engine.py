@@ -272,9 +272,8 @@ class PackedEngine:
         if not self._validate([lane for lane in lanes if lane.segment.stop_step not in lane.run.curve], stop):
             return
         for lane in [lane for lane in lanes if lane in self._lanes]:
-            save = partial(lane.adapter.save, lane.run.folder / "adapter", self.base.model)
             try:
-                if fits(save, self.device):
+                if fits(partial(_settle, lane, self.base.model), self.device):
                     self._leave(lane, State.COMPLETED)
                 else:
                     self._set_aside(lane)
@@ -299,3 +298,9 @@ class PackedEngine:
         self._note_peak([lane])
         name = memory.device_name(self.device)
         self._tell(lane.run.outcome(state, message, peak_memory_bytes=lane.peak, devices=1, device=name, error=kind))
+
+
+def _settle(lane: Lane, model: Any) -> None:
+    """Write the adapter of the point of the curve that is kept."""
+    lane.run.settle()
+    lane.adapter.save(lane.run.folder / "adapter", model)

@@ -127,14 +127,14 @@ def _score_panel(axes: Any, found: Downstream, benchmark: str) -> str:
 
 @matplotlib.rc_context(STYLE)
 def race(evidence: Evidence) -> Plot | None:
-    """The candidates' losses by seed, and how often the rule picks each of them."""
+    """The candidates' losses by seed, and how far each is above the chosen one."""
     selection = evidence.selection
     if selection is None:
         return None
     order = sorted(selection.candidates, key=lambda e: (e.trial != selection.chosen, -e.share, bool(e.out), e.loss))
     shown = order[:ROWS]
     figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(shown)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.6, 1))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     for y, entrant in enumerate(shown):
         color = BEST if entrant.trial == selection.chosen else SOFT if entrant.out else SHADE
         if selection.race is not None:
@@ -142,20 +142,23 @@ def race(evidence: Evidence) -> Plot | None:
             if math.isfinite(entrant.loss):
                 left.plot([entrant.loss] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2, solid_capstyle="butt")
         left.scatter([entrant.study_loss], [y], s=34, facecolors="none", edgecolors=color, linewidths=1, zorder=4)
-        right.barh(y, 100 * entrant.share, color=color, height=0.6)
-        right.text(100 * entrant.share + 2, y, f"{entrant.share:.0%}", va="center", fontsize=8, color=INK)
+        if (gap := selection.gap_to(entrant.trial)) is not None:
+            if gap.behind.known:
+                right.plot([gap.behind.low, gap.behind.high], [y, y], color=color, linewidth=1.4, solid_capstyle="butt")
+            right.plot([gap.behind.value], [y], marker="D", color=color, markersize=4)
     left.set_yticks(range(len(shown)), [f"trial {entrant.trial}" for entrant in shown])
     left.set_ylim(len(shown) - 0.4, -0.6)
     left.grid(axis="y", visible=False)
     left.set_xlabel("validation loss")
     left.margins(x=0.06)
     left.locator_params(axis="x", nbins=5)
-    right.set_xlim(0, 128)
-    right.set_xticks([])
-    right.grid(False)
+    right.axvline(0, color=SOFT, dashes=(4, 3), linewidth=0.9)
+    right.grid(axis="y", visible=False)
+    right.locator_params(axis="x", nbins=3)
+    right.margins(x=0.06)
     right.tick_params(axis="y", length=0)
-    right.spines[["bottom", "left"]].set_visible(False)
-    right.set_title("picked in resamples", fontsize=8, color=SOFT, loc="left")
+    right.spines[["left"]].set_visible(False)
+    right.set_xlabel("loss − the chosen’s")
     hidden = f" {plural(len(order) - len(shown), 'further candidate')} not shown." if len(order) > len(shown) else ""
     raced = (
         "Dots: one fresh seed each; bar: their mean; ring: the loss in the study. " if selection.race else "Ring: the loss in the study. "
@@ -164,20 +167,22 @@ def race(evidence: Evidence) -> Plot | None:
         name="finalists",
         title="Finalists" if selection.race else "Candidates",
         figure=figure,
-        alt=f"A row per candidate: its losses as dots, and a bar for the share of resamples that pick it. {_in_words(shown)}{hidden}",
-        caption=f"{raced}Orange: chosen{'; grey: dropped out' if any(e.out for e in shown) else ''}. "
+        alt=f"A row per candidate: its losses as dots, and how far it is above the chosen one. {_in_words(selection, shown)}{hidden}",
+        caption=f"{raced}Right: loss minus the chosen one’s, paired by seed, with its 95 % interval. "
+        f"Orange: chosen{'; grey: dropped out' if any(e.out for e in shown) else ''}. "
         f"Noise of one run (sd): {selection.noise:.2g}, {selection.noise_source}.{hidden}",
     )
 
 
-def _in_words(entrants: list[Entrant]) -> str:
-    return (
-        "; ".join(
-            f"trial {e.trial}: mean {loss(e.loss)} of {len(e.losses)}, in the study {loss(e.study_loss)}, picked in {e.share:.0%}"
-            for e in entrants
+def _in_words(selection: SelectionRecord, entrants: list[Entrant]) -> str:
+    told = []
+    for entrant in entrants:
+        gap = selection.gap_to(entrant.trial)
+        behind = f", {gap.behind:+.4f} to the chosen one" if gap is not None else ", chosen" if entrant.trial == selection.chosen else ""
+        told.append(
+            f"trial {entrant.trial}: mean {loss(entrant.loss)} of {len(entrant.losses)}, in the study {loss(entrant.study_loss)}{behind}"
         )
-        + "."
-    )
+    return "; ".join(told) + "."
 
 
 @matplotlib.rc_context(STYLE)
@@ -211,5 +216,7 @@ def votes(record: PreferenceRecord) -> Plot | None:
 
 
 def _rate(row: Row) -> str:
+    if not row.tally.total:
+        return f"{row.name}: no votes"
     low, high = row.tally.interval()
     return f"{row.name}: {row.tally.win_rate:.0%}, {low:.0%} to {high:.0%}, of {row.tally.total}"

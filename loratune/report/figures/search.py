@@ -184,6 +184,10 @@ def curves(record: StudyRecord) -> Plot | None:
         shades.append(scale.shade(value(trial)) if trial.number in done else SOFT)
         widths.append(0.9 if trial.number in done else 0.5)
     axes.add_collection(LineCollection(paths, colors=shades, linewidths=widths, alpha=0.75))
+    kept = {t.number: at for t in trials if (at := _kept(t)) is not None}
+    if kept:
+        marks = [scale.shade(value(t)) if t.number in done else SOFT for t in trials if t.number in kept]
+        axes.scatter(*zip(*kept.values(), strict=True), s=22, facecolors="none", edgecolors=marks, linewidths=0.9, zorder=3, label="kept")
     found = answer(record)
     for marked, color, dashes, text in ((found.default, INK, (4, 2.5), "default"), (found.best, BEST, (None, None), "best")):
         if marked and marked.number in lines:
@@ -197,23 +201,29 @@ def curves(record: StudyRecord) -> Plot | None:
     axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
     axes.set_xlabel("training tokens")
     axes.set_ylabel("validation loss")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
     colour_key(axes, scale)
-    caption = f"{plural(len(paths), 'trial')}, coloured by final loss" + (
+    caption = f"{plural(len(paths), 'trial')}, coloured by {'the lowest loss, whose point (ring) is kept' if kept else 'final loss'}" + (
         "; grey: not trained to the end. " if len(done) < len(paths) else ". "
     )
     if base is not None:
         caption += f"All start at the base model's {loss(base)}. "
-    if found.best:
+    if found.best and found.best.number in kept:
+        (tokens, lowest), whole = kept[found.best.number], max(x for x, _ in lines[found.best.number])
+        caption += f"The best trial is kept at {loss(lowest)}, after {count(tokens)} of {count(whole)} tokens."
+    elif found.best:
         caption += f"The best trial ends at {loss(value(found.best))} after {count(max(x for x, _ in lines[found.best.number]))} tokens."
     ends_at = sorted(value(t) for t in ends)
     middle = ends_at[len(ends_at) // 2]
     alt = f"Validation loss over training tokens, {plural(len(paths), 'line')}" + (
         f" that start at {loss(base)}. " if base is not None else ". "
     )
-    alt += f"Those trained to the end finish between {loss(ends_at[0])} and {loss(ends_at[-1])}, the median {loss(middle)}."
+    verb, ends_verb = ("are kept", "is kept at") if kept else ("finish", "ends at")
+    alt += f"Those trained to the end {verb} between {loss(ends_at[0])} and {loss(ends_at[-1])}, the median {loss(middle)}."
     if found.default and found.best and found.default is not found.best:
-        alt += f" The best ends at {loss(value(found.best))}, the dashed default at {loss(value(found.default))}."
+        alt += f" The best {ends_verb} {loss(value(found.best))}, the dashed default at {loss(value(found.default))}."
+    if kept:
+        alt += " A ring on each line marks the point whose adapter is kept, the lowest."
     return Plot(name="learning-curves", title="Learning curves", figure=figure, alt=alt, caption=caption.strip())
 
 
@@ -225,6 +235,12 @@ def _measured(trial: Trial) -> list[tuple[float, float]]:
     """(tokens, validation loss) of the trial's last run, where measured and finite."""
     curve = trial.curve if trial.outcomes else ()
     return [(float(p.tokens), p.validation_loss) for p in curve if p.validation_loss is not None and math.isfinite(p.validation_loss)]
+
+
+def _kept(trial: Trial) -> tuple[float, float] | None:
+    """(tokens, validation loss) of the point whose adapter the trial keeps; None where that is the last by definition."""
+    point = next((p for p in trial.curve if p.step == trial.kept_step), None) if trial.outcomes else None
+    return (float(point.tokens), point.validation_loss) if point is not None and point.validation_loss is not None else None
 
 
 def _from_base(points: list[tuple[float, float]], base: float | None) -> list[tuple[float, float]]:
