@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,9 +59,10 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         _adopt(spec, record)
         session = _Session(record)
         notes: list[str] = []
-        data = prepare_data(spec, notes)
+        data = prepare_data(spec, notes, date=record.date())
         yield from map(Note, [*notes, data.summary()])
         _same_data(record, data)
+        record.prompt(asdict(data.manifest.prompt))
         recipe = replace(spec.recipe(str(data.folder)), slots=record.kept("slots", slots_for(spec, data)))
         record.recipe(recipe)
         scorer = _scorer(spec, record.folder, data, devices)
@@ -103,14 +104,18 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             _tidy(spec, record.folder)
 
 
-def prepare_data(spec: StudySpec, notes: list[str]) -> Prepared:
-    """The study's tokenised, split data, from the cache where it is there. What happened is appended to `notes`."""
+def prepare_data(spec: StudySpec, notes: list[str], date: str = "") -> Prepared:
+    """The study's tokenised, split data, from the cache where it is there. What happened is appended to `notes`.
+
+    date: of the day when the study began, for a chat template that shows one; empty: today.
+    """
     return prepare(
         DataRecipe.from_json(json.dumps(spec.data_recipe_dict())),
         tokenizer=spec.model.name_or_path,
         revision=spec.model.revision,
         trust_remote_code=spec.model.trust_remote_code,
         cache=cache_folder() / "data",
+        date=date,
         report=notes.append,
     )
 
@@ -189,8 +194,9 @@ def _same_data(record: Record, data: Prepared) -> None:
     path = record.folder / "data.txt"
     if path.exists() and path.read_text() != data.folder.name and (record.folder / "trials").exists():
         raise StorageError(
-            f"the data or the tokenizer changed since {record.folder} began: it was {path.read_text()}, it is {data.folder.name}. "
-            "Restore the files, or begin a new study with another --output.folder."
+            f"the data or the tokenizer changed since {record.folder} began, or this version of loratune prepares them otherwise: "
+            f"it was {path.read_text()}, it is {data.folder.name}. Restore the files, or finish the study with the version that began it, "
+            "or begin a new one with another --output.folder."
         )
     write_atomically(path, data.folder.name)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from loratune.errors import ModelError, StorageError
+from loratune.finetune.prompts import alpaca_chat_template, answer_ends, listed
 from loratune.work import ModelRecipe
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,9 +41,11 @@ def export_adapter(adapter: Path, destination: Path, card: Mapping[str, Any] | s
     return _install(fill, destination, mark=_CONFIG)
 
 
-def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[str, Any] | str) -> Path:
+def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[str, Any] | str, *, prompt: str = "chat") -> Path:
     """Write the base model with the adapter added to its weights, W + scale * B A, and its tokenizer; returns `destination`.
 
+    prompt: what the adapter was trained with. After `alpaca` a chat template, where the tokenizer has one, is replaced by one that
+    writes Alpaca's prompt; after `chat` generation stops at what the template ends an answer with.
     Works on CPU in the recipe's dtype (float32 for `auto`), on unquantised weights. Raises as `export_adapter`, and
     ModelError when the base model cannot be loaded or the sum is not finite.
     """
@@ -57,12 +60,22 @@ def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[s
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{adapter} cannot be merged into {recipe.name_or_path}: {error}") from error
 
+    _fit(merged, base.tokenizer, prompt)
+
     def fill(folder: Path) -> None:
         merged.save_pretrained(str(folder))
         base.tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card if isinstance(card, str) else model_card(config, card, merged=True))
 
     return _install(fill, destination, mark="config.json")
+
+
+def _fit(model: Any, tokenizer: Any, prompt: str) -> None:
+    """Make a chat interface show the model what it was trained with, and `generate` stop where it was taught to."""
+    if prompt == "alpaca" and tokenizer.chat_template:
+        tokenizer.chat_template = alpaca_chat_template(tokenizer)
+    elif prompt == "chat" and tokenizer.chat_template and model.generation_config is not None:
+        model.generation_config.eos_token_id = sorted(answer_ends(tokenizer) | listed(model.generation_config.eos_token_id))
 
 
 def model_card(config: Mapping[str, Any], facts: Mapping[str, Any], *, merged: bool = False) -> str:

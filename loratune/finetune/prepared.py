@@ -44,6 +44,7 @@ class SourceCounts(Json):
     validation: int
     repeats: int  # of `train`, those beyond the distinct ones there were
     cut: int  # of the examples drawn, those cut at max_length
+    reasoning_left_out: int = 0  # thinking parts of earlier answers, in the examples drawn, that the chat template does not show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,16 @@ class SetCounts(Json):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptUsed(Json):
+    """The prompt that examples were given: the same for validation, for comparisons and for whoever uses the adapter."""
+
+    kind: str = "alpaca"  # alpaca | chat
+    note: str = "alpaca"  # in words, with the reason
+    date: str = ""  # ISO, that the chat template shows
+    thinking: bool = False  # whether answers have thinking parts
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest(Json):
     """How a prepared folder came to be."""
 
@@ -65,6 +76,7 @@ class Manifest(Json):
     revision: str | None
     pad_token_id: int  # the EOS where the tokenizer has no pad; padding is masked, so its value never matters
     eos_token_id: int
+    prompt: PromptUsed = PromptUsed()
     duplicates: int  # rows whose question stands in an earlier row of any source
     sources: tuple[SourceCounts, ...]
     train: SetCounts
@@ -120,18 +132,21 @@ class Prepared:
     def summary(self) -> str:
         """A few lines for people: sizes, then whatever was merged, cut, left out or repeated."""
         m = self.manifest
-        cut, dropped, bad, over = (sum(getattr(s, name) for s in m.sources) for name in ("cut", "dropped", "bad", "overlapping"))
+        names = ("cut", "dropped", "bad", "overlapping", "reasoning_left_out")
+        cut, dropped, bad, over, left_out = (sum(getattr(s, name) for s in m.sources) for name in names)
         notes = [
             (m.duplicates, f"{m.duplicates:,} duplicates kept on one side of the split"),
             (over, f"{over:,} training rows left out because validation asks the same"),
             (cut, f"{cut:,} cut at {m.recipe.max_length:,} tokens"),
             (dropped, f"{dropped:,} dropped (the prompt alone fills {m.recipe.max_length:,} tokens)"),
             (bad, f"{bad:,} bad rows skipped"),
+            (left_out, f"{left_out:,} thinking parts of earlier answers left out, as the chat template does"),
         ]
         lines = [
             f"{m.train.examples:,} train / {m.validation.examples:,} validation examples; {m.train.tokens:,} / {m.validation.tokens:,} "
             f"tokens, of them {m.train.response_tokens:,} / {m.validation.response_tokens:,} in responses",
             "; ".join(text for count, text in notes if count) or "no duplicates; nothing cut, dropped or skipped",
+            f"prompt: {m.prompt.note}",
         ]
         for s in m.sources:
             if len(m.sources) > 1:

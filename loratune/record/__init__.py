@@ -4,6 +4,7 @@
       spec.yaml            the study as asked for, complete
       recipe.json          what workers need of it (work.Recipe)
       data.txt             the prepared data's name: others cannot continue the study
+      prompt.json          the prompt in use, never `auto`, and the date that its template shows
       slots.txt            trials that one process trains together, chosen when the study began
       workers.txt          processes on a CPU, likewise
       study.db             the Optuna study (unless another storage URL is given)

@@ -57,6 +57,7 @@ class StudyRecord:
     trials: tuple[Trial, ...]
     sessions: tuple[dict[str, Any], ...] = ()
     manifest: dict[str, Any] = field(default_factory=dict)  # of the prepared data: counts, hash
+    prompt: dict[str, Any] = field(default_factory=dict)  # that the examples were given: kind, note, date, thinking
     progress: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -132,8 +133,17 @@ def read(folder: Path) -> StudyRecord:
         trials=tuple(_read_trial(path) for path in sorted((folder / "trials").glob("*/trial.json"))),
         sessions=tuple(json.loads(text_of(path)) for path in sorted((folder / "sessions").glob("*.json"))),
         manifest=json.loads(text_of(manifest)) if manifest.is_file() else {},
+        prompt=_prompt(folder, spec),
         progress=json.loads(text_of(folder / "progress.json")) if (folder / "progress.json").is_file() else {},
     )
+
+
+def _prompt(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """As recorded; of a study older than such records, as its description says."""
+    if (folder / "prompt.json").is_file():
+        return dict(json.loads(text_of(folder / "prompt.json")))
+    kind = spec.get("data", {}).get("prompt", "alpaca")
+    return {"kind": kind, "note": kind, "date": "", "thinking": False}
 
 
 def _read_trial(path: Path) -> Trial:

@@ -63,6 +63,15 @@ class Record:
             write_atomically(path, str(chosen))
         return int(text_of(path))
 
+    def prompt(self, prompt: dict[str, Any]) -> None:
+        """The prompt that the examples were given (`finetune.prepared.PromptUsed`)."""
+        write_atomically(self.folder / "prompt.json", json.dumps(prompt))
+
+    def date(self) -> str:
+        """The date that a chat template shows: of the day when the study began; empty before its first trial."""
+        begun = (self.folder / "trials").exists() and (self.folder / "prompt.json").exists()
+        return str(json.loads(text_of(self.folder / "prompt.json"))["date"]) if begun else ""
+
     def progress(self, progress: dict[str, Any]) -> None:
         write_atomically(self.folder / "progress.json", json.dumps(progress))
 

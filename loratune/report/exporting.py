@@ -35,7 +35,7 @@ def export(folder: Path, destination: Path, *, trial: int | None = None, merged:
     from loratune.finetune.export import export_adapter, merge  # torch
 
     if merged:
-        return merge(ModelRecipe(**record.spec["model"]), adapter, destination, card)
+        return merge(ModelRecipe(**record.spec["model"]), adapter, destination, card, prompt=record.prompt["kind"])
     return export_adapter(adapter, destination, card)
 
 
@@ -44,6 +44,7 @@ def _facts(record: StudyRecord, trial: Trial) -> dict[str, Any]:
     facts = {
         "study": record.name,
         "trial": trial.number,
+        "prompt": record.prompt.get("note"),
         "validation loss": trial.value,
         "validation loss of the base model": record.base_loss,
     }

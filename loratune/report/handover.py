@@ -118,7 +118,11 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
         "## Data",
         _table(
             ("", ""),
-            [(what, _text(told[what])) for what in ("Training data", "Validation data", "Examples", "Training") if told.get(what)],
+            [
+                (what, _text(told[what]))
+                for what in ("Training data", "Validation data", "Examples", "Prompt", "Length", "Training")
+                if told.get(what)
+            ],
         ),
         "## How it was found",
         f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(cost.trials, 'trial')}, "
@@ -156,6 +160,8 @@ def _best(
         "chosen": _chosen(selection) if selection else "the lowest validation loss",
         "hyperparameters": {name: list(value) if isinstance(value, tuple) else value for name, value in hyperparameters.items()},
         "base_model": asked.base_model(record),
+        "prompt": record.prompt.get("kind"),
+        "prompt_date": record.prompt.get("date") or None,
         "adapter": adapter.name if adapter else None,
         "load": "peft.AutoPeftModelForCausalLM.from_pretrained('adapter')" if adapter else None,
         "command": asked.command(record),

@@ -315,7 +315,7 @@ WRONG = {
     "two other ways": ({"validation_count": 3, "validation_fraction": 0.2}, "validation_fraction and validation_count exclude each other"),
     "fraction of 1": ({"validation_fraction": 1.0}, "expected a number between 0 and 1, got 1.0"),
     "fraction in percent": ({"validation_fraction": 20}, "expected a number between 0 and 1, got 20"),
-    "prompt": ({"validation_fraction": 0.2, "prompt": "vicuna"}, "prompt: expected alpaca or chat, got vicuna"),
+    "prompt": ({"validation_fraction": 0.2, "prompt": "vicuna"}, "prompt: expected auto, alpaca or chat, got vicuna"),
     "on_bad_rows": ({"validation_fraction": 0.2, "on_bad_rows": "ignore"}, "on_bad_rows: expected error or skip"),
     "max_length": ({"validation_fraction": 0.2, "max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
     "count": ({"validation_fraction": 0.2, "train_count": 0}, "train_count: expected at least 1, got 0"),
