@@ -38,9 +38,10 @@ def prepare(
 ) -> Prepared:
     """The recipe's examples, split and tokenised, from `cache` if they lie there, else made and put there.
 
-    `tokenizer` is a local folder or hub id. date: ISO, for a chat template that shows one; empty: today.
-    Same file contents, recipe, tokenizer and, where it is shown, date: same folder, only read. The folder is written aside and renamed, so a crash leaves nothing half done and of two
-    processes that prepare at once one result stands.
+    `tokenizer` is a local folder or hub id. date: ISO, for a chat template that shows one; empty: today. Same
+    file contents, recipe, tokenizer and, where it is shown, date: same folder, only read. The folder is written
+    aside and renamed, so a crash leaves nothing half done and of two processes that prepare at once one result
+    stands.
 
     Raises DataError for a recipe or data that cannot be used, ModelError for the tokenizer.
     """

@@ -55,13 +55,13 @@ class Chat(Prompt):
         messages = self._messages(Example(exchanges=(Exchange("Question", "", "Answer"),)))
         asked, whole = self._template.render(messages[:1], ask=True), self._template.render(messages)
         self._header = ""  # what stands before an answer in a template that ignores add_generation_prompt
-        self._opener = ""  # a <think> that the prompt ends with, and the history does not show
         self._empty = ""  # what is written before an answer without thinking part
         self._end: str | None = None  # the token that ends a turn
         if whole.count(ANSWER[0]) != 1 or whole.count(ANSWER[1]) != 1:
             raise ValueError("the answer does not appear in it")
-        if not whole.startswith(asked) and (opens := _OPENS.search(asked)):
-            self._opener, self._empty, asked = opens[0], _CLOSED, asked[: opens.start()]
+        opens = None if whole.startswith(asked) else _OPENS.search(asked)
+        if opens:
+            self._empty, asked = _CLOSED, asked[: opens.start()]
         if not whole.startswith(asked):
             raise ValueError("what it shows before an answer is not the beginning of the whole")
         lead = whole[len(asked) : whole.index(ANSWER[0])]
@@ -74,7 +74,7 @@ class Chat(Prompt):
         if found := re.match(rf"\s*({tokens})", tail):
             self._end = found[1]
         thought = self._messages(Example(exchanges=(Exchange("Question", "", "Answer", reasoning="Thought"),)))
-        self._shows_reasoning = bool(self._opener) or REASONING[0] in self._template.render(thought)
+        self._shows_reasoning = opens is not None or REASONING[0] in self._template.render(thought)
 
     # ---- the conversation, marked ----
 
@@ -135,7 +135,8 @@ class Chat(Prompt):
         for exchange, place, opened, closed in zip(exchanges, places, *marks, strict=True):
             last = place == len(messages) - 1
             asked = self._template.render(messages[:place], tools, ask=True) + self._header
-            opener = self._opener if not whole.startswith(asked) else ""
+            opens = None if whole.startswith(asked) else _OPENS.search(asked)
+            opener = opens[0] if opens else ""  # of a thinking part that this answer is not shown with
             start = len(asked) - len(opener)
             if not whole.startswith(asked.removesuffix(opener)):
                 raise RenderError("what it shows before an answer is not the beginning of the whole. Use prompt: alpaca")
