@@ -116,6 +116,29 @@ def test_white_space_that_control_tokens_swallow(tokenizer, tmp_path):
     )
 
 
+NO_END = {
+    "letters": (
+        tiny_tokenizer.CHATML.replace("<|im_end|>", "<end>"),
+        "[[Hello<end>]]\n<|im_start|>user\nBye<end>\n<|im_start|>assistant\n[[See you<end><eos>]]",
+    ),
+    "nothing": (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        "assistant: [[Hello]]\nuser: Bye\nassistant: [[See you<eos>]]",
+    ),
+    "no generation prompt": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\nA:{% else %} {{ m['content'] }}\n{% endif %}"
+        "{% endfor %}",
+        "Q: Hi\nA:[[ Hello]]\nQ: Bye\nA:[[ See you<eos>]]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "expected"), NO_END.values(), ids=NO_END)
+def test_where_no_token_ends_a_turn_the_last_answer_ends_with_eos(tmp_path, template, expected):
+    loaded = load_tokenizer(str(tiny_tokenizer.build(tmp_path, eos="<eos>", specials=["<eos>"], chat_template=template)))
+    assert encoded(loaded, TURNS).endswith(expected)
+
+
 def test_without_a_template_auto_is_alpaca(tmp_path):
     loaded = load_tokenizer(str(tiny_tokenizer.build(tmp_path)))
     assert choose(loaded, "auto").note == "alpaca, for the tokenizer has no chat template"
@@ -149,6 +172,18 @@ def test_a_thinking_part_is_scored_or_not(tokenizer, name, example):
     prompt = choose(tokenizer(name), "chat", date=DATE)
     made = prompt.encode(example, 1000)
     assert prompt.question("2+2?", thinking=True) == made.input_ids[: made.response_mask.index(True)]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-r1"])
+def test_an_empty_thinking_part_is_scored_where_the_data_have_one(tokenizer, name):
+    without = dataclasses.replace(INLINE, exchanges=(Exchange("2+2?", "", "Four."),))
+    empty = dataclasses.replace(INLINE, exchanges=(Exchange("2+2?", "", "<think>\n\n</think>\n\nFour."),))
+    loaded = tokenizer(name)
+    end = loaded.eos_token
+    assert encoded(loaded, without).endswith(f"<think>\n\n</think>\n\n[[Four.{end}]]")
+    begun = "<think>\n[[" if name == "deepseek-r1" else "[[<think>\n"
+    assert encoded(loaded, empty).endswith(f"{begun}\n</think>\n\nFour.{end}]]")
+    assert encoded(loaded, empty, score_reasoning=False) == encoded(loaded, without)
 
 
 @pytest.mark.parametrize("name", ["chatml", "smollm3"])
@@ -241,6 +276,17 @@ def test_control_tokens_in_the_data_are_text(tokenizer, name):
     assert shown(made, loaded).replace("[[", "").replace("]]", "") == expected.replace("[[", "").replace("]]", "")
     single = prompt.encode(Example(exchanges=example.exchanges[:1]), 5000)
     assert prompt.question(told) == single.input_ids[: single.response_mask.index(True)]
+
+
+def test_added_tokens_that_are_not_special_are_words(tmp_path):
+    """<tool_call> in an answer is what a model writes."""
+    folder = tiny_tokenizer.build(
+        tmp_path, chat_template=tiny_tokenizer.CHATML + "{# <tool_call> #}", added=["<tool_call>", "</tool_call>"]
+    )
+    loaded = load_tokenizer(str(folder))
+    example = Example(exchanges=(Exchange("Add.", "", "<tool_call>{}</tool_call>"),))
+    made = choose(loaded, "chat").encode(example, 100)
+    assert [made.input_ids.count(loaded.convert_tokens_to_ids(tag)) for tag in ("<tool_call>", "</tool_call>")] == [1, 1]
 
 
 # ---- the date ----

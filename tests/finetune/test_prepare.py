@@ -47,6 +47,28 @@ def simple(tmp_path, **options):
     return DataRecipe(**recipe)
 
 
+# ---- rows that a prompt cannot show ----
+
+
+def test_rows_that_a_chat_template_refuses(tmp_path):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    chat = str(tiny_tokenizer.build(tmp_path / "chat", chat_template=refuses + tiny_tokenizer.CHATML))
+    rows = [{"instruction": q, "output": "yes", "system": "S" if q in ("a3", "a7") else ""} for q in questions("a", 20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    told = "a.jsonl, line 4: the chat template cannot show this conversation: System role not supported"
+    with pytest.raises(DataError, match=rf"{told}\. Mend the row, or leave such rows out with on_bad_rows: skip"):
+        prepare(recipe, tokenizer=chat, cache=tmp_path / "cache")
+    prepared = prepare(dataclasses.replace(recipe, on_bad_rows="skip"), tokenizer=chat, cache=tmp_path / "cache")
+    (counts,) = prepared.manifest.sources
+    assert (counts.rows, counts.bad, counts.train + counts.validation) == (20, 2, 18)
+    assert "2 bad rows skipped" in prepared.summary()
+    assert told in prepared.summary()
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row | {"system": "S"}) for row in rows))
+    with pytest.raises(DataError, match=r"a.jsonl: no usable row among 20\. The last: .*line 20: .*System role not supported"):
+        prepare(dataclasses.replace(recipe, on_bad_rows="skip"), tokenizer=chat, cache=tmp_path / "cache")
+
+
 # ---- what is made ----
 
 

@@ -57,6 +57,7 @@ class Chat(Prompt):
         self._header = ""  # what stands before an answer in a template that ignores add_generation_prompt
         self._empty = ""  # what is written before an answer without thinking part
         self._end: str | None = None  # the token that ends a turn
+        self._end_text = ""  # letters that do, where no token does; they cannot stop a model
         if whole.count(ANSWER[0]) != 1 or whole.count(ANSWER[1]) != 1:
             raise ValueError("the answer does not appear in it")
         opens = None if whole.startswith(asked) else _OPENS.search(asked)
@@ -73,6 +74,8 @@ class Chat(Prompt):
         tokens = "|".join(map(re.escape, self._template.added)) or "(?!)"
         if found := re.match(rf"\s*({tokens})", tail):
             self._end = found[1]
+        elif not asked.endswith(tail):  # else it is the beginning of the next answer
+            self._end_text = tail.strip()
         thought = self._messages(Example(exchanges=(Exchange("Question", "", "Answer", reasoning="Thought"),)))
         self._shows_reasoning = opens is not None or REASONING[0] in self._template.render(thought)
 
@@ -114,7 +117,8 @@ class Chat(Prompt):
             whole = self._template.render(messages, tools)
             if tools and whole == self._template.render(messages):
                 raise RenderError("it shows no tools, and the row has some")
-            chunks, left_out = self._chunks(exchanges, messages, tools, whole)
+            written = [thinking_part(exchange.response) is not None for exchange in example.exchanges]
+            chunks, left_out = self._chunks(exchanges, written, messages, tools, whole)
         except RenderError as error:
             raise UnfitError(example, f"the chat template cannot show this conversation: {error}") from error.__cause__
         ids, mask = join(chunks, self._template.ids)
@@ -123,16 +127,19 @@ class Chat(Prompt):
         return ids, mask, left_out
 
     def _chunks(
-        self, exchanges: Sequence[Exchange], messages: Sequence[dict[str, str]], tools: Any, whole: str
+        self, exchanges: Sequence[Exchange], written: Sequence[bool], messages: Sequence[dict[str, str]], tools: Any, whole: str
     ) -> tuple[list[tuple[str, bool]], int]:
-        """(pieces of the conversation up to the end of its last answer, each with whether it is scored; thinking parts left out)."""
+        """(pieces of the conversation up to the end of its last answer, each with whether it is scored; thinking parts left out).
+
+        written: whether an answer's text has a thinking part of its own, be it an empty one.
+        """
         marks = [[found.start() for found in re.finditer(mark, whole)] for mark in ANSWER]
         if any(len(places) != len(exchanges) for places in marks):
             raise RenderError("an answer does not appear in it as written. Use prompt: alpaca")
         chunks: list[tuple[str, bool]] = []
         done = left_out = 0
         places = (place for place, message in enumerate(messages) if message["role"] == "assistant")
-        for exchange, place, opened, closed in zip(exchanges, places, *marks, strict=True):
+        for exchange, own, place, opened, closed in zip(exchanges, written, places, *marks, strict=True):
             last = place == len(messages) - 1
             asked = self._template.render(messages[:place], tools, ask=True) + self._header
             opens = None if whole.startswith(asked) else _OPENS.search(asked)
@@ -144,26 +151,25 @@ class Chat(Prompt):
             lead = whole[start:opened]
             if opener and last:  # at inference the answer stands behind the thinking part, though the history does not show one
                 part = exchange.reasoning and self._template.as_text(exchange.reasoning) + _CLOSED
-                chunks += [(opener, False), (part or self._empty, bool(part) and exchange.scored and self.score_reasoning)]
+                thinks = (bool(part) or own) and exchange.scored and self.score_reasoning
+                chunks += [(opener, False), (part or self._empty, thinks)]
             elif exchange.reasoning and REASONING[0] not in lead:
                 if last:
                     raise RenderError("it does not show the thinking part of an answer (reasoning_content)")
                 left_out += 1
             after = start
-            if _EMPTY.fullmatch(lead) or (REASONING[0] in lead and not self.score_reasoning):
+            if (_EMPTY.fullmatch(lead) and not (own and self.score_reasoning)) or (REASONING[0] in lead and not self.score_reasoning):
                 after = opened
             if REASONING[1] in whole[opened:closed] and not self.score_reasoning:  # a thinking part inside the answer
                 after = whole.index(REASONING[1], opened)
-            done = self._turn_end(whole, closed, last=last)
+            done = self._turn_end(whole, closed)
             chunks += [(whole[start:after], False), (whole[after:done], exchange.scored)]
         return chunks, left_out
 
-    def _turn_end(self, whole: str, closed: int, *, last: bool) -> int:
+    def _turn_end(self, whole: str, closed: int) -> int:
         """Where what a model writes ends, behind an answer whose mark stands at `closed`."""
-        if self._end is not None:
-            found = re.compile(rf"\s*{re.escape(self._end)}").match(whole, closed + 1)
-            return found.end() if found else closed + 1
-        return len(whole.rstrip()) if last else closed + 1
+        found = re.compile(rf"\s*{re.escape(self._end or self._end_text)}").match(whole, closed + 1)
+        return found.end() if found and (self._end or self._end_text) else closed + 1
 
 
 def _marked(text: str, marks: str) -> str:

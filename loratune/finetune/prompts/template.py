@@ -32,7 +32,8 @@ class Template:
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         #: All tokens that are taken out of a text before it is tokenised, longest first.
         self.added = sorted(added, key=len, reverse=True)
-        control = [token for token in self.added if added[token] or (token in source and not token.isalnum())]
+        # Added tokens that are not special (<tool_call>, Qwen's <think>) are words, which the data may use.
+        control = [token for token in self.added if added[token]]
         self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
         self._line_feed = self._plain("\n")
 
@@ -78,13 +79,7 @@ class Template:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _letters(self, text: str) -> list[int]:
-        """Ids of a text in which no added token is looked for. `split_special_tokens` leaves those that are not special."""
-        rust = getattr(self.tokenizer, "backend_tokenizer", None)
-        if rust is None:
-            return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        text = rust.normalizer.normalize_str(text) if rust.normalizer else text
-        pieces = [piece for piece, _ in rust.pre_tokenizer.pre_tokenize_str(text)] if rust.pre_tokenizer else [text]
-        return [token.id for piece in pieces for token in rust.model.tokenize(piece)]
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def _calendar(date: str) -> str:
