@@ -103,6 +103,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_study_keeps_its_prompt_and_its_date(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, "2026-03-01")
     said = notes(described(home, DATED))
