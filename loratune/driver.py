@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,9 +66,10 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         session = _Session(record)
         unused = unused_gpu(spec.executor.device, devices)
         notes = [unused] if unused else []
-        data = prepare_data(spec, notes)
+        data = prepare_data(spec, notes, date=record.date())
         yield from map(Note, [*notes, data.summary()])
         _same_data(record, data)
+        record.prompt(asdict(data.manifest.prompt))
         yield from map(Note, _known_beforehand(spec, record, data))
         recipe = replace(spec.recipe(str(data.folder)), slots=record.kept("slots", slots_for(spec, data)))
         record.recipe(recipe)
@@ -112,9 +113,10 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             _tidy(spec, record.folder)
 
 
-def prepare_data(spec: StudySpec, notes: list[str]) -> Prepared:
+def prepare_data(spec: StudySpec, notes: list[str], date: str = "") -> Prepared:
     """The study's tokenised, split data, from the cache where it is there. What happened is appended to `notes`.
 
+    date: of the day when the study began, for a chat template that shows one; empty: today.
     Raises DataError; ModelError for the tokenizer, and for a base model that has an adapter beside it.
     """
     hub.refuse_adapter(spec.model.name_or_path, spec.model.revision)
@@ -124,6 +126,7 @@ def prepare_data(spec: StudySpec, notes: list[str]) -> Prepared:
         revision=spec.model.revision,
         trust_remote_code=spec.model.trust_remote_code,
         cache=cache_folder() / "data",
+        date=date,
         report=notes.append,
     )
 
@@ -238,8 +241,9 @@ def _same_data(record: Record, data: Prepared) -> None:
     began = text_of(path) if path.exists() else data.folder.name
     if began != data.folder.name and (record.folder / "trials").exists():
         raise StorageError(
-            f"the data or the tokenizer changed since {record.folder} began: {path} says {began!r}, it is {data.folder.name}. "
-            "Restore the files, or begin a new study with another --output.folder."
+            f"the data or the tokenizer changed since {record.folder} began, or this version of loratune prepares them otherwise: "
+            f"{path} says {began!r}, it is {data.folder.name}. Restore the files, or finish the study with the version that began it, "
+            "or begin a new one with another --output.folder."
         )
     write_atomically(path, data.folder.name)
 

@@ -184,7 +184,7 @@ def _validation(record: StudyRecord) -> Path:
     """The study's prepared data; prepared anew when the cache was emptied."""
     folder = Path(json.loads(text_of(record.folder / "recipe.json"))["data"])
     if not (folder / "manifest.json").is_file():
-        folder = driver.prepare_data(StudySpec.load(record.folder / "spec.yaml"), []).folder
+        folder = driver.prepare_data(StudySpec.load(record.folder / "spec.yaml"), [], date=record.prompt.get("date", "")).folder
     return folder
 
 

@@ -4,6 +4,7 @@ Answers are generated once and kept; then a page opens in the browser, and every
 with Ctrl-C and go on later with the same command. A language model can judge too, apart from people (--judge)."""
 
 import argparse
+import datetime
 import os
 import re
 import secrets
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     answers = parser.add_argument_group("answers")
     answers.add_argument("--model", metavar="NAME", help="base model, when there is no study to say it")
-    answers.add_argument("--prompt", choices=("alpaca", "chat"), help="default: the study's own form, else alpaca")
+    answers.add_argument("--prompt", choices=("auto", "alpaca", "chat"), help="default: the study's own, else auto, by the tokenizer")
     answers.add_argument("--max-new-tokens", metavar="N", type=_positive, default=512, help="length limit of an answer (default: 512)")
     answers.add_argument("--temperature", metavar="T", type=_temperature, default=0.0, help="default: 0, the likeliest token each time")
     answers.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="questions at a time (default: 8)")
@@ -78,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     folder = args.out or _default_folder(comparison, study)
     page = None if args.no_page else _open_port(args)  # a mistake in it is told before minutes of generation
     try:
-        settle(comparison, folder)
+        comparison = settle(comparison, folder)
         write_answers(comparison, folder, device=args.device)
         if args.judge:
             _judge(args, folder)
@@ -112,11 +113,14 @@ def _comparison(args: argparse.Namespace, study: "StudyRecord | None") -> "Compa
     model = ModelRecipe(**study.spec["model"]) if study is not None else base_of(first, second) if not args.model else None
     if args.model or model is None:
         model = ModelRecipe(name_or_path=args.model)
+    used = study.prompt if study is not None else {}
     return Comparison(
         first=first,
         second=second,
         model=model,
-        prompt=args.prompt or (study.spec["data"].get("prompt", "alpaca") if study is not None else "alpaca"),
+        prompt=args.prompt or used.get("kind", "auto"),
+        date=used.get("date") or datetime.date.today().isoformat(),
+        thinking=used.get("thinking", False),
         questions=_questions(args.questions, model),
         generation=Generation(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, batch_size=args.batch_size),
     )

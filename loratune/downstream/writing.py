@@ -21,6 +21,7 @@ from loratune.downstream.base import Benchmark
 from loratune.downstream.forward import SPARE, Forward, Layers, joined, layers_of
 from loratune.downstream.rows import Row
 from loratune.errors import ModelError
+from loratune.finetune.prompts import answer_ends, listed
 
 _ROWS = 512  # decoded together, all adapters
 _WORK = {"cpu": 2.5e11, "cuda": 1e15}  # parameters x tokens that a crash may cost
@@ -97,8 +98,7 @@ class Writer:
         self.forward, self.benchmark, self.blocks, self.memory = forward, benchmark, blocks, memory
         self.seed, self.interrupted, self.most = seed, interrupted, most
         base = forward.base
-        ends = getattr(base.model.generation_config, "eos_token_id", None)
-        self._ends = {*(ends if isinstance(ends, list) else [ends]), base.tokenizer.eos_token_id} - {None}
+        self._ends = answer_ends(base.tokenizer) | listed(getattr(base.model.generation_config, "eos_token_id", None))
         self._parameters = sum(p.numel() for p in base.model.parameters())
         self._uniform = functools.lru_cache(maxsize=None)(self._drawn)
         self._waiting: list[list[Lane]] = []  # of rows that some adapter still writes on

@@ -47,7 +47,8 @@ class DataRecipe(Json):
     validation_fraction: float | None = None  # in (0, 1)
     train_count: int | None = None  # examples, over all sources
     validation_count: int | None = None  # examples, over all sources
-    prompt: str = "alpaca"  # alpaca | chat, see prompts.py
+    prompt: str = "auto"  # auto | alpaca | chat, see prompts/; auto: the tokenizer's chat template where it has one, else alpaca
+    score_reasoning: bool = True  # whether an answer's thinking part counts in the loss
     max_length: int = 512  # tokens per example, prompt and response
     on_bad_rows: str = "error"  # error | skip
     seed: int = 0  # of the split and of the draws, not of training

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import ModelError, StorageError
+from loratune.finetune.prompts import alpaca_chat_template, answer_ends, listed
 from loratune.work import ModelRecipe
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,9 +41,19 @@ def export_adapter(adapter: Path, destination: Path, card: Mapping[str, Any] | s
     return _install(fill, destination, mark=_CONFIG)
 
 
-def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[str, Any] | str, *, data: Path | None = None) -> Path:
+def merge(
+    recipe: ModelRecipe,
+    adapter: Path,
+    destination: Path,
+    card: Mapping[str, Any] | str,
+    *,
+    data: Path | None = None,
+    prompt: str = "chat",
+) -> Path:
     """Write the base model with the adapter added to its weights, W + scale * B A, and its tokenizer; returns `destination`.
 
+    prompt: what the adapter was trained with. After `alpaca` a chat template, where the tokenizer has one, is replaced by one that
+    writes Alpaca's prompt; after `chat` generation stops at what the template ends an answer with.
     Works on CPU in the recipe's dtype (float32 for `auto`), on unquantised weights. The folder is loaded by plain Transformers and
     its loss compared with the adapter's on some examples of `data`, the study's prepared data, before it stands at `destination`.
     Raises as `export_adapter`, and ModelError when the base model cannot be loaded, the sum is not finite, or the loss is another.
@@ -62,6 +73,7 @@ def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[s
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{adapter} cannot be merged into {recipe.name_or_path}: {error}") from error
     exact = merged.dtype in (torch.float32, torch.float64)
+    _fit(merged, base.tokenizer, prompt)
     tokenizer, held = base.tokenizer, [merged]
     del base, merged
 
@@ -75,6 +87,14 @@ def merge(recipe: ModelRecipe, adapter: Path, destination: Path, card: Mapping[s
         reloaded.compare(destination, found, "plain Transformers, merged", expected, "the adapter on its base model", exact=exact)
 
     return _install(fill, destination, mark="config.json")
+
+
+def _fit(model: Any, tokenizer: Any, prompt: str) -> None:
+    """Make a chat interface show the model what it was trained with, and `generate` stop where it was taught to."""
+    if prompt == "alpaca" and tokenizer.chat_template:
+        tokenizer.chat_template = alpaca_chat_template(tokenizer)
+    elif prompt == "chat" and tokenizer.chat_template and model.generation_config is not None:
+        model.generation_config.eos_token_id = sorted(answer_ends(tokenizer) | listed(model.generation_config.eos_token_id))
 
 
 def model_card(

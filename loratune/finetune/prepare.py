@@ -1,6 +1,7 @@
 """From a `DataRecipe` to a prepared folder: read, tokenise, split, draw, write; once, then only read."""
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import tempfile
@@ -15,8 +16,8 @@ from loratune.errors import DataError, ModelError, StorageError
 from loratune.finetune import hub, records, split
 from loratune.finetune.compared import compare, linked
 from loratune.finetune.data import BadRow, DataRecipe, Source, fields_of, read
-from loratune.finetune.prepared import Manifest, Prepared, SetCounts, SourceCounts, Tokens, discard, pack, write
-from loratune.finetune.prompts import PROMPTS, check_tokenizer, encode
+from loratune.finetune.prepared import Manifest, Prepared, PromptUsed, SetCounts, SourceCounts, Tokens, discard, pack, write
+from loratune.finetune.prompts import KINDS, Prompt, UnfitError, choose, has_reasoning
 
 __all__ = ["Prepared", "Tokens", "check", "load_tokenizer", "prepare"]
 
@@ -33,18 +34,22 @@ def prepare(
     revision: str | None = None,
     trust_remote_code: bool = False,
     cache: Path,
+    date: str = "",
     report: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
     """The recipe's examples, split and tokenised, from `cache` if they lie there, else made and put there.
 
-    `tokenizer` is a local folder or hub id. Same file contents, recipe and tokenizer: same folder, only
-    read. The folder is written aside and renamed, so a crash leaves nothing half done and of two
-    processes that prepare at once one result stands.
+    `tokenizer` is a local folder or hub id. date: ISO, for a chat template that shows one; empty: today. Same
+    file contents, recipe, tokenizer and, where it is shown, date: same folder, only read. The folder is written
+    aside and renamed, so a crash leaves nothing half done and of two processes that prepare at once one result
+    stands.
 
     Raises DataError for a recipe or data that cannot be used, ModelError for the tokenizer.
     """
     check(recipe)
-    name = _content_hash(recipe, tokenizer, revision, trust_remote_code)
+    files, dated = _tokenizer_fingerprint(tokenizer, revision, trust_remote_code)
+    date = (date or datetime.date.today().isoformat()) if dated and recipe.prompt != "alpaca" else ""
+    name = _content_hash(recipe, files, date)
     folder = Path(cache) / name
     if folder.exists():
         try:
@@ -53,8 +58,8 @@ def prepare(
             report(f"{folder} is damaged; preparing the data again")
             discard(folder)
     loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
-    check_tokenizer(loaded, recipe.prompt)
-    train, held_out = ([_tokenise(s, role, recipe, loaded, report) for s in ss] for role, ss in _roles(recipe))
+    prompt = choose(loaded, recipe.prompt, date=date, score_reasoning=recipe.score_reasoning)
+    train, held_out = ([_tokenise(s, role, recipe, prompt, report) for s in ss] for role, ss in _roles(recipe))
     notes: list[str] = []
     if held_out:
         _use_validation_sources(recipe, train, held_out)
@@ -76,6 +81,7 @@ def prepare(
         revision=revision,
         pad_token_id=loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id,
         eos_token_id=loaded.eos_token_id,
+        prompt=PromptUsed(kind=prompt.kind, note=prompt.note, date=prompt.date, thinking=any(r.thinking for r in everything)),
         duplicates=sum(r.duplicates for r in everything),
         shared=common.shared,
         near_duplicates=common.near,
@@ -127,8 +133,8 @@ def check(recipe: DataRecipe) -> None:
         wrong.append("validation_count of a training source and validation sources exclude each other; keep one.")
     if recipe.validation_fraction is not None and not 0 < recipe.validation_fraction < 1:
         wrong.append(f"validation_fraction: expected a number between 0 and 1, got {recipe.validation_fraction}.")
-    if recipe.prompt not in PROMPTS:
-        wrong.append(f"prompt: expected {' or '.join(PROMPTS)}, got {recipe.prompt}.")
+    if recipe.prompt not in KINDS:
+        wrong.append(f"prompt: expected {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {recipe.prompt}.")
     if recipe.on_bad_rows not in ("error", "skip"):
         wrong.append(f"on_bad_rows: expected error or skip, got {recipe.on_bad_rows}.")
     if recipe.max_length < 2:
@@ -153,7 +159,7 @@ def check(recipe: DataRecipe) -> None:
 
 @dataclass(kw_only=True)
 class _Rows:
-    """One source's usable examples. `questions`, `texts`, `encoded` and `truncated` run in parallel."""
+    """One source's usable examples. `questions`, `texts`, `encoded`, `truncated` and `left_out` run in parallel."""
 
     source: Source
     role: str  # train | validation
@@ -164,6 +170,8 @@ class _Rows:
     texts: list[str] = field(default_factory=list)  # split.identity
     encoded: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (ids, response_mask)
     truncated: list[bool] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)  # thinking parts that the template does not show
+    thinking: bool = False  # whether any answer has a thinking part
     dropped: int = 0
     overlapping: int = 0
     duplicates: int = 0
@@ -186,6 +194,7 @@ class _Rows:
             repeats=len(self.train) - len(set(self.train)),
             cut=sum(self.truncated[i] for i in (*self.train, *self.validation)),
             **self.fields,
+            reasoning_left_out=sum(self.left_out[i] for i in (*self.train, *self.validation)),
         )
 
 
@@ -193,14 +202,20 @@ def _roles(recipe: DataRecipe) -> tuple[tuple[str, tuple[Source, ...]], ...]:
     return ("train", recipe.train), ("validation", recipe.validation)
 
 
-def _tokenise(source: Source, role: str, recipe: DataRecipe, tokenizer: Any, report: Callable[[str], None]) -> _Rows:
+def _tokenise(source: Source, role: str, recipe: DataRecipe, prompt: Prompt, report: Callable[[str], None]) -> _Rows:
     report(f"reading {source.path}")
     examples, bad = read(source, recipe.on_bad_rows)
     rows = _Rows(source=source, role=role, rows=len(examples) + len(bad), bad=bad, fields=fields_of(examples))
     for number, example in enumerate(examples):
         if number and number % 10_000 == 0:
             report(f"tokenised {number:,} of {len(examples):,} rows of {source.path}")
-        encoded = encode(example, tokenizer, prompt=recipe.prompt, max_length=recipe.max_length)
+        try:
+            encoded = prompt.encode(example, recipe.max_length)
+        except UnfitError as error:
+            rows.bad.append(BadRow(example.source, example.place, error.problem))
+            if recipe.on_bad_rows != "skip":
+                raise DataError(f"{rows.bad[-1]}. Mend the row, or leave such rows out with on_bad_rows: skip.") from error
+            continue
         if encoded is None:
             rows.dropped += 1
             continue
@@ -208,6 +223,10 @@ def _tokenise(source: Source, role: str, recipe: DataRecipe, tokenizer: Any, rep
         rows.texts.append(split.identity(example))
         rows.encoded.append((np.array(encoded.input_ids, dtype=np.int32), np.array(encoded.response_mask)))
         rows.truncated.append(encoded.truncated)
+        rows.left_out.append(encoded.reasoning_left_out)
+        rows.thinking = rows.thinking or has_reasoning(example)
+    if not rows.encoded and not rows.dropped:
+        raise DataError(f"{source.path}: no usable row among {len(rows.bad)}. The last: {rows.bad[-1]}.")
     if not rows.encoded:
         raise DataError(f"{source.path}: every prompt alone fills max_length = {recipe.max_length} tokens. Raise max_length.")
     return rows
@@ -301,18 +320,19 @@ def _weights(rows: Sequence[_Rows]) -> list[float] | None:
 # ---- the cache's name ----
 
 
-def _content_hash(recipe: DataRecipe, tokenizer: str, revision: str | None, trust_remote_code: bool) -> str:
+def _content_hash(recipe: DataRecipe, tokenizer_files: list[tuple[str, str]], date: str) -> str:
     parts = [
         _FORMAT,
         dataclasses.asdict(recipe),
         [records.fingerprint(s.path, s.split) for s in (*recipe.train, *recipe.validation)],
-        _tokenizer_fingerprint(tokenizer, revision, trust_remote_code),
+        tokenizer_files,
+        date,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> list[tuple[str, str]]:
-    """Names and digests of a tokenizer's files; those of a hub tokenizer as it would be saved."""
+def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> tuple[list[tuple[str, str]], bool]:
+    """(names and digests of a tokenizer's files, those of a hub tokenizer as it would be saved; whether they ask for the date)."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")):
@@ -324,4 +344,6 @@ def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: b
     files = sorted({file for some in found.values() for file in some})
     if not found[_TOKENIZER_FILES]:
         raise ModelError(f"{name}: the folder holds no tokenizer files (tokenizer.json, tokenizer_config.json, ...).")
-    return [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    contents = {file.name: file.read_bytes() for file in files}
+    dated = any(b"strftime_now" in content for content in contents.values())
+    return [(file, hashlib.sha256(content).hexdigest()) for file, content in contents.items()], dated

@@ -44,6 +44,7 @@ class SourceCounts(Json):
     validation: int
     repeats: int  # of `train`, those beyond the distinct ones there were
     cut: int  # of the examples drawn, those cut at max_length
+    reasoning_left_out: int = 0  # thinking parts of earlier answers, in the examples drawn, that the chat template does not show
     history: int = 0  # usable rows whose field `history` was read
     unscored: int = 0  # answers in usable rows that are context only
     reasoning: int = 0  # answers in usable rows that have a reasoning part
@@ -75,6 +76,16 @@ class SetCounts(Json):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptUsed(Json):
+    """The prompt that examples were given: the same for validation, for comparisons and for whoever uses the adapter."""
+
+    kind: str = "alpaca"  # alpaca | chat
+    note: str = "alpaca"  # in words, with the reason
+    date: str = ""  # ISO, that the chat template shows
+    thinking: bool = False  # whether answers have thinking parts
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest(Json):
     """How a prepared folder came to be."""
 
@@ -84,6 +95,7 @@ class Manifest(Json):
     revision: str | None
     pad_token_id: int  # the EOS where the tokenizer has no pad; padding is masked, so its value never matters
     eos_token_id: int
+    prompt: PromptUsed = PromptUsed()
     duplicates: int  # the sum of the sources'
     sources: tuple[SourceCounts, ...]
     train: SetCounts
@@ -142,7 +154,8 @@ class Prepared:
     def summary(self) -> str:
         """A few lines for people: sizes, then whatever was merged, cut, left out or repeated."""
         m = self.manifest
-        cut, dropped, bad, over = (sum(getattr(s, name) for s in m.sources) for name in ("cut", "dropped", "bad", "overlapping"))
+        names = ("cut", "dropped", "bad", "overlapping", "reasoning_left_out")
+        cut, dropped, bad, over, left_out = (sum(getattr(s, name) for s in m.sources) for name in names)
         notes = [
             (m.duplicates, f"{m.duplicates:,} duplicates kept on one side of the split"),
             (over, f"{over:,} training rows left out because validation asks the same"),
@@ -151,12 +164,14 @@ class Prepared:
             (bad, f"{bad:,} bad rows skipped"),
             (m.shared, f"{m.shared:,} validation examples ask something that training asks too"),
             (m.near_duplicates, f"{m.near_duplicates:,} validation examples ask nearly what training asks"),
+            (left_out, f"{left_out:,} thinking parts of earlier answers left out, as the chat template does"),
         ]
         lines = [
             f"{m.train.examples:,} train / {m.validation.examples:,} validation examples; {m.train.tokens:,} / {m.validation.tokens:,} "
             f"tokens, of them {m.train.response_tokens:,} / {m.validation.response_tokens:,} in responses",
             "; ".join(text for count, text in notes if count) or "no duplicates; nothing cut, dropped or skipped",
             *m.notes,
+            f"prompt: {m.prompt.note}",
         ]
         for s in m.sources:
             if len(m.sources) > 1:

@@ -17,6 +17,7 @@ from loratune.work import Json
 
 if TYPE_CHECKING:
     from loratune.finetune.model import BaseModel
+    from loratune.finetune.prompts import Prompt
     from loratune.preference.record import Comparison
 
 SIDES = ("first", "second")
@@ -62,11 +63,12 @@ def write_answers(comparison: "Comparison", folder: Path, *, device: str = "auto
     if not todo:
         return
     from loratune.finetune import model  # torch
-    from loratune.finetune.prompts import check_tokenizer
+    from loratune.finetune.prompts import choose
 
     tell(f"Generating answers to {len(comparison.questions)} questions, {comparison.generation.max_new_tokens} tokens at most ...")
     base = model.load(comparison.model, model.choose_device(device))
-    check_tokenizer(base.tokenizer, comparison.prompt)
+    prompt = choose(base.tokenizer, comparison.prompt, date=comparison.date)
+    tell(f"Prompt: {prompt.note}")
     if base.tokenizer.pad_token_id is None:
         base.tokenizer.pad_token = base.tokenizer.eos_token  # masked: which token fills a batch never matters
     done = len(comparison.questions) * 2 - sum(len(batch) for _, _, batch in todo)
@@ -76,27 +78,28 @@ def write_answers(comparison: "Comparison", folder: Path, *, device: str = "auto
             continue
         with _speaking(base, comparison.contestant(side).adapter) as network:
             for number, batch in mine:
-                answers = _generate(network, base, batch, side, comparison, comparison.generation.seed + number)
+                answers = _generate(network, base, prompt, batch, side, comparison, comparison.generation.seed + number)
                 append_lines(folder / "answers.jsonl", [vars(answer) for answer in answers])
                 done += len(batch)
                 tell(f"  {done} of {2 * len(comparison.questions)} answers")
 
 
-def _generate(network: Any, base: "BaseModel", batch: Sequence[Question], side: str, comparison: "Comparison", seed: int) -> list[Answer]:
+def _generate(
+    network: Any, base: "BaseModel", prompt: "Prompt", batch: Sequence[Question], side: str, comparison: "Comparison", seed: int
+) -> list[Answer]:
     import transformers
 
     from loratune.finetune.model import autocast
-    from loratune.finetune.prompts import encode_prompt
 
     how, tokenizer = comparison.generation, base.tokenizer
-    prompts = [encode_prompt(q.instruction, q.input, tokenizer=tokenizer, prompt=comparison.prompt) for q in batch]
+    prompts = [prompt.question(q.instruction, q.input, thinking=comparison.thinking) for q in batch]
     longest = max(map(len, prompts))
     room = getattr(base.model.config, "max_position_embeddings", None) or longest + how.max_new_tokens
     if longest >= room:
-        question = batch[[len(prompt) for prompt in prompts].index(longest)]
+        question = batch[[len(one) for one in prompts].index(longest)]
         raise DataError(f"question {question.id} is {longest} tokens long, and the model's context is {room}: no room for an answer.")
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(base.device)
-    ends = _ends(base)
+    ends = _ends(base, prompt)
     config = transformers.GenerationConfig(
         max_new_tokens=min(how.max_new_tokens, room - longest),
         do_sample=how.temperature > 0,
@@ -123,10 +126,12 @@ def _answer(ids: list[int], question: Question, side: str, tokenizer: Any, ends:
     return Answer(question=question.id, side=side, text=text, tokens=length, ended=length < len(ids))
 
 
-def _ends(base: "BaseModel") -> set[int]:
+def _ends(base: "BaseModel", prompt: "Prompt") -> set[int]:
     """The tokens that end an answer: the one that training puts there, and the model's own (a chat model may have several)."""
-    own: Any = base.model.generation_config.eos_token_id if base.model.generation_config else None
-    return {int(base.tokenizer.eos_token_id), *(own if isinstance(own, list) else [own] if own is not None else [])}
+    from loratune.finetune.prompts import listed
+
+    own = base.model.generation_config.eos_token_id if base.model.generation_config else None
+    return {int(base.tokenizer.eos_token_id), *prompt.ends, *listed(own)}
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ class Comparison(Json):
     first: Contestant
     second: Contestant
     model: ModelRecipe
-    prompt: str  # alpaca | chat
+    prompt: str  # the study's: alpaca | chat; without a study also auto, by the model's tokenizer
+    date: str = ""  # ISO, for a chat template that shows one: the study's, else the day when the comparison began
+    thinking: bool = False  # whether the study's answers have thinking parts, so that a model is left to begin with one
     questions: tuple[Question, ...]
     generation: Generation
     # Of the sides and of the questions' order. Secret, for the function that makes the sides of it is public, and a rater who knows
@@ -107,23 +109,27 @@ def read_comparison(folder: Path) -> Comparison | None:
         raise StorageError(f"{path} cannot be read: {error}") from error
 
 
-def settle(comparison: Comparison, folder: Path) -> None:
-    """Make the folder this comparison's, or see that it is; it keeps its own seed. Raises StorageError, saying what differs."""
+def settle(comparison: Comparison, folder: Path) -> Comparison:
+    """Make the folder this comparison's, or see that it is; returns what stands there: its date of beginning and its seed are kept.
+
+    Raises StorageError, saying what differs.
+    """
     old = read_comparison(folder)
     if old is not None:
         changed = [name for name, value in _essence(comparison).items() if _essence(old)[name] != value]
         if changed:
             lines = "\n".join(f"  {name}: {_short(_essence(old)[name])}, now {_short(_essence(comparison)[name])}" for name in changed)
             raise StorageError(f"{folder} holds another comparison:\n{lines}\nUndo the change, or choose another --out.")
-        return
+        return dataclasses.replace(comparison, date=old.date, seed=old.seed)
     if folder.exists() and any(folder.iterdir()):
         raise StorageError(f"{folder} is neither empty nor a comparison's folder. Choose another --out.")
     write_atomically(folder / FILE, comparison.to_json())
+    return comparison
 
 
 def _essence(comparison: Comparison) -> dict[str, Any]:
-    """What decides the answers. Where an adapter lies and what it is called does not; nor does the seed, which is the folder's own."""
-    content = {f.name: getattr(comparison, f.name) for f in dataclasses.fields(comparison) if f.name != "seed"}
+    """What decides the answers. Where an adapter lies and what it is called does not; nor do date and seed, which are the folder's own."""
+    content = {f.name: getattr(comparison, f.name) for f in dataclasses.fields(comparison) if f.name not in ("date", "seed")}
     for side in SIDES:
         content[side] = content[side].weights or content[side].label
     return content

@@ -5,6 +5,7 @@
       recipe.json          what workers need of it (work.Recipe)
       data.txt             the prepared data's name: others cannot continue the study
       notes.txt            lines on the model and the data, found before the first trial
+      prompt.json          the prompt in use, never `auto`, and the date that its template shows
       slots.txt            trials that one process trains together, chosen when the study began
       workers.txt          processes on a CPU, likewise
       study.db             the Optuna study (unless another storage URL is given)

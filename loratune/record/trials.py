@@ -65,6 +65,7 @@ class StudyRecord:
     trials: tuple[Trial, ...]
     sessions: tuple[dict[str, Any], ...] = ()
     manifest: dict[str, Any] = field(default_factory=dict)  # of the prepared data: counts, hash
+    prompt: dict[str, Any] = field(default_factory=dict)  # that the examples were given: kind, note, date, thinking
     progress: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -142,6 +143,7 @@ def read(folder: AnyPath) -> StudyRecord:
         trials=tuple(_read_trial(number, path / "trial.json") for number, path in trial_folders(folder) if (path / "trial.json").exists()),
         sessions=tuple(read_sessions(folder)),
         manifest=_manifest(folder),
+        prompt=_prompt(folder, spec),
         progress=_cached(folder / "progress.json"),
     )
 
@@ -214,6 +216,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """The prepared data's manifest; empty where the data or the way to them are gone, since `loratune run` makes both again."""
     data = _cached(folder / "recipe.json").get("data")
     return _cached(Path(data) / "manifest.json") if isinstance(data, str) else {}
+
+
+def _prompt(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """As recorded; of a study older than such records, as its description says."""
+    path, kind = folder / "prompt.json", spec.get("data", {}).get("prompt", "alpaca")
+    remedy = "Remove the file; the same `loratune run` command writes it again, with the day's date for a template that shows one."
+    recorded = parsed(path, lambda text: _mapping(json.loads(text)), remedy) if path.is_file() else {"note": kind}
+    return {"kind": kind, "note": "", "date": "", "thinking": False} | recorded
 
 
 def _cached(path: Path) -> dict[str, Any]:

@@ -69,6 +69,16 @@ class Record:
         remedy = f"Write into it the number of {name} that the study began with, as sessions/ and workers/ may tell."
         return parsed(path, _count, remedy)
 
+    def prompt(self, prompt: dict[str, Any]) -> None:
+        """The prompt that the examples were given (`finetune.prepared.PromptUsed`)."""
+        write_atomically(self.folder / "prompt.json", json.dumps(prompt))
+
+    def date(self) -> str:
+        """The date that a chat template shows: of the day when the study began; empty before its first trial."""
+        begun = (self.folder / "trials").exists() and (self.folder / "prompt.json").exists()
+        remedy = "Restore it from a copy: with another date the chat template would show another prompt."
+        return parsed(self.folder / "prompt.json", lambda text: str(json.loads(text)["date"]), remedy) if begun else ""
+
     def progress(self, progress: dict[str, Any]) -> None:
         with contextlib.suppress(StorageError):  # a cache; where the disk is full, the next result says so
             write_atomically(self.folder / "progress.json", json.dumps(progress))

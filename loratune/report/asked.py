@@ -16,7 +16,8 @@ def asked(record: StudyRecord) -> list[tuple[str, str]]:
     budget, schedule, sampler = (dict(spec.get(part) or {}) for part in ("budget", "schedule", "sampler"))
     rows = [("Base model", _model(model)), ("Training data", _sources(data.get("train"))), ("Validation data", _validation(data))]
     rows += [("Examples", counts)] if (counts := examples(record)) else []
-    rows += [("Prompt", f"{data['prompt']}, at most {data['max_length']} tokens")] if "prompt" in data and "max_length" in data else []
+    rows += [("Prompt", record.prompt["note"])] if record.prompt else []
+    rows += [("Length", f"at most {data['max_length']} tokens, prompt and response")] if "max_length" in data else []
     rows += [("Training", _training(training)), ("Budget", _budget(budget))]
     rows += [("Notes", "; ".join(notes))] if (notes := _notes(record)) else []
     goals = [f"{metric(name)}{' (more is better)' if way == 'maximize' else ''}" for name, way in record.objectives.items()]

@@ -47,7 +47,7 @@ def export(folder: AnyPath, destination: AnyPath, *, trial: int | None = None, m
     from loratune.finetune.export import export_adapter, merge
 
     if merged:
-        return merge(base_recipe(record), adapter, destination, card, data=prepared_data(record))
+        return merge(base_recipe(record), adapter, destination, card, data=prepared_data(record), prompt=record.prompt["kind"])
     return export_adapter(adapter, destination, card, options=load_options(record))
 
 
@@ -67,6 +67,7 @@ def _facts(record: StudyRecord, trial: Trial, loss: float | None, seed: int) -> 
         "study": record.name,
         "trial": trial.number,
         "seed": seed,
+        "prompt": record.prompt.get("note"),
         "validation loss": loss,
         "validation loss of the base model": record.base_loss,
     }

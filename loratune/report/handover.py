@@ -145,7 +145,11 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
         "## Data",
         _table(
             ("", ""),
-            [(what, _text(told[what])) for what in ("Training data", "Validation data", "Examples", "Training") if told.get(what)],
+            [
+                (what, _text(told[what]))
+                for what in ("Training data", "Validation data", "Examples", "Prompt", "Length", "Training")
+                if told.get(what)
+            ],
         ),
         "## How it was found",
         f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(cost.trials, 'trial')}, "
@@ -209,6 +213,8 @@ def _best(
         "hyperparameters": {name: list(value) if isinstance(value, tuple) else value for name, value in hyperparameters.items()},
         "base_model": asked.base_model(record),
         "base_model_revision": record.spec.get("model", {}).get("revision"),
+        "prompt": record.prompt.get("kind"),
+        "prompt_date": record.prompt.get("date") or None,
         "adapter": adapter.name if adapter else None,
         "load": f"peft.{load_line(record, 'adapter')}" if adapter else None,
         "command": asked.command(record),

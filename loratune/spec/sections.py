@@ -62,7 +62,10 @@ class Data(Section):
     validation_count: int | None = Field(
         None, ge=1, description="validation examples in all, held out, or drawn from the validation sources"
     )
-    prompt: Literal["alpaca", "chat"] = Field("alpaca", description="alpaca: the Stanford template; chat: the tokenizer's own")
+    prompt: Literal["auto", "alpaca", "chat"] = Field(
+        "auto", description="chat: the tokenizer's own template; alpaca: Stanford's; auto: chat where the tokenizer has one, else alpaca"
+    )
+    score_reasoning: bool = Field(True, description="count an answer's thinking part (reasoning_content, <think>) in the loss")
     max_length: int = Field(512, ge=2, description="tokens of prompt and response; longer examples are cut")
     on_bad_rows: Literal["error", "skip"] = Field("error", description="what to do with rows that cannot be used")
 

@@ -254,6 +254,8 @@ def differences(old: StudySpec, new: StudySpec) -> list[str]:
                 found.append(f"{path}: was {was!r}, now {now!r}; a budget can grow, not shrink")
         elif path == "executor.devices" and len(was or ()) != len(now or ()):
             found.append(f"{path}: was {was!r}, now {now!r}; others may take their place, but as many")
+        elif path == "data.prompt" and now == "auto":  # which was not the default in older studies
+            found.append(f"{path}: was {was!r}, now {now!r}; to continue that study, write prompt: {was}")
         elif not allowed_change(path):
             found.append(f"{path}: was {was!r}, now {now!r}")
     return found

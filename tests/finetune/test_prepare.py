@@ -49,6 +49,28 @@ def simple(tmp_path, **options):
     return DataRecipe(**recipe)
 
 
+# ---- rows that a prompt cannot show ----
+
+
+def test_rows_that_a_chat_template_refuses(tmp_path):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    chat = str(tiny_tokenizer.build(tmp_path / "chat", chat_template=refuses + tiny_tokenizer.CHATML))
+    rows = [{"instruction": q, "output": "yes", "system": "S" if q in ("a3", "a7") else ""} for q in questions("a", 20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    told = "a.jsonl, line 4: the chat template cannot show this conversation: System role not supported"
+    with pytest.raises(DataError, match=rf"{told}\. Mend the row, or leave such rows out with on_bad_rows: skip"):
+        prepare(recipe, tokenizer=chat, cache=tmp_path / "cache")
+    prepared = prepare(dataclasses.replace(recipe, on_bad_rows="skip"), tokenizer=chat, cache=tmp_path / "cache")
+    (counts,) = prepared.manifest.sources
+    assert (counts.rows, counts.bad, counts.train + counts.validation) == (20, 2, 18)
+    assert "2 bad rows skipped" in prepared.summary()
+    assert told in prepared.summary()
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row | {"system": "S"}) for row in rows))
+    with pytest.raises(DataError, match=r"a.jsonl: no usable row among 20\. The last: .*line 20: .*System role not supported"):
+        prepare(dataclasses.replace(recipe, on_bad_rows="skip"), tokenizer=chat, cache=tmp_path / "cache")
+
+
 # ---- what is made ----
 
 
@@ -420,7 +442,7 @@ WRONG = {
     "two other ways": ({"validation_count": 3, "validation_fraction": 0.2}, "validation_fraction and validation_count exclude each other"),
     "fraction of 1": ({"validation_fraction": 1.0}, "expected a number between 0 and 1, got 1.0"),
     "fraction in percent": ({"validation_fraction": 20}, "expected a number between 0 and 1, got 20"),
-    "prompt": ({"validation_fraction": 0.2, "prompt": "vicuna"}, "prompt: expected alpaca or chat, got vicuna"),
+    "prompt": ({"validation_fraction": 0.2, "prompt": "vicuna"}, "prompt: expected auto, alpaca or chat, got vicuna"),
     "on_bad_rows": ({"validation_fraction": 0.2, "on_bad_rows": "ignore"}, "on_bad_rows: expected error or skip"),
     "max_length": ({"validation_fraction": 0.2, "max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
     "count": ({"validation_fraction": 0.2, "train_count": 0}, "train_count: expected at least 1, got 0"),

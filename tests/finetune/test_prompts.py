@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import tiny_tokenizer
 
-from loratune.errors import DataError, ModelError
+from loratune.errors import ModelError
 from loratune.finetune.data import Example, Exchange, Source, read
 from loratune.finetune.prepare import load_tokenizer
-from loratune.finetune.prompts import alpaca_prompt, check_tokenizer, encode, encode_prompt
+from loratune.finetune.prompts import UnfitError, alpaca_prompt, choose
 
 CAPITAL = Example(exchanges=(Exchange("Name the capital of France.", "", "Paris"),))
 TWO_TURNS = Example(exchanges=(Exchange("Hi", "", "Hello"), Exchange("Bye", "", "See you")), system="Be brief.")
@@ -51,7 +51,7 @@ def test_alpaca_prompt_is_the_published_one():
 
 
 def test_alpaca_learns_the_response_and_one_eos(plain):
-    encoded = encode(CAPITAL, plain, prompt="alpaca", max_length=512)
+    encoded = choose(plain, "alpaca").encode(CAPITAL, 512)
     assert pieces(encoded, plain) == [(False, WITHOUT_INPUT), (True, "Paris<|im_end|>")]
     assert encoded.input_ids.count(plain.eos_token_id) == 1
     assert not encoded.truncated
@@ -59,7 +59,7 @@ def test_alpaca_learns_the_response_and_one_eos(plain):
 
 def test_golden_tokens_of_a_pretrained_tokenizer(tinystories):
     tokenizer = load_tokenizer(str(tinystories))
-    encoded = encode(CAPITAL, tokenizer, prompt="alpaca", max_length=512)
+    encoded = choose(tokenizer, "alpaca").encode(CAPITAL, 512)
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids)
     response = [token for token, is_response in zip(tokens, encoded.response_mask, strict=True) if is_response]
     assert tokens[:6] == ["<|start_story|>", "▁", "B", "e", "lo", "w▁"]
@@ -70,9 +70,9 @@ def test_golden_tokens_of_a_pretrained_tokenizer(tinystories):
 @pytest.mark.parametrize("prompt", ["alpaca", "chat"])
 @pytest.mark.parametrize(("instruction", "about", "system"), [("Hi", "", ""), ("Sum up:", "\n1 2", ""), ("Hi", "x", "Be brief.")])
 def test_training_and_inference_see_the_same_prompt(chat, prompt, instruction, about, system):
-    asked = encode_prompt(instruction, about, system, tokenizer=chat, prompt=prompt)
+    asked = choose(chat, prompt).question(instruction, about, system)
     for response in ("yes", "\nyes", "::", " yes"):  # each could merge with the prompt's last token
-        encoded = encode(Example(exchanges=(Exchange(instruction, about, response),), system=system), chat, prompt=prompt, max_length=512)
+        encoded = choose(chat, prompt).encode(Example(exchanges=(Exchange(instruction, about, response),), system=system), 512)
         assert encoded.input_ids[: len(asked)] == asked
         assert encoded.response_mask == [False] * len(asked) + [True] * (len(encoded.input_ids) - len(asked))
 
@@ -85,10 +85,11 @@ def test_boundaries_of_real_rows_with_a_tokenizer_that_merges_across_words(share
         "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     examples, _ = read(Source(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")), "skip")
+    chosen = choose(tokenizer, prompt)
     for example in examples[:300]:
-        instruction, about, response = example.exchanges[0]
-        asked = encode_prompt(instruction, about, tokenizer=tokenizer, prompt=prompt)
-        encoded = encode(example, tokenizer, prompt=prompt, max_length=10_000)
+        instruction, about, response, *_ = example.exchanges[0]
+        asked = chosen.question(instruction, about)
+        encoded = chosen.encode(example, 10_000)
         answered = encoded.input_ids[len(asked) :]
         assert encoded.input_ids[: len(asked)] == asked
         assert encoded.response_mask == [False] * len(asked) + [True] * len(answered)
@@ -99,7 +100,7 @@ def test_boundaries_of_real_rows_with_a_tokenizer_that_merges_across_words(share
 
 def test_bos_and_eos_that_the_tokenizer_adds(tmp_path):
     tokenizer = load_tokenizer(str(tiny_tokenizer.build(tmp_path, bos=True, add_eos=True)))
-    encoded = encode(CAPITAL, tokenizer, prompt="alpaca", max_length=512)
+    encoded = choose(tokenizer, "alpaca").encode(CAPITAL, 512)
     assert pieces(encoded, tokenizer) == [(False, "<|begin|>" + WITHOUT_INPUT), (True, "Paris<|im_end|>")]
     assert encoded.input_ids.count(tokenizer.eos_token_id) == 1
 
@@ -108,18 +109,18 @@ def test_bos_and_eos_that_the_tokenizer_adds(tmp_path):
 def test_an_eos_spelt_out_in_the_data_is_not_doubled(chat, response):
     example = Example(exchanges=(Exchange("Where?", "", response),))
     for prompt in ("alpaca", "chat"):
-        assert pieces(encode(example, chat, prompt=prompt, max_length=512), chat)[-1] == (True, "Paris<|im_end|>")
+        assert pieces(choose(chat, prompt).encode(example, 512), chat)[-1] == (True, "Paris<|im_end|>")
 
 
 def test_a_special_token_inside_a_text_is_text(plain):
     example = Example(exchanges=(Exchange("What does <|im_end|> mean?", "", "<|im_end|> ends a message."),))
-    encoded = encode(example, plain, prompt="alpaca", max_length=512)
+    encoded = choose(plain, "alpaca").encode(example, 512)
     assert encoded.input_ids.count(plain.eos_token_id) == 1
     assert pieces(encoded, plain)[-1] == (True, "<|im_end|> ends a message.<|im_end|>")
 
 
 def test_alpaca_conversation_learns_every_answer(plain):
-    encoded = encode(TWO_TURNS, plain, prompt="alpaca", max_length=512)
+    encoded = choose(plain, "alpaca").encode(TWO_TURNS, 512)
     assert pieces(encoded, plain) == [
         (False, "Be brief.\n\n### Instruction:\nHi\n\n### Response:"),
         (True, "Hello<|im_end|>"),
@@ -129,7 +130,7 @@ def test_alpaca_conversation_learns_every_answer(plain):
 
 
 def test_chat_conversation_learns_every_answer(chat):
-    encoded = encode(TWO_TURNS, chat, prompt="chat", max_length=512)
+    encoded = choose(chat, "chat").encode(TWO_TURNS, 512)
     assert pieces(encoded, chat) == [
         (False, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
         (True, "Hello<|im_end|>"),
@@ -144,45 +145,52 @@ def test_chat_template_that_shows_earlier_answers_differently(plain, monkeypatch
         "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
     )
     monkeypatch.setattr(plain, "chat_template", template)
-    encoded = encode(TWO_TURNS, plain, prompt="chat", max_length=512)
+    encoded = choose(plain, "chat").encode(TWO_TURNS, 512)
     learnt = [text for is_response, text in pieces(encoded, plain) if is_response]
-    assert learnt == ["Hello<|im_end|>", "<think></think>See you<|im_end|>"]
+    assert learnt == ["Hello<|im_end|>", "See you<|im_end|>"]
 
 
 def test_chat_template_that_ends_answers_with_another_token_still_ends_with_eos(plain, monkeypatch):
     monkeypatch.setattr(plain, "chat_template", tiny_tokenizer.CHATML.replace("<|im_end|>", "<end>"))
-    encoded = encode(CAPITAL, plain, prompt="chat", max_length=512)
-    assert pieces(encoded, plain)[-1] == (True, "Paris<end>\n<|im_end|>")
+    encoded = choose(plain, "chat").encode(CAPITAL, 512)
+    assert pieces(encoded, plain)[-1] == (True, "Paris<end><|im_end|>")
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
-        ("{% if add_generation_prompt %}A{% else %}B{% endif %}", "not the beginning of the whole"),
-        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "an answer does not appear"),
+        ("{% if add_generation_prompt %}A{% else %}B{{ messages[-1]['content'] }}{% endif %}", "not the beginning of the whole"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "the answer does not appear"),
     ],
 )
 def test_chat_template_that_cannot_serve(plain, monkeypatch, template, message):
     monkeypatch.setattr(plain, "chat_template", template)
-    with pytest.raises(DataError, match=f"a.json, record 3: .*{message}"):
-        encode(Example(exchanges=CAPITAL.exchanges, source="a.json", place="record 3"), plain, prompt="chat", max_length=512)
+    with pytest.raises(ModelError, match=f"{message}.*Use prompt: alpaca"):
+        choose(plain, "auto")
+
+
+def test_row_that_a_chat_template_refuses(plain, monkeypatch):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + tiny_tokenizer.CHATML
+    monkeypatch.setattr(plain, "chat_template", refuses)
+    with pytest.raises(UnfitError, match=r"a.json, record 3: the chat template cannot show this conversation: no system role"):
+        choose(plain, "chat").encode(Example(exchanges=CAPITAL.exchanges, system="S", source="a.json", place="record 3"), 512)
 
 
 def test_cut_and_dropped(plain):
-    whole = encode(CAPITAL, plain, prompt="alpaca", max_length=512)
+    whole = choose(plain, "alpaca").encode(CAPITAL, 512)
     asked = whole.response_mask.index(True)
-    cut = encode(CAPITAL, plain, prompt="alpaca", max_length=asked + 1)
+    cut = choose(plain, "alpaca").encode(CAPITAL, asked + 1)
     assert cut.truncated
     assert cut.input_ids == whole.input_ids[: asked + 1]
     assert sum(cut.response_mask) == 1
     assert plain.eos_token_id not in cut.input_ids  # what was cut has not ended
-    assert not encode(CAPITAL, plain, prompt="alpaca", max_length=len(whole.input_ids)).truncated
-    assert encode(CAPITAL, plain, prompt="alpaca", max_length=asked) is None
+    assert not choose(plain, "alpaca").encode(CAPITAL, len(whole.input_ids)).truncated
+    assert choose(plain, "alpaca").encode(CAPITAL, asked) is None
 
 
 def test_tokenizers_that_cannot_serve(plain, tmp_path: Path):
     with pytest.raises(ModelError, match=r"no chat template\. Use prompt: alpaca"):
-        check_tokenizer(plain, "chat")
+        choose(plain, "chat")
     with pytest.raises(ModelError, match="no EOS token"):
-        check_tokenizer(load_tokenizer(str(tiny_tokenizer.build(tmp_path, eos=None))), "alpaca")
+        choose(load_tokenizer(str(tiny_tokenizer.build(tmp_path, eos=None))), "alpaca")
