@@ -246,7 +246,6 @@ def _parquet(file: Path) -> Iterator[Record]:
         table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file: {_short(error)}") from error
-    _once(file, table.column_names)
     number = 0
     for batch in table.to_batches(max_chunksize=1000):
         for row in batch.to_pylist():

@@ -241,7 +241,7 @@ def test_a_parquet_column_that_stands_twice(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"]), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="the column output stands there twice"):
+    with pytest.raises(DataError, match=r"not a readable Parquet file: .*\(output\)"):  # Arrow refuses it
         read(Source(path=str(tmp_path / "a.parquet")))
 
 

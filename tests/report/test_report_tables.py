@@ -1,17 +1,24 @@
 """The numbers behind the report, and the small things they are made of."""
 
+import json
 import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from report_studies import RANKS, Point
 
+from loratune import demo
+from loratune.finetune.data import DataRecipe, Source
+from loratune.finetune.prepare import prepare
 from loratune.record import DIVERGED, FAILED, PAUSED, StudyRecord
 from loratune.report import tables
-from loratune.report.asked import asked, command
+from loratune.report.asked import asked, command, sources
 from loratune.report.axes import ABSENT, axis_of
 from loratune.report.drawing import SHADES, Scale
 from loratune.report.importance import importance
@@ -162,14 +169,15 @@ def test_words() -> None:
     assert in_order({"zeta", "learning_rate", "lora_r"}) == ["lora_r", "learning_rate", "zeta"]
 
 
-def test_duplicates_are_the_number_that_the_summary_says(tmp_path):
+def test_duplicates_are_the_number_that_the_summary_says(tmp_path: Path) -> None:
     """Rows of one source that stand in another count once, where they come later."""
     for name, letters in (("a", "abcda"), ("b", "abxyz")):
         rows = [{"instruction": f"what is {letter}", "output": name} for letter in letters]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     recipe = DataRecipe(train=tuple(Source(path=str(tmp_path / f"{name}.json")) for name in "ab"), validation_fraction=0.3)
     prepared = prepare(recipe, tokenizer=str(demo.model_folder()), cache=tmp_path / "cache")
-    head, rows = asked.sources(SimpleNamespace(manifest=json.loads(prepared.manifest.to_json())))
+    record: Any = SimpleNamespace(manifest=json.loads(prepared.manifest.to_json()))
+    head, rows = sources(record)
     at = head.index("duplicates")
     assert [row[at] for row in rows] == ["1", "2", "3"]
     assert rows[-1][:2] == ["all", "10"]
