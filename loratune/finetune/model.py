@@ -100,7 +100,7 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
     if not recipe.load_in_4bit:  # a quantised model was placed while loading
         model.to(device)
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_tokenizer(recipe: ModelRecipe) -> transformers.PreTrainedTokenizerBase:
