@@ -125,7 +125,7 @@ def write_folder(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, to
     """
     config.inference_mode = True
     config.init_lora_weights = True  # B = 0: a weight that is not in the file adds nothing, instead of noise
-    config.target_modules = sorted(config.target_modules or ())  # type: ignore[assignment]  # PEFT makes a set of it, in no order
+    config.target_modules = sorted(config.target_modules or ())  # PEFT makes a set of it, in no order
     config.target_parameters = None
     aside = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(aside, ignore_errors=True)

@@ -102,7 +102,7 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
     model.requires_grad_(False)
     forget_lengths(model)
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_tokenizer(recipe: ModelRecipe) -> transformers.PreTrainedTokenizerBase:

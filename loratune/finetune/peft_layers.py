@@ -89,7 +89,7 @@ def _loads(model: nn.Module, layers: Sequence[str]) -> bool:
             for name, layer in made.items()
             for side in "AB"
         }
-        result = peft.set_peft_model_state_dict(model, weights, _ADAPTER, low_cpu_mem_usage=True)
+        result: Any = peft.set_peft_model_state_dict(model, weights, _ADAPTER, low_cpu_mem_usage=True)
         return not result.unexpected_keys and not any(".lora_" in name for name in result.missing_keys)
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError):  # PEFT's ways to say no, and to fall over
         return False

@@ -128,7 +128,7 @@ def load(network: nn.Module, folder: Path) -> peft.PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is an error here, and told as one
-            return peft.PeftModel.from_pretrained(network, str(folder))  # type: ignore[arg-type]
+            return peft.PeftModel.from_pretrained(network, str(folder))
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
         if memory.is_out_of_memory(error):
             raise

@@ -247,3 +247,19 @@ def test_another_sum_is_no_merged_model(trained, tmp_path: Path) -> None:  # typ
     with pytest.raises(ModelError, match=r"plain Transformers, merged.*by the adapter on its base model"):
         merge(study.model, folder, tmp_path / "merged", {}, data=root / "data")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_half_precision_is_compared_as_roughly_as_it_computes(tmp_path: Path) -> None:
+    tiny_engine.build_model(tmp_path / "model", FAMILIES["llama"]())
+    study = replace(recipe(tmp_path, dtype="bfloat16"), engine="packed")
+    wanted = segment(6, learning_rate=0.03, target_modules="all-linear")
+    outcome = tiny_engine.run(load_engine(study, tmp_path), wanted)
+    given = {"data": tmp_path / "data", "recorded": outcome.validation_loss, "exact": False}
+    reloaded.check(tmp_path / wanted.folder / "adapter", study.model, wanted.hyperparameters, **given)
+    with pytest.raises(ModelError, match="by the record"):
+        reloaded.check(
+            tmp_path / wanted.folder / "adapter",
+            study.model,
+            wanted.hyperparameters,
+            **{**given, "recorded": outcome.validation_loss + 0.5},
+        )
