@@ -155,6 +155,7 @@ def test_another_seed_is_scored_anew_and_the_own_run_not_twice(study: Path) -> N
     assert sum(line.strip().startswith("handed over, ") for line in own.text.splitlines()) == 1
 
 
+@pytest.mark.slow  # draws the report
 def test_status_report_and_card_say_whose_scores_they_show(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     choice, record = made(study), read(study)
     who = f"trial {choice.chosen} ({choice.shipped.run})"
@@ -182,6 +183,7 @@ def test_status_report_and_card_say_whose_scores_they_show(study: Path, capsys: 
     assert f'<tr class="best"><th scope="row">{who}</th><td class="n">{loss(choice.shipped.validation_loss)}</td>' in page
 
 
+@pytest.mark.slow  # draws the report
 def test_before_it_is_scored_all_say_so(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     choice = made(study)
     shutil.rmtree(study / FOLDER / model_name(choice.chosen, choice.shipped.run))
