@@ -101,7 +101,7 @@ def evaluate(
     )
     if not stop.is_set():
         yield Note("Looking for the benchmarks' items in the training data")
-        said = _contamination(record, names, data)
+        said = _contamination(record, names, Path(data) if data is not None else None)
         scores = _scored(record, models, names, top)
         yield replace(scores, text="\n".join([scores.text, "", *said])) if said else scores
 
