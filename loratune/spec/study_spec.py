@@ -123,7 +123,7 @@ class StudySpec(Section):
             written.add_file(Path(path))
         for name, text in overrides:
             written.add_flag(name, text)
-        if any(not path for path, _ in written.mistakes):  # of a file that says nothing, every field would be missing
+        if written.unread:  # of a file that says nothing, every field would be missing
             raise SpecError(lines_of(written, ()))
         try:
             spec = cls.model_validate(written.values)

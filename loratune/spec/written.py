@@ -79,6 +79,7 @@ class Written:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[FieldPath, str] = field(default_factory=dict)  # "study.yaml:12" or "--training.epochs"
     mistakes: list[tuple[FieldPath, str]] = field(default_factory=list)
+    unread: bool = False  # whether a file is no YAML at all
 
     def add_mapping(self, given: Any, origin: str = "", lines: Mapping[FieldPath, int] | None = None) -> None:
         """Lay a mapping over what stands here: sections are joined field by field, a field is replaced whole."""
@@ -117,6 +118,7 @@ class Written:
                     self.mistakes.append((place, f"given twice, first on line {twice}; give it once"))
             self.add_mapping(loader.construct_document(node) if node else {}, str(path), lines)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
+            self.unread = True
             self.mistakes.append(((), "".join((str(path), *_problem(error)))))
 
     def add_flag(self, name: str, text: str) -> None:
