@@ -229,7 +229,7 @@ def left_out(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
 def _check_names(model: nn.Module, endings: tuple[str, ...]) -> None:
     """Refuse names of no linear layer, and of layers that no adapter can go on."""
     known = layers.layers_of(model)
-    wrong = {}
+    wrong: dict[str, str] = {}
     for ending in endings:
         fit = [layer for layer in known.fit if _ends(layer, ending)]
         unfit = {layer: why for layer, why in known.unfit.items() if _ends(layer, ending)}
