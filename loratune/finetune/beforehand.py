@@ -95,7 +95,8 @@ def _runs(model: Any, tokens: int) -> bool:
 
 
 def _tokens_without_embedding(model: Any, recipe: ModelRecipe, data: Prepared) -> str:
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    rows = min(int(table.weight.shape[0]) for table in tables if isinstance(table, nn.Linear | nn.Embedding))
     outside: set[int] = set()
     for tokens in (data.train, data.validation):
         if tokens.ids.max() >= rows:  # one pass over the memory map; what it holds is looked at where there is something

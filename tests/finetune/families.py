@@ -151,3 +151,9 @@ def build(folder: Path, config: t.PretrainedConfig) -> Path:
     """A model's folder, its tokenizer in it."""
     model(config).save_pretrained(folder)
     return tiny_tokenizer.build(folder)
+
+
+def bare(config: t.PretrainedConfig) -> t.PreTrainedModel:
+    """A model without weights."""
+    with torch.device("meta"):
+        return t.AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ import pytest
 import tiny_tokenizer
 import torch
 import transformers
-from families import FAMILIES, VOCABULARY
+from families import FAMILIES, VOCABULARY, bare
 from transformers import AutoTokenizer
 
 from loratune.errors import ModelError
@@ -21,13 +21,7 @@ from loratune.finetune.prepared import Prepared
 from loratune.work import ModelRecipe
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
-Make = Callable[[], transformers.PretrainedConfig]
 Rows = Sequence[tuple[str, str]]
-
-
-def bare(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
 def prepared(folder: Path, train: Rows, validation: Rows = (("Who?", "Me"),), max_length: int = 512) -> tuple[Prepared, ModelRecipe]:

@@ -25,6 +25,7 @@ from loratune.finetune.sizes import adapter_sizes, bare_model
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, Segment, State, TrainingRecipe
 
 CORE = ("llama tied, biased", "mixtral", "gemma3", "gpt2", "phi3 longrope", "llama4")
+EACH = [pytest.param(family, marks=() if family in CORE else pytest.mark.slow) for family in families.FAMILIES]
 WANTED = ("qv", "all-linear")
 WITHOUT_QV = {"deepseek-v3": "q_a_proj", "mamba": "in_proj", "mamba2": "in_proj"}  # whose attention is something else
 PROMPT = (
@@ -58,7 +59,7 @@ def independent_loss(model: torch.nn.Module, folder: Path) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in CORE else pytest.mark.slow) for f in families.FAMILIES])
+@pytest.mark.parametrize("family", EACH)
 def test_what_is_recorded_is_what_plain_peft_and_the_merged_model_give(tmp_path: Path, data: Prepared, family: str) -> None:
     folder = families.build(tmp_path / "model", families.FAMILIES[family]())
     recipe = Recipe(
@@ -108,9 +109,9 @@ def check(engine: Engine, recipe: Recipe, root: Path, wanted: list[str], run: st
         assert loss == pytest.approx(recorded, abs=1e-4)
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_a_trace_and_the_parts_of_a_model_say_the_same(family: str) -> None:
-    model = families.model(families.FAMILIES[family]())
+    model = families.bare(families.FAMILIES[family]())
     traced = layers.trace(model)
     assert (traced is None) == (family in ("qwen3-next", "mamba2", "jamba"))
     assert layers.sort_layers(model, traced) == layers.sort_layers(model, None)
