@@ -152,16 +152,17 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loratune"
 
 
-def deliver(folder: AnyPath) -> Delivery:
+def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:
     """Write the report, and hand over the trial that `loratune select` chose, else the best: `best.yaml` and the adapter.
 
+    trust_remote_code: let code run that comes with the model, where the study asks for it.
     Before, plain PEFT loads the adapter on its base model, and it is compared with what was measured (`report/reloading.py`).
     Raises ModelError, with the report written and nothing handed over, when it is another; StorageError.
     """
     from loratune.report import hand_over, write_report
 
     folder = Path(folder)
-    record = read(folder)
+    record = read(folder, trust_remote_code=trust_remote_code)
     report = write_report([record], folder / "report.html")
     best, adapter = hand_over(record, folder) if record.best is not None else (None, None)
     return Delivery(record=record, report=report, best=best, adapter=adapter)

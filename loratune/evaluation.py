@@ -25,7 +25,6 @@ from loratune.files import AnyPath, text_of
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import shipped_run
 from loratune.spec import StudySpec
-from loratune.work import ModelRecipe
 
 TOP = 10  # trials with the lowest validation loss
 
@@ -51,6 +50,7 @@ def evaluate(
     device: str | None = None,
     allow_code_execution: bool = False,
     weaker_sandbox: bool = False,
+    trust_remote_code: bool = False,
     stop: threading.Event | None = None,
 ) -> Iterator[Event | Scored]:
     """Score the `top` trials of the study in `folder`, its default's adapter and the bare model, and yield what happens.
@@ -61,12 +61,13 @@ def evaluate(
     benchmarks: their names; by default the published four, of the embedded demo its own. data: the benchmarks' data, else the hub.
     tasks: folder with descriptions of lm-evaluation-harness tasks. subset: items of each benchmark, the same every time. device: by
     default the study's. allow_code_execution: run what models write, in a sandbox; weaker_sandbox: without namespaces where they miss.
+    trust_remote_code: let code run that comes with the model, where the study asks for it.
 
     Setting `stop`, or closing the iterator, ends it without `Scored`; the same call goes on. Raises EvaluationError, StorageError, ...
     """
     if top < 1 or (subset is not None and subset < 1):
         raise EvaluationError(f"top and subset are whole numbers above 0; got {top} and {subset}.")
-    record, stop = read(folder), stop or threading.Event()
+    record, stop = read(folder, trust_remote_code=trust_remote_code), stop or threading.Event()
     names = list(benchmarks) if benchmarks is not None else default_benchmarks(record)
     if not names:
         raise EvaluationError("no benchmark is named.")
@@ -86,7 +87,7 @@ def evaluate(
     yield Note(f"Scoring {tuned} adapters of study {record.name}{handed} and the bare model on {', '.join(names)}")
     yield from downstream.evaluate(
         record.folder / FOLDER,
-        recipe=ModelRecipe(**record.spec["model"]),
+        recipe=record.base_model,
         models=models,
         benchmarks=names,
         validation=_validation(record),
@@ -172,7 +173,7 @@ def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None)
     try:
         # Nothing is run here, so the sandbox's strength does not matter.
         benchmarks = [build(name, data, weaker=True) for name in names if not name.startswith(HARNESS)]
-        trusted = bool(record.spec["model"].get("trust_remote_code"))
+        trusted = record.base_model.trust_remote_code
         said = contamination.lines(contamination.check(record.folder / FOLDER, _validation(record), benchmarks, trust_remote_code=trusted))
     except Exception as error:  # of any kind, a tokenizer's own code among them
         said = [f"Whether benchmark items stand in the training data could not be checked: {type(error).__name__}: {error}"]

@@ -13,6 +13,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratune.cli.parser import add_trust
 from loratune.errors import DataError, MissingExtraError, SpecError, StorageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tuned (what select chose, else the lowest loss), default (trial 0), base, trial:17, or an adapter's folder",
     )
     parser.add_argument("second", metavar="B", help="likewise")
+    add_trust(parser)
     parser.add_argument("--study", metavar="FOLDER", type=Path, help="default: the current folder, if it is a study's")
     parser.add_argument(
         "--questions", metavar="FILE", type=Path, help="JSON Lines (Vicuna's form, or a question each), or text, one per line"
@@ -74,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     from loratune.preference.answers import write_answers
     from loratune.preference.record import settle
 
-    study = _study(args.study)
+    study = _study(args.study, args.trust_remote_code)
     comparison = _comparison(args, study)
     folder = args.out or _default_folder(comparison, study)
     page = None if args.no_page else _open_port(args)  # a mistake in it is told before minutes of generation
@@ -93,11 +95,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _study(given: Path | None) -> "StudyRecord | None":
+def _study(given: Path | None, trusted: bool) -> "StudyRecord | None":
     from loratune.record import read
 
-    here = Path()
-    return read(given) if given is not None else read(here) if (here / "spec.yaml").is_file() else None
+    folder = given if given is not None else Path()
+    return read(folder, trust_remote_code=trusted) if given is not None or (folder / "spec.yaml").is_file() else None
 
 
 def _comparison(args: argparse.Namespace, study: "StudyRecord | None") -> "Comparison":
@@ -110,7 +112,7 @@ def _comparison(args: argparse.Namespace, study: "StudyRecord | None") -> "Compa
     first, second = (choose(given, study, tuned) for given in (args.first, args.second))
     if (first.adapter, first.weights) == (second.adapter, second.weights):
         raise SpecError(f"{args.first} and {args.second} are the same model ({first.label}); there is nothing to compare.")
-    model = ModelRecipe(**study.spec["model"]) if study is not None else base_of(first, second) if not args.model else None
+    model = study.base_model if study is not None else base_of(first, second) if not args.model else None
     if args.model or model is None:
         model = ModelRecipe(name_or_path=args.model)
     used = study.prompt if study is not None else {}

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.cli.parser import add_trust
+
 if TYPE_CHECKING:
     from loratune.downstream.events import Progress
 
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", type=int, metavar="N", help="so many items of each benchmark, the same every time")
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help=f"trials with the lowest validation loss (default: {TOP})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the study's")
+    add_trust(parser)
     parser.add_argument("--allow-code-execution", action="store_true", help="run, in a sandbox, the programs that models write")
     parser.add_argument("--weaker-sandbox", action="store_true", help="accept the sandbox without namespaces where they are missing")
 
@@ -54,6 +57,7 @@ def main(args: argparse.Namespace) -> int:
             device=args.device,
             allow_code_execution=args.allow_code_execution,
             weaker_sandbox=args.weaker_sandbox,
+            trust_remote_code=args.trust_remote_code,
             stop=interrupt.stop,
         )
         for event in events:

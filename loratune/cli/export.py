@@ -3,16 +3,20 @@
 import argparse
 from pathlib import Path
 
+from loratune.cli.parser import add_trust
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="the study's folder")
     parser.add_argument("destination", metavar="DESTINATION", help="folder to make")
     parser.add_argument("--trial", type=int, metavar="N", help="default: the one that `loratune select` chose, else the best")
+    add_trust(parser)
     parser.add_argument("--merged", action="store_true", help="the whole model, with the adapter merged into its weights")
 
 
 def main(args: argparse.Namespace) -> int:
     from loratune.report.exporting import export
 
-    print(export(Path(args.folder), Path(args.destination), trial=args.trial, merged=args.merged))
+    trusted = args.trust_remote_code
+    print(export(Path(args.folder), Path(args.destination), trial=args.trial, merged=args.merged, trust_remote_code=trusted))
     return 0

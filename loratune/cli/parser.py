@@ -83,3 +83,9 @@ def field_names() -> list[str]:
         else:
             names.append(section)
     return names
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The user's consent to code that comes with the model: a study's folder, which may come from somebody else, cannot give it."""
+    what = "let code run that comes with the model, where the study asks for it"
+    parser.add_argument("--trust-remote-code", action="store_true", help=what)

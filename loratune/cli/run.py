@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.errors import SpecError, StorageError, TrainingError
+from loratune.errors import ModelError, SpecError, StorageError, TrainingError
 from loratune.masking import masked_command
 
 if TYPE_CHECKING:
@@ -76,7 +76,27 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         from loratune.demo import study
 
         base = study()
-    return StudySpec.load(path, overrides, base)
+    spec = StudySpec.load(path, overrides, base)
+    if continued:
+        _check_consent(spec, {name for name, _ in overrides})
+    return spec
+
+
+def _check_consent(spec: "StudySpec", given: set[str]) -> None:
+    """What lets code run is the user's own to say, and not the folder's: it may have come from somebody else. Raises ModelError."""
+    asked = {
+        "model.trust_remote_code": spec.model.trust_remote_code,
+        "model.attn_implementation": "/" in (spec.model.attn_implementation or ""),  # code of a hub's repository
+        "scoring.allow_code_execution": spec.scoring.allow_code_execution,
+        "scoring.weaker_sandbox": spec.scoring.weaker_sandbox,
+    }
+    missing = [name for name, needed in asked.items() if needed and name not in given]
+    if missing:
+        flags = " ".join(f"--{name} {spec.model.attn_implementation if name.endswith('implementation') else 'true'}" for name in missing)
+        raise ModelError(
+            f"the study in {spec.folder} asks to run code: {', '.join(missing)}. A folder cannot allow that by itself: if you trust its "
+            f"source, add {flags}."
+        )
 
 
 def _asks_for_validation(field: str) -> bool:
@@ -118,7 +138,7 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
         if interrupt.stop.is_set():
             print(f"Stopped; nothing is lost. Go on with: {shlex.join(masked_command(command_line))}")
             return INTERRUPTED
-        delivery = deliver(spec.folder)
+        delivery = deliver(spec.folder, trust_remote_code=spec.model.trust_remote_code)
     _tell(delivery)
     return 0 if delivery.best is not None else TrainingError.exit_code  # what was asked for is not there
 

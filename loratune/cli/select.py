@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratune.cli.parser import add_trust
 from loratune.work import Progress
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--require", action="append", default=[], metavar="'METRIC <= N'", help="a constraint, like 'adapter_mb <= 50'; may be repeated"
     )
     parser.add_argument("--prefer", metavar="METRICS", help="the rule: loss,mmlu,adapter_mb, or weights: loss=1,adapter_mb=0.1")
+    add_trust(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask before training")
 
 
@@ -49,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
             rerun=not args.no_rerun,
             require=args.require,
             prefer=args.prefer,
+            trust_remote_code=args.trust_remote_code,
             stop=interrupt.stop,
         )
         for event in events:
@@ -61,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     if record is None:
         print(f"Stopped; nothing is lost. Go on with: {shlex.join(args.command_line)}")
         return INTERRUPTED
-    _hand_over(record, Path(args.folder))
+    _hand_over(record, Path(args.folder), args.trust_remote_code)
     return 0
 
 
@@ -89,7 +92,7 @@ def _agreed() -> bool:
     return input("Go on? [Y/n] ").strip().lower() in ("", "y", "yes")
 
 
-def _hand_over(record: "SelectionRecord", folder: Path) -> None:
+def _hand_over(record: "SelectionRecord", folder: Path, trusted: bool) -> None:
     from loratune.downstream.scores import FOLDER
     from loratune.driver import deliver
     from loratune.selection.rerun import AGAIN
@@ -97,7 +100,7 @@ def _hand_over(record: "SelectionRecord", folder: Path) -> None:
     print("\n" + record.explain())
     spent = f"{record.runs} runs, {record.tokens:,} training tokens, {record.device_seconds / 3600:.2g} device-hours"
     print(f"Spent on it: {spent}.\n")
-    delivery = deliver(folder)
+    delivery = deliver(folder, trust_remote_code=trusted)
     print(f"Choice:   {folder / 'selection.json'}")
     print(f"Settings: {delivery.best}")
     print(f"Report:   {delivery.report}")

@@ -18,6 +18,7 @@ from loratune.masking import masked, unmasked
 from loratune.record.trials import objectives_of
 
 PATIENCE = 20.0  # seconds that a locked database is waited for, at the start and at each later statement
+SERVER_PATIENCE = 60.0  # seconds that a database server is waited for, once the study has begun
 _ON = "Nothing is lost: the same command goes on."
 
 
@@ -32,7 +33,7 @@ def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler
     directions: list[Any] = list(objectives_of(yaml.safe_load(text_of(spec)) if spec.exists() else {}).values())
     where = _where(url, folder)
     with explained(url, folder, opening=True):
-        storage = _journal(where) if _is_journal(where) else optuna.storages.RDBStorage(where, engine_kwargs=_patient(where))
+        storage = _journal(where) if _is_journal(where) else _database(where)
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, directions=directions, load_if_exists=True)
         owner = study.user_attrs.get("folder")
         if owner is None:
@@ -139,9 +140,33 @@ def _file(where: str) -> Path | None:
     return Path(path) if path and path != ":memory:" and not path.startswith("file:") else None
 
 
-def _patient(where: str) -> dict[str, Any]:
-    """SQLite tries a locked file again for so long, where it would for 5 seconds."""
-    return {"connect_args": {"timeout": PATIENCE}} if _file(where) is not None and "timeout=" not in where else {}
+def _database(where: str) -> optuna.storages.RDBStorage:
+    """Optuna's storage in a database: a locked file is tried again for a while, and so is a server that went away.
+
+    A connection is tried before it is used (`pool_pre_ping`), so that a server's restart costs none of the study's statements but one
+    that was under way.
+    """
+    if _file(where) is not None:
+        timeout = {} if "timeout=" in where else {"connect_args": {"timeout": PATIENCE}}  # SQLite's own is 5 seconds
+        return optuna.storages.RDBStorage(where, engine_kwargs=timeout)
+    storage = optuna.storages.RDBStorage(where, engine_kwargs={"pool_pre_ping": True})
+    from sqlalchemy import event
+
+    event.listen(storage.engine, "do_connect", _connect_again)  # after the first connection: a wrong URL is told at once
+    return storage
+
+
+def _connect_again(dialect: Any, _: Any, arguments: Any, options: Any) -> Any:
+    """SQLAlchemy's hook that makes a connection: again and again, with growing pauses, until the server is back or patience ends."""
+    deadline, pause = time.monotonic() + SERVER_PATIENCE, 0.25
+    while True:
+        try:
+            return dialect.connect(*arguments, **options)
+        except dialect.dbapi.OperationalError:
+            if time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
 
 
 def _is_journal(where: str) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from loratune.errors import StorageError
+from loratune.errors import ModelError, StorageError
 from loratune.files import AnyPath, parsed
-from loratune.work import CurvePoint, Hyperparameters, Json, Outcome
+from loratune.work import CurvePoint, Hyperparameters, Json, ModelRecipe, Outcome
 
 # What a trial's `state` says, beyond the states of one segment.
 RUNNING, PAUSED, COMPLETE, PRUNED = "running", "paused", "complete", "pruned"
@@ -67,6 +67,23 @@ class StudyRecord:
     manifest: dict[str, Any] = field(default_factory=dict)  # of the prepared data: counts, hash
     prompt: dict[str, Any] = field(default_factory=dict)  # that the examples were given: kind, note, date, thinking
     progress: dict[str, Any] = field(default_factory=dict)
+    trusted: bool = False  # whether the reader lets code run that comes with the base model; the folder has no say in it
+
+    @property
+    def base_model(self) -> ModelRecipe:
+        """The base model, to be loaded. Raises ModelError for one that brings code along, unless the reader trusts it."""
+        try:
+            recipe = ModelRecipe(**self.spec["model"])
+        except (KeyError, TypeError) as error:
+            raise StorageError(f"{self.folder / 'spec.yaml'} is damaged (model: {error}). Restore it from a copy.") from error
+        kernel = recipe.attn_implementation is not None and "/" in recipe.attn_implementation  # code of a hub's repository
+        if (recipe.trust_remote_code or kernel) and not self.trusted:
+            what = f"attention from {recipe.attn_implementation}" if kernel else "Python code that comes with the model"
+            raise ModelError(
+                f"the study in {self.folder} asks to run {what}, {recipe.name_or_path}. A folder cannot allow that by itself: if you trust "
+                "its source, add --trust-remote-code (in Python trust_remote_code=True)."
+            )
+        return recipe
 
     @property
     def finished(self) -> list[Trial]:
@@ -127,9 +144,10 @@ def objectives_of(spec: dict[str, Any]) -> dict[str, str]:
     return dict((o, "minimize") if isinstance(o, str) else (o["name"], o["direction"]) for o in given)
 
 
-def read(folder: AnyPath) -> StudyRecord:
+def read(folder: AnyPath, *, trust_remote_code: bool = False) -> StudyRecord:
     """Read a study's folder; safe while it is being written.
 
+    trust_remote_code: let code run that comes with the base model, when the study asks for it and its model is loaded.
     Raises StorageError when it is not one, and for a damaged file of it: which, and what to do.
     """
     folder = Path(folder)
@@ -145,6 +163,7 @@ def read(folder: AnyPath) -> StudyRecord:
         manifest=_manifest(folder),
         prompt=_prompt(folder, spec),
         progress=_cached(folder / "progress.json"),
+        trusted=trust_remote_code,
     )
 
 

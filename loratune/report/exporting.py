@@ -8,13 +8,15 @@ from loratune.files import AnyPath
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import adapter_of, best_of, trial_of
 from loratune.report.handover import load_options, model_card
-from loratune.report.reloading import as_measured, base_recipe, prepared_data
+from loratune.report.reloading import as_measured, prepared_data
 
 if TYPE_CHECKING:
     from loratune.selection import SelectionRecord
 
 
-def export(folder: AnyPath, destination: AnyPath, *, trial: int | None = None, merged: bool = False) -> Path:
+def export(
+    folder: AnyPath, destination: AnyPath, *, trial: int | None = None, merged: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Write an adapter of the study in `folder` to `destination`, and return it.
 
     trial: its number; by default the one that a selection chose, as long as the study did not go on since, else the one with the
@@ -23,7 +25,7 @@ def export(folder: AnyPath, destination: AnyPath, *, trial: int | None = None, m
     Before, the adapter is loaded by plain PEFT and compared with what was measured; a merged model, by plain Transformers, too.
     Raises StorageError when `destination` holds something, when there is no such trial, or its adapter was not kept; ModelError.
     """
-    record, destination = read(folder), Path(destination)
+    record, destination = read(folder, trust_remote_code=trust_remote_code), Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise StorageError(f"{destination} exists and is not an empty folder. Choose another destination.")
     chosen = _selection(record) if trial is None else None
@@ -47,7 +49,7 @@ def export(folder: AnyPath, destination: AnyPath, *, trial: int | None = None, m
     from loratune.finetune.export import export_adapter, merge
 
     if merged:
-        return merge(base_recipe(record), adapter, destination, card, data=prepared_data(record), prompt=record.prompt["kind"])
+        return merge(record.base_model, adapter, destination, card, data=prepared_data(record), prompt=record.prompt["kind"])
     return export_adapter(adapter, destination, card, options=load_options(record))
 
 

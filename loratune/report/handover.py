@@ -155,7 +155,7 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
         f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(cost.trials, 'trial')}, "
         f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. "
         f"This is trial {best.number}{_again(selection)}.",
-        f"```\n{asked.command(record)}\n```",
+        _fenced(asked.command(record)),
         *scores_section(record, best, selection),
         *(["## Why this one", _why(selection)] if selection else []),
         "## Limits",
@@ -275,6 +275,12 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _fenced(text: str) -> str:
+    """A block of code, in a fence that is longer than any inside it."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=2))
+    return f"{fence}\n{text}\n{fence}"
 
 
 def _text(text: str) -> str:

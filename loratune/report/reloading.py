@@ -11,7 +11,7 @@ from loratune.executors.devices import seen_as
 from loratune.files import write_atomically
 from loratune.record import StudyRecord, Trial
 from loratune.record.adapters import FILES
-from loratune.work import ModelRecipe, Outcome, Recipe, State
+from loratune.work import Outcome, Recipe, State
 
 NAME = "reloaded.json"  # in the study's folder: digest of what was checked -> its loss in plain PEFT, on a few examples
 
@@ -22,7 +22,7 @@ def as_measured(record: StudyRecord, trial: Trial, adapter: Path) -> None:
     Takes the loading of the base model and some forward passes, on the study's device; nothing where the same content was checked
     before. Raises ModelError, naming weights or losses, when it is another adapter in plain PEFT.
     """
-    recipe, outcome = base_recipe(record), _outcome(adapter)
+    recipe, outcome = record.base_model, _outcome(adapter)
     digest = _digest(record, trial, adapter, outcome)
     known = _known(record.folder)
     if digest in known:
@@ -40,11 +40,6 @@ def as_measured(record: StudyRecord, trial: Trial, adapter: Path) -> None:
     )
     with contextlib.suppress(StorageError):  # somebody else's study, read only: it is checked anew the next time
         write_atomically(record.folder / NAME, json.dumps(known, indent=1) + "\n")
-
-
-def base_recipe(record: StudyRecord) -> ModelRecipe:
-    """The study's base model."""
-    return ModelRecipe(**record.spec["model"])
 
 
 def prepared_data(record: StudyRecord) -> Path | None:

@@ -72,18 +72,20 @@ def select(
     require: Sequence[str] = (),
     prefer: str | None = None,
     tolerance: float = TOLERANCE,
+    trust_remote_code: bool = False,
     stop: threading.Event | None = None,
 ) -> Iterator[SelectEvent]:
     """Choose the trial of the finished study in `folder` to ship, write `selection.json`, and yield what happens.
 
     most: finalists at most. runs: re-trainings in all, at most; by default 3 for each finalist, and 3 each for the chosen one and the
     default. rerun=False: train nothing, choose by the study's own losses. require: constraints, `adapter_mb <= 50`.
-    prefer: the rule, `loss,mmlu,adapter_mb`, or weights, `loss=1,adapter_mb=0.1`.
+    prefer: the rule, `loss,mmlu,adapter_mb`, or weights, `loss=1,adapter_mb=0.1`. trust_remote_code: let code run that comes with the
+    model, where the study asks for it.
 
     Setting `stop`, or closing the iterator, ends it; the same call goes on. Raises StorageError for a study that is not finished,
     SpecError for a rule that cannot be applied and constraints that nobody keeps, TrainingError.
     """
-    study = read(folder)
+    study = read(folder, trust_remote_code=trust_remote_code)
     _check_finished(study)
     with open_record(folder) as held, Rerun(study, held.lock, stop or threading.Event()) as trainer:
         yield from _Selection(study, trainer, most, runs, rerun, require, prefer, tolerance).run()

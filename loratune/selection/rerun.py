@@ -189,7 +189,8 @@ class Rerun:
     def _load(self) -> Recipe:
         """The study's recipe, its data there."""
         if self._recipe is None:
-            recipe = Recipe.from_json(text_of(self._study.folder / "recipe.json"))
+            # The model is the one of the description, which the reader may have to trust: recipe.json has no say in that.
+            recipe = replace(Recipe.from_json(text_of(self._study.folder / "recipe.json")), model=self._study.base_model)
             data = Path(recipe.data)
             prepared = Prepared.load(data) if (data / "manifest.json").is_file() else self._prepare_again(data)
             self._examples = len(prepared.train)
@@ -203,7 +204,7 @@ class Rerun:
             DataRecipe.from_json(json.dumps({**spec["data"], "seed": spec["seed"]})),
             tokenizer=spec["model"]["name_or_path"],
             revision=spec["model"]["revision"],
-            trust_remote_code=spec["model"]["trust_remote_code"],
+            trust_remote_code=self._study.base_model.trust_remote_code,
             cache=data.parent,
         )
         if prepared.folder.name != data.name:

@@ -11,30 +11,6 @@ import pytest
 from loratune.cli import main
 from loratune.record import COMPLETE, read
 
-SMALL = [
-    "--training.epochs",
-    "1",
-    "--data.train_count",
-    "24",
-    "--data.validation.0.count",
-    "12",
-    "--training.batch_size",
-    "2",
-    "--training.validations",
-    "2",
-]
-HALVING = [
-    "--schedule.name",
-    "halving",
-    "--schedule.min_resource",
-    "1/3",
-    "--sampler",
-    "random",
-    "--trials",
-    "3",
-    "--executor.name",
-    "inline",
-]
 BUG = 70
 
 
@@ -57,14 +33,6 @@ def damages(whole: bytes) -> Iterator[tuple[str, bytes | None]]:
         for key in list(content)[:12]:
             yield f"without {key}", json.dumps({k: v for k, v in content.items() if k != key}).encode()
             yield f"{key} of another type", json.dumps(content | {key: {"x": []} if not isinstance(content[key], dict) else "x"}).encode()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small study of the embedded model with short runs and long ones."""
-    folder = tmp_path_factory.mktemp("whole") / "study"
-    assert main(["run", "--demo", "--output", str(folder), *SMALL, *HALVING]) == 0
-    return folder
 
 
 def files(folder: Path) -> list[Path]:

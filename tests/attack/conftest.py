@@ -1,0 +1,29 @@
+"""A small study of the embedded model, finished, for tests that damage or forge its folder."""
+
+from pathlib import Path
+
+import pytest
+
+from loratune.cli import main
+
+SMALL = ["--training.epochs", "1", "--data.train_count", "24", "--data.validation.0.count", "12", "--training.batch_size", "4"]
+HALVING = [
+    "--schedule.name",
+    "halving",
+    "--schedule.min_resource",
+    "1/3",
+    "--sampler",
+    "random",
+    "--trials",
+    "3",
+    "--executor.name",
+    "inline",
+]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its trials have short runs and long ones."""
+    folder = tmp_path_factory.mktemp("whole") / "study"
+    assert main(["run", "--demo", "--output", str(folder), *SMALL, "--training.validations", "2", *HALVING]) == 0
+    return folder
