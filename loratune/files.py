@@ -9,7 +9,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +52,44 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
             f"cannot write {path}: {error.strerror or error}. Nothing before it was lost; "
             "free the disk or open the folder, then run the same command again."
         ) from error
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, to be filled; at the block's end it takes the place of `target`, after an error it is gone.
+
+    Its mode follows the umask, and its content is on the disk before it is renamed. Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
+    fresh, old = aside(target), aside(target)
+    try:
+        fresh.mkdir()
+        yield fresh
+        for path in (*fresh.rglob("*"), fresh):
+            _flush(path)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(fresh, target)
+        _flush(target.parent)
+    finally:
+        if old.exists() and not target.exists():  # the second rename failed
+            os.rename(old, target)
+        for path in (fresh, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def scratch(kind: str, parent: str | None = None) -> str:
+    """A new folder for what need not last, `loratune-<kind>-<process>-...` in the system's folder for such, this user's alone.
+
+    What killed processes left of the same kind is removed. Raises OSError.
+    """
+    parent = parent or tempfile.gettempdir()
+    for path in Path(parent).glob(f"loratune-{kind}-*"):
+        pid = path.name.removeprefix(f"loratune-{kind}-").partition("-")[0]
+        if pid.isdigit() and int(pid) != os.getpid() and not alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)  # another user's stays
+    return tempfile.mkdtemp(prefix=f"loratune-{kind}-{os.getpid()}-", dir=parent)
 
 
 def text_of(path: Path) -> str:
@@ -96,3 +135,11 @@ def alive(pid: int) -> bool:
         return False
     except OSError:
         return True
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from json import dumps, loads
 from multiprocessing.connection import Connection
@@ -17,6 +16,7 @@ from loratune.environment import thread_variables
 from loratune.errors import TrainingError
 from loratune.executors.base import News, Notice
 from loratune.executors.devices import only
+from loratune.files import scratch
 from loratune.work import Json, Outcome, Progress
 
 ON_GPU = "LORATUNE_ON_GPU"  # set where a worker was given a GPU: should it see none, it must not train on the CPU instead
@@ -33,12 +33,12 @@ def _socket_folder() -> str:
 
     Raises TrainingError where TMPDIR is too long and /tmp cannot be used.
     """
-    folder = tempfile.mkdtemp(prefix="loratune-")
+    folder = scratch("socket")
     if len(os.fsencode(folder)) <= _SOCKET_PATH - len("/socket"):
         return folder
     os.rmdir(folder)
     try:
-        return tempfile.mkdtemp(prefix="loratune-", dir="/tmp")
+        return scratch("socket", "/tmp")
     except OSError as error:
         raise TrainingError(
             f"TMPDIR is too long for a socket: {folder} has {len(os.fsencode(folder))} bytes, at most {_SOCKET_PATH - len('/socket')} fit, "

@@ -1,6 +1,6 @@
 """What an engine is, loading one, running one, and probing what a trial costs before a study spends it."""
 
-import tempfile
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from loratune import files
 from loratune.environment import threads_for
 from loratune.errors import LoratuneError, ModelError, NotPackableError
 from loratune.finetune.batches import Tokens
@@ -166,55 +167,56 @@ def probe(
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    scratch = files.scratch("probe")
     try:
-        return _probe(recipe, root, hyperparameters, steps, validation_examples)
+        return _probe(recipe, root, Path(scratch), hyperparameters, steps, validation_examples)
     finally:
         torch.set_num_threads(before)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _probe(recipe: Recipe, root: Path, hyperparameters: Hyperparameters, steps: int, validation_examples: int) -> Probe:
+def _probe(recipe: Recipe, root: Path, scratch: Path, hyperparameters: Hyperparameters, steps: int, validation_examples: int) -> Probe:
     from loratune.finetune import memory
 
     recipe = replace(recipe, data=str((root / recipe.data).resolve()), training=replace(recipe.training, report_to=()))
-    with tempfile.TemporaryDirectory(prefix="loratune-probe-") as scratch:
-        began = time.perf_counter()
-        engine = load_engine(recipe, Path(scratch))
-        loading = time.perf_counter() - began
-        train, validation = engine.train, engine.validation
+    began = time.perf_counter()
+    engine = load_engine(recipe, scratch)
+    loading = time.perf_counter() - began
+    train, validation = engine.train, engine.validation
 
-        def measured(train_on: Tokens, validate_on: Tokens, count: int, name: str) -> Outcome:
-            """All slots' work as one outcome; the first that failed counts for all."""
-            engine.train, engine.validation = train_on, validate_on
-            wanted = Segment(
-                trial=0,
-                run=name,
-                hyperparameters=hyperparameters,
-                seed=recipe.training.seed,
-                total_steps=count,
-                stop_step=count,
-            )
-            outcomes = run_all(engine, [replace(wanted, trial=slot) for slot in range(engine.slots)])
-            # An outcome's memory is its trial's; what all of them need together is what the process holds of a GPU by now.
-            return replace(
-                min(outcomes, key=lambda outcome: outcome.state is State.COMPLETED),
-                tokens=sum(outcome.tokens for outcome in outcomes),
-                train_seconds=sum(outcome.train_seconds for outcome in outcomes),
-                validation_seconds=sum(outcome.validation_seconds for outcome in outcomes),
-                peak_memory_bytes=max(memory.reserved(engine.device), *(outcome.peak_memory_bytes for outcome in outcomes)),
-            )
-
-        worst = measured(
-            Subset(train, np.argsort(-np.asarray(train.lengths), kind="stable")[: hyperparameters.batch_size]),
-            Subset(validation, np.argsort(-np.asarray(validation.lengths), kind="stable")[: recipe.training.validation_batch_size]),
-            1,
-            "longest",
+    def measured(train_on: Tokens, validate_on: Tokens, count: int, name: str) -> Outcome:
+        """All slots' work as one outcome; the first that failed counts for all."""
+        engine.train, engine.validation = train_on, validate_on
+        wanted = Segment(
+            trial=0,
+            run=name,
+            hyperparameters=hyperparameters,
+            seed=recipe.training.seed,
+            total_steps=count,
+            stop_step=count,
         )
-        usual = worst
-        if worst.state is State.COMPLETED:
-            sample = Subset(validation, np.random.default_rng(0).permutation(len(validation))[:validation_examples])
-            usual = measured(train, sample, steps, "usual")
-            validated = int(sample.lengths.sum())
-        engine.close()
+        outcomes = run_all(engine, [replace(wanted, trial=slot) for slot in range(engine.slots)])
+        # An outcome's memory is its trial's; what all of them need together is what the process holds of a GPU by now.
+        return replace(
+            min(outcomes, key=lambda outcome: outcome.state is State.COMPLETED),
+            tokens=sum(outcome.tokens for outcome in outcomes),
+            train_seconds=sum(outcome.train_seconds for outcome in outcomes),
+            validation_seconds=sum(outcome.validation_seconds for outcome in outcomes),
+            peak_memory_bytes=max(memory.reserved(engine.device), *(outcome.peak_memory_bytes for outcome in outcomes)),
+        )
+
+    worst = measured(
+        Subset(train, np.argsort(-np.asarray(train.lengths), kind="stable")[: hyperparameters.batch_size]),
+        Subset(validation, np.argsort(-np.asarray(validation.lengths), kind="stable")[: recipe.training.validation_batch_size]),
+        1,
+        "longest",
+    )
+    usual = worst
+    if worst.state is State.COMPLETED:
+        sample = Subset(validation, np.random.default_rng(0).permutation(len(validation))[:validation_examples])
+        usual = measured(train, sample, steps, "usual")
+        validated = int(sample.lengths.sum())
+    engine.close()
     done = usual.state is State.COMPLETED
     return Probe(
         state=usual.state,

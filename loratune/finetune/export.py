@@ -8,15 +8,14 @@ The exported folder needs nothing of loratune:
 
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import ModelError, StorageError
+from loratune.files import new_folder
 from loratune.finetune.prompts import alpaca_chat_template, answer_ends, listed
 from loratune.work import ModelRecipe
 
@@ -141,18 +140,9 @@ def _install(fill: Callable[[Path], None], destination: Path, *, mark: str) -> P
     """Fill a folder aside and put it in place of `destination`, which may be absent, empty, or an earlier one (`mark`)."""
     if destination.exists() and (not destination.is_dir() or (any(destination.iterdir()) and not (destination / mark).is_file())):
         raise StorageError(f"{destination} exists and is not an earlier export; nothing was written. Give another folder.")
-    aside: Path | None = None
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
-        fill(aside)
-        os.chmod(aside, 0o755)
-        if destination.exists():
-            shutil.rmtree(destination)
-        aside.replace(destination)
+        with new_folder(destination) as fresh:
+            fill(fresh)
     except OSError as error:
         raise StorageError(f"cannot write {destination}: {error}") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)  # unless it stands in its place now
     return destination

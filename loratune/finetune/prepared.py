@@ -13,7 +13,6 @@ came from and went.
 import functools
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from loratune import files
 from loratune.errors import StorageError
 from loratune.finetune.data import DataRecipe
 from loratune.work import Json
@@ -200,7 +200,9 @@ def write(folder: Path, manifest: Manifest, sets: Mapping[str, Tokens]) -> None:
     aside = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        files.sweep(folder.parent)
+        aside = files.aside(folder)
+        aside.mkdir()
         for name, tokens in sets.items():
             for array in ARRAYS:
                 with open(aside / f"{name}.{array}.npy", "wb") as file:
@@ -209,7 +211,6 @@ def write(folder: Path, manifest: Manifest, sets: Mapping[str, Tokens]) -> None:
         with open(aside / "manifest.json", "w") as text:
             text.write(manifest.to_json())
             _flush(text)
-        aside.chmod(0o755)  # mkdtemp makes 0700; a study's folder is shared with colleagues
         try:
             aside.rename(folder)
         except OSError:
@@ -227,8 +228,9 @@ def write(folder: Path, manifest: Manifest, sets: Mapping[str, Tokens]) -> None:
 def discard(folder: Path) -> None:
     """Remove a damaged folder: renamed first, so that no reader meets half of it."""
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
-            folder.rename(Path(aside) / "damaged")
+        aside = files.aside(folder)
+        folder.rename(aside)
+        shutil.rmtree(aside)
     except FileNotFoundError:
         pass  # another process was faster
     except OSError as error:

@@ -4,10 +4,8 @@ Chosen is what `loratune select` chose, as long as the study did not go on since
 """
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loratune.errors import StorageError, TrainingError
-from loratune.files import AnyPath, write_atomically
+from loratune.files import AnyPath, new_folder, write_atomically
 from loratune.record import StudyRecord, Trial
 from loratune.report import asked, tables
 from loratune.report.reloading import as_measured
@@ -236,37 +234,17 @@ def _chosen(selection: "SelectionRecord") -> dict[str, Any]:
 
 def _replace_folder(source: Path, target: Path, texts: dict[str, str]) -> None:
     """Copy the files of `source`, with `texts` beside them, into a new folder and rename it to `target`."""
-    aside = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        fresh, old = aside / "new", aside / "old"
-        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(*texts))
-        for name, text in texts.items():
-            (fresh / name).write_text(text, encoding="utf-8")
-        for path in [*fresh.rglob("*"), fresh]:
-            _flush(path)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(fresh, target)
-        _flush(target.parent)
+        with new_folder(target) as fresh:
+            for path in source.iterdir():
+                if path.name not in texts and path.is_file():
+                    shutil.copyfile(path, fresh / path.name)
+            for name, text in texts.items():
+                (fresh / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(
             f"cannot write {target}: {error.strerror or error}. Free the disk or open the folder, then try again."
         ) from error
-    finally:
-        if aside is not None:
-            if (aside / "old").exists() and not target.exists():  # the second rename failed
-                os.rename(aside / "old", target)
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
