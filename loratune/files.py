@@ -99,7 +99,7 @@ def text_of(path: Path) -> str:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise StorageError(f"{path} is damaged: it is not UTF-8 text (byte {error.start}).") from error
+        raise StorageError(f"{path} is damaged (it is not UTF-8 text, byte {error.start}).") from error
 
 
 def parsed(path: Path, parse: Callable[[str], T], remedy: str) -> T:

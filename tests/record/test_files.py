@@ -71,9 +71,14 @@ def test_a_folder_takes_the_place_of_another_whole(tmp_path: Path) -> None:
         with files.new_folder(tmp_path / "target") as fresh:
             (fresh / content).write_text(content)
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["second"]
-    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "target") as fresh:
-        (fresh / "third").write_text("half")
-        raise RuntimeError
+
+    def fill() -> None:
+        with files.new_folder(tmp_path / "target") as fresh:
+            (fresh / "third").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fill()
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
