@@ -45,7 +45,8 @@ class Record:
         content = json.loads(replace(trial, message=masked(trial.message)).to_json())
         content["segments"] = len(content.pop("outcomes"))  # each has a file of its own
         text = json.dumps(content, indent=1)
-        if not path.exists() or _segments(path) <= content["segments"]:
+        old, known = _standing(path)
+        if old != text and known <= content["segments"]:
             write_atomically(path, text)
 
     def begin(self, number: int, settled: int) -> None:
@@ -87,12 +88,13 @@ class Record:
         write_atomically(self.folder / "sessions" / f"{session['number']:04d}.json", json.dumps(session, indent=1))
 
 
-def _segments(path: Path) -> int:
-    """How many outcomes a `trial.json` knows of; -1 for a damaged one, which is then written anew."""
+def _standing(path: Path) -> tuple[str, int]:
+    """(A `trial.json`'s text, how many outcomes it knows of); -1 where there is none or it is damaged: it is then written anew."""
     try:
-        return int(json.loads(text_of(path))["segments"])
+        text = text_of(path)
+        return text, int(json.loads(text)["segments"])
     except (StorageError, ValueError, TypeError, KeyError):
-        return -1
+        return "", -1
 
 
 def _count(text: str) -> int:

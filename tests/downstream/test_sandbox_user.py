@@ -284,7 +284,7 @@ def home() -> Iterator[Path]:
     folder.chmod(0o755)
     package, own = Path(loratune.__file__).parent, folder / "loratune"
     (own / "downstream").mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "downstream/__init__.py"):
+    for name in ("__init__.py", "errors.py", "environment.py", "downstream/__init__.py"):
         shutil.copy(package / name, own / name)
     for path in (package / "downstream").glob("sandbox*.py"):
         shutil.copy(path, own / "downstream")

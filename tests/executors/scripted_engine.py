@@ -82,6 +82,7 @@ def module() -> types.ModuleType:
     """What stands in for `loratune.finetune.engine`."""
     made = types.ModuleType("loratune.finetune.engine")
     made.load_engine = ScriptedEngine  # type: ignore[attr-defined]
+    made.limit_threads = lambda threads: None  # type: ignore[attr-defined]
     return made
 
 

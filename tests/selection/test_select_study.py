@@ -134,7 +134,7 @@ def test_the_choice_and_its_worth(whole: tuple[Path, SelectionRecord]) -> None:
     assert lines[0].startswith(f"Ship trial {record.chosen}. Its loss is ")
     assert "% of resamples" not in record.explain()  # of so few seeds they say nothing
     assert record.nearest is not None
-    assert f"95 % interval {record.nearest.behind.low:.2g} to " in lines[0]
+    assert f"95 % interval {record.nearest.behind.low:.2g} to ".replace("-", "−") in lines[0]
     assert 6 <= len(lines) <= 14
     assert any(f"{record.honest.gain:.4f}" in line for line in lines)
 
