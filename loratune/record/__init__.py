@@ -27,6 +27,7 @@ There is one writer, the driver (`Record`); workers write inside their run's fol
     writer.py    Record, open_record: the writer and its lock
     progress.py  Meter: what runs right now, in numbers
     storage.py   open_study: the Optuna storage
+    database.py  the same in a database server that may go away for a while
 """
 
 from loratune.record.trials import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial, read

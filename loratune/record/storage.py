@@ -18,7 +18,6 @@ from loratune.masking import masked, unmasked
 from loratune.record.trials import objectives_of
 
 PATIENCE = 20.0  # seconds that a locked database is waited for, at the start and at each later statement
-SERVER_PATIENCE = 60.0  # seconds that a database server is waited for, once the study has begun
 _ON = "Nothing is lost: the same command goes on."
 
 
@@ -141,32 +140,13 @@ def _file(where: str) -> Path | None:
 
 
 def _database(where: str) -> optuna.storages.RDBStorage:
-    """Optuna's storage in a database: a locked file is tried again for a while, and so is a server that went away.
+    """Optuna's storage in a database. A locked file, and a server that went away, are waited for."""
+    if _file(where) is None:
+        from loratune.record.database import ServerStorage
 
-    A connection is tried before it is used (`pool_pre_ping`), so that a server's restart costs none of the study's statements but one
-    that was under way.
-    """
-    if _file(where) is not None:
-        timeout = {} if "timeout=" in where else {"connect_args": {"timeout": PATIENCE}}  # SQLite's own is 5 seconds
-        return optuna.storages.RDBStorage(where, engine_kwargs=timeout)
-    storage = optuna.storages.RDBStorage(where, engine_kwargs={"pool_pre_ping": True})
-    from sqlalchemy import event
-
-    event.listen(storage.engine, "do_connect", _connect_again)  # after the first connection: a wrong URL is told at once
-    return storage
-
-
-def _connect_again(dialect: Any, _: Any, arguments: Any, options: Any) -> Any:
-    """SQLAlchemy's hook that makes a connection: again and again, with growing pauses, until the server is back or patience ends."""
-    deadline, pause = time.monotonic() + SERVER_PATIENCE, 0.25
-    while True:
-        try:
-            return dialect.connect(*arguments, **options)
-        except dialect.dbapi.OperationalError:
-            if time.monotonic() + pause > deadline:
-                raise
-        time.sleep(pause)
-        pause = min(2 * pause, 5.0)
+        return ServerStorage(where)
+    timeout = {} if "timeout=" in where else {"connect_args": {"timeout": PATIENCE}}  # SQLite's own is 5 seconds
+    return optuna.storages.RDBStorage(where, engine_kwargs=timeout)
 
 
 def _is_journal(where: str) -> bool:

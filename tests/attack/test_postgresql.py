@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,8 +31,6 @@ class Server:
         self.binaries, self.data, self.port = binaries, folder / "data", port
         self.url = f"postgresql+psycopg://loratune:{SECRET}@127.0.0.1:{port}/study"
         folder.chmod(0o777)
-        for parent in folder.parents[:2]:
-            parent.chmod(0o755)
         (folder / "password").write_text(SECRET)
         (folder / "password").chmod(0o644)
         self._call("initdb", "-D", self.data, "-U", "loratune", "-A", "scram-sha-256", "--pwfile", folder / "password", "-E", "UTF8")
@@ -55,7 +54,7 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     pytest.importorskip("psycopg", reason="needs pip install 'loratune[postgresql]'")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
@@ -63,10 +62,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    running = Server(found[-1].parent, tmp_path_factory.mktemp("server"), port)
-    yield running
-    subprocess.run(["pkill", "-9", "-f", str(running.data)], check=False)
-    shutil.rmtree(running.data, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="loratune-postgresql-"))  # not pytest's, which is closed to other users
+    yield Server(found[-1].parent, folder, port)
+    subprocess.run(["pkill", "-9", "-f", str(folder)], check=False)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def start(study: Path, *options: str) -> "subprocess.Popen[str]":

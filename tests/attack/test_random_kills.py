@@ -128,7 +128,8 @@ def test_a_command_killed_at_random_moments(name: str, before: Path, tmp_path: P
     words_said = []
     for moment, clock in moments:
         fresh()
-        words_said.append(dying(command, study, moment, clock))
+        words_said.append(dying(command, study, moment, clock) or f"killed after {clock} s")
+        print(f"{name}: {words_said[-1]}", flush=True)
         run(command, study)
         assert remains(study) == expected, (name, moment, clock, words_said[-1])
         assert not leftovers(study), (name, moment, clock, words_said[-1])
