@@ -75,11 +75,10 @@ def _patiently(statement: Callable[[], Any]) -> Any:
 
 def _lost(error: BaseException) -> bool:
     """Whether the server, or the way to it, failed, and not the statement."""
-    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 
-    return any(
-        isinstance(e, OperationalError | InterfaceError) or (isinstance(e, DBAPIError) and e.connection_invalidated) for e in _chain(error)
-    )
+    lost = (OperationalError, InterfaceError, PendingRollbackError)  # the last where Optuna itself went on after one of the others
+    return any(isinstance(e, lost) or (isinstance(e, DBAPIError) and e.connection_invalidated) for e in _chain(error))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
