@@ -83,6 +83,7 @@ class PromptUsed(Json):
     note: str = "alpaca"  # in words, with the reason
     date: str = ""  # ISO, that the chat template shows
     thinking: bool = False  # whether answers have thinking parts
+    end: str = ""  # the token that ends an answer; empty in data prepared before it was recorded
 
 
 @dataclass(frozen=True, kw_only=True)
