@@ -175,7 +175,7 @@ def test_after_alpaca_the_merged_model_chats_in_alpaca(home: Path) -> None:
 
 
 def test_without_a_chat_template_none_is_exported(home: Path) -> None:
-    assert "prompt: alpaca, for the tokenizer has no chat template" in notes(described(home, None))
+    assert "prompt: alpaca, because the tokenizer has no chat template" in notes(described(home, None))
     merged = export(home / "study", home / "merged", merged=True)
     assert transformers.AutoTokenizer.from_pretrained(merged).chat_template is None
     deliver(home / "study")

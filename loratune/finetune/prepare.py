@@ -220,7 +220,7 @@ def _tokenise(source: Source, role: str, recipe: DataRecipe, prompt: Prompt, rep
         except UnfitError as error:
             rows.bad.append(BadRow(example.source, example.place, error.problem))
             if recipe.on_bad_rows != "skip":
-                raise DataError(f"{rows.bad[-1]}. Mend the row, or leave such rows out with on_bad_rows: skip.") from error
+                raise DataError(f"{rows.bad[-1]}. Mend the row, or leave such rows out with data.on_bad_rows: skip.") from error
             continue
         if encoded is None:
             rows.dropped += 1
@@ -342,7 +342,7 @@ def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: b
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")):
-            raise ModelError(f"{name}: no such folder; expected a tokenizer's folder or hub id.")
+            raise ModelError(f"{name}: no such folder; expected a model's folder, with its tokenizer, or a hub id.")
         with tempfile.TemporaryDirectory() as saved:
             load_tokenizer(name, revision, trust_remote_code).save_pretrained(saved)
             return _tokenizer_fingerprint(saved, None, False)
