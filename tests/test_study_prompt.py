@@ -109,7 +109,7 @@ def test_a_study_keeps_its_prompt_and_its_date(home: Path, monkeypatch: pytest.M
     said = notes(described(home, DATED))
     assert "prompt: chat, the tokenizer's own template; answers end with <|im_end|>; its date is 2026-03-01" in said
     first = read(home / "study")
-    assert {**first.prompt, "note": ""} == {"kind": "chat", "note": "", "date": "2026-03-01", "thinking": False}
+    assert {**first.prompt, "note": ""} == {"kind": "chat", "note": "", "date": "2026-03-01", "thinking": False, "end": "<|im_end|>"}
     assert first.spec["data"]["prompt"] == "auto"
     ids = Prepared.load(Path(json.loads((home / "study" / "recipe.json").read_text())["data"])).validation.ids.tolist()
     tokenizer = transformers.AutoTokenizer.from_pretrained(home / "model")
@@ -175,7 +175,7 @@ def test_after_alpaca_the_merged_model_chats_in_alpaca(home: Path) -> None:
 
 
 def test_without_a_chat_template_none_is_exported(home: Path) -> None:
-    assert "prompt: alpaca, for the tokenizer has no chat template" in notes(described(home, None))
+    assert "prompt: alpaca, because the tokenizer has no chat template" in notes(described(home, None))
     merged = export(home / "study", home / "merged", merged=True)
     assert transformers.AutoTokenizer.from_pretrained(merged).chat_template is None
     deliver(home / "study")

@@ -190,7 +190,9 @@ def _open_port(args: argparse.Namespace) -> Any:
     if args.token == "":
         args.token = secrets.token_urlsafe(16)
     if args.token is not None and not re.fullmatch(r"[\w-]{8,200}", args.token, re.ASCII):
-        raise SpecError("--token: needed are at least 8 letters, digits, '-' or '_', for it stands in a link. Without TEXT one is made up.")
+        raise SpecError(
+            "--token: use at least 8 letters, digits, '-' or '_', because it becomes part of a link. Without TEXT one is made up."
+        )
     return listen(args.host, args.port, args.token)
 
 

@@ -4,6 +4,7 @@ The libraries, the data and the model can take minutes to load, so each stage sa
 """
 
 import json
+import math
 import os
 import threading
 import time
@@ -40,8 +41,8 @@ def dry_run(spec: "StudySpec") -> int:
     notes: list[str] = []
     with _stage("Reading and tokenising the data"):
         data = prepare_data(spec, notes)
-        notes += known_beforehand(spec, data)
-    print("\n".join([data.summary(), *notes]), flush=True)
+        beforehand = known_beforehand(spec, data)
+    print("\n".join([*notes, data.summary(), *beforehand]), flush=True)
     with _stage("Measuring: the model is loaded and the largest adapter trained for some steps"):
         planned = plan(spec, data)
     print(f"\n{planned}")
@@ -141,14 +142,29 @@ def _length(example: Any) -> int:
 
 
 def _weights(spec: "StudySpec") -> int | None:
-    """The model's weights, by the size of its files and the type that its configuration names; None where there are no files."""
-    from loratune.finetune.hub import weights_on_disk
+    """The model's weights: as its safetensors files list them, else by the size of its files and the type that its configuration
+    names; None where there are no files."""
+    from loratune.finetune.hub import weight_files
 
-    size = weights_on_disk(spec.model.name_or_path, spec.model.revision)
+    files = weight_files(spec.model.name_or_path, spec.model.revision)
+    if not files:
+        return None
+    if all(path.suffix == ".safetensors" for path in files):
+        return sum(map(_listed, files))
     config = Path(spec.model.name_or_path).expanduser() / "config.json"
     named = json.loads(config.read_text()) if config.is_file() else {}
     wide = str(named.get("dtype") or named.get("torch_dtype") or "bfloat16").endswith("32")
-    return None if size is None else size // (4 if wide else 2)
+    return sum(path.stat().st_size for path in files) // (4 if wide else 2)
+
+
+def _listed(path: Path) -> int:
+    """The numbers in a safetensors file, by its header: 8 bytes that hold the header's length, then JSON."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(min(_LARGEST, int.from_bytes(file.read(8), "little"))))
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return path.stat().st_size // 2  # damaged, which loading it tells; 16 bits each are usual
 
 
 def _speed() -> float:

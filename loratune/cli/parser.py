@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def error(self, message: str) -> NoReturn:
-        print(f"loratune: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        print(f"loratune: {message}{'' if message.endswith(('.', '?')) else '.'} See `{self.prog} --help`.", file=sys.stderr)
         raise SystemExit(2)
 
     def _accept_fields(self, args: Sequence[str]) -> None:

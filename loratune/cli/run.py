@@ -70,7 +70,7 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         path /= "spec.yaml"
     elif not args.target and not args.demo and args.data and not any(_asks_for_validation(name) for name, _ in overrides):
         overrides.append(("data.validation_fraction", _HELD_OUT))
-        print("A tenth of the data is held out for validation; --data.validation_fraction or --validation change that.")
+        print("A tenth of the data is held out for validation; to change that, use --data.validation_fraction or --validation.")
     base = None
     if args.demo and not continued:
         from loratune.demo import study

@@ -58,13 +58,13 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def score_table(entries: list[dict[str, Any]]) -> Table:
-    """A row per benchmark, in %."""
+    """A row per benchmark, in %; narrow enough that 80 columns cut no number."""
     most = max((entry["best"]["n"] for entry in entries if entry["best"]), default=0)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
     numbers = ("items", "chance", "base", "default", f"{most} best: min", "max", "mean", "sd")
     for name in numbers if most else numbers[:4]:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(4, len(name)))
     table.add_column("")
     for entry in entries:
         best = entry["best"] or {}

@@ -28,7 +28,7 @@ INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="STUDY", help="the study's folder")
     parser.add_argument("--finalists", type=int, default=8, metavar="N", help="trials that race, at most (default: 8)")
-    parser.add_argument("--runs", type=int, metavar="N", help="re-trainings in all, at most (default: 3 for each finalist, and 6)")
+    parser.add_argument("--runs", type=int, metavar="N", help="re-trainings in all, at most (default: 3 for each finalist, plus 6)")
     parser.add_argument("--no-rerun", action="store_true", help="train nothing; choose by the study's own losses")
     parser.add_argument(
         "--require", action="append", default=[], metavar="'METRIC <= N'", help="a constraint, like 'adapter_mb <= 50'; may be repeated"

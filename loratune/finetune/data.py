@@ -118,7 +118,7 @@ def read(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], lis
         except BadError as error:
             bad.append(BadRow(file, place, str(error)))
             if on_bad_rows != "skip":
-                raise DataError(f"{bad[-1]}. Mend the row, or leave such rows out with on_bad_rows: skip.") from None
+                raise DataError(f"{bad[-1]}. Mend the row, or leave such rows out with data.on_bad_rows: skip.") from None
     if not examples:
         raise DataError(
             f"{source.path}: no usable row among {len(bad)}. The first: {bad[0]}." if bad else f"{source.path}: holds no records."

@@ -22,20 +22,22 @@ from loratune.work import ModelRecipe
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def export_adapter(adapter: Path, destination: Path, card: Mapping[str, Any] | str, *, options: Mapping[str, Any] | None = None) -> Path:
+def export_adapter(
+    adapter: Path, destination: Path, card: Mapping[str, Any] | str, *, options: Mapping[str, Any] | None = None, chat_end: str = ""
+) -> Path:
     """Copy the PEFT folder `adapter` to `destination` and write its README.md; returns `destination`.
 
     `card` is the whole model card, or facts to put in a table under a standard head; `options` are what the base model is to be
-    loaded with beside its revision. Whether the adapter is what was trained, `reloaded.check` says. An earlier export is
-    replaced; anything else that stands there is not. Raises ModelError for a folder that holds no adapter and
-    StorageError when `destination` cannot be written.
+    loaded with beside its revision; `chat_end` as of `chat_lines`. Whether the adapter is what was trained, `reloaded.check`
+    says. An earlier export is replaced; anything else that stands there is not. Raises ModelError for a folder that holds no
+    adapter and StorageError when `destination` cannot be written.
     """
     config = _adapter_config(adapter)
 
     def fill(folder: Path) -> None:
         for name in (_CONFIG, _WEIGHTS):
             shutil.copyfile(adapter / name, folder / name)
-        (folder / "README.md").write_text(card if isinstance(card, str) else model_card(config, card, options=options))
+        (folder / "README.md").write_text(card if isinstance(card, str) else model_card(config, card, options=options, chat_end=chat_end))
 
     return _install(fill, destination, mark=_CONFIG)
 
@@ -96,10 +98,38 @@ def _fit(model: Any, tokenizer: Any, prompt: str) -> None:
         model.generation_config.eos_token_id = sorted(answer_ends(tokenizer) | listed(model.generation_config.eos_token_id))
 
 
+def chat_lines(base: str, revision: str | None, end: str) -> list[str]:
+    """Python that asks `model`, the adapter on its base, through the base's chat template; none where `end` is empty.
+
+    end: the token that ends an answer. It is named because a base model's generation config often lacks the token that its
+    template ends turns with, and `generate` would write on behind it.
+    """
+    if not end:
+        return []
+    at = f", revision={json.dumps(revision)}" if revision else ""
+    return [
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)}{at})",
+        'messages = [{"role": "user", "content": "Name the opposite of sour."}]',
+        'given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
+        f"end = tokenizer.convert_tokens_to_ids({json.dumps(end)})  # ends an answer; stop there",
+        'answer = model.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=256, eos_token_id=end)',
+        'print(tokenizer.decode(answer[0, given["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+
+
 def model_card(
-    config: Mapping[str, Any], facts: Mapping[str, Any], *, merged: bool = False, options: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    merged: bool = False,
+    options: Mapping[str, Any] | None = None,
+    chat_end: str = "",
 ) -> str:
-    """A model card in the hub's format: YAML head, how to load it, the facts as a table. `options`: what the base is loaded with."""
+    """A model card in the hub's format: YAML head, how to load it, the facts as a table.
+
+    options: what the base is loaded with. chat_end: as of `chat_lines`.
+    """
     base, revision = config.get("base_model_name_or_path") or "the base model", config.get("revision")
     head = ["---", "library_name: " + ("transformers" if merged else "peft"), "tags: [lora, loratune]", "pipeline_tag: text-generation"]
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):
@@ -109,9 +139,11 @@ def model_card(
     load = (
         'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("this folder")'
         if merged
-        else "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        else f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM{', AutoTokenizer' if chat_end else ''}\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{base}"{given})\nmodel = PeftModel.from_pretrained(base, "this folder")'
     )
+    if not merged:  # whose own generation config stops there
+        load = "\n".join([load, *chat_lines(base, revision, chat_end)])
     own = {"base model": base} | ({"revision of the base model": revision} if revision else {})
     own |= {k: config[k] for k in ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules") if k in config}
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in {**own, **facts}.items()]

@@ -64,7 +64,9 @@ def detect(record: dict[str, Any]) -> str:
     if "chosen" in record and "rejected" in record:
         hint += " chosen and rejected are preference data, which is not trained on; keep one answer, under the name of its format."
     formats = "; ".join(f"{name} ({', '.join(known.required)})" for name, known in FORMATS.items())
-    raise BadError(f"the fields {', '.join(fields)[:200] or '(none)'} fit no known format: {formats}.{hint}".rstrip("."))
+    named = ", ".join(fields)
+    named = f"{named[:200]} ..." if len(named) > 200 else named or "(none)"
+    raise BadError(f"the fields {named} fit no known format: {formats}.{hint}".rstrip("."))
 
 
 def parse(record: dict[str, Any], name: str) -> Conversation:

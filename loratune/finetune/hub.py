@@ -30,6 +30,11 @@ def reachable() -> bool:
 
 def weights_on_disk(name: str, revision: str | None) -> int | None:
     """Bytes of a model's weight files, in a local folder or the hub's cache; None where there are none yet."""
+    return sum(path.stat().st_size for path in weight_files(name, revision)) or None
+
+
+def weight_files(name: str, revision: str | None) -> list[Path]:
+    """A model's weight files, in a local folder or the hub's cache; none where there are none yet."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -38,11 +43,9 @@ def weights_on_disk(name: str, revision: str | None) -> int | None:
         try:
             folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
-            return None
-    for pattern in ("*.safetensors", "*.bin"):  # of a model in both forms, one is loaded
-        if sizes := [path.stat().st_size for path in folder.glob(pattern)]:
-            return sum(sizes)
-    return None
+            return []
+    # Of a model in both forms, one is loaded.
+    return list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
 
 
 @contextlib.contextmanager

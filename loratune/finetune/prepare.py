@@ -81,7 +81,13 @@ def prepare(
         revision=revision,
         pad_token_id=loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id,
         eos_token_id=loaded.eos_token_id,
-        prompt=PromptUsed(kind=prompt.kind, note=prompt.note, date=prompt.date, thinking=any(r.thinking for r in everything)),
+        prompt=PromptUsed(
+            kind=prompt.kind,
+            note=prompt.note,
+            date=prompt.date,
+            thinking=any(r.thinking for r in everything),
+            end=str(loaded.convert_ids_to_tokens(min(prompt.ends))),
+        ),
         duplicates=sum(r.duplicates for r in everything),
         shared=common.shared,
         near_duplicates=common.near,
@@ -214,7 +220,7 @@ def _tokenise(source: Source, role: str, recipe: DataRecipe, prompt: Prompt, rep
         except UnfitError as error:
             rows.bad.append(BadRow(example.source, example.place, error.problem))
             if recipe.on_bad_rows != "skip":
-                raise DataError(f"{rows.bad[-1]}. Mend the row, or leave such rows out with on_bad_rows: skip.") from error
+                raise DataError(f"{rows.bad[-1]}. Mend the row, or leave such rows out with data.on_bad_rows: skip.") from error
             continue
         if encoded is None:
             rows.dropped += 1
@@ -336,7 +342,7 @@ def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: b
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")):
-            raise ModelError(f"{name}: no such folder; expected a tokenizer's folder or hub id.")
+            raise ModelError(f"{name}: no such folder; expected a model's folder, with its tokenizer, or a hub id.")
         with tempfile.TemporaryDirectory() as saved:
             load_tokenizer(name, revision, trust_remote_code).save_pretrained(saved)
             return _tokenizer_fingerprint(saved, None, False)

@@ -62,7 +62,9 @@ class SourceCounts(Json):
         by_rows: dict[int, list[str]] = {}
         for name, rows in self.unread.items():
             by_rows.setdefault(rows, []).append(name)
-        unread = "; ".join(f"{', '.join(names)} ({rows:,} row{'s' * (rows != 1)})" for rows, names in by_rows.items())
+        unread = "; ".join(
+            f"{', '.join(names)} ({rows:,} row{'s' * (rows != 1)}{' each' * (len(names) > 1)})" for rows, names in by_rows.items()
+        )
         return [*(text for count, text in told if count), *([f"fields not read: {unread}"] if unread else [])]
 
 
@@ -83,6 +85,7 @@ class PromptUsed(Json):
     note: str = "alpaca"  # in words, with the reason
     date: str = ""  # ISO, that the chat template shows
     thinking: bool = False  # whether answers have thinking parts
+    end: str = ""  # the token that ends an answer; empty in data prepared before it was recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +160,7 @@ class Prepared:
         names = ("cut", "dropped", "bad", "overlapping", "reasoning_left_out")
         cut, dropped, bad, over, left_out = (sum(getattr(s, name) for s in m.sources) for name in names)
         notes = [
-            (m.duplicates, f"{m.duplicates:,} duplicates kept on one side of the split"),
+            (m.duplicates, f"{m.duplicates:,} rows that repeat an earlier row's question, kept on its side of the split"),
             (over, f"{over:,} training rows left out because validation asks the same"),
             (cut, f"{cut:,} cut at {m.recipe.max_length:,} tokens"),
             (dropped, f"{dropped:,} dropped (the prompt alone fills {m.recipe.max_length:,} tokens)"),

@@ -5,6 +5,7 @@ a batch is padded moves the last bits of its logits, so half a batch anew could 
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,9 @@ def _speaking(base: "BaseModel", adapter: str | None) -> Iterator[Any]:
     import peft
 
     try:
-        network = peft.PeftModel.from_pretrained(base.model, adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # an old name that PEFT asks for
+            network = peft.PeftModel.from_pretrained(base.model, adapter)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"{adapter} does not fit the base model: {' '.join(str(error).split())[:300]}") from error
     network.eval()

@@ -53,8 +53,8 @@ def choose(given: str, study: StudyRecord | None, tuned: Tuned | None = None) ->
     folder = Path(given)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        what = f"has no {' and no '.join(missing)}" if folder.is_dir() else "is no folder"
-        raise ModelError(f"{given!r} is none of {', '.join(NAMES)}, trial:NUMBER, and as an adapter's folder it {what}.")
+        what = f"as an adapter's folder it has no {' and no '.join(missing)}" if folder.is_dir() else "there is no such folder"
+        raise ModelError(f"{given!r} is none of {', '.join(NAMES)}, trial:NUMBER, and {what}.")
     weights = _digest(folder)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-.") or "adapter"
     return Contestant(label=given, name=f"{name}-{weights[:6]}", adapter=str(folder.resolve()), weights=weights)
@@ -79,7 +79,7 @@ def _trial(given: str, study: StudyRecord | None) -> Trial | None:
     if given not in NAMES and number is None:
         return None
     if study is None:
-        raise StorageError(f"{given!r} is a study's: give --study with the study's folder.")
+        raise StorageError(f"{given!r} belongs to a study: name the study's folder with --study.")
     if given == "default":
         if study.default is None:
             raise StorageError(

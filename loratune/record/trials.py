@@ -242,7 +242,7 @@ def _prompt(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     path, kind = folder / "prompt.json", spec.get("data", {}).get("prompt", "alpaca")
     remedy = "Remove the file; the same `loratune run` command writes it again, with the day's date for a template that shows one."
     recorded = parsed(path, lambda text: _mapping(json.loads(text)), remedy) if path.is_file() else {"note": kind}
-    return {"kind": kind, "note": "", "date": "", "thinking": False} | recorded
+    return {"kind": kind, "note": "", "date": "", "thinking": False, "end": ""} | recorded
 
 
 def _cached(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from loratune.errors import StorageError
 from loratune.files import AnyPath
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import adapter_of, best_of, trial_of
-from loratune.report.handover import load_options, model_card
+from loratune.report.handover import chat_end, load_options, model_card
 from loratune.report.reloading import as_measured, prepared_data
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def export(
 
     if merged:
         return merge(record.base_model, adapter, destination, card, data=prepared_data(record), prompt=record.prompt["kind"])
-    return export_adapter(adapter, destination, card, options=load_options(record))
+    return export_adapter(adapter, destination, card, options=load_options(record), chat_end=chat_end(record))
 
 
 def _selection(record: StudyRecord) -> "SelectionRecord | None":

@@ -99,6 +99,7 @@ def version_of_loratune() -> str:
 
 def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | None" = None) -> str:
     """The adapter's README.md, with the YAML head that the Hugging Face Hub reads."""
+    from loratune.finetune.export import chat_lines
     from loratune.report.card import scores_section  # scipy: a second of import
 
     found, cost = tables.answer(record), tables.cost(record)
@@ -113,13 +114,24 @@ def model_card(record: StudyRecord, best: Trial, selection: "SelectionRecord | N
         "" if on_hub else f"# The base model was the local folder {_one_line(base)}; add `base_model: <its Hub id>` before you publish.\n"
     )
     told = dict(asked.asked(record))
+    asking = chat_lines(base, revision, chat_end(record))
     lines = [
         f"---\n{local}{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# {_text(record.name)}",
         f"A LoRA adapter for {_code(base)}{at}, {'chosen from' if selection else 'the best of'} {plural(found.finished, 'configuration')} "
         "that loratune trained and compared.",
         "## Load it",
-        f"```python\nfrom peft import AutoPeftModelForCausalLM\n\nmodel = {load_line(record, 'path/to/this/folder')}\n```",
+        "\n".join(
+            [
+                "```python",
+                "from peft import AutoPeftModelForCausalLM",
+                *(["from transformers import AutoTokenizer"] if asking else []),
+                "",
+                f"model = {load_line(record, 'path/to/this/folder')}",
+                *asking,
+                "```",
+            ]
+        ),
         "## Validation loss",
         "Mean negative log-likelihood (nats) per response token over the whole validation set.",
         _table(
@@ -180,6 +192,11 @@ def load_options(record: StudyRecord) -> dict[str, Any]:
         dtype = "float32"  # whatever the checkpoint holds
     options = {"dtype": dtype} if dtype != "auto" else {}
     return options | ({"trust_remote_code": True} if model.get("trust_remote_code") else {})
+
+
+def chat_end(record: StudyRecord) -> str:
+    """The token that ends an answer, where the adapter was trained through the tokenizer's chat template; else empty."""
+    return str(record.prompt["end"]) if record.prompt.get("kind") == "chat" else ""
 
 
 def is_hub_id(name: str) -> bool:

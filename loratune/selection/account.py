@@ -36,7 +36,9 @@ def account(
     number = {name_of(t): t.number for t in trials}
     out = {drop.candidate: str(drop) for drop in race.dropped} if race else {}
     benchmarks = sorted({b for t in trials for b in scores.get(t.number, {})})
-    noise, source = Interval(assumed.sd, math.nan, math.nan, why="no repeats"), assumed.source
+    # Of one finalist's seeds, what a seed does to all alike cannot be told from the noise.
+    why = "no repeats" if race is None else "only one finalist has repeats"
+    noise, source = Interval(assumed.sd, math.nan, math.nan, why=why), assumed.source
     if race is not None and race.noise.known:
         noise, source = race.noise, f"from the first {race.first} fresh seeds of {len(trials)} finalists"
     spent = cost_of(outcomes)

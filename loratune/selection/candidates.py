@@ -104,9 +104,7 @@ def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial],
     names = [ALIASES.get(name.strip(), name.strip()) for name, _, _ in parts]
     weighted = {sign for _, sign, _ in parts}
     if len(weighted) > 1 or len(set(names)) < len(names):
-        raise SpecError(
-            f"prefer {prefer!r}: needed are different metrics, each with a weight (loss=1,adapter_mb=0.1) or none (loss,adapter_mb)"
-        )
+        raise SpecError(f"prefer {prefer!r}: give different metrics, each with a weight (loss=1,adapter_mb=0.1) or none (loss,adapter_mb)")
     for name in names:
         allowed_names = [*ALIASES, *METRICS, *benchmarks]
         if name not in allowed_names:

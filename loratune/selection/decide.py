@@ -126,7 +126,7 @@ class _Selection:
     def _limits(self, most: int, runs: int | None) -> tuple[int, int | None]:
         """(finalists at most, runs of the race at most), as far as the stated runs go."""
         if most < 1:
-            raise SpecError(f"finalists: needed is a whole number above 0; got {most}")
+            raise SpecError(f"finalists: got {most}; needed: a whole number above 0")
         most = min(most, len(self.trials))
         if runs is None or not self.rerun:
             return most, None
@@ -200,7 +200,8 @@ class _Selection:
         lines = []
         if self.by_loss:
             more = f", up to {self.most} if the noise turns out larger" if self.most > len(few.chosen) else ""
-            lines.append(f"{few} {len(self._trials_of(few))} race{more}; their runs: {race} at most.")
+            entered = len(self._trials_of(few))
+            lines.append(f"{few} {entered} {'races' if entered == 1 else 'race'}{more}; their runs: {race} at most.")
         else:
             lines.append("The rule does not begin with the loss, so there is no race.")
         lines.append(f"Then {CHECKS} runs each of the chosen one" + (" and the default." if self.default is not None else "."))

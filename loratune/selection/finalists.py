@@ -38,7 +38,7 @@ class Finalists:
 
     def __str__(self) -> str:
         cut = f"; the {len(self.chosen)} lowest race" if self.within > len(self.chosen) else ""
-        near = f"{self.within} trials lie within {self.margin:.2g} of the lowest loss"
+        near = f"{self.within} trial{' lies' if self.within == 1 else 's lie'} within {self.margin:.2g} of the lowest loss"
         return f"{near}, which noise may explain (sd {self.noise.sd:.2g}, {self.noise.source}){cut}."
 
 

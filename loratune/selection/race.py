@@ -197,14 +197,17 @@ class Race:
     def explain(self) -> str:
         """The race in about ten lines."""
         spent = f"{self.runs} of {self.budget} runs"
-        lines = [f"Race of {len(self.candidates)} finalists: {spent}, error rate {self.error_rate:.0%}, tolerance {self.tolerance:g}."]
+        entered = f"{len(self.candidates)} finalist{'s' * (len(self.candidates) > 1)}"
+        lines = [f"Race of {entered}: {spent}, error rate {self.error_rate:.0%}, tolerance {self.tolerance:g}."]
         if self.noise.known:
             lines.append(f"Noise of a run (sd, same seeds): {self.noise:.2g}.")
         lines += [f"Out: {drop}." for drop in self.dropped]
         for standing in self.standings():
             bound = f", {standing.behind:.2g} behind (at least {standing.at_least:.2g})" if standing.candidate != self.survivors[0] else ""
             lines.append(f"In: {standing.candidate}, mean {standing.mean:.5f} of {standing.repeats}{bound}.")
-        if self.winner is not None:
+        if self.winner is not None and len(self.candidates) == 1:
+            lines.append(f"{self.winner} raced alone, so the race says nothing of how sure the choice is.")
+        elif self.winner is not None:
             sure = f"{1 - self.error_rate:.0%}"
             better = f"at most {self.gap:.2g} worse than the best of them" if self.gap > 0 else "the best of them"
             lines.append(f"Winner: {self.winner}, {better} ({sure} sure); over because {self.ending}.")

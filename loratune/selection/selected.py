@@ -130,7 +130,8 @@ class SelectionRecord(Json):
         if self.chosen != self.lowest:
             lines.append(f"The study's lowest loss was trial {self.lowest}'s.")
         if self.race is not None:
-            raced = f"Race: {len({run.trial for run in self.race.log})} finalists, {len(self.race.log)} runs"
+            entered = len({run.trial for run in self.race.log})
+            raced = f"Race: {entered} finalist{'s' * (entered != 1)}, {len(self.race.log)} runs"
             lines.append(f"{raced}; over because {self.race.ending}.")
         lines.append(f"Noise of one run (sd): {self.noise:.2g}, {self.noise_source}.")
         if self.honest is not None:
@@ -145,7 +146,7 @@ class SelectionRecord(Json):
                 f"Of its {self.shipped.lowest_of} adapters the one with the lowest validation loss is handed over:"
                 f" {self.shipped.validation_loss:.4f} ({self.shipped.run})."
             )
-        changes = self.what_would_change or ("no other tie width, and no criterion or constraint less",)
+        changes = self.what_would_change or ("neither another tie width nor dropping any one criterion or constraint",)
         lines.append(f"What would change it: {'; '.join(changes)}.")
         return "\n".join([*lines, *self.notes])
 

@@ -107,6 +107,7 @@ class Written:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             self.mistakes.append(((), f"cannot read {path}: {reason}"))
+            self.unread = True
             return
         try:
             loader = _Loader(text)

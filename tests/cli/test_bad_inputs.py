@@ -238,6 +238,10 @@ def test_bad_input(case: Case, place: Place, loratune) -> None:
     nothing_lost(place, before, case.may_write)
 
 
+def test_a_description_that_cannot_be_read_is_the_only_mistake(place: Place, loratune) -> None:
+    assert loratune("run", "nope.yaml").err == "loratune: cannot read nope.yaml: No such file or directory\n"
+
+
 def nothing_lost(place: Place, before: dict[str, bytes], may_write: tuple[str, ...] = ("study/",)) -> None:
     """What stood there is unchanged; what is new lies where it may; nothing is left half-written (`files.py` writes to .NAME.random)."""
     after = place.contents()

@@ -83,7 +83,7 @@ def test_version(loratune) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["runn"], "no command 'runn'; did you mean 'run'?"),
+        (["runn"], "no command 'runn'; did you mean 'run'? See `loratune --help`"),
         (["frobnicate"], "no command 'frobnicate'; the commands: run, status,"),
         (["run", "--modl", "x"], "unknown argument --modl; did you mean --model?"),
         (["run", "--epochs", "2"], "unknown argument --epochs; did you mean --training.epochs?"),

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from loratune.cli.parser import Parser
 from loratune.cli.run import add_arguments, load_spec
@@ -160,6 +162,17 @@ print(sorted({{"torch", "transformers", "datasets", "peft"}} & set(sys.modules))
     assert said[1] == "work          10 full runs of about 20 steps; about 208 k training tokens"
     assert said[2] == "model         1 M weights"
     assert said[-1] == "[]"
+
+
+def test_the_weights_of_the_first_estimate_are_those_that_the_files_list(tmp_path: Path) -> None:
+    from loratune.cli.dry_run import _weights
+    from loratune.spec import StudySpec
+
+    data = {"train": ["data.json"], "validation_fraction": 0.2}
+    for dtype in (torch.float32, torch.bfloat16):  # whatever the configuration says that they are loaded as
+        save_file({"a": torch.ones(30, 7, dtype=dtype), "b": torch.ones(5, dtype=dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
+        (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+        assert _weights(StudySpec.load(base={"model": str(tmp_path), "data": data})) == 215
 
 
 def test_a_stage_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ def test_where_no_token_ends_a_turn_the_last_answer_ends_with_eos(tmp_path, temp
 
 def test_without_a_template_auto_is_alpaca(tmp_path):
     loaded = load_tokenizer(str(tiny_tokenizer.build(tmp_path)))
-    assert choose(loaded, "auto").note == "alpaca, for the tokenizer has no chat template"
+    assert choose(loaded, "auto").note == "alpaca, because the tokenizer has no chat template"
     loaded.chat_template = tiny_tokenizer.CHATML
     assert choose(loaded, "auto").note == "chat, the tokenizer's own template; answers end with <|im_end|>"
     assert choose(loaded, "alpaca").note == "alpaca, as asked: the tokenizer's own chat template is not what is trained"

@@ -1,4 +1,7 @@
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -48,6 +51,28 @@ def test_plain_peft_gives_the_recorded_loss(trained, tmp_path: Path) -> None:  #
     assert "| lora_alpha | 12.5 |" in card
     assert {p.name for p in exported.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert peft.LoraConfig.from_pretrained(str(exported)).base_model_name_or_path == recipe.model.name_or_path
+
+
+def test_the_cards_lines_ask_and_stop_at_the_end_of_an_answer(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(trained[1] / "model", base)
+    (base / "chat_template.jinja").write_text("xyz")  # within the tiny vocabulary
+    shutil.copytree(trained[3], adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+
+    def written(end: str) -> tuple[list[int], object]:
+        """What the card's own lines generate, and their tokenizer."""
+        exported = export_adapter(adapter, tmp_path / "out", {"trial": 7}, chat_end=end)
+        code = (exported / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        names: dict[str, Any] = {}
+        exec(code.replace('"this folder"', repr(str(exported))).replace("=256", "=4"), names)
+        return names["answer"][0, names["given"]["input_ids"].shape[1] :].tolist(), names["tokenizer"]
+
+    ids, tokenizer = written("<|im_end|>")
+    assert len(ids) == 4
+    assert written(tokenizer.convert_ids_to_tokens(ids[0]))[0] == ids[:1]
+    assert "AutoTokenizer" not in export_adapter(adapter, tmp_path / "out", {"trial": 7}).joinpath("README.md").read_text()
 
 
 def test_the_merged_model_gives_the_recorded_loss(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -145,5 +145,5 @@ def test_the_summary_groups_them_by_rows():
     zero = dict.fromkeys(("rows", "bad", "dropped", "overlapping", "duplicates", "train", "validation", "repeats", "cut"), 0)
     assert SourceCounts(path="a", role="train", bad_rows=(), **zero, **fields_of(examples)).fields() == [
         "2,000 rows with history: its exchanges stand before the question, their answers are scored too",
-        "fields not read: id, source (2,000 rows); score (1 row)",
+        "fields not read: id, source (2,000 rows each); score (1 row)",
     ]

@@ -59,7 +59,7 @@ def test_rows_that_a_chat_template_refuses(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
     told = "a.jsonl, line 4: the chat template cannot show this conversation: System role not supported"
-    with pytest.raises(DataError, match=rf"{told}\. Mend the row, or leave such rows out with on_bad_rows: skip"):
+    with pytest.raises(DataError, match=rf"{told}\. Mend the row, or leave such rows out with data.on_bad_rows: skip"):
         prepare(recipe, tokenizer=chat, cache=tmp_path / "cache")
     prepared = prepare(dataclasses.replace(recipe, on_bad_rows="skip"), tokenizer=chat, cache=tmp_path / "cache")
     (counts,) = prepared.manifest.sources
@@ -116,7 +116,7 @@ def test_duplicates_stay_together_across_sources(tmp_path, tokenizer):
         assert prepared.manifest.duplicates == 4
         assert [s.validation for s in prepared.manifest.sources] == [16, 16]
         assert [s.duplicates for s in prepared.manifest.sources] == [2, 2]  # they add up to what the summary says
-        assert "4 duplicates kept on one side" in prepared.summary()
+        assert "4 rows that repeat an earlier row's question" in prepared.summary()
 
 
 def test_validation_sources_take_their_questions_out_of_training(tmp_path, tokenizer):
@@ -208,7 +208,7 @@ def test_fields_that_are_not_read_are_told_also_from_the_cache(tmp_path, tokeniz
     for _ in range(2):
         summary = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache").summary()
         assert "20 answers are context only, not scored (weight: 0, train: false)" in summary
-        assert "fields not read: id, source, messages[].name (20 rows)" in summary
+        assert "fields not read: id, source, messages[].name (20 rows each)" in summary
 
 
 def test_near_duplicates_are_counted_and_quoted(tmp_path, tokenizer):

@@ -61,11 +61,9 @@ def test_what_is_not_there(study: StudyRecord, tmp_path: Path) -> None:
         choose("trial:9", study)
     with pytest.raises(StorageError, match=r"trial 2 \(failed\) is not on disk; adapters there: 0, 1"):
         choose("trial:2", study)
-    with pytest.raises(StorageError, match="give --study"):
+    with pytest.raises(StorageError, match="with --study"):
         choose("tuned", None)
-    with pytest.raises(
-        ModelError, match="'tunde' is none of tuned, default, base, trial:NUMBER, and as an adapter's folder it is no folder"
-    ):
+    with pytest.raises(ModelError, match="'tunde' is none of tuned, default, base, trial:NUMBER, and there is no such folder"):
         choose("tunde", study)
     with pytest.raises(ModelError, match=r"has no adapter_config\.json and no adapter_model\.safetensors"):
         choose(str(tmp_path), study)

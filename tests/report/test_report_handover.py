@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from report_studies import Point
 from loratune.errors import StorageError, TrainingError
 from loratune.record import FAILED, StudyRecord
 from loratune.report import hand_over
-from loratune.report.handover import is_hub_id
+from loratune.report.handover import is_hub_id, model_card
 
 Study = Callable[..., StudyRecord]
 DEFAULT = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "learning_rate": 1e-5}
@@ -64,6 +65,16 @@ def test_model_card(study: Study) -> None:
     assert "alpaca.json; dolly.jsonl (900 examples)" in body
 
 
+def test_the_card_says_where_a_chat_answer_ends(study: Study) -> None:
+    record = study(POINTS)
+    best = record.best
+    assert best is not None
+    assert "apply_chat_template" not in model_card(record, best)  # a study older than the record of it
+    card = model_card(replace(record, prompt=record.prompt | {"kind": "chat", "end": "<|im_end|>"}), best)
+    assert 'end = tokenizer.convert_tokens_to_ids("<|im_end|>")' in card
+    assert "eos_token_id=end" in card
+
+
 def test_a_local_base_model_is_not_claimed_to_be_on_the_hub(study: Study, tmp_path: Path) -> None:
     record = study(POINTS, model={"name_or_path": str(tmp_path)})
     adapter_of(record)
@@ -98,7 +109,7 @@ def test_a_failed_copy_leaves_the_earlier_adapter(study: Study, monkeypatch: pyt
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shutil.copytree", full)
+    monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(StorageError, match="No space left"):
         hand_over(record, record.folder, check=None)
     assert (adapter / "adapter_model.safetensors").read_bytes() == b"weights"

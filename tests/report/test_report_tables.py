@@ -181,4 +181,4 @@ def test_duplicates_are_the_number_that_the_summary_says(tmp_path: Path) -> None
     at = head.index("duplicates")
     assert [row[at] for row in rows] == ["1", "2", "3"]
     assert rows[-1][:2] == ["all", "10"]
-    assert "3 duplicates kept on one side of the split" in prepared.summary()
+    assert "3 rows that repeat an earlier row's question" in prepared.summary()

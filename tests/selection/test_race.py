@@ -22,6 +22,13 @@ def run(race: Race, runs: np.ndarray) -> Race:
     return race
 
 
+def test_who_races_alone_is_not_said_to_be_sure() -> None:
+    told = run(Race(["0"], tolerance=0.001, budget=6), np.full((1, 10), 2.0)).explain()
+    assert told.startswith("Race of 1 finalist: ")
+    assert "0 raced alone" in told
+    assert "sure)" not in told
+
+
 def names(n: int) -> list[str]:
     return [str(k) for k in range(n)]
 

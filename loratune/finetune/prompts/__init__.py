@@ -52,7 +52,7 @@ def choose(tokenizer: Any, kind: str, *, date: str = "", score_reasoning: bool =
     if kind == "chat" or (kind == "auto" and has_template):
         return Chat(tokenizer, date=date, score_reasoning=score_reasoning, why="the tokenizer's own template")
     if kind == "auto":
-        why = "for the tokenizer has no chat template"
+        why = "because the tokenizer has no chat template"
     elif has_template:
         why = "as asked: the tokenizer's own chat template is not what is trained"
     else:

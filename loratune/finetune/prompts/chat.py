@@ -42,7 +42,7 @@ class Chat(Prompt):
     @property
     def note(self) -> str:
         """Which prompt, and why, in one line."""
-        end = self._end or f"{self.tokenizer.eos_token}, for the template ends them with no token"
+        end = self._end or f"{self.tokenizer.eos_token}, because the template ends them with no token"
         return f"{super().note}; answers end with {end}" + (f"; its date is {self.date}" if self.date else "")
 
     def question(self, instruction: str, input: str = "", system: str = "", *, thinking: bool = False) -> list[int]:
