@@ -60,6 +60,7 @@ def prepare(
     loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
     prompt = choose(loaded, recipe.prompt, date=date, score_reasoning=recipe.score_reasoning)
     train, held_out = ([_tokenise(s, role, recipe, prompt, report) for s in ss] for role, ss in _roles(recipe))
+    _spell_alike([*train, *held_out])
     notes: list[str] = []
     if held_out:
         _use_validation_sources(recipe, train, held_out)
@@ -230,6 +231,12 @@ def _tokenise(source: Source, role: str, recipe: DataRecipe, prompt: Prompt, rep
     if not rows.encoded:
         raise DataError(f"{source.path}: every prompt alone fills max_length = {recipe.max_length} tokens. Raise max_length.")
     return rows
+
+
+def _spell_alike(sources: Sequence[_Rows]) -> None:
+    spelt = iter(split.one_spelling([q for rows in sources for q in rows.questions]))
+    for rows in sources:
+        rows.questions = [next(spelt) for _ in rows.questions]
 
 
 def _use_validation_sources(recipe: DataRecipe, train: Sequence[_Rows], held_out: Sequence[_Rows]) -> None:
