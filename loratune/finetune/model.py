@@ -71,6 +71,12 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
     _config(recipe)
     tokenizer = load_tokenizer(recipe)
     model = load_network(recipe, device, silent=silent)
+    if device.type != "meta" and not is_causal(model):
+        raise ModelError(
+            f"model {recipe.name_or_path!r}: {type(model).__name__} is not a causal language model as it is configured: a later token "
+            "changes what it predicts before it, so it would be trained on the answers that it is to predict. Give a decoder-only model "
+            "(Llama, Qwen, Mistral, GPT-2, ...); BERT and its kin are decoders with is_decoder: true in config.json."
+        )
     return BaseModel(model=model, tokenizer=tokenizer, device=device, dtype=choose_dtype(recipe.dtype, device))
 
 
@@ -103,6 +109,17 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
     forget_lengths(model)
     model.eval()
     return model
+
+
+def is_causal(model: transformers.PreTrainedModel) -> bool:
+    """Whether a token changes no prediction before it. Asked of two short texts that differ in their last token."""
+    length, vocabulary = 8, int(model.config.get_text_config().vocab_size)
+    ids = (torch.arange(length, device=model.device) % vocabulary).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + vocabulary // 2) % vocabulary
+    with torch.no_grad():
+        one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    rounding = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.02
+    return not bool((one - other).abs().max() > rounding * one.abs().max())
 
 
 def load_tokenizer(recipe: ModelRecipe) -> transformers.PreTrainedTokenizerBase:

@@ -22,7 +22,16 @@ from loratune.finetune.prompts import KINDS, Prompt, UnfitError, choose, has_rea
 __all__ = ["Prepared", "Tokens", "check", "load_tokenizer", "prepare"]
 
 _FORMAT = 2  # raise when the arrays, the prompts or the split change meaning, so that old caches are not used
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "chat_template*")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
 _TOKENIZER_CHOICE = ("config.json", "*.py")  # what tells Transformers which class of tokenizer it is
 _LISTED = 5  # bad rows quoted per source
 
@@ -60,6 +69,7 @@ def prepare(
     loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
     prompt = choose(loaded, recipe.prompt, date=date, score_reasoning=recipe.score_reasoning)
     train, held_out = ([_tokenise(s, role, recipe, prompt, report) for s in ss] for role, ss in _roles(recipe))
+    _spell_alike([*train, *held_out])
     notes: list[str] = []
     if held_out:
         _use_validation_sources(recipe, train, held_out)
@@ -238,6 +248,12 @@ def _tokenise(source: Source, role: str, recipe: DataRecipe, prompt: Prompt, rep
     return rows
 
 
+def _spell_alike(sources: Sequence[_Rows]) -> None:
+    spelt = iter(split.one_spelling([q for rows in sources for q in rows.questions]))
+    for rows in sources:
+        rows.questions = [next(spelt) for _ in rows.questions]
+
+
 def _use_validation_sources(recipe: DataRecipe, train: Sequence[_Rows], held_out: Sequence[_Rows]) -> None:
     """Validation from its own sources; whatever asks the same question leaves training."""
     wanted = split.quotas(
@@ -350,6 +366,6 @@ def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: b
     files = sorted({file for some in found.values() for file in some})
     if not found[_TOKENIZER_FILES]:
         raise ModelError(f"{name}: the folder holds no tokenizer files (tokenizer.json, tokenizer_config.json, ...).")
-    contents = {file.name: file.read_bytes() for file in files}
+    contents = {str(file.relative_to(folder)): file.read_bytes() for file in files}
     dated = any(b"strftime_now" in content for content in contents.values())
     return [(file, hashlib.sha256(content).hexdigest()) for file, content in contents.items()], dated

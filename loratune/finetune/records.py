@@ -97,7 +97,7 @@ def _choose(path: str, names: list[str], split: str | None) -> str:
 
 def _rows(name: str, data: Any) -> Iterator[Record]:
     for number, row in enumerate(data, 1):
-        yield Record(name, f"row {number}", row)
+        yield Record(name, f"row {number}", _unfilled(row))
 
 
 # ---- reading one file ----
@@ -250,7 +250,19 @@ def _parquet(file: Path) -> Iterator[Record]:
     for batch in table.to_batches(max_chunksize=1000):
         for row in batch.to_pylist():
             number += 1
-            yield Record(str(file), f"row {number}", row)
+            yield Record(str(file), f"row {number}", _unfilled(row))
+
+
+def _unfilled(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without the inner fields that are null. Arrow gives each object of a column the fields of all others:
+    the tools of one row would be shown with the parameters of another row's, each null."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(inner) for key, inner in value.items() if inner is not None}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return {name: without(value) for name, value in row.items()}
 
 
 # ---- words ----

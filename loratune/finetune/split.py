@@ -11,6 +11,7 @@ Notation: rows are numbered 0..N-1, sources 0..S-1; `questions[i]` are row i's, 
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -21,12 +22,25 @@ from loratune.errors import DataError
 from loratune.finetune.data import Example
 from loratune.finetune.wording import normalised
 
+_SPACE = re.compile(r"(?<!\d) | (?!\d)")  # not between two numbers: 1 2 and 12 are different questions
 Questions = tuple[str, ...]  # of one row, at least one
 
 
 def questions_of(example: Example) -> Questions:
     """Every question of a conversation, instruction + input, normalised, in order and each once."""
     return tuple(dict.fromkeys(normalised(f"{exchange.instruction} {exchange.input}") for exchange in example.exchanges))
+
+
+def one_spelling(questions: Sequence[Questions]) -> list[Questions]:
+    """The same rows with one text, the first in the alphabet, for all questions that differ only in spaces between words.
+
+    Where punctuation is left out of a word or set into it: "what's" (what s) and "whats", "well-known" and "wellknown".
+    """
+    spelt: dict[str, str] = {}
+    for question in {question for row in questions for question in row}:
+        letters = _SPACE.sub("", question)
+        spelt[letters] = min(spelt.get(letters, question), question)
+    return [tuple(dict.fromkeys(spelt[_SPACE.sub("", question)] for question in row)) for row in questions]
 
 
 def groups(questions: Sequence[Questions]) -> list[str]:

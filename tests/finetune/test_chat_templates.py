@@ -1,5 +1,6 @@
 """Known chat templates: which tokens are scored, with and without thinking parts, tools, dates and control tokens in the data."""
 
+import copy
 import dataclasses
 import json
 
@@ -7,8 +8,9 @@ import chat_templates
 import pytest
 import tiny_tokenizer
 
-from loratune.finetune.data import Example, Exchange
-from loratune.finetune.prepare import load_tokenizer
+from loratune.errors import ModelError
+from loratune.finetune.data import DataRecipe, Example, Exchange, Source
+from loratune.finetune.prepare import load_tokenizer, prepare
 from loratune.finetune.prompts import UnfitError, answer_ends, choose
 
 DATE = "2026-03-01"
@@ -250,6 +252,25 @@ def test_a_template_that_ignores_tools_is_noticed(tokenizer, name):
         encoded(tokenizer(name), dataclasses.replace(TURNS, tools=TOOLS))
 
 
+def test_a_template_that_drops_the_system_message_is_noticed(tokenizer):
+    loaded = copy.copy(tokenizer("chatml"))
+    loaded.chat_template = "{% for m in messages %}{% if m.role != 'system' %}" + tiny_tokenizer.CHATML[len("{% for m in messages %}") :]
+    loaded.chat_template = loaded.chat_template.replace("{% endfor %}", "{% endif %}{% endfor %}")
+    assert encoded(loaded, TURNS) == encoded(tokenizer("chatml"), TURNS)
+    with pytest.raises(UnfitError, match=r"a.json, record 3: .* shows no system message"):
+        encoded(loaded, dataclasses.replace(TURNS, system="Be brief."))
+
+
+@pytest.mark.parametrize("test", ["m.content.startswith('Hello')", "m.content[0] == 'H'", "m.content | length == 5"])
+def test_a_template_that_looks_into_an_answer_is_noticed(tokenizer, test):
+    """The marks hide the answer's beginning from it, so what it shows with them is not what it shows."""
+    loaded = copy.copy(tokenizer("chatml"))
+    shown_so = "{{ 'Kindly: ' if m.role == 'assistant' and " + test + " }}{{ m['content'] }}"
+    loaded.chat_template = tiny_tokenizer.CHATML.replace("{{ m['content'] }}", shown_so)
+    with pytest.raises(UnfitError, match=r"a.json, record 3: .* depends on how an answer begins"):
+        encoded(loaded, TURNS)
+
+
 @pytest.mark.parametrize("example", [THOUGHT, dataclasses.replace(TURNS, tools=TOOLS)], ids=["reasoning", "tools"])
 def test_alpaca_has_no_place_for_them(tokenizer, example):
     with pytest.raises(UnfitError, match=r"a.json, record 3: .* prompt: alpaca has no place. Use prompt: chat"):
@@ -305,6 +326,29 @@ def test_the_date_is_the_one_that_was_given(tokenizer, name):
         day in loaded.decode(prompt.question("Hi")) for day in ("09 Dec 2031", "December 09, 2031", "09 December 2031", "2031-12-09")
     )
     assert "strftime_now" in loaded.chat_template  # the tokenizer is handed on as it was
+
+
+def test_the_date_of_a_template_for_tools_alone(tmp_path):
+    """Its text is a file of its own, which tells one prepared folder from another."""
+    loaded = load_tokenizer(str(tiny_tokenizer.build(tmp_path / "tokenizer")))
+    dated = "{{ strftime_now('%d %b %Y') }} {{ tools | tojson }}" + tiny_tokenizer.CHATML
+    loaded.chat_template = {"default": tiny_tokenizer.CHATML, "tool_use": dated}
+    loaded.save_pretrained(tmp_path / "tokenizer")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{"messages": [{"role": "user", "content": str(i)}, *messages[1:]], "tools": json.loads(TOOLS)} for i in range(4)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.json")),), validation_fraction=0.5)
+    made = [prepare(recipe, tokenizer=str(tmp_path / "tokenizer"), cache=tmp_path, date=date) for date in (DATE, "2031-12-09")]
+    assert [one.manifest.prompt.date for one in made] == [DATE, "2031-12-09"]
+    assert loaded.decode(made[1].train[0][0]).startswith("09 Dec 2031 [{")
+
+
+def test_templates_without_a_default(tmp_path):
+    loaded = load_tokenizer(str(tiny_tokenizer.build(tmp_path)))
+    loaded.chat_template = {"tool_use": tiny_tokenizer.CHATML, "rag": tiny_tokenizer.CHATML}
+    with pytest.raises(ModelError, match=r"chat template cannot show .* no default specified.* Use prompt: alpaca"):
+        choose(loaded, "auto")
+    assert choose(loaded, "alpaca").kind == "alpaca"
 
 
 def test_a_template_without_a_date_has_none(tokenizer):

@@ -236,6 +236,19 @@ def test_bad_input_has_one_message(tmp_path, name):
     assert len(str(caught.value)) < len(str(path)) + 500
 
 
+def test_parquet_fills_no_field_of_one_row_with_the_names_of_another(tmp_path):
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"Name {i}"}, {"role": "assistant", "content": "x"} | ({"weight": 1} if i else {})],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": {name: {"type": "string"}}}}],
+        }
+        for i, name in enumerate(("city", "town"))
+    ]
+    write_parquet(tmp_path / "a.parquet", rows)
+    examples, _ = read(Source(path=str(tmp_path / "a.parquet")))
+    assert [json.loads(example.tools) for example in examples] == [row["tools"] for row in rows]
+
+
 def test_a_parquet_column_that_stands_twice(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

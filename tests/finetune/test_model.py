@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny_engine
+import tiny_tokenizer
 import torch
 import transformers
 
@@ -140,6 +141,24 @@ def test_weights_of_another_shape_or_missing(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
     with pytest.raises(ModelError, match="weights"):
         load(copy)
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+def test_a_model_that_sees_what_comes_after_is_refused(tmp_path: Path, kind: str) -> None:
+    """Transformers gives these as AutoModelForCausalLM too."""
+    tiny_tokenizer.build(tmp_path)
+    if kind == "bert":
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 320}
+        transformers.BertLMHeadModel(transformers.BertConfig(**shape)).save_pretrained(tmp_path)
+    else:
+        transformers.XLNetLMHeadModel(
+            transformers.XLNetConfig(vocab_size=320, d_model=16, n_layer=1, n_head=2, d_inner=16)
+        ).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"LMHeadModel is not a causal language model as it is configured: a later token"):
+        load(tmp_path)
+    if kind == "bert":
+        transformers.BertLMHeadModel(transformers.BertConfig(**shape, is_decoder=True)).save_pretrained(tmp_path)
+        load(tmp_path)
 
 
 def test_not_a_causal_model(tmp_path: Path) -> None:

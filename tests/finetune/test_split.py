@@ -15,6 +15,7 @@ from loratune.finetune.split import (
     groups,
     hold_out,
     identity,
+    one_spelling,
     overlapping,
     questions_of,
     quotas,
@@ -49,6 +50,11 @@ def test_the_same_question(one, other):
 @pytest.mark.parametrize(("one", "other"), [("2 + 3", "2 3"), ("कि", "की"), ("?", "!"), ("a cat", "a bat")])
 def test_different_questions(one, other):
     assert questions_of(example(one)) != questions_of(example(other))
+
+
+def test_punctuation_inside_words_makes_no_other_question():
+    rows = [questions_of(example(text)) for text in ("What's well-known?", "whats wellknown", "What s well known", "3-2", "32", "3 2")]
+    assert one_spelling(rows) == [("what s well known",)] * 3 + [("3 2",), ("32",), ("3 2",)]
 
 
 def test_every_question_of_a_conversation_is_a_key():

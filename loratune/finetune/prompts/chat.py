@@ -29,13 +29,13 @@ class Chat(Prompt):
 
     def __init__(self, tokenizer: Any, *, date: str = "", score_reasoning: bool = True, why: str = "") -> None:
         super().__init__(tokenizer, score_reasoning=score_reasoning, why=why)
-        self._template = Template(tokenizer, date)
-        self.date = date if self._template.is_dated else ""
         name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         try:
+            self._template = Template(tokenizer, date)
             self._probe()
         except (RenderError, ValueError) as error:
             raise ModelError(f"{name}: the chat template cannot show a question and its answer: {error}. Use prompt: alpaca.") from error
+        self.date = date if self._template.is_dated else ""
         end = tokenizer.eos_token_id if self._end is None else tokenizer.convert_tokens_to_ids(self._end)
         self.ends = frozenset([int(end)])
 
@@ -117,6 +117,10 @@ class Chat(Prompt):
             whole = self._template.render(messages, tools)
             if tools and whole == self._template.render(messages):
                 raise RenderError("it shows no tools, and the row has some")
+            if example.system.strip() and whole == self._template.render(messages[1:], tools):
+                raise RenderError("it shows no system message, and the row has one")
+            if not self._template.shows_marked(messages, tools, whole):
+                raise RenderError("what it shows depends on how an answer begins or how long it is. Use prompt: alpaca")
             written = [thinking_part(exchange.response) is not None for exchange in example.exchanges]
             chunks, left_out = self._chunks(exchanges, written, messages, tools, whole)
         except RenderError as error:

@@ -27,8 +27,8 @@ class Template:
 
     def __init__(self, tokenizer: Any, date: str) -> None:
         self.tokenizer, self._fixed = tokenizer, _calendar(date) if date else ""
-        source = tokenizer.get_chat_template()
-        self.is_dated = "strftime_now" in source
+        sources = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}]))  # some have another one for tools
+        self.is_dated = any("strftime_now" in source for source in sources)
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         #: All tokens that are taken out of a text before it is tokenised, longest first.
         self.added = sorted(added, key=len, reverse=True)
@@ -49,6 +49,10 @@ class Template:
             )
         except Exception as error:  # Jinja's own, or whatever the template raises
             raise RenderError(str(error)) from error
+
+    def shows_marked(self, messages: Sequence[dict[str, str]], tools: Any, whole: str) -> bool:
+        """Whether `whole`, these messages and tools as rendered, is but for the marks what they give without marks."""
+        return _ALL.sub("", whole) == self.render(_unmarked(list(messages)), _unmarked(tools))
 
     def as_text(self, value: Any) -> Any:
         """The same with marks around control tokens that are spelt out in it; of lists and mappings the values."""
@@ -80,6 +84,14 @@ class Template:
 
     def _letters(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def _unmarked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unmarked(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_unmarked(inner) for inner in value]
+    return _ALL.sub("", value) if isinstance(value, str) else value
 
 
 def _calendar(date: str) -> str:
