@@ -27,6 +27,17 @@ SHAPE = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+GEMMA_3N = {
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "num_kv_shared_layers": 0,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "activation_sparsity_pattern": [0.9, 0.0],
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 FAMILIES = {
     "llama": transformers.LlamaConfig(**SHAPE),
     "mistral": transformers.MistralConfig(**SHAPE, sliding_window=8),
@@ -62,8 +73,9 @@ def test_packed_is_the_reference(tmp_path: Path, family: str) -> None:
     [
         (transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=64), "GPT2"),
         (transformers.Gemma2Config(**SHAPE, head_dim=8), "Gemma2|soft-capped"),
+        (transformers.Gemma3nTextConfig(**SHAPE, **GEMMA_3N), "threshold"),
     ],
-    ids=["gpt2", "gemma2"],
+    ids=["gpt2", "gemma2", "gemma3n"],
 )
 def test_others_fall_back_with_a_line_that_says_why(tmp_path: Path, config: transformers.PretrainedConfig, why: str) -> None:
     tiny_engine.build_model(tmp_path / "model", config)
