@@ -131,7 +131,7 @@ def test_the_command_without_a_page(adapter: Path, tmp_path: Path, command: Call
         (["base", "ADAPTER", "--judge", "http://x/v1"], 2, "--judge-model"),
         (["base", "ADAPTER", "--max-new-tokens", "0"], 2, "needed: a whole number >= 1"),
         (["base", "ADAPTER", "--questons", "x"], 2, "did you mean --questions?"),
-        (["tuned", "default"], 5, "give --study"),
+        (["tuned", "default"], 5, "name the study's folder with --study"),
         (["tuned", "default", "--study", "absent"], 5, "not a study's folder"),
     ],
 )
