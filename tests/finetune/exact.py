@@ -32,5 +32,6 @@ def exact_norms() -> Iterator[None]:
 def exact(norm):  # type: ignore[no-untyped-def]
     name = type(norm).__name__
     eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    weight = norm.weight + 1 if name.startswith("Gemma") else norm.weight
+    weight = getattr(norm, "weight", None)  # Gemma 3n has norms without one
+    weight = weight + 1 if name.startswith("Gemma") and not name.startswith("Gemma3n") else weight
     return lambda x: torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
