@@ -7,11 +7,11 @@ from loratune.errors import StorageError
 from loratune.files import AnyPath
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import adapter_of, best_of, trial_of
-from loratune.report.handover import chat_end, load_options, model_card
+from loratune.report.handover import chat_end, load_options, model_card, selection_of
 from loratune.report.reloading import as_measured, prepared_data
 
 if TYPE_CHECKING:
-    from loratune.selection import SelectionRecord
+    pass
 
 
 def export(
@@ -28,7 +28,7 @@ def export(
     record, destination = read(folder, trust_remote_code=trust_remote_code), Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise StorageError(f"{destination} exists and is not an empty folder. Choose another destination.")
-    chosen = _selection(record) if trial is None else None
+    chosen = selection_of(record) if trial is None else None
     card: dict[str, Any] | str
     if chosen is not None:
         from loratune import selection
@@ -51,16 +51,6 @@ def export(
     if merged:
         return merge(record.base_model, adapter, destination, card, data=prepared_data(record), prompt=record.prompt["kind"])
     return export_adapter(adapter, destination, card, options=load_options(record), chat_end=chat_end(record))
-
-
-def _selection(record: StudyRecord) -> "SelectionRecord | None":
-    """What a selection chose, as long as the study did not go on since."""
-    if not (record.folder / "selection.json").is_file():
-        return None
-    from loratune import selection  # scipy: seconds of import
-
-    made = selection.read(record.folder)
-    return made if made is not None and made.holds_for(record) else None
 
 
 def _facts(record: StudyRecord, trial: Trial, loss: float | None, seed: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def hand_over(record: StudyRecord, folder: AnyPath, check: Check | None = as_mea
     """
     from loratune.selection import adapter_folder  # scipy: a second of import
 
-    folder, found, selection = Path(folder), tables.answer(record), _selection(record)
+    folder, found, selection = Path(folder), tables.answer(record), selection_of(record)
     if selection is not None:
         found = replace(found, best=selection.trial_of(record))
     if found.best is None:
@@ -67,9 +67,11 @@ def hand_over(record: StudyRecord, folder: AnyPath, check: Check | None = as_mea
     return best, adapter
 
 
-def _selection(record: StudyRecord) -> "SelectionRecord | None":
-    """The study's selection, unless it is out of date."""
-    from loratune import selection
+def selection_of(record: StudyRecord) -> "SelectionRecord | None":
+    """What `loratune select` chose; None where it did not, or the study went on since."""
+    if not (record.folder / "selection.json").is_file():
+        return None
+    from loratune import selection  # scipy: seconds of import
 
     made = selection.read(record.folder)
     return made if made is not None and made.holds_for(record) else None
@@ -77,7 +79,7 @@ def _selection(record: StudyRecord) -> "SelectionRecord | None":
 
 def refresh_card(record: StudyRecord) -> Path | None:
     """Write the card of `adapter/` anew, where that is still the adapter to ship: what was measured since belongs on it."""
-    folder, selection = record.folder, _selection(record)
+    folder, selection = record.folder, selection_of(record)
     chosen = selection.trial_of(record) if selection is not None else tables.answer(record).best
     best, card = folder / "best.yaml", folder / "adapter" / "README.md"
     if chosen is None or not (best.is_file() and card.is_file()):
