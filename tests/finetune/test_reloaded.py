@@ -52,7 +52,11 @@ FAMILIES = {
 REWRITTEN = ("deepseek_v3", "qwen3_moe", "ernie4_5_moe", "glm4_moe")
 CORE = [("deepseek_v3", "packed", "all-linear"), ("deepseek_v3", "hf", "all-linear"), ("qwen3_moe", "packed", "all-linear")]
 CORE += [("mixtral", "packed", "qv")]
-REST = [(f, e, s) for f in FAMILIES for e in ("packed", "hf") for s in ("qv", "all-linear") if (f, e, s) not in CORE]
+# DeepSeek's attention has no query and value layers by those names, and gpt-oss is trained by `hf` alone.
+REST = [
+    (f, e, s) for f in FAMILIES for e in ("packed", "hf") for s in (("q_b_proj", "kv_b_proj") if f == "deepseek_v3" else "qv", "all-linear")
+]
+REST = [(f, e, s) for f, e, s in REST if (f, e, s) not in CORE and (f, e) != ("gpt_oss", "packed")]
 
 
 class Plain:
