@@ -21,9 +21,10 @@ from loratune.downstream.part import Model
 from loratune.downstream.registry import EMBEDDED, HARNESS, PUBLISHED, build
 from loratune.downstream.scores import BASE, FOLDER, Result, in_words, model_name, read_results
 from loratune.errors import EvaluationError, StorageError
-from loratune.files import AnyPath, text_of
+from loratune.files import AnyPath, parsed
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import shipped_run
+from loratune.record.trials import WRITTEN_ANEW
 from loratune.spec import StudySpec
 
 TOP = 10  # trials with the lowest validation loss
@@ -183,7 +184,7 @@ def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None)
 
 def _validation(record: StudyRecord) -> Path:
     """The study's prepared data; prepared anew when the cache was emptied."""
-    folder = Path(json.loads(text_of(record.folder / "recipe.json"))["data"])
+    folder = Path(parsed(record.folder / "recipe.json", lambda text: str(json.loads(text)["data"]), WRITTEN_ANEW))
     if not (folder / "manifest.json").is_file():
         folder = driver.prepare_data(StudySpec.load(record.folder / "spec.yaml"), [], date=record.prompt.get("date", "")).folder
     return folder

@@ -29,17 +29,17 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
-def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` beside `path`, flush it to the disk, and rename it into place.
 
-    The file's mode follows the umask; `private` gives 0600. Raises StorageError naming the path when the folder is read-only,
-    the disk is full, and the like.
+    The file's mode follows the umask. Raises StorageError naming the path when the folder is read-only, the disk is full, and the
+    like.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()

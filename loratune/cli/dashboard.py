@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from loratune.errors import LoratuneError, MissingExtraError, StorageError
-from loratune.masking import unmasked
+from loratune.masking import masked, unmasked
 
 if TYPE_CHECKING:
     from loratune.record import StudyRecord
@@ -113,8 +113,8 @@ def _open(record: "StudyRecord", url: str | None) -> tuple[Any, int]:
         storage = JournalStorage(JournalFileBackend(where)) if journal else RDBStorage(where, skip_table_creation=True)
         return storage, storage.get_study_id_from_name(record.name)
     except KeyError:
-        raise StorageError(f"storage {where} holds no study named {record.name!r}.") from None
+        raise StorageError(f"storage {masked(where)} holds no study named {record.name!r}.") from None
     except optuna.exceptions.OptunaError as error:
-        raise StorageError(f"storage {where}: {error}") from error
+        raise StorageError(f"storage {masked(where)}: {error}") from error
     except Exception as error:  # SQLAlchemy and each database driver have errors of their own
-        raise StorageError(f"storage {where}: {str(getattr(error, 'orig', None) or error).splitlines()[0]}") from error
+        raise StorageError(f"storage {masked(where)}: {str(getattr(error, 'orig', None) or error).splitlines()[0]}") from error

@@ -202,6 +202,10 @@ def _harmless(value: Any) -> Any:
     return value
 
 
+# What to do about a damaged file, by what `loratune run` makes of its absence.
+TRAINED_ANEW = "Remove the file; the same `loratune run` command trains this segment again, to the same result."
+WRITTEN_ANEW = "Remove the file; the same `loratune run` command writes it again."
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the line feed
 
 _READ: dict[str, dict[str, Any]] = {  # what readers take from a description without looking at it again: section, field, type
@@ -269,8 +273,7 @@ def read_outcomes(trial: Path) -> list[Outcome]:
     A run of a larger share comes later (`schedules/halving.py`); its last step says how large. Times of files say nothing: a copy
     has others. Raises StorageError.
     """
-    remedy = "Remove the file; the same `loratune run` command trains this segment again, to the same result."
-    found = [parsed(file, _outcome, remedy) for file in trial.glob("*/outcomes/*.json") if file.stem.isdigit()]
+    found = [parsed(file, _outcome, TRAINED_ANEW) for file in trial.glob("*/outcomes/*.json") if file.stem.isdigit()]
     place = {outcome.key: (outcome.key.split("/")[1], int(outcome.key.split("/")[2])) for outcome in found}
     length: dict[str, int] = {}
     for run, stop in place.values():

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from loratune.errors import StorageError
 from loratune.files import AnyPath, alive, parsed, sweep, text_of, write_atomically
 from loratune.masking import masked
-from loratune.record.trials import Trial, outcome_path, trial_folders
+from loratune.record.trials import TRAINED_ANEW, Trial, outcome_path, trial_folders
 from loratune.work import Outcome, Recipe, Segment, State
 
 
@@ -31,8 +31,7 @@ class Record:
     def outcome(self, segment: Segment) -> Outcome | None:
         """The segment's outcome, if it was ever recorded."""
         path = outcome_path(self.folder, segment.key)
-        remedy = "Remove the file; the same command then trains this segment again, to the same result."
-        return parsed(path, Outcome.from_json, remedy) if path.exists() else None
+        return parsed(path, Outcome.from_json, TRAINED_ANEW) if path.exists() else None
 
     def keep(self, outcome: Outcome) -> None:
         """Record a final outcome. Cancelled segments and bad input are not final: the same command tries again."""

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from loratune.errors import StorageError
 from loratune.executors.devices import seen_as
-from loratune.files import write_atomically
+from loratune.files import parsed, write_atomically
 from loratune.record import StudyRecord, Trial
 from loratune.record.adapters import FILES
+from loratune.record.trials import TRAINED_ANEW, WRITTEN_ANEW
 from loratune.work import Outcome, Recipe, State
 
 NAME = "reloaded.json"  # in the study's folder: digest of what was checked -> its loss in plain PEFT, on a few examples
@@ -45,13 +46,13 @@ def as_measured(record: StudyRecord, trial: Trial, adapter: Path) -> None:
 def prepared_data(record: StudyRecord) -> Path | None:
     """The folder of the study's prepared data; None where no worker was ever told of one."""
     path = record.folder / "recipe.json"
-    return Path(Recipe.from_json(path.read_text()).data) if path.is_file() else None
+    return Path(parsed(path, Recipe.from_json, WRITTEN_ANEW).data) if path.is_file() else None
 
 
 def _outcome(adapter: Path) -> Outcome | None:
     """What the run said when it wrote the adapter; None for one that does not lie with its run."""
     files = sorted((adapter.parent / "outcomes").glob("*.json"))
-    found = [Outcome.from_json(path.read_text()) for path in files]
+    found = [parsed(path, Outcome.from_json, TRAINED_ANEW) for path in files]
     return next((outcome for outcome in reversed(found) if outcome.state is State.COMPLETED), None)
 
 

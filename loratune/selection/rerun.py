@@ -27,12 +27,13 @@ from loratune import executors
 from loratune.errors import StorageError, error_of
 from loratune.executors import Executor, Notice
 from loratune.executors.devices import cuda_devices, unused_gpu
-from loratune.files import text_of
+from loratune.files import parsed
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.order import total_steps
 from loratune.finetune.prepare import prepare
 from loratune.finetune.prepared import Prepared
 from loratune.record import Record, StudyRecord, Trial
+from loratune.record.trials import WRITTEN_ANEW
 from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
 
 FOLDER = "finalists"
@@ -190,7 +191,7 @@ class Rerun:
         """The study's recipe, its data there."""
         if self._recipe is None:
             # The model is the one of the description, which the reader may have to trust: recipe.json has no say in that.
-            recipe = replace(Recipe.from_json(text_of(self._study.folder / "recipe.json")), model=self._study.base_model)
+            recipe = replace(parsed(self._study.folder / "recipe.json", Recipe.from_json, WRITTEN_ANEW), model=self._study.base_model)
             data = Path(recipe.data)
             prepared = Prepared.load(data) if (data / "manifest.json").is_file() else self._prepare_again(data)
             self._examples = len(prepared.train)

@@ -116,6 +116,21 @@ def test_a_cache_is_done_without(finished: Path, tmp_path: Path, capsys: pytest.
         assert attack(finished, tmp_path / "copy", Path(name), b"{", capsys, [["status", "STUDY"]]) == [0]
 
 
+def test_a_damaged_recipe_is_named_where_it_is_needed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [
+        ["evaluate", "STUDY", "--benchmarks", "demo_choice"],
+        ["select", "STUDY", "--yes"],
+        ["export", "STUDY", str(tmp_path / "out")],
+    ]
+    for command in commands:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(finished, tmp_path / "copy")
+        (tmp_path / "copy" / "recipe.json").write_text('{"data": ')
+        (tmp_path / "copy" / "reloaded.json").unlink()  # or nothing is checked again
+        assert main([str(tmp_path / "copy") if word == "STUDY" else word for word in command]) == 5
+        assert "recipe.json is damaged" in capsys.readouterr().err
+
+
 def test_escape_sequences_of_a_folder_are_not_printed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     evil = "\x1b[2J\x1b]0;owned\x07\x9b31m"

@@ -26,11 +26,9 @@ def mode(path: Path) -> int:
 
 def test_modes_follow_the_umask(umask: int, tmp_path: Path) -> None:
     files.write_atomically(tmp_path / "plain", "x")
-    files.write_atomically(tmp_path / "private", "x", private=True)
     with files.new_folder(tmp_path / "folder") as fresh:
         (fresh / "file").write_text("x")
     assert mode(tmp_path / "plain") == 0o666 & ~umask
-    assert mode(tmp_path / "private") == 0o600
     assert mode(tmp_path / "folder") == 0o777 & ~umask
     assert mode(tmp_path / "folder" / "file") == 0o666 & ~umask
 
