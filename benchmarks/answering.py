@@ -40,19 +40,19 @@ import peft
 import torch
 
 from loratune import demo
-from loratune.downstream.adapters import Adapters, read_adapter
-from loratune.downstream.answering import Answerer
-from loratune.downstream.base import Benchmark, Item, stratified
-from loratune.downstream.bbh import Bbh
-from loratune.downstream.embedded import DemoChoice, DemoCode, DemoMatch
-from loratune.downstream.mmlu import MmluLoglikelihood
-from loratune.downstream.part import Model
-from loratune.downstream.rows import Row, Rows
-from loratune.downstream.spread import deal
-from loratune.environment import cpu_processes, environment
+from loratune.downstream.answering.adapter_stack import Adapters, read_adapter
+from loratune.downstream.answering.answerer import Answerer
+from loratune.downstream.answering.rows import Row, Rows
+from loratune.downstream.job import Model
+from loratune.downstream.parallel import deal
+from loratune.downstream.tasks.base import Benchmark, Item, stratified
+from loratune.downstream.tasks.bbh import Bbh
+from loratune.downstream.tasks.embedded import DemoChoice, DemoCode, DemoMatch
+from loratune.downstream.tasks.mmlu import MmluLoglikelihood
 from loratune.finetune import lora
-from loratune.finetune.hub import weights_on_disk
 from loratune.finetune.model import BaseModel, load
+from loratune.system.hub import weights_on_disk
+from loratune.system.machine import cpu_processes, environment
 from loratune.work import Hyperparameters, ModelRecipe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "answering"

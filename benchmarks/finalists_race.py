@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from loratune.environment import environment
 from loratune.selection import Noise, Race, expected_optimism, finalists, from_cross_fit, from_fresh_seeds
 from loratune.selection.finalists import gupta
 from loratune.statistics import student_mean, summarise, wilson
+from loratune.system.machine import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "finalists_race"
 SIGMA, SEED_SHIFT = 0.001, 0.0015  # sd of a run's own noise; sd of what a seed does to all candidates

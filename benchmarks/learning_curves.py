@@ -19,12 +19,12 @@ from typing import Any
 
 import optuna
 
-from loratune.driver import prepare_data
-from loratune.environment import environment
-from loratune.files import write_atomically
-from loratune.finetune.engine import load_engine
-from loratune.finetune.order import total_steps
+from loratune.data.cache import prepare_data
+from loratune.data.order import total_steps
+from loratune.finetune.engines import load_engine
 from loratune.spec import StudySpec
+from loratune.system.files import write_atomically
+from loratune.system.machine import environment
 from loratune.work import Outcome, Progress, Segment
 
 HERE = Path(__file__).resolve().parent

@@ -25,19 +25,19 @@ import numpy as np
 import optuna
 from matplotlib.figure import Figure
 
-from loratune import demo, driver, samplers
-from loratune.environment import environment
+from loratune import demo, samplers
+from loratune.data.order import total_steps
+from loratune.data.prepared import Prepared
 from loratune.executors import Executor, InlineExecutor
-from loratune.files import write_atomically
-from loratune.finetune.order import total_steps
-from loratune.finetune.prepared import Prepared
 from loratune.finetune.sizes import adapter_sizes
 from loratune.record import INFEASIBLE, StudyRecord, open_record, read
 from loratune.record.progress import Meter
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec
 from loratune.statistics import hypervolume, paired_difference, student_mean
-from loratune.study import Loop
+from loratune.study.loop import Loop
+from loratune.system.files import write_atomically
+from loratune.system.machine import environment
 from loratune.work import Hyperparameters, Outcome, Pack, Progress, Segment
 
 FEW = 5  # seeds that are also summarised by themselves
@@ -81,7 +81,7 @@ class Table:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.spec = spec_of("random", 0, 1, folder / "study")
-        self.data: Prepared = driver.prepare_data(self.spec, [])
+        self.data: Prepared = prepare_data(self.spec, [])
         self.size = adapter_sizes(self.spec.recipe("").model)
         grid = (dict(zip(SPACE, values, strict=True)) for values in itertools.product(*(next(iter(d.values())) for d in SPACE.values())))
         every = [self.spec.hyperparameters({**values, "alpha_ratio": 2.0}) for values in grid]

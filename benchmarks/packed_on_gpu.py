@@ -23,15 +23,15 @@ import numpy as np
 import torch
 import transformers
 
-from loratune.environment import environment
+from loratune.data.prepared import Manifest, SetCounts, Tokens, pack, write
+from loratune.data.sources import DataRecipe
 from loratune.finetune import memory
 from loratune.finetune import model as base_model
-from loratune.finetune.data import DataRecipe
-from loratune.finetune.engine import run_all
+from loratune.finetune.engines import run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.model import BaseModel
 from loratune.finetune.packed.engine import PackedEngine
-from loratune.finetune.prepared import Manifest, SetCounts, Tokens, pack, write
+from loratune.system.machine import environment
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, Segment, State, TrainingRecipe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "packed_on_gpu"

@@ -41,15 +41,15 @@ import peft
 import torch
 import transformers
 
-from loratune.environment import environment
+from loratune.data.order import order
+from loratune.data.prepare import prepare
+from loratune.data.prepared import Prepared
+from loratune.data.sources import DataRecipe, Source
 from loratune.finetune import model as base_model
-from loratune.finetune.data import DataRecipe, Source
-from loratune.finetune.engine import run_all
+from loratune.finetune.engines import run_all
 from loratune.finetune.hf import HfEngine
-from loratune.finetune.order import order
 from loratune.finetune.packed.engine import PackedEngine
-from loratune.finetune.prepare import prepare
-from loratune.finetune.prepared import Prepared
+from loratune.system.machine import environment
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, Segment, State, TrainingRecipe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "packed_throughput"

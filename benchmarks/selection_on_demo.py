@@ -24,19 +24,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from loratune import demo
+from loratune.data.cache import cache_folder
+from loratune.data.prepare import prepare
+from loratune.data.prepared import Prepared
+from loratune.data.sources import DataRecipe, Source
 from loratune.demo.tasks import examples
-from loratune.driver import cache_folder, tune
-from loratune.environment import environment
 from loratune.errors import StorageError
-from loratune.files import write_atomically
-from loratune.finetune.data import DataRecipe, Source
-from loratune.finetune.prepare import prepare
-from loratune.finetune.prepared import Prepared
 from loratune.record import COMPLETE, read
 from loratune.selection import SelectionRecord, adapter_folder, select
 from loratune.selection import read as read_selection
 from loratune.spec import StudySpec
 from loratune.statistics import Interval, student_mean
+from loratune.study.driver import tune
+from loratune.system.files import write_atomically
+from loratune.system.machine import environment
 from loratune.work import ModelRecipe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "selection_on_demo"

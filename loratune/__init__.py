@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratune import demo, samplers
-    from loratune.driver import deliver, tune
-    from loratune.evaluation import evaluate
+    from loratune.delivery import export
     from loratune.record import read
-    from loratune.report import export, write_report
+    from loratune.report import write_report
     from loratune.selection import select
     from loratune.spec import StudySpec
+    from loratune.study.driver import deliver, tune
+    from loratune.study.evaluation import evaluate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,12 +52,12 @@ __all__ = [
 _ROOMS = ("demo", "samplers")
 _HOMES = {
     "StudySpec": "loratune.spec",
-    "deliver": "loratune.driver",
-    "evaluate": "loratune.evaluation",
-    "export": "loratune.report",
+    "deliver": "loratune.study.driver",
+    "evaluate": "loratune.study.evaluation",
+    "export": "loratune.delivery",
     "read": "loratune.record",
     "select": "loratune.selection",
-    "tune": "loratune.driver",
+    "tune": "loratune.study.driver",
     "write_report": "loratune.report",
 }
 

@@ -84,7 +84,7 @@ class Recipe(Json):
 
     model: ModelRecipe
     training: TrainingRecipe
-    data: str  # folder of the prepared (tokenised, split) data, see finetune/prepare.py
+    data: str  # folder of the prepared (tokenised, split) data, see data/prepare.py
     engine: str = "packed"  # packed where the model allows it | hf
     slots: int = 1  # trials that one process of the packed engine trains at the same time
     devices_per_trial: int = 1

@@ -38,8 +38,8 @@ def tinystories(shared_data: Path) -> Path:
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared folder of a small part of the demo's instruction data: 96 training and 32 validation examples."""
     from loratune import demo
-    from loratune.finetune.data import DataRecipe, Source
-    from loratune.finetune.prepare import prepare
+    from loratune.data.prepare import prepare
+    from loratune.data.sources import DataRecipe, Source
 
     train, _ = demo.data_files()
     recipe = DataRecipe(train=(Source(path=str(train)),), train_count=96, validation_count=32, max_length=128)

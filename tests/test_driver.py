@@ -9,14 +9,14 @@ import transformers
 import yaml
 
 from loratune import demo
-from loratune.driver import _tidy, tune
 from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_of, kind_of
 from loratune.executors import devices
 from loratune.executors.devices import seen_as
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial, read
-from loratune.report.asked import asked
+from loratune.report.spec_summary import asked
 from loratune.spec import StudySpec
-from loratune.study import Note
+from loratune.study.driver import _tidy, tune
+from loratune.study.loop import Note
 from loratune.work import Hyperparameters
 
 TRIALS = [  # state, loss, size

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from loratune import environment
-from loratune.environment import available_memory, cpu_processes, thread_variables, threads_for, usable_cores
-from loratune.finetune.hub import weights_on_disk
+from loratune.system import machine
+from loratune.system.hub import weights_on_disk
+from loratune.system.machine import available_memory, cpu_processes, thread_variables, threads_for, usable_cores
 
 
 def test_free_memory_is_the_control_groups_where_that_is_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_memory() > 0
     texts = {"meminfo": ["MemAvailable:  1000000 kB"], "memory.max": ["300000000"], "memory.current": ["100000000"]}
-    monkeypatch.setattr(environment, "_lines", lambda path: texts.get(Path(path).name, []))
+    monkeypatch.setattr(machine, "_lines", lambda path: texts.get(Path(path).name, []))
     assert available_memory() == 200000000
     texts["memory.max"] = ["max"]
     assert available_memory() == 1000000 * 1024
@@ -24,7 +24,7 @@ def test_free_memory_is_the_control_groups_where_that_is_less(monkeypatch: pytes
     ids=["cores", "most", "none", "memory", "too large", "unknown"],
 )
 def test_processes_by_cores_and_memory(weights: int | None, most: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "available_memory", lambda: 10 * 2**30)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10 * 2**30)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
     assert cpu_processes(weights, most) == processes
 
@@ -46,7 +46,7 @@ def test_processes_by_cores_and_memory(weights: int | None, most: int, processes
 def test_cores_are_those_that_a_quota_leaves(files: dict[str, list[str]], cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {f"/sys/fs/cgroup/{name}": lines for name, lines in files.items()}
     texts["/proc/self/cgroup"] = ["3:cpu,cpuacct:/pod/box", "2:memory:/", "0::/pod/box"]
-    monkeypatch.setattr(environment, "_lines", lambda path: texts.get(str(path), []))
+    monkeypatch.setattr(machine, "_lines", lambda path: texts.get(str(path), []))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert usable_cores() == cores
 
@@ -55,7 +55,7 @@ def test_cores_are_those_that_a_quota_leaves(files: dict[str, list[str]], cores:
     ("said", "processes", "threads"), [("", 2, 4), ("1", 2, 1), ("3,2", 1, 3), ("64", 4, 2), ("x", 16, 1), ("0", 8, 1)]
 )
 def test_threads_follow_omp_num_threads(said: str, processes: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "usable_cores", lambda: 8)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert threads_for(processes) == threads
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS"):

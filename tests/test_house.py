@@ -7,19 +7,20 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
 FLOORS = [
-    {"errors", "files", "masking", "work", "spec", "environment", "statistics"},
-    {"samplers", "schedules", "finetune", "demo"},
-    {"record", "executors", "downstream"},
-    {"study", "plan", "selection", "preference"},
+    {"errors", "work", "system", "spec", "statistics"},
+    {"samplers", "schedules", "data", "demo", "record"},
+    {"finetune"},
+    {"executors", "downstream"},
+    {"selection", "preference"},
     {"report"},
-    {"driver"},
-    {"evaluation"},
+    {"delivery"},
+    {"study"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALONE = {
-    "torch": ("finetune", "downstream"),
+    "torch": ("finetune", "downstream", "data/batches.py", "delivery/merge.py", "delivery/reload.py"),
     "PyNomad": ("samplers/nomad_process.py",),
     "nni": ("samplers/nni_tpe.py",),
 }

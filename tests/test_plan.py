@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from loratune import demo
+from loratune.data.prepared import Prepared, pack
 from loratune.errors import SpecError
-from loratune.finetune.prepared import Prepared, pack
 from loratune.finetune.sizes import adapter_sizes
-from loratune.plan import Plan, _expected_epochs, _largest, _not_counted, _threads, expected, slots_for, workers_for
 from loratune.record import open_record
 from loratune.spec import StudySpec
+from loratune.study.plan import Plan, _expected_epochs, _largest, _not_counted, _threads, expected, slots_for, workers_for
 from loratune.work import Hyperparameters, ModelRecipe
 
 
@@ -156,7 +156,7 @@ def test_a_process_per_core(
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("loratune.environment.available_memory", lambda: 2**40)
+    monkeypatch.setattr("loratune.system.machine.available_memory", lambda: 2**40)
     described = spec(model=str(tmp_path), budget={"trials": trials}, executor={"device": "cpu", **executor})
     assert workers_for(described) == workers
     assert _threads(described) == (None if executor.get("name") == "inline" else max(1, cores // workers))

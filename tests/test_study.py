@@ -22,7 +22,7 @@ from loratune.record import writer as record_writer
 from loratune.record.progress import Meter
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec
-from loratune.study import Asked, Event, Loop, Settled
+from loratune.study.loop import Asked, Event, Loop, Settled
 from loratune.work import CurvePoint, Hyperparameters, Outcome, Pack, Progress, Segment, State
 
 EXAMPLES, VALIDATION = 640, 60

@@ -10,7 +10,7 @@ from loratune import samplers
 from loratune.errors import TrainingError
 from loratune.record import COMPLETE, FAILED, INFEASIBLE, read
 from loratune.spec import StudySpec
-from loratune.study import Note
+from loratune.study.loop import Note
 from loratune.work import Outcome, Segment, State
 
 TWO = {"lora_r": [4, 8], "learning_rate": 1e-4}

@@ -10,7 +10,7 @@ from test_study import SCHEDULES, Formula, answer, events, load, spec_of
 from loratune.errors import SpecError
 from loratune.record import COMPLETE, PRUNED, read
 from loratune.spec import StudySpec
-from loratune.study import Settled
+from loratune.study.loop import Settled
 from loratune.work import CurvePoint, Outcome, Segment, State
 
 

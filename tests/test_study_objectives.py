@@ -12,7 +12,7 @@ from test_study import Formula, answer, events, load, outline, spec_of, until_it
 
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, StudyRecord, read
 from loratune.spec import StudySpec
-from loratune.study import Asked, Event, Note, Settled
+from loratune.study.loop import Asked, Event, Note, Settled
 from loratune.work import Hyperparameters, Outcome, Segment, State
 
 OBJECTIVES = ["validation_loss", "adapter_mb"]
@@ -204,7 +204,7 @@ def test_a_real_study_of_loss_and_size(tmp_path: Path, monkeypatch: pytest.Monke
     """The embedded model, trained: sizes told beforehand are those trained, the front is shown, what is too large costs nothing."""
     from loratune import demo
     from loratune.cli import main
-    from loratune.driver import tune
+    from loratune.study.driver import tune
 
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
     given = demo.study()

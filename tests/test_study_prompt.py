@@ -13,25 +13,25 @@ import torch
 import transformers
 import yaml
 
-from loratune import evaluation
 from loratune.cli import compare
-from loratune.downstream.adapters import Adapters
-from loratune.downstream.answering import Answerer
-from loratune.downstream.base import Benchmark, Item, Verdict
-from loratune.driver import deliver, tune
+from loratune.data import prepare as preparing
+from loratune.data.prepared import Prepared
+from loratune.data.prompts import choose
+from loratune.delivery.exporting import export
+from loratune.downstream.answering.adapter_stack import Adapters
+from loratune.downstream.answering.answerer import Answerer
+from loratune.downstream.tasks.base import Benchmark, Item, Verdict
 from loratune.errors import StorageError
-from loratune.finetune import prepare as preparing
 from loratune.finetune.model import load
-from loratune.finetune.prepared import Prepared
-from loratune.finetune.prompts import choose
 from loratune.preference.answers import Generation, read_answers, write_answers
+from loratune.preference.comparison import Comparison, settle
 from loratune.preference.contestants import Contestant
 from loratune.preference.questions import Question
-from loratune.preference.record import Comparison, settle
 from loratune.record import read
-from loratune.report.exporting import export
 from loratune.spec import StudySpec
-from loratune.study import Note
+from loratune.study import evaluation
+from loratune.study.driver import deliver, tune
+from loratune.study.loop import Note
 from loratune.work import ModelRecipe
 
 DATED = (

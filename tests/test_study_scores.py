@@ -12,11 +12,11 @@ from test_study import Broken, Formula, events, load, outline, spec_of, until_it
 from test_study_objectives import HALVING, SEVERAL, Measured, parameters
 
 from loratune.downstream import scoring
-from loratune.downstream.guided import items_that_guided
+from loratune.downstream.results.search_items import items_that_guided
 from loratune.errors import EvaluationError, SpecError, StorageError
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, StudyRecord, read
 from loratune.spec import StudySpec
-from loratune.study import Event
+from loratune.study.loop import Event
 
 OBJECTIVES = ["validation_loss", "mmlu"]
 SECONDS = 2.0
@@ -162,8 +162,8 @@ def study_of(folder: Path, **more: Any) -> StudySpec:
 def test_a_real_study_of_loss_and_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped in the middle of a scoring, continued, shown, and evaluated on the items that did not guide it."""
     from loratune.cli import main
-    from loratune.downstream.scores import Ledger, read_results
-    from loratune.driver import tune
+    from loratune.downstream.results.scores import Ledger, read_results
+    from loratune.study.driver import tune
 
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
     spec = study_of(tmp_path / "study")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from loratune.cli.parser import Parser
 from loratune.errors import LoratuneError, StorageError
-from loratune.masking import masked
+from loratune.system.masking import masked
 
 COMMANDS = {
     "run": "search for the best hyperparameters, or continue a study",

@@ -17,9 +17,9 @@ from loratune.cli.parser import add_trust
 from loratune.errors import DataError, MissingExtraError, SpecError, StorageError
 
 if TYPE_CHECKING:
+    from loratune.preference.comparison import Comparison
     from loratune.preference.contestants import Tuned
     from loratune.preference.questions import Question
-    from loratune.preference.record import Comparison
     from loratune.record import StudyRecord
     from loratune.work import ModelRecipe
 
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
         raise SpecError("--judge needs --judge-model, the name of the model to ask there.")
     from loratune.preference import read, table
     from loratune.preference.answers import write_answers
-    from loratune.preference.record import settle
+    from loratune.preference.comparison import settle
 
     study = _study(args.study, args.trust_remote_code)
     comparison = _comparison(args, study)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from loratune.errors import LoratuneError, MissingExtraError, StorageError
-from loratune.masking import masked, unmasked
+from loratune.system.masking import masked, unmasked
 
 if TYPE_CHECKING:
     from loratune.record import StudyRecord

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
-from loratune.environment import usable_cores
+from loratune.system.machine import usable_cores
 
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "optuna", "cmaes", "matplotlib")
 _OPTIONAL = {"nni": ("nni", "nni"), "bitsandbytes": ("bitsandbytes", "4bit")}  # package: (module, extra)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.cli.run import quiet
-from loratune.cli.words import count, duration
+from loratune.cli.trial_lines import count, duration
 
 if TYPE_CHECKING:
     from loratune.spec import StudySpec
@@ -36,8 +36,9 @@ def dry_run(spec: "StudySpec") -> int:
         lines = first_estimate(spec)
     print("\n".join(f"  {line}" for line in lines), flush=True)
     with _stage("Loading the libraries"):
-        from loratune.driver import known_beforehand, prepare_data
-        from loratune.plan import plan
+        from loratune.data.cache import prepare_data
+        from loratune.study.driver import known_beforehand
+        from loratune.study.plan import plan
     notes: list[str] = []
     with _stage("Reading and tokenising the data"):
         data = prepare_data(spec, notes)
@@ -74,7 +75,7 @@ def first_estimate(spec: "StudySpec") -> list[str]:
     time >= (4 tokens trained + 2 tokens validated) x weights / operations per second, the LoRA layers and all overhead left out.
     Raises DataError.
     """
-    from loratune.plan import expected
+    from loratune.study.plan import expected
 
     default = spec.hyperparameters(spec.search_space.default_values())
     runs, validations = expected(spec)
@@ -104,7 +105,7 @@ def first_estimate(spec: "StudySpec") -> list[str]:
 
 def _data(spec: "StudySpec") -> tuple[int, int, float] | None:
     """(training examples, validation examples, mean tokens of one), roughly; None where the data are no files of usual size."""
-    from loratune.finetune.data import DataRecipe, read
+    from loratune.data.sources import DataRecipe, read
 
     recipe = DataRecipe.from_json(json.dumps(spec.data_recipe_dict()))
     found: list[tuple[int, int]] = []  # examples, characters
@@ -144,7 +145,7 @@ def _length(example: Any) -> int:
 def _weights(spec: "StudySpec") -> int | None:
     """The model's weights: as its safetensors files list them, else by the size of its files and the type that its configuration
     names; None where there are no files."""
-    from loratune.finetune.hub import weight_files
+    from loratune.system.hub import weight_files
 
     files = weight_files(spec.model.name_or_path, spec.model.revision)
     if not files:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from loratune.cli.interrupt import Interrupt
     from loratune.downstream.events import Progress
-    from loratune.evaluation import Scored, evaluate
+    from loratune.study.evaluation import Scored, evaluate
 
     names = None if args.benchmarks is None else [name.strip() for name in args.benchmarks.split(",") if name.strip()]
     scored, line = None, _Line()
@@ -81,9 +81,9 @@ def main(args: argparse.Namespace) -> int:
 def _refresh(report: Path) -> None:
     """Write the study's report and the adapter's card anew, where it has them: they show the scores."""
     if report.is_file():
+        from loratune.delivery.handover import refresh_card
         from loratune.record import read
         from loratune.report import write_report
-        from loratune.report.handover import refresh_card
 
         refresh_card(read(report.parent))
         print(f"Report: {write_report([read(report.parent)], report)}")
@@ -96,7 +96,7 @@ class _Line:
         self._open, self._tenth = False, -1
 
     def show(self, event: "Progress") -> None:
-        from loratune.cli.words import clock
+        from loratune.cli.trial_lines import clock
 
         left = f", about {clock(event.seconds_left)} left" if event.seconds_left is not None and event.done < event.total else ""
         text = f"  {event.benchmark}: {event.done:,} of {event.total:,} answers, {clock(event.seconds)}{left}"

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from loratune.report.exporting import export
+    from loratune.delivery.exporting import export
 
     trusted = args.trust_remote_code
     print(export(Path(args.folder), Path(args.destination), trial=args.trial, merged=args.merged, trust_remote_code=trusted))

@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from loratune.files import write_atomically
-    from loratune.spec.template import template
+    from loratune.spec.commented import template
+    from loratune.system.files import write_atomically
 
     path = Path(args.path)
     if path.is_dir():

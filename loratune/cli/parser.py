@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             if flag in self._option_string_actions:
                 continue
             from loratune.spec import StudySpec
-            from loratune.spec.written import ROOT_ALIASES
+            from loratune.spec.loading import ROOT_ALIASES
 
             root = flag.removeprefix("--").replace("-", "_").partition(".")[0]
             if root in ROOT_ALIASES or root in StudySpec.model_fields:
@@ -71,7 +71,7 @@ def field_names() -> list[str]:
     from pydantic import BaseModel
 
     from loratune.spec import StudySpec
-    from loratune.spec.searchable import NAMES
+    from loratune.spec.hyperparameters import NAMES
 
     names = []
     for section, field in StudySpec.model_fields.items():

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.errors import ModelError, SpecError, StorageError, TrainingError
-from loratune.masking import masked_command
+from loratune.system.masking import masked_command
 
 if TYPE_CHECKING:
-    from loratune.driver import Delivery
     from loratune.spec import StudySpec
+    from loratune.study.driver import Delivery
 
 _HELD_OUT = "0.1"
 INTERRUPTED = 130
@@ -125,7 +125,7 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
 def _search(spec: "StudySpec", command_line: list[str]) -> int:
     from loratune.cli.interrupt import Interrupt
     from loratune.cli.view import open_view
-    from loratune.driver import deliver, tune
+    from loratune.study.driver import deliver, tune
 
     quiet()
     word = "Continuing study" if (spec.folder / "spec.yaml").is_file() else "Study"
@@ -156,7 +156,7 @@ def quiet() -> None:
 
 
 def _tell(delivery: "Delivery") -> None:
-    from loratune.cli.words import result
+    from loratune.cli.trial_lines import result
 
     print("\n".join(["", *result(delivery.record), ""]))
     if delivery.best is not None:

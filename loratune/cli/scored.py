@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from loratune.downstream.scores import BASE, FOLDER, Result, model_name, read_results
+from loratune.downstream.results.scores import BASE, FOLDER, Result, model_name, read_results
 from loratune.record import StudyRecord
 from loratune.record.adapters import shipped_run
 

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
 
 def told(event: "SelectEvent") -> str | None:
     """The event in a line; None for what happens too often to tell."""
-    from loratune.cli.words import duration, loss
+    from loratune.cli.trial_lines import duration, loss
     from loratune.selection import Note, Planned, Ran
 
     match event:
@@ -93,9 +93,9 @@ def _agreed() -> bool:
 
 
 def _hand_over(record: "SelectionRecord", folder: Path, trusted: bool) -> None:
-    from loratune.downstream.scores import FOLDER
-    from loratune.driver import deliver
+    from loratune.downstream.results.scores import FOLDER
     from loratune.selection.rerun import AGAIN
+    from loratune.study.driver import deliver
 
     print("\n" + record.explain())
     spent = f"{record.runs} runs, {record.tokens:,} training tokens, {record.device_seconds / 3600:.2g} device-hours"

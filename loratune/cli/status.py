@@ -135,9 +135,9 @@ def _print(record: "StudyRecord") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from loratune.cli import tables
+    from loratune.cli import live_tables
     from loratune.cli.scored import score_table
-    from loratune.cli.words import count, counts, duration
+    from loratune.cli.trial_lines import count, counts, duration
     from loratune.record import FAILED, INFEASIBLE
 
     console = Console(highlight=False)
@@ -155,19 +155,19 @@ def _print(record: "StudyRecord") -> None:
     trained = [trial for trial in record.trials if trial.outcomes or trial.state == INFEASIBLE]
     if now["in_training"]:
         console.print()
-        console.print(tables.running_table(now["in_training"], record.trials))
+        console.print(live_tables.running_table(now["in_training"], record.trials))
     if trained:
         console.print("\nlatest trials")
-        console.print(tables.trial_table(trained[-_LAST:], record.best))
+        console.print(live_tables.trial_table(trained[-_LAST:], record.best))
     ranking = sorted(record.finished, key=lambda trial: (trial.value, trial.number))
     if len(trained) > _LAST:
         console.print("\nbest trials")
-        console.print(tables.trial_table(ranking[:_BEST], record.best))
+        console.print(live_tables.trial_table(ranking[:_BEST], record.best))
     if now["front"]:
         console.print(f"\nfront of {len(now['front'])}: no trial is better in every objective")
         console.print(_front_table(now["front"]))
     console.print()
-    console.print(tables.standing(record.best, record.default, record.base_loss))
+    console.print(live_tables.standing(record.best, record.default, record.base_loss))
     if now["scores"]:
         console.print("\nscores in %")
         console.print(score_table(now["scores"]))
@@ -185,7 +185,7 @@ def _print_shipped(console: "Console", now: dict[str, Any]) -> None:
     """The scores of the adapter that is handed over, on a line of their own, and whose the table's are."""
     from rich.text import Text
 
-    from loratune.downstream.scores import in_words, model_name, whose
+    from loratune.downstream.results.scores import in_words, model_name, whose
 
     name = model_name(now["shipped"]["trial"], now["shipped"]["run"])
     own = [f"{entry['title']} {100 * entry['shipped']:.1f}" for entry in now["scores"] if entry["shipped"] is not None]
@@ -198,7 +198,7 @@ def _front_table(front: list[dict[str, Any]]) -> "Table":
     from rich import box
     from rich.table import Table
 
-    from loratune.cli.words import params
+    from loratune.cli.trial_lines import params
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("trial", *front[0]["values"]):

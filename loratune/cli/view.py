@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loratune.cli.words import clock, ended, loss, params, plural, totals
+from loratune.cli.trial_lines import clock, ended, loss, params, plural, totals
 from loratune.record import COMPLETE, Trial, read
 from loratune.work import Outcome, Progress
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from loratune.spec import StudySpec
-    from loratune.study import Event
+    from loratune.study.loop import Event
 
 _LINE_EVERY = 30.0  # seconds between lines of progress, where lines stay
 _SHOWN = 10  # latest trials in the live table
@@ -39,7 +39,7 @@ class View(ABC):
 
     def show(self, event: "Event") -> None:
         """Take one event. What was told in an earlier start of the study is summed up in a line."""
-        from loratune.study import Asked, Note, Settled
+        from loratune.study.loop import Asked, Note, Settled
 
         match event:
             case Note(text):
@@ -149,7 +149,7 @@ class Table(View):
         self._live.stop()
 
     def render(self) -> "RenderableType":
-        from loratune.cli.tables import live
+        from loratune.cli.live_tables import live
 
         trials = list(self.trials.values())
         return live(self.snapshot(), trials, shown=_SHOWN, best=self._best, default=self.default, base=self.base_loss)

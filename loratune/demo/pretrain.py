@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.demo.tasks import SEED, TRAIN_EXAMPLES, examples
 from loratune.demo.world import documents
-from loratune.files import write_atomically
+from loratune.system.files import write_atomically
 
 PRETRAINING_SEED = 20261123
 VOCABULARY = 992

@@ -27,7 +27,7 @@ from loratune.demo.world import (
     some_story,
     some_words,
 )
-from loratune.files import write_atomically
+from loratune.system.files import write_atomically
 
 SEED = 1
 TRAIN_EXAMPLES = 2000

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.downstream.base import stratified
-from loratune.downstream.evaluate import evaluate
+from loratune.downstream.evaluator import evaluate
 from loratune.downstream.events import Event, Progress
-from loratune.downstream.guided import FOLDER, keep_drawn
-from loratune.downstream.part import Model
-from loratune.downstream.registry import build
-from loratune.downstream.scores import read_results
+from loratune.downstream.job import Model
+from loratune.downstream.results.scores import read_results
+from loratune.downstream.results.search_items import FOLDER, keep_drawn
+from loratune.downstream.tasks.base import stratified
+from loratune.downstream.tasks.benchmarks import build
 from loratune.errors import EvaluationError, SpecError
 from loratune.work import ModelRecipe
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loratune.executors.base import Executor, News, Notice
 from loratune.executors.inbox import QueueInbox
-from loratune.executors.places import dispatch
+from loratune.executors.placement import dispatch
 from loratune.work import Outcome, Pack, Recipe, Segment
 
 
@@ -25,7 +25,7 @@ class InlineExecutor(Executor):
 
     def _work(self) -> None:
         try:
-            from loratune.finetune.engine import limit_threads, load_engine  # torch: seconds to import
+            from loratune.finetune.engines import limit_threads, load_engine  # torch: seconds to import
 
             limit_threads(self._threads)
             engine = load_engine(self._recipe, self._root)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from loratune.environment import threads_for
 from loratune.executors.base import Executor, News
 from loratune.executors.crashes import LAST_WORDS
-from loratune.executors.places import dispatch
+from loratune.executors.placement import dispatch
 from loratune.executors.process import DEVICE_LOST, WorkerProcess
+from loratune.system.machine import threads_for
 from loratune.work import Outcome, Pack, Recipe, Segment, State
 
 
@@ -32,7 +32,7 @@ class LocalExecutor(Executor):
         max_retries: int,
         hang_timeout: float | None,
     ) -> None:
-        """`devices`: CUDA indices, empty on CPU; `threads` per process, by default the usable cores shared evenly (environment.py)."""
+        """`devices`: CUDA indices, empty on CPU; `threads` per process, by default the usable cores shared evenly (system/machine.py)."""
         super().__init__(max_retries=max_retries)
         size = recipe.devices_per_trial
         groups = [list(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)] or [[]] * workers

@@ -12,11 +12,11 @@ from json import dumps, loads
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from loratune.environment import thread_variables
 from loratune.errors import TrainingError
 from loratune.executors.base import News, Notice
 from loratune.executors.devices import only
-from loratune.files import scratch
+from loratune.system.files import scratch
+from loratune.system.machine import thread_variables
 from loratune.work import Json, Outcome, Progress
 
 ON_GPU = "LORATUNE_ON_GPU"  # set where a worker was given a GPU: should it see none, it must not train on the CPU instead

@@ -53,7 +53,7 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
     inbox, stop = QueueInbox(), threading.Event()
     threading.Thread(target=_listen, args=(driver, inbox, stop), daemon=True).start()
 
-    from loratune.finetune.engine import load_engine  # torch: seconds to import; the socket is open meanwhile
+    from loratune.finetune.engines import load_engine  # torch: seconds to import; the socket is open meanwhile
 
     try:
         engine = load_engine(recipe, root)
@@ -70,7 +70,7 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
 
 
 def _follow(recipe: Recipe, root: Path) -> None:
-    from loratune.finetune.engine import load_engine
+    from loratune.finetune.engines import load_engine
 
     try:
         engine = load_engine(recipe, root)
@@ -87,7 +87,7 @@ def _share(segment: Segment | None) -> Segment | None:
     """Rank 0's segment, or its None, in every process of the group."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return segment
-    from loratune.finetune.engine import broadcast
+    from loratune.finetune.engines import broadcast
 
     text = broadcast(segment.to_json() if segment is not None else None)
     return Segment.from_json(text) if text is not None else None

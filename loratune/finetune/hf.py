@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from loratune.data.batches import Tokens
+from loratune.data.prepared import Prepared
 from loratune.errors import DataError, ModelError, StorageError, TrainingError, kind_of
-from loratune.files import write_atomically
 from loratune.finetune import distributed, lora, memory, model, segment
-from loratune.finetune.batches import Tokens
 from loratune.finetune.failures import ran_out
 from loratune.finetune.optimisation import make_optimizer
-from loratune.finetune.prepared import Prepared
 from loratune.finetune.segment import Inbox, SegmentRun
 from loratune.finetune.trainer import DivergedError, SegmentTrainer, StepHooks
 from loratune.finetune.validation import validate
+from loratune.system.files import write_atomically
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
 _LAST_WORDS = "last-words.json"

@@ -25,12 +25,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loratune.errors import ModelError, StorageError
-from loratune.files import write_atomically
 from loratune.finetune import layers
 from loratune.finetune.dropout import DropoutKey, KeyedDropout
 from loratune.finetune.peft_layers import addressable, refuse_lost, words_on_lost
 from loratune.finetune.peft_layers import detach as detach
 from loratune.finetune.peft_layers import lora_layers as lora_layers
+from loratune.system.files import write_atomically
 from loratune.work import Hyperparameters
 
 ADAPTER = "default"

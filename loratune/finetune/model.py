@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 from loratune.errors import MissingExtraError, ModelError
-from loratune.finetune import hub
 from loratune.finetune.rope import forget_lengths
+from loratune.system import hub
 from loratune.work import ModelRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from loratune.finetune.batches import Sides, one_side
+from loratune.data.batches import Sides, one_side
 
 _SWITCHING = ("longrope", "su")  # su: LongRoPE's name in older configurations
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from loratune.data.batches import Tokens
+from loratune.data.order import order
 from loratune.finetune import checkpoint
-from loratune.finetune.batches import Tokens
-from loratune.finetune.order import order
-from loratune.masking import masked
+from loratune.system.masking import masked
 from loratune.work import CurvePoint, Outcome, Progress, Segment, State, TrainingRecipe
 
 _YOUNG = 30.0  # seconds; with checkpoint_steps unset, a crash checkpoint younger than this is not renewed

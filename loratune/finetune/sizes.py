@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from loratune.errors import ModelError
-from loratune.finetune import hub
 from loratune.finetune.lora import chosen_layers
+from loratune.system import hub
 from loratune.work import Hyperparameters, ModelRecipe
 
 

@@ -15,10 +15,10 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from loratune.data.batches import Batch, Sides, Tokens, collate, cut, micro_batch_count, response_tokens
+from loratune.data.shared_prefix import dropout_slots
 from loratune.finetune import memory
 from loratune.finetune import model as base_model
-from loratune.finetune.batches import Batch, Sides, Tokens, collate, cut, micro_batch_count, response_tokens
-from loratune.finetune.beginnings import dropout_slots
 from loratune.finetune.dropout import DropoutKey
 from loratune.finetune.model import BaseModel
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, clip, learning_rate_factor, warmup_steps

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from loratune.data.batches import Batch, Tokens, validation_batches
 from loratune.errors import DataError
-from loratune.finetune.batches import Batch, Tokens, validation_batches
 from loratune.finetune.rope import sides_of
 
 _CHUNK = 2**25  # logits turned into float32 at a time: 128 MiB

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import DataError, ModelError
-from loratune.preference.lines import append_lines, read_lines
 from loratune.preference.questions import Question
+from loratune.system.jsonl import append_lines, read_lines
 from loratune.work import Json
 
 if TYPE_CHECKING:
+    from loratune.data.prompts import Prompt
     from loratune.finetune.model import BaseModel
-    from loratune.finetune.prompts import Prompt
-    from loratune.preference.record import Comparison
+    from loratune.preference.comparison import Comparison
 
 SIDES = ("first", "second")
 
@@ -63,8 +63,8 @@ def write_answers(comparison: "Comparison", folder: Path, *, device: str = "auto
     todo = [(side, n, batch) for side in SIDES for n, batch in enumerate(batches) if any((side, q.id) not in have for q in batch)]
     if not todo:
         return
+    from loratune.data.prompts import choose
     from loratune.finetune import model  # torch
-    from loratune.finetune.prompts import choose
 
     tell(f"Generating answers to {len(comparison.questions)} questions, {comparison.generation.max_new_tokens} tokens at most ...")
     base = model.load(comparison.model, model.choose_device(device))
@@ -129,7 +129,7 @@ def _answer(ids: list[int], question: Question, side: str, tokenizer: Any, ends:
 
 def _ends(base: "BaseModel", prompt: "Prompt") -> set[int]:
     """The tokens that end an answer: the one that training puts there, and the model's own (a chat model may have several)."""
-    from loratune.finetune.prompts import listed
+    from loratune.data.prompts import listed
 
     own = base.model.generation_config.eos_token_id if base.model.generation_config else None
     return {int(base.tokenizer.eos_token_id), *prompt.ends, *listed(own)}

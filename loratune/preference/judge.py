@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 from loratune.errors import LoratuneError
 from loratune.preference.analysis import FIRST, SECOND, Vote
-from loratune.preference.lines import append_lines, read_lines
+from loratune.system.jsonl import append_lines, read_lines
 
 if TYPE_CHECKING:
-    from loratune.preference.record import Pair
+    from loratune.preference.comparison import Pair
 
 FILE = "judge.jsonl"
 _VERDICT = re.compile(r"VERDICT: (A|B|TIE)")

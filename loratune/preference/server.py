@@ -25,9 +25,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from loratune.errors import LoratuneError, StorageError
 from loratune.preference.analysis import FIRST, SECOND, Vote, other
+from loratune.preference.comparison import Pair
 from loratune.preference.connections import Patient
 from loratune.preference.guard import Guard, cookie
-from loratune.preference.record import Pair
 from loratune.preference.votes import Votes, key
 
 _PAGE = Path(__file__).parent / "page"

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from loratune.errors import StorageError
-from loratune.files import text_of
 from loratune.record.trials import StudyRecord, Trial
+from loratune.system.files import text_of
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

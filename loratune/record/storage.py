@@ -13,9 +13,9 @@ import yaml
 from optuna.samplers import BaseSampler
 
 from loratune.errors import StorageError
-from loratune.files import text_of
-from loratune.masking import masked, unmasked
 from loratune.record.trials import objectives_of
+from loratune.system.files import text_of
+from loratune.system.masking import masked, unmasked
 
 PATIENCE = 20.0  # seconds that a locked database is waited for, at the start and at each later statement
 _ON = "Nothing is lost: the same command goes on."

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from loratune.errors import ModelError, StorageError
-from loratune.files import AnyPath, parsed
+from loratune.system.files import AnyPath, parsed
 from loratune.work import CurvePoint, Hyperparameters, Json, ModelRecipe, Outcome
 
 # What a trial's `state` says, beyond the states of one segment.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratune.errors import StorageError
-from loratune.files import AnyPath, alive, parsed, sweep, text_of, write_atomically
-from loratune.masking import masked
 from loratune.record.trials import TRAINED_ANEW, Trial, outcome_path, trial_folders
+from loratune.system.files import AnyPath, alive, parsed, sweep, text_of, write_atomically
+from loratune.system.masking import masked
 from loratune.work import Outcome, Recipe, Segment, State
 
 

@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.report.words import label, show
 from loratune.spec.parameters import Categorical, Fixed, FloatRange, IntRange, Ordinal, Parameter
+from loratune.system.formatting import label, show
 
 ABSENT = -0.11  # where a trial stands that does not have the hyperparameter
 

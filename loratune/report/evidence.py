@@ -4,10 +4,10 @@ import shlex
 from dataclasses import dataclass
 from functools import cached_property
 
-from loratune.downstream.contamination import Contamination
-from loratune.downstream.contamination import read as read_contamination
-from loratune.downstream.findings import Finding, findings
-from loratune.downstream.scores import BASE, FOLDER, Cell, Result, in_words, model_name, read_results, table, whose
+from loratune.downstream.results.contamination import Contamination
+from loratune.downstream.results.contamination import read as read_contamination
+from loratune.downstream.results.findings import Finding, findings
+from loratune.downstream.results.scores import BASE, FOLDER, Cell, Result, in_words, model_name, read_results, table, whose
 from loratune.preference import PreferenceRecord, find
 from loratune.record import StudyRecord, Trial
 from loratune.report import tables

@@ -11,16 +11,17 @@ from typing import Any
 
 import jinja2
 
-from loratune.downstream.contamination import RULE
+from loratune.downstream.results.contamination import RULE
 from loratune.errors import StorageError
-from loratune.files import write_atomically
 from loratune.record import PAUSED, PRUNED, RUNNING, StudyRecord
-from loratune.report import asked, figures, tables, votes, words
+from loratune.report import figures, preferences, spec_summary, tables
 from loratune.report.drawing import DARK, SHADES, Plot
 from loratune.report.evidence import Evidence, gather
-from loratune.report.handover import version_of_loratune
 from loratune.report.svg import Inline, inline, save
 from loratune.selection import adapter_folder
+from loratune.system import formatting
+from loratune.system.files import write_atomically
+from loratune.system.machine import version_of_loratune
 
 TEMPLATES = Path(__file__).parent / "templates"
 MANY = 12  # candidates of the table, at most
@@ -69,9 +70,9 @@ def _environment() -> jinja2.Environment:
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    spelt = (words.show, words.loss, words.signed, words.perplexity, words.duration, words.count, words.plural, words.label)
-    found.globals |= {spell.__name__: spell for spell in (*spelt, words.percent, words.points, words.measured, words.metric)}
-    found.globals |= {"rule": RULE, "tables": tables, "votes": votes, "repr": repr, "exp": math.exp}
+    spelt = ("show", "loss", "signed", "perplexity", "duration", "count", "plural", "label", "percent", "points", "measured", "metric")
+    found.globals |= {name: getattr(formatting, name) for name in spelt}
+    found.globals |= {"rule": RULE, "tables": tables, "votes": preferences, "repr": repr, "exp": math.exp}
     return found
 
 
@@ -117,7 +118,7 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "chosen": chosen,
         "edges": tables.edges(record, chosen) if chosen else (),
         "adapter": handed_over if handed_over.is_dir() else trained,
-        "base_model": asked.base_model(record),
+        "base_model": spec_summary.base_model(record),
         "cost": tables.cost(record),
         "open": sum(t.state in (RUNNING, PAUSED) for t in record.trials),
         "less_far": any(t.state in (PAUSED, PRUNED) for t in record.trials),
@@ -127,18 +128,18 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "others": others,
         "plots": plots,
         "downstream": downstream,
-        "means": {f.title: words.percent(f.best.mean) for f in downstream.findings if f.best} if downstream else {},
+        "means": {f.title: formatting.percent(f.best.mean) for f in downstream.findings if f.best} if downstream else {},
         "selection": selection,
         "entrants": entrants,
         "benchmarks": sorted({name for e in entrants for name in e.scores}),
         "titles": {f.benchmark: f.title for f in downstream.findings} if downstream else {},
         "comparisons": evidence.comparisons,
         "missing": evidence.missing,
-        "sources": asked.sources(record),
-        "asked": asked.asked(record),
-        "space": asked.space(record),
-        "environment": asked.environment(record),
-        "command": asked.command(record),
+        "sources": spec_summary.sources(record),
+        "asked": spec_summary.asked(record),
+        "space": spec_summary.space(record),
+        "environment": spec_summary.environment(record),
+        "command": spec_summary.command(record),
     }
 
 

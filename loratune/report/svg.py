@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib
 from markupsafe import Markup, escape
 
-from loratune.files import write_atomically
 from loratune.report.drawing import FAINT, INK, PAPER, SHADES, SOFT, STYLE, Plot
+from loratune.system.files import write_atomically
 
 THEMED = {INK: "ink", SOFT: "soft", FAINT: "faint", PAPER: "paper"} | {shade: f"s{k}" for k, shade in enumerate(SHADES)}
 """Colours that the page exchanges for its own -> the name of the style sheet's variable."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
-from loratune.report.words import in_order, label, show
 from loratune.spec.space import SearchSpace
+from loratune.system.formatting import in_order, label, show
 from loratune.work import Hyperparameters
 
 STATES = (COMPLETE, RUNNING, PAUSED, PRUNED, FAILED, DIVERGED, INFEASIBLE)

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from loratune.downstream.scores import FOLDER, Result, read_results
+from loratune.downstream.results.scores import FOLDER, Result, read_results
 from loratune.errors import SpecError
 from loratune.record import StudyRecord, Trial
 from loratune.selection.choose import Candidate, Rule
 from loratune.selection.constraints import METRICS, Constraint, parse
 from loratune.selection.finalists import Noise, noise_from_twins, scaled
-from loratune.spec.mistakes import nearest
+from loratune.spec.validation_errors import nearest
 from loratune.work import Hyperparameters
 
 _BYTES = 4  # of an adapter's parameter: float32

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.errors import SpecError, StorageError, TrainingError
-from loratune.files import AnyPath
 from loratune.record import PAUSED, RUNNING, StudyRecord, Trial, open_record, read
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
@@ -34,6 +33,7 @@ from loratune.selection.race import Race
 from loratune.selection.rerun import AGAIN, CHECK, FOLDER, RACE, Cost, Event, Note, Rerun, expected, fresh_seed, run_name
 from loratune.selection.selected import Honest, SelectionRecord, Shipped
 from loratune.statistics import student_mean
+from loratune.system.files import AnyPath
 
 FINALISTS = 8  # at most
 LEAST = 4  # finalists, where there are so many trials, lest an assumed noise that is too small decides

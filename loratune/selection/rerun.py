@@ -24,16 +24,16 @@ from typing import Self
 import numpy as np
 
 from loratune import executors
+from loratune.data.order import total_steps
+from loratune.data.prepare import prepare
+from loratune.data.prepared import Prepared
+from loratune.data.sources import DataRecipe
 from loratune.errors import StorageError, error_of
 from loratune.executors import Executor, Notice
 from loratune.executors.devices import cuda_devices, unused_gpu
-from loratune.files import parsed
-from loratune.finetune.data import DataRecipe
-from loratune.finetune.order import total_steps
-from loratune.finetune.prepare import prepare
-from loratune.finetune.prepared import Prepared
 from loratune.record import Record, StudyRecord, Trial
 from loratune.record.trials import WRITTEN_ANEW
+from loratune.system.files import parsed
 from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
 
 FOLDER = "finalists"

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratune.errors import StorageError
-from loratune.files import AnyPath, write_atomically
 from loratune.record import StudyRecord, Trial
 from loratune.selection.sureness import Gap, gap, sure
 from loratune.statistics import Interval
+from loratune.system.files import AnyPath, write_atomically
 from loratune.work import Json
 
 NAME = "selection.json"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loratune.spec.mistakes import MistakesError
-from loratune.spec.searchable import NAMES
+from loratune.spec.hyperparameters import NAMES
+from loratune.spec.validation_errors import MistakesError
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

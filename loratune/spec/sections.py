@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from loratune.spec.mistakes import MistakesError, nearest, not_allowed
-from loratune.spec.searchable import TARGET_MODULES
+from loratune.spec.hyperparameters import TARGET_MODULES
+from loratune.spec.validation_errors import MistakesError, nearest, not_allowed
 
 
 class Section(BaseModel):

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ValidationError, ValidatorFunctionWrapHandler, model_serializer, model_validator
 
 from loratune.errors import SpecError
-from loratune.spec.mistakes import FieldPath, MistakesError, dotted, found_in, nearest, not_allowed, shown
+from loratune.spec.hyperparameters import ALIASES, NAMES, published_default
 from loratune.spec.parameters import KINDS, Parameter
-from loratune.spec.searchable import ALIASES, NAMES, published_default
+from loratune.spec.validation_errors import FieldPath, MistakesError, dotted, found_in, nearest, not_allowed, shown
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

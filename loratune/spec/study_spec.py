@@ -14,15 +14,15 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import SpecError
-from loratune.files import AnyPath
-from loratune.masking import masked
+from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.limits import Constraint
-from loratune.spec.mistakes import MistakesError, found_in
-from loratune.spec.objectives import METRICS, RUN_CODE, SCORES, Objective, checked, limits, listed, not_for
-from loratune.spec.searchable import ALIASES, NAMES
+from loratune.spec.loading import SECTION_ALIASES, SHORTHAND, Written, lines_of
+from loratune.spec.metrics import METRICS, RUN_CODE, SCORES, Objective, checked, limits, listed, not_for
 from loratune.spec.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Scoring, Section, Training
 from loratune.spec.space import SearchSpace
-from loratune.spec.written import SECTION_ALIASES, SHORTHAND, Written, lines_of
+from loratune.spec.validation_errors import MistakesError, found_in
+from loratune.system.files import AnyPath
+from loratune.system.masking import masked
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, TrainingRecipe
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from loratune.cli import main
-from loratune.driver import _adopt
 from loratune.errors import StorageError, TrainingError
 from loratune.executors import process
 from loratune.record import open_record
 from loratune.spec import StudySpec
+from loratune.study.driver import _adopt
 
 
 def spec(folder: Path, **changes: object) -> StudySpec:

@@ -7,8 +7,8 @@ import pytest
 
 from loratune.cli import main
 from loratune.errors import StorageError
-from loratune.masking import masked, masked_command, unmasked
 from loratune.record import Record
+from loratune.system.masking import masked, masked_command, unmasked
 from loratune.work import Hyperparameters, Outcome, Segment, State
 
 SECRET = "s3cret/word@x"

@@ -243,7 +243,7 @@ def test_a_description_that_cannot_be_read_is_the_only_mistake(place: Place, lor
 
 
 def nothing_lost(place: Place, before: dict[str, bytes], may_write: tuple[str, ...] = ("study/",)) -> None:
-    """What stood there is unchanged; what is new lies where it may; nothing is left half-written (`files.py` writes to .NAME.random)."""
+    """What stood there is unchanged; what is new lies where it may; nothing is left half-written."""
     after = place.contents()
     assert {path: after.get(path) for path in before} == before
     new = [str(Path(path).relative_to(place.folder)) for path in after if path not in before]

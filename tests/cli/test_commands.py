@@ -124,7 +124,7 @@ def test_exported_merged_model_gives_the_validation_loss_of_its_trial(loratune, 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from loratune.finetune.prepared import Prepared
+    from loratune.data.prepared import Prepared
 
     home, _ = done
     assert loratune("export", home / "study", tmp_path / "merged", "--merged").code == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loratune.downstream.scores import FOLDER, Ledger, read_results
+from loratune.downstream.results.scores import FOLDER, Ledger, read_results
 from loratune.record import read
 
 ITEMS = 8

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from loratune.cli import view as views
+from loratune.cli.trial_lines import clock, counts, params, result, varied
 from loratune.cli.view import Lines, Table, open_view
-from loratune.cli.words import clock, counts, params, result, varied
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Trial
 from loratune.spec import StudySpec
-from loratune.study import Asked, Note, Settled
+from loratune.study.loop import Asked, Note, Settled
 from loratune.work import CurvePoint, Hyperparameters, Outcome, Progress, State
 
 SNAPSHOT = {

@@ -8,11 +8,11 @@ import pytest
 import torch
 from random_adapters import load_base, write_adapters
 
-from loratune.downstream.adapters import Adapters, read_adapter
-from loratune.downstream.answering import Answer, Answerer
-from loratune.downstream.base import Benchmark, Item, Verdict, stratified
-from loratune.downstream.bbh import Bbh
-from loratune.downstream.mmlu import Mmlu, MmluLoglikelihood
+from loratune.downstream.answering.adapter_stack import Adapters, read_adapter
+from loratune.downstream.answering.answerer import Answer, Answerer
+from loratune.downstream.tasks.base import Benchmark, Item, Verdict, stratified
+from loratune.downstream.tasks.bbh import Bbh
+from loratune.downstream.tasks.mmlu import Mmlu, MmluLoglikelihood
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel
 

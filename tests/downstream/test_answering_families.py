@@ -5,9 +5,9 @@ import torch
 import transformers
 
 from loratune import demo
-from loratune.downstream.adapters import Adapters
-from loratune.downstream.answering import Answerer
-from loratune.downstream.base import Benchmark, Item, Verdict
+from loratune.downstream.answering.adapter_stack import Adapters
+from loratune.downstream.answering.answerer import Answerer
+from loratune.downstream.tasks.base import Benchmark, Item, Verdict
 from loratune.finetune.model import BaseModel
 
 SHAPE = {

@@ -8,8 +8,8 @@ import transformers
 from random_adapters import load_base
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from loratune.downstream.attention import attention, decoding
-from loratune.downstream.forward import SPARE, Forward, joined, layers_of
+from loratune.downstream.answering.decode_attention import attention, decoding
+from loratune.downstream.answering.forward import SPARE, Forward, joined, layers_of
 from loratune.finetune.model import BaseModel
 
 

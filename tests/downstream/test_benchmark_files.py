@@ -10,11 +10,11 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
-from loratune.downstream.bbh import Bbh
-from loratune.downstream.drop import Drop
-from loratune.downstream.mmlu import Mmlu
+from loratune.downstream.tasks.bbh import Bbh
+from loratune.downstream.tasks.drop import Drop
+from loratune.downstream.tasks.mmlu import Mmlu
 from loratune.errors import DataError
-from loratune.finetune.hub import reachable
+from loratune.system.hub import reachable
 
 
 @pytest.fixture

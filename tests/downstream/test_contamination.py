@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from loratune import demo, evaluation
-from loratune.downstream import contamination
-from loratune.downstream.base import Benchmark
-from loratune.downstream.contamination import check, lines, read
-from loratune.downstream.registry import build
-from loratune.downstream.scores import Ledger
-from loratune.finetune.data import DataRecipe, Source
-from loratune.finetune.prepare import prepare
+from loratune import demo
+from loratune.data.prepare import prepare
+from loratune.data.sources import DataRecipe, Source
+from loratune.downstream.results import contamination
+from loratune.downstream.results.contamination import check, lines, read
+from loratune.downstream.results.scores import Ledger
+from loratune.downstream.tasks.base import Benchmark
+from loratune.downstream.tasks.benchmarks import build
+from loratune.study import evaluation
 
 
 def prepared(folder: Path, rows: list[dict[str, str]]) -> Path:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from trained_adapters import RECIPE, kept, scored, trained_models
 
-from loratune.downstream import registry
-from loratune.downstream.adapters import Adapters, read_adapter
+from loratune.data.prepared import Prepared
+from loratune.downstream.answering.adapter_check import Prover
+from loratune.downstream.answering.adapter_stack import Adapters, read_adapter
 from loratune.downstream.events import Note, Progress
-from loratune.downstream.part import Model
-from loratune.downstream.proof import Prover
+from loratune.downstream.job import Model
+from loratune.downstream.tasks import benchmarks
 from loratune.errors import EvaluationError, MissingExtraError, StorageError
 from loratune.finetune.model import BaseModel, load
-from loratune.finetune.prepared import Prepared
 
 
 @pytest.fixture(scope="module")
@@ -121,5 +121,5 @@ def test_refusals(models: list[Model], demo_data: Path, tmp_path: Path, monkeypa
         list(scored(tmp_path, [Model(name="0009", adapter=tmp_path, loss=1.0)], demo_data, ["demo_choice"]))
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'loratune\[eval\]'"):
-        list(scored(tmp_path, models, demo_data, [registry.HARNESS + "arc_easy"]))
+        list(scored(tmp_path, models, demo_data, [benchmarks.HARNESS + "arc_easy"]))
     assert not kept(tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from loratune.downstream.scores import FOLDER
+from loratune.downstream.results.scores import FOLDER
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from loratune.downstream.humaneval import HumanEval, HumanEvalFenced, completion, job
-from loratune.downstream.registry import build
-from loratune.downstream.sandbox import run_all
+from loratune.downstream.sandbox.runner import run_all
+from loratune.downstream.tasks.benchmarks import build
+from loratune.downstream.tasks.humaneval import HumanEval, HumanEvalFenced, completion, job
 from loratune.errors import DataError
 
 PROBLEM = {

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from random_adapters import load_base, write_adapters
 
-from loratune.downstream.adapters import Adapters, read_adapter
-from loratune.downstream.answering import Answerer
-from loratune.downstream.base import stratified
-from loratune.downstream.mmlu import LETTERS, MmluLoglikelihood, _questions
+from loratune.downstream.answering.adapter_stack import Adapters, read_adapter
+from loratune.downstream.answering.answerer import Answerer
+from loratune.downstream.tasks.base import stratified
+from loratune.downstream.tasks.mmlu import LETTERS, MmluLoglikelihood, _questions
 from loratune.errors import DataError, EvaluationError
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'loratune[eval]'")
@@ -83,7 +83,7 @@ def test_mmlu_item_by_item(tinystories: Path, shared_data: Path, tmp_path: Path,
 
 def test_harness_task(tinystories: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of the harness, local, in our results."""
-    from loratune.downstream import harness
+    from loratune.downstream.tasks import harness
 
     listed = harness._listed
     items = [item.id for item in stratified(MmluLoglikelihood(shared_data, shots=0).items(), 12)]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from loratune.downstream.base import Benchmark, Item, stratified
-from loratune.downstream.bbh import Bbh
-from loratune.downstream.drop import Drop
-from loratune.downstream.embedded import DemoChoice, DemoCode, DemoMatch
-from loratune.downstream.mmlu import Mmlu, MmluLoglikelihood
-from loratune.downstream.registry import NAMES, build
+from loratune.downstream.tasks.base import Benchmark, Item, stratified
+from loratune.downstream.tasks.bbh import Bbh
+from loratune.downstream.tasks.benchmarks import NAMES, build
+from loratune.downstream.tasks.drop import Drop
+from loratune.downstream.tasks.embedded import DemoChoice, DemoCode, DemoMatch
+from loratune.downstream.tasks.mmlu import Mmlu, MmluLoglikelihood
 from loratune.errors import DataError, EvaluationError
 from loratune.statistics import bootstrap_mean
 
@@ -100,8 +100,8 @@ def test_embedded_programs() -> None:
 def test_embedded_items_stand_in_no_data_file() -> None:
     import json
 
+    from loratune.data.prompts import alpaca_prompt
     from loratune.demo import data_files
-    from loratune.finetune.prompts import alpaca_prompt
 
     rows = [json.loads(line) for file in data_files() for line in file.read_text().splitlines()]
     seen = {alpaca_prompt(row["instruction"], row["input"]) for row in rows}

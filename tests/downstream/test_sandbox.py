@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from loratune.downstream import sandbox, sandbox_walls
-from loratune.downstream.sandbox import Job, Limits, Ran, run, run_all
-from loratune.downstream.sandbox_values import NotPlainError, decode, encode
+from loratune.downstream.sandbox import runner, walls
+from loratune.downstream.sandbox.runner import Job, Limits, Ran, run, run_all
+from loratune.downstream.sandbox.values import NotPlainError, decode, encode
 from loratune.errors import SandboxError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux only")
@@ -209,9 +209,9 @@ class Outside:
 def mode(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "weaker":
-            patch.setattr(sandbox, "namespaces_missing", lambda: "made so by the test")
-        elif sandbox.namespaces_missing():
-            pytest.skip(f"no namespaces here: {sandbox.namespaces_missing()}")
+            patch.setattr(runner, "namespaces_missing", lambda: "made so by the test")
+        elif runner.namespaces_missing():
+            pytest.skip(f"no namespaces here: {runner.namespaces_missing()}")
         yield request.param
 
 
@@ -231,7 +231,7 @@ def outside(mode: str) -> Iterator[Outside]:
         one.setblocking(False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder / "temporary"))
-        patch.setattr(sandbox, "START", f"{sandbox.START}# {marker}\n")  # stays in the command line of whatever it forks
+        patch.setattr(runner, "START", f"{runner.START}# {marker}\n")  # stays in the command line of whatever it forks
         patch.setenv("API_TOKEN", "hidden-token")
         yield Outside(folder, marker, tcp, unix)
     tcp.close()
@@ -252,7 +252,7 @@ def verdicts(mode: str, outside: Outside) -> dict[str, Ran]:
 @pytest.mark.parametrize("name", ZOO)
 def test_hostile_program_gets_its_verdict(name: str, verdicts: dict[str, Ran], mode: str) -> None:
     _, kinds, why = ZOO[name]
-    if mode == "weaker" and not sandbox_walls.landlock_version() and "{decoy}" in ZOO[name][0]:
+    if mode == "weaker" and not walls.landlock_version() and "{decoy}" in ZOO[name][0]:
         pytest.skip("files are not protected without namespaces and Landlock, as documented")
     assert verdicts[name].kind in kinds.split("|"), verdicts[name]
     assert why in verdicts[name].why
@@ -273,8 +273,8 @@ def test_everything_ends_with_loratune(outside: Outside, mode: str) -> None:
     )
     text = (
         "from loratune.downstream import sandbox\n"
-        f"sandbox.START = {sandbox.START!r}\n"
-        f"sandbox._run(sandbox.Job(program={program!r}, entry_point='f', tests='candidate(1)'), sandbox.Limits(timeout=60), "
+        f"sandbox.START = {runner.START!r}\n"
+        f"sandbox._run(runner.Job(program={program!r}, entry_point='f', tests='candidate(1)'), runner.Limits(timeout=60), "
         f"namespaces={mode == 'namespaces'})"
     )
     environment = {**os.environ, "TMPDIR": str(outside.folder / "temporary")}
@@ -322,15 +322,15 @@ def test_verdicts_do_not_depend_on_hash_seeds(mode: str) -> None:
 
 
 def test_refuses_without_namespaces_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "namespaces_missing", lambda: "unshare: Operation not permitted")
+    monkeypatch.setattr(runner, "namespaces_missing", lambda: "unshare: Operation not permitted")
     with pytest.raises(SandboxError, match=r"unshare: Operation not permitted.*weaker=True"):
         run(Job(program=GOOD, entry_point="f", tests=TESTS))
 
 
 def test_a_broken_sandbox_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "START", "raise RuntimeError('no walls')")
+    monkeypatch.setattr(runner, "START", "raise RuntimeError('no walls')")
     with pytest.raises(SandboxError, match="no walls"):
-        sandbox._run(Job(program=GOOD, entry_point="f", tests=TESTS), LIMITS, namespaces=True)
+        runner._run(Job(program=GOOD, entry_point="f", tests=TESTS), LIMITS, namespaces=True)
 
 
 def test_progress_is_told() -> None:

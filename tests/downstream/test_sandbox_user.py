@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 import loratune
-from loratune.downstream import sandbox_walls
-from loratune.downstream.sandbox_calls import AUDIT_ARCH, _filter
+from loratune.downstream.sandbox import walls
+from loratune.downstream.sandbox.system_calls import AUDIT_ARCH, _filter
 
 USER = 64_203  # nobody's, hopefully; where the tests run as root
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux only")
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 DRIVER = r"""
 import ctypes, json, os, resource, subprocess, sys, time
 from loratune.downstream import sandbox
-from loratune.downstream.sandbox import Job, Limits, run
+from loratune.downstream.sandbox.runner import Job, Limits, run
 
 order = json.loads(sys.stdin.read())
 if order["mode"] == "weaker":
@@ -284,7 +284,7 @@ def home() -> Iterator[Path]:
     folder.chmod(0o755)
     package, own = Path(loratune.__file__).parent, folder / "loratune"
     (own / "downstream").mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "environment.py", "downstream/__init__.py"):
+    for name in ("__init__.py", "errors.py", "system/machine.py", "downstream/__init__.py"):
         shutil.copy(package / name, own / name)
     for path in (package / "downstream").glob("sandbox*.py"):
         shutil.copy(path, own / "downstream")
@@ -344,7 +344,7 @@ def _runs(command: list[str], who: dict[str, Any]) -> bool:
 
 
 def needs_landlock(mode: str) -> None:
-    if mode == "weaker" and not sandbox_walls.landlock_version():
+    if mode == "weaker" and not walls.landlock_version():
         pytest.skip("files are not protected without namespaces and Landlock, as documented")
 
 

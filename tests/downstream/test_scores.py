@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from loratune.downstream.base import Item, constant_scores
-from loratune.downstream.findings import findings, lines
-from loratune.downstream.scores import Ledger, Result, alone, fingerprint, read_results, table
+from loratune.downstream.results.findings import findings, lines
+from loratune.downstream.results.scores import Ledger, Result, alone, fingerprint, read_results, table
+from loratune.downstream.tasks.base import Item, constant_scores
 from loratune.errors import StorageError
 
 IDENTITY = {"benchmark": "b", "adapter": "aa", "version": "1", "seed": 0}

@@ -15,9 +15,9 @@ import pytest
 import torch
 from trained_adapters import RECIPE, kept, scored, trained_models
 
-from loratune.downstream import spread
+from loratune.downstream import parallel
 from loratune.downstream.events import Began, Note, Progress, Story
-from loratune.downstream.part import Model
+from loratune.downstream.job import Model
 from loratune.errors import EvaluationError, MissingExtraError
 from loratune.finetune.model import load
 
@@ -28,8 +28,8 @@ Kept = dict[tuple[str, str, str], tuple[str, float]]
 EVALUATE = """
 import pickle, sys
 from loratune.downstream import spread
-from loratune.downstream.evaluate import evaluate
-spread.WORTH, spread.cpu_processes = 1, lambda weights, most: 2
+from loratune.downstream.evaluator import evaluate
+parallel.WORTH, parallel.cpu_processes = 1, lambda weights, most: 2
 for event in evaluate(**pickle.load(sys.stdin.buffer)):
     print(event, flush=True)
 """
@@ -60,8 +60,8 @@ def expected(models: list[Model], demo_data: Path, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spread, "WORTH", 1)
-    monkeypatch.setattr(spread, "cpu_processes", lambda weights, most: min(2, most))
+    monkeypatch.setattr(parallel, "WORTH", 1)
+    monkeypatch.setattr(parallel, "cpu_processes", lambda weights, most: min(2, most))
 
 
 def is_note(event: Any) -> bool:
@@ -74,7 +74,7 @@ def children(parent: int) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state, owner = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if int(owner) == parent and state != "Z" and b"loratune.downstream.part_child" in (folder / "cmdline").read_bytes():
+            if int(owner) == parent and state != "Z" and b"loratune.downstream.job_process" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
     return found
 
@@ -106,7 +106,7 @@ def test_stop_and_go_on(models: list[Model], demo_data: Path, tmp_path: Path, ex
     assert not children(os.getpid())
     part = kept(tmp_path)
     assert 0 < len(part) < len(expected)
-    monkeypatch.setattr(spread, "WORTH", 10_000)  # in one process: faster started
+    monkeypatch.setattr(parallel, "WORTH", 10_000)  # in one process: faster started
     list(scored(tmp_path, models, demo_data, NAMES, subset=ITEMS))
     assert kept(tmp_path) == expected
 
@@ -120,7 +120,7 @@ def test_a_process_is_killed(
     with pytest.raises(EvaluationError, match=r"that answered for .* died \(killed by SIGKILL, perhaps .* run again"):
         list(events)
     assert not children(os.getpid())
-    monkeypatch.setattr(spread, "WORTH", 10_000)
+    monkeypatch.setattr(parallel, "WORTH", 10_000)
     list(scored(tmp_path, models, demo_data, NAMES, subset=ITEMS))
     assert kept(tmp_path) == expected
 
@@ -164,7 +164,7 @@ def test_an_adapter_that_is_off(models: list[Model], demo_data: Path, tmp_path: 
 
 def test_error_of_another_making() -> None:
     with pytest.raises(MissingExtraError, match=r"^as it was said$"):
-        spread.Ended(error="MissingExtraError", text="as it was said").raise_error()
+        parallel.Ended(error="MissingExtraError", text="as it was said").raise_error()
 
 
 def test_cards(tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_cards(tmp_path: Path) -> None:
         return Model(name=name, adapter=tmp_path / name, loss=None)
 
     models = [model("4", 4), model("64", 64), Model(name="base", adapter=None, loss=None), model("32", 32), model("8", 8)]
-    assert spread.deal(models, 2) == [["64", "8", "base"], ["32", "4"]]
-    assert spread.deal(models, 2, first={"4", "base"}) == [["4", "64", "8"], ["base", "32"]]
+    assert parallel.deal(models, 2) == [["64", "8", "base"], ["32", "4"]]
+    assert parallel.deal(models, 2, first={"4", "base"}) == [["4", "64", "8"], ["base", "32"]]
 
 
 def test_a_story_of_two() -> None:

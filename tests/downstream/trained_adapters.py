@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from loratune import demo
-from loratune.downstream.evaluate import evaluate
-from loratune.downstream.part import Model
-from loratune.downstream.scores import read_results
+from loratune.data.prepared import Prepared
+from loratune.downstream.evaluator import evaluate
+from loratune.downstream.job import Model
+from loratune.downstream.results.scores import read_results
 from loratune.finetune import lora
 from loratune.finetune.model import BaseModel, output_head
-from loratune.finetune.prepared import Prepared
 from loratune.finetune.validation import validate
 from loratune.work import Hyperparameters, ModelRecipe
 

@@ -79,8 +79,8 @@ class Lane:
 
 
 def module() -> types.ModuleType:
-    """What stands in for `loratune.finetune.engine`."""
-    made = types.ModuleType("loratune.finetune.engine")
+    """What stands in for `loratune.finetune.engines`."""
+    made = types.ModuleType("loratune.finetune.engines")
     made.load_engine = ScriptedEngine  # type: ignore[attr-defined]
     made.limit_threads = lambda threads: None  # type: ignore[attr-defined]
     return made
@@ -88,5 +88,5 @@ def module() -> types.ModuleType:
 
 if __name__ == "__main__":
     sys.argv = sys.argv[2:]
-    sys.modules["loratune.finetune.engine"] = module()
+    sys.modules["loratune.finetune.engines"] = module()
     runpy.run_module(sys.argv[0], run_name="__main__")

@@ -14,8 +14,8 @@ import pytest
 
 from loratune import demo, executors
 from loratune.executors import Executor
-from loratune.files import write_atomically
 from loratune.record import open_record
+from loratune.system.files import write_atomically
 from loratune.work import Hyperparameters, ModelRecipe, Outcome, Pack, Progress, Recipe, Segment, State, TrainingRecipe
 
 PATIENCE = 240.0  # seconds; a worker's first sign of life takes as long as importing torch on a busy machine

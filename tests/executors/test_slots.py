@@ -18,8 +18,8 @@ from loratune.errors import DeviceLostError
 from loratune.executors import Executor, Notice
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import WorkerProcess
-from loratune.files import write_atomically
 from loratune.record import open_record
+from loratune.system.files import write_atomically
 from loratune.work import Hyperparameters, ModelRecipe, Outcome, Pack, Progress, Recipe, Segment, State, TrainingRecipe
 
 EVERY = pytest.mark.parametrize("name", ["inline", "local"])
@@ -27,7 +27,7 @@ EVERY = pytest.mark.parametrize("name", ["inline", "local"])
 
 @pytest.fixture(autouse=True)
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "loratune.finetune.engine", scripted_engine.module())
+    monkeypatch.setitem(sys.modules, "loratune.finetune.engines", scripted_engine.module())
     monkeypatch.setattr(WorkerProcess, "_launcher", lambda _: [scripted_engine.__file__])
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from loratune import environment
 from loratune.executors.local import LocalExecutor
 from loratune.executors.process import WorkerProcess
-from loratune.finetune.engine import limit_threads
+from loratune.finetune.engines import limit_threads
+from loratune.system import machine
 from loratune.work import ModelRecipe, Recipe, TrainingRecipe
 
 NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -17,7 +17,7 @@ NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "BLIS_NUM
 
 def test_workers_share_the_usable_cores_and_follow_omp_num_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(model=ModelRecipe(name_or_path="m"), training=TrainingRecipe(), data="d")
-    monkeypatch.setattr(environment, "usable_cores", lambda: 8)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     monkeypatch.setenv("MKL_NUM_THREADS", "64")
     for said, given, expected in (("", None, 4), ("2", None, 2), ("2", 5, 5)):
         monkeypatch.setenv("OMP_NUM_THREADS", said)
@@ -35,7 +35,7 @@ def test_this_process_keeps_to_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         torch.set_num_threads(4)
         for quota, given in ((2, None), (16, None), (2, 3)):
-            monkeypatch.setattr(environment, "usable_cores", lambda quota=quota: quota)
+            monkeypatch.setattr(machine, "usable_cores", lambda quota=quota: quota)
             limit_threads(given)
             found.append(torch.get_num_threads())
 

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from loratune.finetune.engine import broadcast, load_engine, run_all
+from loratune.finetune.engines import broadcast, load_engine, run_all
 from loratune.work import Progress, Recipe, Segment
 
 

@@ -12,12 +12,12 @@ import transformers
 from families import FAMILIES, VOCABULARY, bare
 from transformers import AutoTokenizer
 
+from loratune.data.prepare import prepare
+from loratune.data.prepared import Prepared
+from loratune.data.sources import DataRecipe, Source
 from loratune.errors import ModelError
-from loratune.finetune.beforehand import check, position_limit
-from loratune.finetune.data import DataRecipe, Source
 from loratune.finetune.lora import chosen_layers, linear_layers, targets
-from loratune.finetune.prepare import prepare
-from loratune.finetune.prepared import Prepared
+from loratune.finetune.preflight import check, position_limit
 from loratune.work import ModelRecipe
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}

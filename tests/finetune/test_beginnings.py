@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_engine import random_tokens
 
-from loratune.finetune.beginnings import beginnings, dropout_slots
-from loratune.finetune.prepared import Tokens, pack
+from loratune.data.prepared import Tokens, pack
+from loratune.data.shared_prefix import beginnings, dropout_slots
 
 TOKENS = random_tokens(60, 5)
 

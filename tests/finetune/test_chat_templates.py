@@ -8,10 +8,10 @@ import chat_templates
 import pytest
 import tiny_tokenizer
 
+from loratune.data.prepare import load_tokenizer, prepare
+from loratune.data.prompts import UnfitError, answer_ends, choose
+from loratune.data.sources import DataRecipe, Example, Exchange, Source
 from loratune.errors import ModelError
-from loratune.finetune.data import DataRecipe, Example, Exchange, Source
-from loratune.finetune.prepare import load_tokenizer, prepare
-from loratune.finetune.prompts import UnfitError, answer_ends, choose
 
 DATE = "2026-03-01"
 TURNS = Example(exchanges=(Exchange("Hi", "", "Hello"), Exchange("Bye", "", "See you")), source="a.json", place="record 3")

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from loratune.data.sources import DataRecipe, Exchange, Source, read
 from loratune.errors import DataError
-from loratune.finetune.data import DataRecipe, Exchange, Source, read
 
 ALPACA = {"instruction": "Translate.", "input": "chat", "output": "cat"}
 ROWS = {

@@ -10,9 +10,9 @@ import torch
 import transformers
 from test_validation import by_definition
 
+from loratune.delivery.merge import export_adapter, merge
 from loratune.errors import ModelError, StorageError
-from loratune.finetune.engine import load_engine, probe
-from loratune.finetune.export import export_adapter, merge
+from loratune.finetune.engines import load_engine, probe
 from loratune.work import Hyperparameters, State
 
 

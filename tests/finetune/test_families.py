@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loratune.data.prepare import prepare
+from loratune.data.prepared import Prepared
+from loratune.data.sources import DataRecipe, Source
+from loratune.delivery.merge import export_adapter, merge
 from loratune.errors import ModelError
-from loratune.finetune import beforehand, layers
-from loratune.finetune.data import DataRecipe, Source
-from loratune.finetune.engine import Engine, load_engine, run_all
-from loratune.finetune.export import export_adapter, merge
-from loratune.finetune.prepare import prepare
-from loratune.finetune.prepared import Prepared
+from loratune.finetune import layers, preflight
+from loratune.finetune.engines import Engine, load_engine, run_all
 from loratune.finetune.sizes import adapter_sizes, bare_model
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, Segment, State, TrainingRecipe
 
@@ -73,9 +73,9 @@ def test_what_is_recorded_is_what_plain_peft_and_the_merged_model_give(tmp_path:
     wanted = list(WANTED)
     if family in WITHOUT_QV:
         with pytest.raises(ModelError, match=f"no linear layers for 'qv'.*{WITHOUT_QV[family]}"):
-            beforehand.check(bare_model(recipe.model), recipe.model, data, ["qv"])
+            preflight.check(bare_model(recipe.model), recipe.model, data, ["qv"])
         wanted.remove("qv")
-    beforehand.check(bare_model(recipe.model), recipe.model, data, wanted)
+    preflight.check(bare_model(recipe.model), recipe.model, data, wanted)
     base = independent_loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
     engine = load_engine(recipe, tmp_path)
     check(engine, recipe, tmp_path, wanted, "packed", base)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from loratune.finetune.data import Example, Exchange, fields_of
-from loratune.finetune.fields import BadError
-from loratune.finetune.formats import detect, parse
-from loratune.finetune.prepared import SourceCounts
+from loratune.data.fields import BadError
+from loratune.data.formats import detect, parse
+from loratune.data.prepared import SourceCounts
+from loratune.data.sources import Example, Exchange, fields_of
 
 ALPACA = {"instruction": "And how old is it?", "input": "", "output": "Ten."}
 

@@ -14,7 +14,7 @@ from tiny_engine import adapter, recipe, segment
 from torch import nn
 
 from loratune.finetune import model
-from loratune.finetune.engine import load_engine, run_all
+from loratune.finetune.engines import load_engine, run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.work import Segment, State

@@ -14,13 +14,13 @@ import tiny_engine
 import torch
 from tiny_engine import adapter, recipe, run, segment
 
+from loratune.data.batches import collate, response_tokens
+from loratune.data.order import order
+from loratune.data.shared_prefix import dropout_slots
 from loratune.finetune import optimisation
-from loratune.finetune.batches import collate, response_tokens
-from loratune.finetune.beginnings import dropout_slots
-from loratune.finetune.engine import load_engine, run_all
+from loratune.finetune.engines import load_engine, run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.lora import adapter_parameters, attach, detach
-from loratune.finetune.order import order
 from loratune.finetune.validation import token_nll
 from loratune.work import Outcome, State
 
@@ -260,8 +260,8 @@ def test_reports_at_most_once_a_second(engine) -> None:  # type: ignore[no-untyp
 
 def test_learns_on_a_real_model(tinystories: Path, shared_data: Path, tmp_path: Path) -> None:
     """tinystories656k on Alpaca: the loss falls a lot, and a moderate learning rate beats a tiny one."""
-    from loratune.finetune.data import DataRecipe, Source
-    from loratune.finetune.prepare import prepare
+    from loratune.data.prepare import prepare
+    from loratune.data.sources import DataRecipe, Source
 
     data = DataRecipe(
         train=(Source(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")),),

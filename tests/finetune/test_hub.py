@@ -7,9 +7,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from loratune.data import records
+from loratune.data.prepare import load_tokenizer
 from loratune.errors import DataError, ModelError
-from loratune.finetune import hub, records
-from loratune.finetune.prepare import load_tokenizer
+from loratune.system import hub
 
 
 @pytest.fixture

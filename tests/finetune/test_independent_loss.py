@@ -11,9 +11,9 @@ import tiny_tokenizer
 import torch
 import transformers
 
-from loratune.finetune.data import DataRecipe, Source
-from loratune.finetune.engine import load_engine
-from loratune.finetune.prepare import prepare
+from loratune.data.prepare import prepare
+from loratune.data.sources import DataRecipe, Source
+from loratune.finetune.engines import load_engine
 
 ROWS = [
     [("user", f"Name the capital number {i}."), ("assistant", f"Paris {i * i}"), ("user", "And\nnow?"), ("assistant", f"See <b>{i}</b>")]

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from tiny_engine import adapter, recipe, run, segment
 
 from loratune.finetune.checkpoint import Checkpoint, newest
-from loratune.finetune.engine import Engine, load_engine
+from loratune.finetune.engines import Engine, load_engine
 from loratune.work import Outcome, Recipe, Segment, State
 
 STEPS = 12

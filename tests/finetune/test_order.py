@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.finetune.order import order, total_steps
+from loratune.data.order import order, total_steps
 
 
 @given(seed=st.integers(0, 99), n=st.integers(1, 40), count=st.integers(0, 200))

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from loratune.finetune.overlap import held_items, near_duplicates
-from loratune.finetune.wording import normalised, words
+from loratune.data.normalization import normalised, words
+from loratune.data.overlap import held_items, near_duplicates
 
 
 def runs(text, n=3):
@@ -92,7 +92,7 @@ def test_several_benchmarks_at_once():
 
 
 def test_the_real_benchmarks(shared_data):
-    from loratune.downstream.registry import build
+    from loratune.downstream.tasks.benchmarks import build
 
     sets = []
     for name in ("humaneval", "bbh"):

@@ -12,7 +12,7 @@ from exact import exact_norms  # noqa: F401  # a fixture
 from tiny_engine import adapter, recipe, segment
 
 from loratune.errors import NotPackableError
-from loratune.finetune.engine import run_all
+from loratune.finetune.engines import run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.work import Outcome, Progress, Segment, State

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_engine import recipe, segment
 
-from loratune.finetune.engine import run_all
+from loratune.finetune.engines import run_all
 from loratune.finetune.packed import capacity
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.work import State

@@ -6,7 +6,7 @@ import torch
 from tiny_engine import random_tokens
 from torch.nn import functional
 
-from loratune.finetune.beginnings import dropout_slots
+from loratune.data.shared_prefix import dropout_slots
 from loratune.finetune.packed.causal import causal_attention
 from loratune.finetune.packed.layout import Flat, Share, flatten
 

@@ -11,7 +11,7 @@ from exact import exact_norms  # noqa: F401  # a fixture
 from tiny_engine import VOCABULARY, adapter, recipe, segment
 
 from loratune.errors import NotPackableError
-from loratune.finetune.engine import load_engine, run_all
+from loratune.finetune.engines import load_engine, run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed import attention
 from loratune.finetune.packed.engine import PackedEngine

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from loratune.finetune import memory
 from loratune.finetune.dropout import kept, row_hashes
-from loratune.finetune.engine import load_engine, run_all
+from loratune.finetune.engines import load_engine, run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed import varlen
 from loratune.finetune.packed.delta import Backend

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_engine import random_tokens
 
-from loratune.finetune.beginnings import dropout_slots
+from loratune.data.shared_prefix import dropout_slots
 from loratune.finetune.packed.layout import Flat, Share, Spread, flatten
 
 TOKENS = random_tokens(30, 9)

@@ -15,14 +15,14 @@ import pytest
 import torch
 from tiny_engine import adapter, recipe, segment
 
+from loratune.data.batches import Tokens
 from loratune.errors import DeviceLostError, ModelError
 from loratune.finetune import checkpoint, memory, model
-from loratune.finetune.batches import Tokens
-from loratune.finetune.engine import load_engine, run_all
-from loratune.finetune.packed import capacity, validation
+from loratune.finetune.engines import load_engine, run_all
+from loratune.finetune.packed import capacity, validation_pass
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.engine import PackedEngine
-from loratune.finetune.packed.lane import Lane
+from loratune.finetune.packed.slot import Lane
 from loratune.work import Outcome, Segment, State
 
 TRIALS = [{"lora_r": 4}, {"lora_r": 6, "lora_dropout": 0.1, "batch_size": 3}, {"lora_r": 3, "target_modules": "all-linear"}]
@@ -77,7 +77,7 @@ PLACES = {
     "an adapter's weights": (Adapter, "__init__"),
     "the first step's moments": (torch.optim.AdamW, "step"),
     "a gradient's norm": (torch.nn.utils, "get_total_norm"),
-    "a validation": (validation, "validate_together"),
+    "a validation": (validation_pass, "validate_together"),
     "a checkpoint": (checkpoint, "capture"),
     "saving the adapter": (Adapter, "save"),
     "a pass": (capacity.PackedBase, "nll"),
@@ -134,7 +134,7 @@ def test_only_what_does_not_fit_alone_is_infeasible(
 def test_a_validation_is_halved_before_anybody_leaves(
     engine: PackedEngine, expected: list[Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together, rooms, most = validation.validate_together, [], []
+    together, rooms, most = validation_pass.validate_together, [], []
 
     def small(base, adapters, tokens, *, room: int, interrupted):  # type: ignore[no-untyped-def]
         rooms.append(room)
@@ -143,7 +143,7 @@ def test_a_validation_is_halved_before_anybody_leaves(
             raise FULL
         return together(base, adapters, tokens, room=room, interrupted=interrupted)
 
-    monkeypatch.setattr(validation, "validate_together", small)
+    monkeypatch.setattr(validation_pass, "validate_together", small)
     outcomes = run_all(engine, segments("halved"))
     assert [o.validation_loss for o in outcomes] == pytest.approx([o.validation_loss for o in expected], abs=1e-9)
     assert max(most) == 3
@@ -157,7 +157,7 @@ def test_stopping_in_a_validation_is_no_crash(engine: PackedEngine, monkeypatch:
         stop.set()
         raise InterruptedError
 
-    monkeypatch.setattr(validation, "validate_together", interrupted)
+    monkeypatch.setattr(validation_pass, "validate_together", interrupted)
     assert {o.state for o in run_all(engine, segments("interrupted"), stop=stop)} == {State.CANCELLED}
 
 

@@ -14,8 +14,8 @@ from tiny_engine import recipe, segment
 from torch.nn import functional
 from torch.nn.attention import varlen as torch_varlen
 
-from loratune.finetune.beginnings import dropout_slots
-from loratune.finetune.engine import run_all
+from loratune.data.shared_prefix import dropout_slots
+from loratune.finetune.engines import run_all
 from loratune.finetune.packed import attention, varlen
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.finetune.packed.layout import Flat, Share, flatten

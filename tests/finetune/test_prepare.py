@@ -15,12 +15,12 @@ import pytest
 import tiny_tokenizer
 
 from loratune import demo
+from loratune.data import prepare as module
+from loratune.data import prepared as prepared_module
+from loratune.data.prepare import check, load_tokenizer, prepare
+from loratune.data.prepared import Prepared
+from loratune.data.sources import DataRecipe, Source
 from loratune.errors import DataError, ModelError, StorageError
-from loratune.finetune import prepare as module
-from loratune.finetune import prepared as prepared_module
-from loratune.finetune.data import DataRecipe, Source
-from loratune.finetune.prepare import check, load_tokenizer, prepare
-from loratune.finetune.prepared import Prepared
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +424,7 @@ def test_a_warm_start_imports_neither_torch_nor_transformers(tmp_path, tokenizer
     prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     program = (
         "import sys; from pathlib import Path\n"
-        "from loratune.finetune.data import DataRecipe; from loratune.finetune.prepare import prepare\n"
+        "from loratune.data.sources import DataRecipe; from loratune.data.prepare import prepare\n"
         "prepare(DataRecipe.from_json(sys.argv[1]), tokenizer=sys.argv[2], cache=Path(sys.argv[3]))\n"
         "print({'torch', 'transformers', 'datasets', 'pydantic', 'optuna'} & set(sys.modules))"
     )

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import tiny_tokenizer
 
+from loratune.data.prepare import load_tokenizer
+from loratune.data.prompts import UnfitError, alpaca_prompt, choose
+from loratune.data.sources import Example, Exchange, Source, read
 from loratune.errors import ModelError
-from loratune.finetune.data import Example, Exchange, Source, read
-from loratune.finetune.prepare import load_tokenizer
-from loratune.finetune.prompts import UnfitError, alpaca_prompt, choose
 
 CAPITAL = Example(exchanges=(Exchange("Name the capital of France.", "", "Paris"),))
 TWO_TURNS = Example(exchanges=(Exchange("Hi", "", "Hello"), Exchange("Bye", "", "See you")), system="Be brief.")

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_validation import by_definition
 from tiny_engine import VOCABULARY, recipe, segment
 
+from loratune.delivery import reload
+from loratune.delivery.merge import export_adapter, merge
 from loratune.errors import ModelError
-from loratune.finetune import lora, reloaded
-from loratune.finetune.engine import load_engine
-from loratune.finetune.export import export_adapter, merge
+from loratune.finetune import lora
+from loratune.finetune.engines import load_engine
 from loratune.finetune.peft_layers import addressable
 from loratune.work import Hyperparameters, State
 
@@ -96,7 +97,7 @@ def is_what_was_measured(root: Path, family: str, engine: str, layers: str) -> N
     folder = root / wanted.folder / "adapter"
     assert abs(outcome.validation_loss - loss(base(root), tokens)) > 1e-3, "training changed nothing"
     given = {"data": root / "data", "recorded": outcome.validation_loss}
-    found = reloaded.check(folder, study.model, wanted.hyperparameters, **given)
+    found = reload.check(folder, study.model, wanted.hyperparameters, **given)
     exported = export_adapter(folder, root / "exported", {})
     for _ in range(2):
         model = peft.PeftModel.from_pretrained(base(root), str(exported))
@@ -187,11 +188,11 @@ def test_a_folder_that_is_another_adapter_is_refused(trained, tmp_path: Path, ho
     folder = tmp_path / "adapter"
     shutil.copytree(root / wanted.folder / "adapter", folder)
     given = {"data": root / "data", "recorded": outcome.validation_loss}
-    reloaded.check(folder, study.model, wanted.hyperparameters, **given)
+    reload.check(folder, study.model, wanted.hyperparameters, **given)
     change, why = TAMPERED[how]
     change(folder)
     with pytest.raises(ModelError, match=why):
-        reloaded.check(folder, study.model, wanted.hyperparameters, **given)
+        reload.check(folder, study.model, wanted.hyperparameters, **given)
 
 
 def test_other_values_are_known_by_their_digest(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -200,10 +201,10 @@ def test_other_values_are_known_by_their_digest(trained, tmp_path: Path) -> None
     for name in ("adapter", "adapter.sha256"):
         source = root / wanted.folder / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
-    reloaded.check(tmp_path / "adapter", study.model, wanted.hyperparameters)
+    reload.check(tmp_path / "adapter", study.model, wanted.hyperparameters)
     tensors_changed(tmp_path / "adapter", "values")
     with pytest.raises(ModelError, match="not the file that training wrote"):
-        reloaded.check(tmp_path / "adapter", study.model, wanted.hyperparameters)
+        reload.check(tmp_path / "adapter", study.model, wanted.hyperparameters)
 
 
 def test_more_layers_in_the_config_than_in_the_file(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -213,12 +214,12 @@ def test_more_layers_in_the_config_than_in_the_file(trained, tmp_path: Path) -> 
     layers = lora.chosen_layers(base(root), "qv")
     tensors = {f"{name}.lora_{s}.weight": torch.randn(shape) for name in layers for s, shape in _shapes(root, name)}
     lora.save_folder(folder, base(root), h, tensors)
-    reloaded.check(folder, study.model, h)
+    reload.check(folder, study.model, h)
     before = loss(peft.PeftModel.from_pretrained(base(root), str(folder)), tokens)
     config_changed(folder, target_modules=["q_proj", "v_proj", "o_proj"])
     assert loss(peft.PeftModel.from_pretrained(base(root), str(folder)), tokens) == before
     with pytest.raises(ModelError, match=r"not in the file, so new in each loading: .*o_proj"):
-        reloaded.check(folder, study.model, h)
+        reload.check(folder, study.model, h)
 
 
 def _shapes(root: Path, layer: str) -> list[tuple[str, tuple[int, int]]]:
@@ -259,9 +260,9 @@ def test_half_precision_is_compared_as_roughly_as_it_computes(tmp_path: Path) ->
     wanted = segment(6, learning_rate=0.03, target_modules="all-linear")
     outcome = tiny_engine.run(load_engine(study, tmp_path), wanted)
     given = {"data": tmp_path / "data", "recorded": outcome.validation_loss, "exact": False}
-    reloaded.check(tmp_path / wanted.folder / "adapter", study.model, wanted.hyperparameters, **given)
+    reload.check(tmp_path / wanted.folder / "adapter", study.model, wanted.hyperparameters, **given)
     with pytest.raises(ModelError, match="by the record"):
-        reloaded.check(
+        reload.check(
             tmp_path / wanted.folder / "adapter",
             study.model,
             wanted.hyperparameters,

@@ -11,9 +11,10 @@ import torch
 import transformers
 from tiny_engine import VOCABULARY, adapter, recipe, segment
 
+from loratune.data import batches
 from loratune.errors import NotPackableError
-from loratune.finetune import batches, model
-from loratune.finetune.engine import run_all
+from loratune.finetune import model
+from loratune.finetune.engines import run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.engine import PackedEngine

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.errors import DataError
-from loratune.finetune.data import Example, Exchange
-from loratune.finetune.split import (
+from loratune.data.sources import Example, Exchange
+from loratune.data.split import (
     apportion,
     divide,
     draw,
@@ -21,6 +20,7 @@ from loratune.finetune.split import (
     quotas,
     shuffled,
 )
+from loratune.errors import DataError
 
 
 def example(instruction, about="", response="x"):

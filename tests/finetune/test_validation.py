@@ -7,8 +7,9 @@ import transformers
 from test_lora import tiny
 from tiny_engine import random_tokens
 
+from loratune.data import batches
 from loratune.errors import DataError
-from loratune.finetune import batches, validation
+from loratune.finetune import validation
 from loratune.finetune.model import output_head
 from loratune.finetune.validation import logits_nll, validate
 

@@ -8,9 +8,9 @@ import tiny_tokenizer
 import torch
 import transformers
 
-from loratune.finetune.data import DataRecipe
-from loratune.finetune.engine import run_all
-from loratune.finetune.prepared import Manifest, SetCounts, Tokens, pack, write
+from loratune.data.prepared import Manifest, SetCounts, Tokens, pack, write
+from loratune.data.sources import DataRecipe
+from loratune.finetune.engines import run_all
 from loratune.work import Hyperparameters, ModelRecipe, Outcome, Recipe, Segment, State, TrainingRecipe
 
 VOCABULARY = 96

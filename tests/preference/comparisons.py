@@ -6,10 +6,10 @@ from pathlib import Path
 from loratune.cli import compare
 from loratune.cli.parser import Parser
 from loratune.preference.answers import Generation
+from loratune.preference.comparison import Comparison, settle
 from loratune.preference.contestants import Contestant
-from loratune.preference.lines import append_lines
 from loratune.preference.questions import Question
-from loratune.preference.record import Comparison, settle
+from loratune.system.jsonl import append_lines
 from loratune.work import ModelRecipe
 
 WORDS = {"first": "amber", "second": "basil"}

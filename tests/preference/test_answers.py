@@ -11,9 +11,9 @@ from loratune.demo import model_folder
 from loratune.errors import DataError, ModelError, StorageError
 from loratune.preference import answers as module
 from loratune.preference.answers import Generation, read_answers, write_answers
+from loratune.preference.comparison import Comparison, settle
 from loratune.preference.contestants import Contestant, choose
 from loratune.preference.questions import Question, demo_questions
-from loratune.preference.record import Comparison, settle
 from loratune.work import ModelRecipe
 
 
@@ -55,7 +55,7 @@ def test_each_model_says_what_transformers_and_peft_say(adapter: Path, tmp_path:
     import peft
     import transformers
 
-    from loratune.finetune.prompts import alpaca_prompt
+    from loratune.data.prompts import alpaca_prompt
 
     said = generated(adapter, tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder())

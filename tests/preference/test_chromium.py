@@ -16,7 +16,7 @@ import pytest
 from chromium import CHROMIUM, FLAGS, SHOTS
 from comparisons import ANN, BOB, WORDS, ready
 
-from loratune.preference.record import read
+from loratune.preference.comparison import read
 from loratune.preference.votes import read_votes
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

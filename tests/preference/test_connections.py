@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from comparisons import made
 
-from loratune.preference.record import read
+from loratune.preference.comparison import read
 from loratune.preference.votes import NAME, Votes
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (the extra `compare`)")

@@ -11,11 +11,11 @@ import pytest
 from comparisons import WORDS, made, ready
 
 from loratune.cli import main
+from loratune.preference.comparison import read
 from loratune.preference.judge import Judge, JudgeError, ask_judge, verdict
-from loratune.preference.lines import read_lines
-from loratune.preference.record import read
+from loratune.preference.summary_lines import table
 from loratune.preference.votes import read_votes
-from loratune.preference.words import table
+from loratune.system.jsonl import read_lines
 
 
 class Endpoint:

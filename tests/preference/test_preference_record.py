@@ -10,8 +10,8 @@ from comparisons import ANN, BOB, made
 from loratune.errors import StorageError
 from loratune.preference import find, read, table
 from loratune.preference.analysis import Vote
-from loratune.preference.lines import append_lines
 from loratune.preference.votes import NAME, Votes
+from loratune.system.jsonl import append_lines
 
 
 def voted(folder: Path) -> Path:

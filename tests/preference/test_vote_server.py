@@ -13,7 +13,7 @@ from comparisons import WORDS, made
 
 from loratune.errors import LoratuneError
 from loratune.preference.analysis import Vote
-from loratune.preference.record import Comparison, PreferenceRecord, read, read_comparison, settle
+from loratune.preference.comparison import Comparison, PreferenceRecord, read, read_comparison, settle
 from loratune.preference.votes import NAME, Votes, read_votes
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (the extra `compare`)")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loratune import files
 from loratune.errors import StorageError
+from loratune.system import files
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077])

@@ -128,7 +128,7 @@ def test_a_folder_that_is_no_study_is_named(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(tmp_path: Path) -> None:
-    from loratune.files import write_atomically
+    from loratune.system.files import write_atomically
 
     target = tmp_path / "folder" / "file.json"
     write_atomically(target, "old")
@@ -138,7 +138,10 @@ def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(tmp_path: Path
     limit = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10));"
     )
-    code = limit + "from pathlib import Path; from loratune.files import write_atomically; write_atomically(Path(sys.argv[1]), 'x' * 100)"
+    code = (
+        limit
+        + "from pathlib import Path; from loratune.system.files import write_atomically; write_atomically(Path(sys.argv[1]), 'x' * 100)"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True, check=False)
     assert "StorageError: cannot write" in done.stderr
     assert target.read_text() == "old"

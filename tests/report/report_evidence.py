@@ -3,13 +3,12 @@
 import random
 from pathlib import Path
 
-from loratune.downstream.scores import FOLDER, Ledger
+from loratune.downstream.results.scores import FOLDER, Ledger
 from loratune.preference.analysis import Vote
 from loratune.preference.answers import Generation
+from loratune.preference.comparison import Comparison, settle
 from loratune.preference.contestants import Contestant
-from loratune.preference.lines import append_lines
 from loratune.preference.questions import Question
-from loratune.preference.record import Comparison, settle
 from loratune.preference.votes import NAME, Votes
 from loratune.record import StudyRecord
 from loratune.selection import Race, Rule, Shipped, choose
@@ -19,6 +18,7 @@ from loratune.selection.finalists import Noise, finalists
 from loratune.selection.rerun import CHECK
 from loratune.selection.selected import Honest, SelectionRecord, write
 from loratune.statistics import student_mean
+from loratune.system.jsonl import append_lines
 from loratune.work import ModelRecipe
 
 # The example worked by hand in tests/preference/test_preference_analysis.py: question -> verdict.

@@ -11,13 +11,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from loratune import demo
-from loratune.driver import deliver, tune
+from loratune.delivery import export, hand_over, reload
+from loratune.delivery.verify import NAME
 from loratune.errors import ModelError
-from loratune.finetune import reloaded
 from loratune.record import read
-from loratune.report import export, hand_over
-from loratune.report.reloading import NAME
 from loratune.spec import StudySpec
+from loratune.study.driver import deliver, tune
 
 ADAPTER, WEIGHTS = Path("trials/0000/main/adapter"), "adapter_model.safetensors"
 
@@ -62,7 +61,7 @@ def test_a_study_hands_over_what_it_measured(study: Path, tmp_path: Path, monkey
     def again(*_: object, **__: object) -> None:
         raise AssertionError("the same content is not checked twice")
 
-    monkeypatch.setattr(reloaded, "check", again)
+    monkeypatch.setattr(reload, "check", again)
     assert export(study, tmp_path / "out") == tmp_path / "out"
     handed_over(study)
 

@@ -15,18 +15,18 @@ from report_page import Page
 from report_studies import Point, spread
 
 from loratune import preference, selection
-from loratune.downstream.scores import FOLDER, read_results
+from loratune.downstream.results.scores import FOLDER, read_results
 from loratune.errors import StorageError
 from loratune.preference.analysis import Vote, summarise_judge
 from loratune.record import StudyRecord, read
 from loratune.report import figures
 from loratune.report.evidence import gather
-from loratune.report.figures.proof import fresh_seeds, loss_and_score, race
-from loratune.report.figures.space import front
+from loratune.report.figures.landscape import front
+from loratune.report.figures.post_search import fresh_seeds, loss_and_score, race
 from loratune.report.html import compose
+from loratune.report.preferences import rows_of, sentences
 from loratune.report.svg import inline, save
-from loratune.report.votes import rows_of, sentences
-from loratune.report.words import loss, percent, points, signed
+from loratune.system.formatting import loss, percent, points, signed
 
 Study = Callable[..., StudyRecord]
 ORDER = [

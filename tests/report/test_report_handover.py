@@ -9,10 +9,10 @@ import pytest
 import yaml
 from report_studies import Point
 
+from loratune.delivery import hand_over
+from loratune.delivery.handover import is_hub_id, model_card
 from loratune.errors import StorageError, TrainingError
 from loratune.record import FAILED, StudyRecord
-from loratune.report import hand_over
-from loratune.report.handover import is_hub_id, model_card
 
 Study = Callable[..., StudyRecord]
 DEFAULT = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "learning_rate": 1e-5}

@@ -14,16 +14,16 @@ import pytest
 from report_studies import RANKS, Point
 
 from loratune import demo
-from loratune.finetune.data import DataRecipe, Source
-from loratune.finetune.prepare import prepare
+from loratune.data.prepare import prepare
+from loratune.data.sources import DataRecipe, Source
 from loratune.record import DIVERGED, FAILED, PAUSED, StudyRecord
 from loratune.report import tables
-from loratune.report.asked import asked, command, sources
 from loratune.report.axes import ABSENT, axis_of
 from loratune.report.drawing import SHADES, Scale
 from loratune.report.importance import importance
-from loratune.report.words import count, duration, in_order, show, signed
+from loratune.report.spec_summary import asked, command, sources
 from loratune.spec.parameters import KINDS
+from loratune.system.formatting import count, duration, in_order, show, signed
 
 Study = Callable[..., StudyRecord]
 PARAMS = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "learning_rate": 1e-5}

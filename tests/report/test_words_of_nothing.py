@@ -11,16 +11,16 @@ from report_evidence import compared
 from report_studies import spread
 
 from loratune import preference
-from loratune.cli import words as cli_words
-from loratune.downstream.findings import lines
-from loratune.downstream.scores import Result
+from loratune.cli import trial_lines as cli_words
+from loratune.downstream.results.findings import lines
+from loratune.downstream.results.scores import Result
 from loratune.preference.analysis import PositionBias, Tally, summarise, summarise_judge
-from loratune.preference.words import table
-from loratune.report import words
-from loratune.report.figures.proof import votes
-from loratune.report.votes import rows_of, sentences
+from loratune.preference.summary_lines import table
+from loratune.report.figures.post_search import votes
+from loratune.report.preferences import rows_of, sentences
 from loratune.selection import Candidate, Gap, Honest, Race, choose
 from loratune.statistics import Interval
+from loratune.system import formatting
 
 NAN = re.compile(r"\bnan\b|\binf\b", re.IGNORECASE)
 NUMBERS = ["loss", "perplexity", "signed", "percent", "points", "measured", "duration", "count", "show"]
@@ -28,7 +28,7 @@ NUMBERS = ["loss", "perplexity", "signed", "percent", "points", "measured", "dur
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers(name: str) -> None:
-    spell = getattr(words, name)
+    spell = getattr(formatting, name)
     for value in (math.nan, math.inf, -math.inf):
         assert not NAN.search(spell(value)), (name, value)
     assert spell(math.nan) == "–"
@@ -41,15 +41,15 @@ def test_every_function_of_numbers_is_tried() -> None:
     """A new one joins the list above."""
     numeric = [
         name
-        for name, function in inspect.getmembers(words, inspect.isfunction)
+        for name, function in inspect.getmembers(formatting, inspect.isfunction)
         if not name.startswith("_") and any("float" in str(p.annotation) for p in inspect.signature(function).parameters.values())
     ]
     assert set(numeric) <= set(NUMBERS)
 
 
 def test_lists_and_settings() -> None:
-    assert words.show([math.nan, 1.0]) == "–, 1"
-    assert words.show({"a": math.nan}) == "a –"
+    assert formatting.show([math.nan, 1.0]) == "–, 1"
+    assert formatting.show({"a": math.nan}) == "a –"
     assert not NAN.search(cli_words.params({"learning_rate": math.nan, "lora_r": 8}))
 
 

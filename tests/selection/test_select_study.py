@@ -18,16 +18,16 @@ import pytest
 import yaml
 
 from loratune.cli import main
+from loratune.delivery import hand_over
 from loratune.demo import study as demo_study
-from loratune.driver import tune
 from loratune.errors import SpecError, StorageError
 from loratune.record import open_record, read
-from loratune.report import hand_over
 from loratune.selection import Planned, Ran, Selected, SelectionRecord, adapter_folder, select
 from loratune.selection import read as read_selection
 from loratune.selection.decide import CHECKS
 from loratune.selection.rerun import Rerun
 from loratune.spec import StudySpec
+from loratune.study.driver import tune
 
 TRIALS = 5
 

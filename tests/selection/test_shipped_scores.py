@@ -11,20 +11,20 @@ import pytest
 import yaml
 
 from loratune.cli import main
+from loratune.delivery import export
 from loratune.demo import study as demo_study
 from loratune.downstream.events import Note
-from loratune.downstream.scores import FOLDER, fingerprint, model_name, read_results
-from loratune.driver import deliver, tune
+from loratune.downstream.results.scores import FOLDER, fingerprint, model_name, read_results
 from loratune.errors import StorageError
-from loratune.evaluation import Scored, evaluate
 from loratune.record import open_record, read
-from loratune.report import export
 from loratune.report.evidence import gather
-from loratune.report.words import loss
 from loratune.selection import SelectionRecord, adapter_folder, select, selected
 from loratune.selection.candidates import scores_of
 from loratune.selection.rerun import Rerun
 from loratune.spec import StudySpec
+from loratune.study.driver import deliver, tune
+from loratune.study.evaluation import Scored, evaluate
+from loratune.system.formatting import loss
 
 ITEMS = 16
 

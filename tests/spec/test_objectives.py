@@ -9,11 +9,11 @@ import jsonschema
 import pytest
 import yaml
 
-from loratune.downstream import registry
+from loratune.downstream.tasks import benchmarks
 from loratune.errors import SpecError
 from loratune.spec import StudySpec, differences
 from loratune.spec.limits import Constraint, parse
-from loratune.spec.objectives import METRICS, RUN_CODE, SCORES
+from loratune.spec.metrics import METRICS, RUN_CODE, SCORES
 
 MINIMAL: dict[str, Any] = {"model": "models/tiny", "data": {"train": "alpaca.json", "validation_fraction": 0.1}}
 NAMES = ", ".join(METRICS)
@@ -59,8 +59,11 @@ def test_scores() -> None:
 
 
 def test_scores_are_the_benchmarks_that_there_are() -> None:
-    assert set(SCORES) == set(registry.NAMES)
-    kinds = {name: getattr(importlib.import_module(f"loratune.downstream.{file}"), kind) for name, (file, kind) in registry._PLACES.items()}
+    assert set(SCORES) == set(benchmarks.NAMES)
+    kinds = {
+        name: getattr(importlib.import_module(f"loratune.downstream.tasks.{file}"), kind)
+        for name, (file, kind) in benchmarks._PLACES.items()
+    }
     assert {name for name, kind in kinds.items() if kind.runs_code} == set(RUN_CODE)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from loratune.errors import SpecError
-from loratune.spec.searchable import ALIASES, NAMES
+from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.space import SearchSpace
 
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from loratune.errors import SpecError
 from loratune.spec import StudySpec, allowed_change, differences
-from loratune.spec.searchable import ALIASES, NAMES
+from loratune.spec.commented import template
+from loratune.spec.hyperparameters import ALIASES, NAMES
+from loratune.spec.loading import ROOT_ALIASES, SECTION_ALIASES
 from loratune.spec.sections import Training
-from loratune.spec.template import template
-from loratune.spec.written import ROOT_ALIASES, SECTION_ALIASES
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, TrainingRecipe
 
 MINIMAL: dict[str, Any] = {"model": "models/tiny", "data": {"train": "alpaca.json", "validation_fraction": 0.1}}
@@ -99,7 +99,7 @@ def test_hyperparameters_join_constants_searched_and_derived_values() -> None:
 
 
 def test_data_recipe_is_what_finetune_reads() -> None:
-    from loratune.finetune.data import DataRecipe, Source
+    from loratune.data.sources import DataRecipe, Source
 
     spec = minimal(
         seed=3,
@@ -530,7 +530,7 @@ def test_the_search_order_counts() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, loratune.spec, loratune.spec.template;"
+        "import sys, loratune.spec, loratune.spec.commented;"
         "print([m for m in ('torch', 'transformers', 'optuna', 'numpy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

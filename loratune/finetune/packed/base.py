@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from loratune.data.batches import collate
 from loratune.errors import NotPackableError
 from loratune.finetune import dropout, lora
 from loratune.finetune import model as base_model
-from loratune.finetune.batches import collate
 from loratune.finetune.memory import is_out_of_memory
 from loratune.finetune.model import BaseModel
 from loratune.finetune.packed import attention

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loratune.environment import available_memory
+from loratune.data.batches import Tokens
 from loratune.finetune import lora, memory
-from loratune.finetune.batches import Tokens
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.layout import Share, flatten
+from loratune.system.machine import available_memory
 from loratune.work import Hyperparameters, TrainingRecipe
 
 _SAFE = 0.9  # share of the memory that is planned with; the rest is for fragments and what others take

@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from loratune.data.batches import Tokens
+from loratune.data.prepared import Prepared
 from loratune.errors import DataError, DeviceLostError, ModelError, NotPackableError, StorageError, kind_of
 from loratune.finetune import memory, model, segment
-from loratune.finetune.batches import Tokens
 from loratune.finetune.failures import fits, ran_out, state_of, too_large, words
 from loratune.finetune.packed import capacity
 from loratune.finetune.packed.base import PackedBase
-from loratune.finetune.packed.lane import Lane, fill, run_pass
 from loratune.finetune.packed.layout import Share
-from loratune.finetune.packed.validation import validate_within
-from loratune.finetune.prepared import Prepared
+from loratune.finetune.packed.slot import Lane, fill, run_pass
+from loratune.finetune.packed.validation_pass import validate_within
 from loratune.finetune.segment import Inbox
 from loratune.finetune.trainer import DivergedError
 from loratune.work import Outcome, Progress, Recipe, Segment, State

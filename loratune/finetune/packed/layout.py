@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from loratune.finetune.batches import Tokens
-from loratune.finetune.beginnings import beginnings
+from loratune.data.batches import Tokens
+from loratune.data.shared_prefix import beginnings
 
 _ALIKE = 0.85  # a sequence at least this share of its bucket's longest joins the bucket
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from loratune.record import StudyRecord
 from loratune.report.drawing import Plot
 from loratune.report.evidence import Evidence
-from loratune.report.figures.proof import fresh_seeds, loss_and_score, race, votes
+from loratune.report.figures.landscape import front, importance, slices
+from loratune.report.figures.post_search import fresh_seeds, loss_and_score, race, votes
 from loratune.report.figures.search import curves, history, parallel
-from loratune.report.figures.several import best_so_far
-from loratune.report.figures.space import front, importance, slices
+from loratune.report.figures.studies import best_so_far
 
 OF_ONE: tuple[Callable[[StudyRecord], Plot | None], ...] = (history, lambda r: parallel([r]), curves, importance, slices, front)
 OF_SEVERAL: tuple[Callable[[Sequence[StudyRecord]], Plot | None], ...] = (best_so_far, parallel)

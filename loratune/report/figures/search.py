@@ -29,7 +29,7 @@ from loratune.report.drawing import (
     trace,
 )
 from loratune.report.tables import answer, scored, value
-from loratune.report.words import count, loss, plural
+from loratune.system.formatting import count, loss, plural
 
 LOST = (FAILED, DIVERGED, INFEASIBLE)
 

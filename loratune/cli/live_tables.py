@@ -1,0 +1,87 @@
+"""The tables of the live view and of `loratune status`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from loratune.cli.trial_lines import duration, label, loss, params, show, totals, varied
+from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, RUNNING, Trial
+
+_BAR = 12  # characters of a progress bar
+_STYLES = {COMPLETE: "", RUNNING: "cyan", FAILED: "red", DIVERGED: "yellow", INFEASIBLE: "yellow"}
+
+
+def live(
+    snapshot: dict[str, Any], trials: Sequence[Trial], *, shown: int, best: Trial | None, default: Trial | None, base: float | None
+) -> RenderableType:
+    """The latest trials, what runs now, the best so far, and the totals."""
+    parts: list[RenderableType] = []
+    if ended := [trial for trial in trials if trial.outcomes]:
+        parts += [trial_table(ended[-shown:], best), ""]
+    if snapshot.get("running"):
+        parts += [running_table(snapshot["running"], trials), ""]
+    parts.append(standing(best, default, base))
+    parts.append(Text(" · ".join(filter(None, totals(snapshot))) if snapshot else "preparing ...", style="dim"))
+    return Group(*parts)
+
+
+def trial_table(trials: Sequence[Trial], best: Trial | None) -> Table:
+    """One row per trial; the best is marked."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    names = varied(trials)
+    table.add_column("trial", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("loss", justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(label(name), justify="right", overflow="fold")
+    table.add_column("time", justify="right", no_wrap=True)
+    for trial in trials:
+        is_best = best is not None and trial.number == best.number
+        cells = [show(trial.params[name]) if name in trial.params else "" for name in names]
+        table.add_row(
+            f"{'* ' if is_best else ''}{trial.number}",
+            trial.state,
+            loss(trial.value) if trial.state not in (DIVERGED, INFEASIBLE) else "–",
+            *cells,
+            duration(trial.device_seconds),
+            style="bold green" if is_best else _STYLES.get(trial.state, "dim"),
+        )
+    return table
+
+
+def running_table(rows: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> Table:
+    """One row per segment in training."""
+    settings = {trial.number: params(trial.params) for trial in trials}
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="")
+    table.add_column("running", no_wrap=True)
+    table.add_column("", width=_BAR)
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("train", justify="right", no_wrap=True)
+    table.add_column("validation", justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        run = "" if row["run"] == "main" else f" {row['run']}"
+        bar = ProgressBar(total=max(1, row["total_steps"]), completed=row["step"], width=_BAR)
+        steps = f"{row['step']}/{row['total_steps']}"
+        losses = loss(row["train_loss"]), loss(row["validation_loss"])
+        table.add_row(f"trial {row['trial']}{run}", bar, steps, *losses, settings.get(row["trial"], ""), style="cyan")
+    return table
+
+
+def standing(best: Trial | None, default: Trial | None, base: float | None) -> Text:
+    """Best, default and base model, a line each."""
+    text = Text()
+    if best is not None:
+        text.append(f"best     {loss(best.value)}  trial {best.number}: {params(best.params)}\n", style="green")
+    if default is not None and default.state == COMPLETE and default.value is not None:
+        lower = f", {default.value - best.value:.4f} above the best" if best is not None and best.value is not None and best.number else ""
+        text.append(f"default  {loss(default.value)}  trial {default.number}{lower}\n")
+    if base is not None:
+        text.append(f"base     {loss(base)}  the untuned model\n")
+    text.rstrip()
+    return text

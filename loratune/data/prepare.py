@@ -1,0 +1,372 @@
+"""From a `DataRecipe` to a prepared folder: read, tokenise, split, draw, write; once, then only read."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratune.data import records, split
+from loratune.data.prepared import Manifest, Prepared, PromptUsed, SetCounts, SourceCounts, Tokens, discard, pack, write
+from loratune.data.prompts import KINDS, Prompt, UnfitError, choose, has_reasoning
+from loratune.data.sources import BadRow, DataRecipe, Source, fields_of, read
+from loratune.data.split_report import compare, linked
+from loratune.errors import DataError, ModelError, StorageError
+from loratune.system import hub
+
+__all__ = ["Prepared", "Tokens", "check", "load_tokenizer", "prepare"]
+
+_FORMAT = 2  # raise when the arrays, the prompts or the split change meaning, so that old caches are not used
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+_TOKENIZER_CHOICE = ("config.json", "*.py")  # what tells Transformers which class of tokenizer it is
+_LISTED = 5  # bad rows quoted per source
+
+
+def prepare(
+    recipe: DataRecipe,
+    *,
+    tokenizer: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache: Path,
+    date: str = "",
+    report: Callable[[str], None] = lambda line: None,
+) -> Prepared:
+    """The recipe's examples, split and tokenised, from `cache` if they lie there, else made and put there.
+
+    `tokenizer` is a local folder or hub id. date: ISO, for a chat template that shows one; empty: today. Same
+    file contents, recipe, tokenizer and, where it is shown, date: same folder, only read. The folder is written
+    aside and renamed, so a crash leaves nothing half done and of two processes that prepare at once one result
+    stands.
+
+    Raises DataError for a recipe or data that cannot be used, ModelError for the tokenizer.
+    """
+    check(recipe)
+    files, dated = _tokenizer_fingerprint(tokenizer, revision, trust_remote_code)
+    date = (date or datetime.date.today().isoformat()) if dated and recipe.prompt != "alpaca" else ""
+    name = _content_hash(recipe, files, date)
+    folder = Path(cache) / name
+    if folder.exists():
+        try:
+            return Prepared.load(folder)
+        except StorageError:
+            report(f"{folder} is damaged; preparing the data again")
+            discard(folder)
+    loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
+    prompt = choose(loaded, recipe.prompt, date=date, score_reasoning=recipe.score_reasoning)
+    train, held_out = ([_tokenise(s, role, recipe, prompt, report) for s in ss] for role, ss in _roles(recipe))
+    _spell_alike([*train, *held_out])
+    notes: list[str] = []
+    if held_out:
+        _use_validation_sources(recipe, train, held_out)
+    else:
+        _split_training_sources(recipe, train, notes)
+    _draw_training(recipe, train)
+    everything = [*train, *held_out]
+    report("comparing validation with training")
+    trained = [r.questions[i] for r in everything for i in sorted(set(r.train))]
+    common = compare(trained, [r.questions[i] for r in everything for i in r.validation])
+    sets = {
+        "train": pack([r.encoded[i] for r in train for i in r.train]),
+        "validation": pack([r.encoded[i] for r in everything for i in r.validation]),
+    }
+    manifest = Manifest(
+        hash=name,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        revision=revision,
+        pad_token_id=loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id,
+        eos_token_id=loaded.eos_token_id,
+        prompt=PromptUsed(
+            kind=prompt.kind,
+            note=prompt.note,
+            date=prompt.date,
+            thinking=any(r.thinking for r in everything),
+            end=str(loaded.convert_ids_to_tokens(min(prompt.ends))),
+        ),
+        duplicates=sum(r.duplicates for r in everything),
+        shared=common.shared,
+        near_duplicates=common.near,
+        notes=(*notes, *common.examples),
+        sources=tuple(r.counts() for r in everything),
+        **{n: SetCounts(examples=len(t), tokens=len(t.ids), response_tokens=int(t.mask.sum())) for n, t in sets.items()},
+    )
+    write(folder, manifest, sets)
+    return Prepared.load(folder)
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Transformers' tokenizer of a local folder or hub id. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    try:
+        with hub.asked_once(name):
+            return AutoTokenizer.from_pretrained(
+                str(folder) if folder.is_dir() else name, revision=revision, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # missing, offline, gated, unknown class, a broken file: each with its own class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason[:300]}") from error
+
+
+def check(recipe: DataRecipe) -> None:
+    """Raise one DataError with everything in the recipe that contradicts itself or cannot be."""
+    wrong = []
+    everywhere = (*recipe.train, *recipe.validation)
+    if not recipe.train:
+        wrong.append("train: name at least one source.")
+    ways = {
+        "validation": bool(recipe.validation),
+        "validation_fraction": recipe.validation_fraction is not None,
+        "validation_count": not recipe.validation and (recipe.validation_count or any(s.validation_count for s in recipe.train)),
+    }
+    given = [way for way, is_given in ways.items() if is_given]
+    if not given:
+        wrong.append(
+            "no validation data asked for: hyperparameters can only be compared on examples that did not train. "
+            "Write validation_fraction: 0.2, or validation_count, or a validation source."
+        )
+    if len(given) > 1:
+        wrong.append(f"{' and '.join(given)} exclude each other; keep one.")
+    if any(s.validation_count for s in recipe.validation):
+        wrong.append("validation_count belongs to training sources; a validation source takes count.")
+    if recipe.validation and any(s.validation_count for s in recipe.train):
+        wrong.append("validation_count of a training source and validation sources exclude each other; keep one.")
+    if recipe.validation_fraction is not None and not 0 < recipe.validation_fraction < 1:
+        wrong.append(f"validation_fraction: expected a number between 0 and 1, got {recipe.validation_fraction}.")
+    if recipe.prompt not in KINDS:
+        wrong.append(f"prompt: expected {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {recipe.prompt}.")
+    if recipe.on_bad_rows not in ("error", "skip"):
+        wrong.append(f"on_bad_rows: expected error or skip, got {recipe.on_bad_rows}.")
+    if recipe.max_length < 2:
+        wrong.append(f"max_length: expected at least 2 tokens, got {recipe.max_length}.")
+    counts = [("train_count", recipe.train_count), ("validation_count", recipe.validation_count)]
+    counts += [(f"{s.path}: {name}", getattr(s, name)) for s in everywhere for name in ("count", "validation_count")]
+    wrong += [f"{name}: expected at least 1, got {count}." for name, count in counts if count is not None and count < 1]
+    wrong += [
+        f"{s.path}: weight: expected a number above 0, got {s.weight}."
+        for s in everywhere
+        if s.weight is not None and not 0 < s.weight < float("inf")
+    ]
+    for name, sources in (("train", recipe.train), ("validation", recipe.validation)):
+        if len({s.weight is None for s in sources}) > 1:
+            wrong.append(f"{name}: give every source a weight, or none.")
+    if wrong:
+        raise DataError("\n".join(wrong))
+
+
+# ---- the steps, each on all rows of a source ----
+
+
+@dataclass(kw_only=True)
+class _Rows:
+    """One source's usable examples. `questions`, `texts`, `encoded`, `truncated` and `left_out` run in parallel."""
+
+    source: Source
+    role: str  # train | validation
+    rows: int
+    bad: list[BadRow]
+    fields: dict[str, Any]  # data.fields_of
+    questions: list[split.Questions] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # split.identity
+    encoded: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (ids, response_mask)
+    truncated: list[bool] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)  # thinking parts that the template does not show
+    thinking: bool = False  # whether any answer has a thinking part
+    dropped: int = 0
+    overlapping: int = 0
+    duplicates: int = 0
+    pool: list[int] = field(default_factory=list)  # places that may train
+    train: list[int] = field(default_factory=list)  # places drawn, repeats included
+    validation: list[int] = field(default_factory=list)
+
+    def counts(self) -> SourceCounts:
+        return SourceCounts(
+            path=self.source.path,
+            role=self.role,
+            rows=self.rows,
+            bad=len(self.bad),
+            bad_rows=tuple(str(row) for row in self.bad[:_LISTED]),
+            dropped=self.dropped,
+            overlapping=self.overlapping,
+            duplicates=self.duplicates,
+            train=len(self.train),
+            validation=len(self.validation),
+            repeats=len(self.train) - len(set(self.train)),
+            cut=sum(self.truncated[i] for i in (*self.train, *self.validation)),
+            **self.fields,
+            reasoning_left_out=sum(self.left_out[i] for i in (*self.train, *self.validation)),
+        )
+
+
+def _roles(recipe: DataRecipe) -> tuple[tuple[str, tuple[Source, ...]], ...]:
+    return ("train", recipe.train), ("validation", recipe.validation)
+
+
+def _tokenise(source: Source, role: str, recipe: DataRecipe, prompt: Prompt, report: Callable[[str], None]) -> _Rows:
+    report(f"reading {source.path}")
+    examples, bad = read(source, recipe.on_bad_rows)
+    rows = _Rows(source=source, role=role, rows=len(examples) + len(bad), bad=bad, fields=fields_of(examples))
+    for number, example in enumerate(examples):
+        if number and number % 10_000 == 0:
+            report(f"tokenised {number:,} of {len(examples):,} rows of {source.path}")
+        try:
+            encoded = prompt.encode(example, recipe.max_length)
+        except UnfitError as error:
+            rows.bad.append(BadRow(example.source, example.place, error.problem))
+            if recipe.on_bad_rows != "skip":
+                raise DataError(f"{rows.bad[-1]}. Mend the row, or leave such rows out with data.on_bad_rows: skip.") from error
+            continue
+        if encoded is None:
+            rows.dropped += 1
+            continue
+        rows.questions.append(split.questions_of(example))
+        rows.texts.append(split.identity(example))
+        rows.encoded.append((np.array(encoded.input_ids, dtype=np.int32), np.array(encoded.response_mask)))
+        rows.truncated.append(encoded.truncated)
+        rows.left_out.append(encoded.reasoning_left_out)
+        rows.thinking = rows.thinking or has_reasoning(example)
+    if not rows.encoded and not rows.dropped:
+        raise DataError(f"{source.path}: no usable row among {len(rows.bad)}. The last: {rows.bad[-1]}.")
+    if not rows.encoded:
+        raise DataError(f"{source.path}: every prompt alone fills max_length = {recipe.max_length} tokens. Raise max_length.")
+    return rows
+
+
+def _spell_alike(sources: Sequence[_Rows]) -> None:
+    spelt = iter(split.one_spelling([q for rows in sources for q in rows.questions]))
+    for rows in sources:
+        rows.questions = [next(spelt) for _ in rows.questions]
+
+
+def _use_validation_sources(recipe: DataRecipe, train: Sequence[_Rows], held_out: Sequence[_Rows]) -> None:
+    """Validation from its own sources; whatever asks the same question leaves training."""
+    wanted = split.quotas(
+        [len(r.questions) for r in held_out], [r.source.count for r in held_out], _weights(held_out), recipe.validation_count
+    )
+    for rows, count in zip(held_out, wanted, strict=True):
+        _enough(rows, count)
+        rows.validation = split.draw(rows.texts, count, recipe.seed).tolist()
+    asked = [r.questions[i] for r in held_out for i in r.validation]
+    leaks = split.overlapping([q for r in train for q in r.questions], _owners(train), asked)
+    for rows, part in zip(train, _by_source(leaks, train), strict=True):
+        rows.overlapping = int(part.sum())
+        rows.pool = np.flatnonzero(~part).tolist()
+    for sources in (train, held_out):
+        _count_duplicates(sources, split.groups([q for r in sources for q in r.questions]))
+
+
+def _split_training_sources(recipe: DataRecipe, train: Sequence[_Rows], notes: list[str]) -> None:
+    """Validation held out of every training source, in whole groups."""
+    sizes = [len(r.questions) for r in train]
+    if recipe.validation_fraction is not None:
+        wanted = split.apportion(max(1, round(recipe.validation_fraction * sum(sizes))), sizes)
+    else:
+        # Sources without a count of their own share what the total leaves; without a total they hold nothing out.
+        none = None if recipe.validation_count else 0
+        own = [none if r.source.validation_count is None else r.source.validation_count for r in train]
+        wanted = split.quotas(sizes, own, _weights(train), recipe.validation_count)
+    for rows, count in zip(train, wanted, strict=True):
+        _enough(rows, count)
+    questions = [q for r in train for q in r.questions]
+    held_out = split.hold_out(questions, _owners(train), wanted, recipe.seed)
+    _count_duplicates(train, held_out.keys)
+    for rows, part, count in zip(train, _by_source(held_out.chosen, train), wanted, strict=True):
+        held = np.flatnonzero(part).tolist()
+        rows.validation = [held[i] for i in split.shuffled([rows.texts[i] for i in held], recipe.seed)]
+        rows.pool = np.flatnonzero(~part).tolist()
+        if len(held) < count:
+            notes.append(
+                f"{rows.source.path}: {len(held):,} instead of {count:,} validation examples: groups of equal questions are too large"
+            )
+    notes += linked(questions, held_out.keys)
+    if not any(r.validation for r in train):
+        raise DataError(
+            "the split leaves no validation example: too few rows, or all ask the same question. Add data, or a validation source."
+        )
+
+
+def _draw_training(recipe: DataRecipe, train: Sequence[_Rows]) -> None:
+    if not any(r.pool for r in train):
+        raise DataError("no training example is left beside validation. Add data, or ask for less validation.")
+    wanted = split.quotas([len(r.pool) for r in train], [r.source.count for r in train], _weights(train), recipe.train_count)
+    for rows, count in zip(train, wanted, strict=True):
+        if count and not rows.pool:
+            raise DataError(f"{rows.source.path}: {count:,} training examples asked for, but validation leaves none.")
+        if count:
+            drawn = split.draw([rows.texts[i] for i in rows.pool], count, recipe.seed)
+            rows.train = [rows.pool[i] for i in drawn]
+
+
+def _owners(sources: Sequence[_Rows]) -> list[int]:
+    return [number for number, rows in enumerate(sources) for _ in rows.questions]
+
+
+def _by_source(rows: np.ndarray, sources: Sequence[_Rows]) -> list[np.ndarray]:
+    return np.split(rows, np.cumsum([len(r.questions) for r in sources])[:-1])
+
+
+def _count_duplicates(sources: Sequence[_Rows], keys: Sequence[str]) -> None:
+    by_source = _by_source(np.array(keys, dtype=object), sources)
+    for rows, found in zip(sources, split.duplicates([part.tolist() for part in by_source]), strict=True):
+        rows.duplicates = found
+
+
+def _enough(rows: _Rows, count: int) -> None:
+    if count > len(rows.questions):
+        raise DataError(
+            f"{rows.source.path}: {count:,} validation examples asked for of {len(rows.questions):,} usable rows; validation never repeats."
+        )
+
+
+def _weights(rows: Sequence[_Rows]) -> list[float] | None:
+    weights = [r.source.weight for r in rows]
+    return None if None in weights else [w for w in weights if w is not None]
+
+
+# ---- the cache's name ----
+
+
+def _content_hash(recipe: DataRecipe, tokenizer_files: list[tuple[str, str]], date: str) -> str:
+    parts = [
+        _FORMAT,
+        dataclasses.asdict(recipe),
+        [records.fingerprint(s.path, s.split) for s in (*recipe.train, *recipe.validation)],
+        tokenizer_files,
+        date,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> tuple[list[tuple[str, str]], bool]:
+    """(names and digests of a tokenizer's files, those of a hub tokenizer as it would be saved; whether they ask for the date)."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise ModelError(f"{name}: no such folder; expected a model's folder, with its tokenizer, or a hub id.")
+        with tempfile.TemporaryDirectory() as saved:
+            load_tokenizer(name, revision, trust_remote_code).save_pretrained(saved)
+            return _tokenizer_fingerprint(saved, None, False)
+    found = {patterns: [f for p in patterns for f in folder.glob(p) if f.is_file()] for patterns in (_TOKENIZER_FILES, _TOKENIZER_CHOICE)}
+    files = sorted({file for some in found.values() for file in some})
+    if not found[_TOKENIZER_FILES]:
+        raise ModelError(f"{name}: the folder holds no tokenizer files (tokenizer.json, tokenizer_config.json, ...).")
+    contents = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    dated = any(b"strftime_now" in content for content in contents.values())
+    return [(file, hashlib.sha256(content).hexdigest()) for file, content in contents.items()], dated

@@ -1,0 +1,1 @@
+"""How a model with several adapters answers the items of a benchmark."""

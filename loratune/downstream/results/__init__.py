@@ -1,0 +1,1 @@
+"""Answers and scores as they are kept, and what they say."""

@@ -1,0 +1,1 @@
+"""The benchmarks: items with prompts, and a verdict on each answer."""

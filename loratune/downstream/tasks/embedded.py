@@ -1,0 +1,147 @@
+"""Benchmarks of the demo model: the same small world as its instructions, from the part that no data file holds.
+
+What is asked here was held out by its key (`demo/tasks.py`), so in every wording. They show an evaluation working in
+minutes; they say nothing about other models.
+
+`demo_choice`  the likeliest of four answers; the wrong ones are drawn from the same kind of words
+`demo_match`   the model writes; right is exactly the answer
+`demo_code`    the model writes a Python function; right is one that gives what it should, tried in the sandbox
+"""
+
+import functools
+import random
+from collections.abc import Sequence
+
+from loratune.data.prompts import alpaca_prompt
+from loratune.demo.tasks import examples
+from loratune.demo.words import ATTRIBUTES, CATEGORIES, OPPOSITE_OF, PLURALS
+from loratune.demo.world import values
+from loratune.downstream.sandbox.runner import Job, run_all
+from loratune.downstream.tasks.base import Benchmark, Item, Verdict
+
+SEED = 3
+_DRAWN = 1500  # examples of the part, all kinds together
+_PER_KIND = 30
+# Kinds with one right answer among very many; the others (a letter, a number of words, the bigger of two) can be guessed.
+_MATCHED = (
+    *("copy", "reverse", "sort_words", "sort_numbers", "capitals", "pick", "opposite", "category", "odd_one", "knowledge"),
+    *("describe", "plural", "follow", "read"),
+)
+
+
+@functools.cache
+def _examples() -> dict[str, list[dict[str, str]]]:
+    """The part's examples by kind, at most `_PER_KIND` each, in a fixed order."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for record in examples("test", _DRAWN, SEED):
+        found.setdefault(record["task"], []).append(record)
+    return {kind: records[:_PER_KIND] for kind, records in found.items()}
+
+
+def _prompt(record: dict[str, str]) -> str:
+    return alpaca_prompt(record["instruction"], record["input"])
+
+
+class _Demo(Benchmark):
+    def texts(self, item: Item) -> tuple[str, ...]:
+        """The instruction with its input, without Alpaca's template."""
+        return (item.prompt.partition("### Instruction:\n")[2].removesuffix("### Response:").replace("### Input:\n", ""),)
+
+
+class DemoChoice(_Demo):
+    """One of four by log-likelihood."""
+
+    name, title = "demo_choice", "Demo: choice"
+    version = "demo/1"
+    chance = 0.25
+
+    def items(self) -> list[Item]:
+        pools = {"opposite": sorted(OPPOSITE_OF), "category": sorted(CATEGORIES), "plural": sorted(PLURALS.values())}
+        found = []
+        for kind in ("opposite", "category", "plural", "knowledge"):
+            for number, record in enumerate(_examples()[kind]):
+                right = record["output"]
+                pool = pools[kind] if kind in pools else next(v for a in ATTRIBUTES if right in (v := values(a)))
+                wrong = [word for word in pool if word != right]
+                if len(wrong) < 3:
+                    continue
+                rng = random.Random(f"{SEED} {kind} {number}")
+                choices = [f" {word}" for word in (right, *rng.sample(wrong, 3))]
+                rng.shuffle(choices)
+                found.append(
+                    Item(id=f"{kind}/{number}", group=kind, prompt=_prompt(record), choices=tuple(choices), targets=(f" {right}",))
+                )
+        return found
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
+        return [Verdict(score=float(answer in item.targets)) for item, answer in zip(items, answers, strict=True)]
+
+
+class DemoMatch(_Demo):
+    """The exact answer, white space at its ends aside; the mean over the kinds of task."""
+
+    name, title = "demo_match", "Demo: match"
+    version = "demo/1"
+    chance = 0.0
+    max_new_tokens = 40
+    mean_over_groups = True
+
+    def items(self) -> list[Item]:
+        return [
+            Item(id=f"{kind}/{number}", group=kind, prompt=_prompt(record), targets=(record["output"],))
+            for kind in _MATCHED
+            for number, record in enumerate(_examples()[kind])
+        ]
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
+        return [Verdict(score=float(answer.strip() in item.targets)) for item, answer in zip(items, answers, strict=True)]
+
+    def decided(self, item: Item, text: str) -> bool:
+        begun = text.strip()
+        return not begun.endswith("\ufffd") and not any(target.startswith(begun) for target in item.targets)
+
+
+class DemoCode(_Demo):
+    """A function of one line that agrees with the right one on some values, types included."""
+
+    name, title = "demo_code", "Demo: code"
+    version = "demo/1"
+    protocol = "The whole answer is run as it stands; a program within ``` fences does not run and counts as wrong."
+    chance = 0.0
+    max_new_tokens = 48
+    runs_code = True
+
+    def __init__(self, *, weaker: bool = False) -> None:
+        """weaker: accept the sandbox's weaker walls where namespaces are missing."""
+        self._weaker = weaker
+
+    def items(self) -> list[Item]:
+        found = []
+        for number, record in enumerate(_examples()["program"]):
+            name, test = _test(record["output"])
+            facts = {"entry_point": name, "test": test}
+            found.append(Item(id=f"program/{number}", prompt=_prompt(record), targets=(record["output"],), facts=facts))
+        return found
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
+        """1 when the program passes its test in the sandbox. Raises SandboxError when it cannot be set up."""
+        jobs = [
+            Job(program=answer.strip(), entry_point=item.facts["entry_point"], tests=item.facts["test"])
+            for item, answer in zip(items, answers, strict=True)
+        ]
+        runs = run_all(jobs, weaker=self._weaker)
+        return [Verdict(score=float(run.kind == "ok"), why="" if run.kind == "ok" else f"{run.kind}: {run.why}") for run in runs]
+
+
+def _test(reference: str) -> tuple[str, str]:
+    """The name of the function `def NAME(PARAMETERS): ...`, and a test that compares `candidate` with it."""
+    name, _, rest = reference.removeprefix("def ").partition("(")
+    some = (-7, 0, 1, 4, 19)
+    pair = "," in rest.partition(")")[0]
+    arguments = [(x, y) for x in some for y in some] if pair else [(x,) for x in range(-25, 26)]
+    return name, (
+        f"def expected({rest}\n\n"
+        f"for given in {arguments!r}:\n"
+        "    wanted, got = expected(*given), candidate(*given)\n"
+        "    assert type(wanted) is type(got) and wanted == got, (given, wanted, got)\n"
+    )

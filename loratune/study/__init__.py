@@ -1,0 +1,1 @@
+"""A whole study: its loop, its objectives, its cost, from the description to the hand-over."""

@@ -1,0 +1,289 @@
+"""A whole study, from its description to its end: open the folder, prepare the data, run the loop, close.
+
+for event in tune(spec):
+    print(event)
+delivery = deliver(spec.folder)   # the report, best.yaml and the adapter
+"""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optuna.samplers import BaseSampler
+
+from loratune import executors, samplers
+from loratune.data.cache import prepare_data
+from loratune.data.prepare import Prepared
+from loratune.errors import ModelError, SpecError, StorageError
+from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
+from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
+from loratune.record.progress import Meter
+from loratune.record.storage import explained, open_study, until_free
+from loratune.record.trials import read_sessions
+from loratune.spec import StudySpec, differences
+from loratune.study.loop import Event, Loop, Note
+from loratune.study.plan import slots_for, workers_for
+from loratune.system.files import AnyPath, text_of, write_atomically
+from loratune.system.machine import environment
+from loratune.system.masking import masked_command
+
+if TYPE_CHECKING:
+    from loratune.downstream.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a study hands over."""
+
+    record: StudyRecord
+    report: Path
+    best: Path | None  # best.yaml; None when no trial was finished
+    adapter: Path | None  # a PEFT folder
+
+
+def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event]:
+    """Run the study that `spec` describes, or continue it, and yield what happens.
+
+    Setting `stop`, or closing the iterator, lets running segments finish their step and write a
+    checkpoint; the same call continues. Raises LoratuneError.
+    """
+    stop = stop or threading.Event()
+    devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
+    _sampler(spec, workers=1)  # a mistake in its options is told before the data are read
+    with open_record(spec.folder) as record:
+        _adopt(spec, record)
+        yield from map(Note, until_free(spec.storage, record.folder, stop))
+        if stop.is_set():
+            return
+        session = _Session(record)
+        unused = unused_gpu(spec.executor.device, devices)
+        notes = [unused] if unused else []
+        data = prepare_data(spec, notes, date=record.date())
+        yield from map(Note, [*notes, data.summary()])
+        _same_data(record, data)
+        record.prompt(asdict(data.manifest.prompt))
+        yield from map(Note, _known_beforehand(spec, record, data))
+        recipe = replace(spec.recipe(str(data.folder)), slots=record.kept("slots", slots_for(spec, data)))
+        record.recipe(recipe)
+        scorer = _scorer(spec, record.folder, data, devices)
+        if scorer is not None:
+            scorer.prepare()
+        executor = executors.build(
+            spec.executor.name,
+            recipe=recipe,
+            root=record.folder.resolve(),
+            lock=record.lock,
+            devices=devices,
+            workers=record.kept("workers", workers_for(spec)),
+            threads=spec.executor.threads,
+            max_retries=spec.executor.max_retries,
+            hang_timeout=spec.executor.hang_timeout,
+        )
+        try:
+            sampler = _sampler(spec, workers=executor.capacity)
+            study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
+            meter = Meter(budget_trials=spec.budget.trials, workers=executor.processes, earlier_seconds=session.earlier_seconds)
+            loop = Loop(
+                spec=spec,
+                record=record,
+                study=study,
+                examples=len(data.train),
+                validation_examples=len(data.validation),
+                executor=executor,
+                meter=meter,
+                stop=stop,
+                score=scorer.score if scorer is not None else None,
+            )
+            with explained(spec.storage, record.folder):
+                for event in loop.run():
+                    session.tick()
+                    yield event
+        finally:
+            executor.close()
+            session.end()
+        if not stop.is_set():
+            _tidy(spec, record.folder)
+
+
+def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
+    """Lines on layers that get no adapter and examples longer than the model was made for; from the config, in seconds.
+
+    Raises one ModelError for tokens without an embedding, examples beyond the model's positions, layers that it has not.
+    """
+    from loratune.finetune import (
+        preflight,  # torch
+        sizes,
+    )
+
+    recipe = spec.recipe("").model
+    try:
+        model = sizes.bare_model(recipe)
+    except ModelError:
+        return []  # what cannot be built without weights, is loaded with them, or refused there in better words
+    return preflight.check(model, recipe, data, _targets(spec))
+
+
+def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:
+    """Write the report, and hand over the trial that `loratune select` chose, else the best: `best.yaml` and the adapter.
+
+    trust_remote_code: let code run that comes with the model, where the study asks for it.
+    Before, plain PEFT loads the adapter on its base model, and it is compared with what was measured (`delivery/verify.py`).
+    Raises ModelError, with the report written and nothing handed over, when it is another; StorageError.
+    """
+    from loratune.delivery import hand_over
+    from loratune.report import write_report
+
+    folder = Path(folder)
+    record = read(folder, trust_remote_code=trust_remote_code)
+    report = write_report([record], folder / "report.html")
+    best, adapter = hand_over(record, folder) if record.best is not None else (None, None)
+    return Delivery(record=record, report=report, best=best, adapter=adapter)
+
+
+def _sampler(spec: StudySpec, workers: int) -> BaseSampler:
+    ordinals = samplers.ordinals(spec.sampler.name)
+    return samplers.build(
+        spec.sampler.name,
+        search_space=spec.search_space.distributions(ordinals),
+        seed=spec.seed,
+        options=spec.sampler.options,
+        x0=spec.search_space.defaults(ordinals),
+        workers=workers,
+        conditional=spec.search_space.conditional,
+    )
+
+
+def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int]) -> "Scorer | None":
+    """What scores the trials, where benchmarks are among the objectives and constraints."""
+    if not spec.scores:
+        return None
+    from loratune.downstream.scoring import Scorer  # scipy: a second of import
+
+    return Scorer(
+        folder=folder,
+        benchmarks=spec.scores,
+        items=spec.scoring.items,
+        seed=spec.seed,
+        recipe=spec.recipe("").model,
+        validation=data.folder,
+        data=Path(spec.scoring.data) if spec.scoring.data else None,
+        device=seen_as(devices[0]) if devices else "cpu",
+        allow_code_execution=spec.scoring.allow_code_execution,
+        weaker_sandbox=spec.scoring.weaker_sandbox,
+        hold=spec.executor.name == "inline",
+    )
+
+
+def _adopt(spec: StudySpec, record: Record) -> None:
+    """Make the folder this study's, or see that it is."""
+    path = record.folder / "spec.yaml"
+    spec = spec.masked()
+    if path.exists() and (record.folder / "trials").exists():  # before the first trial, mending the description is free
+        try:
+            old = StudySpec.load(path)
+        except SpecError as error:
+            raise StorageError(f"the study's own description {path} cannot be read:\n{error}") from error
+        changed = differences(old, spec)
+        if changed:
+            lines = "\n".join(f"  {line}" for line in changed)
+            raise StorageError(
+                f"{record.folder} holds a study with another description:\n{lines}\n"
+                "Only a larger budget continues a study. Undo the change, or choose another --output.folder."
+            )
+    elif not (record.folder / "sessions").exists() and _strangers(record.folder):
+        raise StorageError(f"{record.folder} is neither empty nor a study's folder. Choose another --output.folder.")
+    write_atomically(path, spec.to_yaml())
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What lies in a folder that no start of ours can have left there before its first session."""
+    ours = {"lock", "spec.yaml"} if _as_written(folder / "spec.yaml") else {"lock"}
+    return [name for name in os.listdir(folder) if name not in ours and not name.startswith(".spec.yaml.")]
+
+
+def _as_written(path: Path) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == StudySpec.load(path).to_yaml()
+    except (OSError, UnicodeDecodeError, SpecError):
+        return False
+
+
+def _same_data(record: Record, data: Prepared) -> None:
+    """Refuse to go on when the data files changed since the study began: their losses could not be compared."""
+    path = record.folder / "data.txt"
+    began = text_of(path) if path.exists() else data.folder.name
+    if began != data.folder.name and (record.folder / "trials").exists():
+        raise StorageError(
+            f"the data or the tokenizer changed since {record.folder} began, or this version of loratune prepares them otherwise: "
+            f"{path} says {began!r}, it is {data.folder.name}. Restore the files, or finish the study with the version that began it, "
+            "or begin a new one with another --output.folder."
+        )
+    write_atomically(path, data.folder.name)
+
+
+def _targets(spec: StudySpec) -> list[str | tuple[str, ...]]:
+    """Every value that target_modules may take in the study."""
+    searched = spec.search_space.parameters.get("target_modules")
+    choices = getattr(searched, "choices", ())
+    return [spec.hyperparameters(spec.search_space.default_values()).target_modules, *choices]
+
+
+def _known_beforehand(spec: StudySpec, record: Record, data: Prepared) -> list[str]:
+    """`known_beforehand`, asked once per study and kept in its folder; nothing when the study goes on."""
+    path = record.folder / "notes.txt"
+    if path.exists() and (record.folder / "trials").exists():
+        return []
+    notes = known_beforehand(spec, data)
+    write_atomically(path, "\n".join(notes))
+    return notes
+
+
+def _tidy(spec: StudySpec, folder: Path) -> None:
+    """Remove checkpoints that nothing can need again, and the adapters that `output.keep_adapters` does not ask for.
+
+    Those of the best trials by loss stay, of several objectives the front's too, and trial 0's.
+    """
+    record = read(folder)
+    best = sorted(record.finished, key=lambda t: (t.value, t.number))[: spec.output.keep_adapters]
+    kept = {0, *(trial.number for trial in [*best, *record.front])}
+    for trial in record.trials:
+        if trial.state not in (COMPLETE, INFEASIBLE, DIVERGED):
+            continue  # may go on, with a larger budget
+        own = folder / "trials" / f"{trial.number:04d}"
+        for checkpoint in own.glob("*/checkpoint-*"):
+            checkpoint.unlink(missing_ok=True)
+        for adapter in own.glob("*/adapter"):
+            unwanted = spec.output.keep_adapters is not None and trial.number not in kept
+            if adapter.parent.name != "main" or unwanted:  # a short run's adapter was a step on the way
+                shutil.rmtree(adapter, ignore_errors=True)
+
+
+class _Session:
+    """One start of the driver: when, by which command, on what, for how long."""
+
+    def __init__(self, record: Record) -> None:
+        earlier = read_sessions(record.folder)
+        self.earlier_seconds = sum(session["seconds"] for session in earlier)
+        self._record, self._began, self._written = record, time.monotonic(), 0.0
+        self._facts = {
+            "number": max((session["number"] for session in earlier), default=0) + 1,
+            "started": time.time(),
+            "command": masked_command(sys.argv),
+            "environment": environment(),
+        }
+        self.end()
+
+    def tick(self) -> None:
+        """Now and then note the time spent, lest a kill forgets it."""
+        if time.monotonic() - self._written > 5:
+            self.end()
+
+    def end(self) -> None:
+        self._written = time.monotonic()
+        self._record.session(self._facts | {"seconds": self._written - self._began})

@@ -1,0 +1,199 @@
+"""A study's adapters scored on downstream benchmarks: what `loratune evaluate` does, from Python.
+
+    for event in evaluate(Path("runs/study"), benchmarks=["mmlu"], data=Path("data")):
+        print(event)
+
+Which models, on which benchmarks, with the study's own model and validation data; how it is done is in `downstream/`.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loratune import demo, selection
+from loratune.data.cache import prepare_data
+from loratune.downstream import evaluator as downstream
+from loratune.downstream.events import Event, Note
+from loratune.downstream.job import Model
+from loratune.downstream.results import contamination
+from loratune.downstream.results.findings import lines
+from loratune.downstream.results.scores import BASE, FOLDER, Result, in_words, model_name, read_results
+from loratune.downstream.tasks.benchmarks import EMBEDDED, HARNESS, PUBLISHED, build
+from loratune.errors import EvaluationError, StorageError
+from loratune.record import StudyRecord, Trial, read
+from loratune.record.adapters import shipped_run
+from loratune.record.trials import WRITTEN_ANEW
+from loratune.spec import StudySpec
+from loratune.system.files import AnyPath, parsed
+
+TOP = 10  # trials with the lowest validation loss
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The end: every answer is on disk, below `folder`."""
+
+    folder: Path
+    results: tuple[Result, ...]  # of the models and benchmarks that were asked for, in the order of the benchmarks
+    text: str  # the table, what may be concluded, and whether training data hold benchmark items
+    shipped: str | None = None  # of the models, the one that a selection hands over
+
+
+def evaluate(
+    folder: AnyPath,
+    *,
+    benchmarks: Sequence[str] | None = None,
+    top: int = TOP,
+    data: AnyPath | None = None,
+    tasks: AnyPath | None = None,
+    subset: int | None = None,
+    device: str | None = None,
+    allow_code_execution: bool = False,
+    weaker_sandbox: bool = False,
+    trust_remote_code: bool = False,
+    stop: threading.Event | None = None,
+) -> Iterator[Event | Scored]:
+    """Score the `top` trials of the study in `folder`, its default's adapter and the bare model, and yield what happens.
+
+    After a selection also the adapter that is handed over: where it is a run of the chosen trial with another seed, it is a model of
+    its own.
+
+    benchmarks: their names; by default the published four, of the embedded demo its own. data: the benchmarks' data, else the hub.
+    tasks: folder with descriptions of lm-evaluation-harness tasks. subset: items of each benchmark, the same every time. device: by
+    default the study's. allow_code_execution: run what models write, in a sandbox; weaker_sandbox: without namespaces where they miss.
+    trust_remote_code: let code run that comes with the model, where the study asks for it.
+
+    Setting `stop`, or closing the iterator, ends it without `Scored`; the same call goes on. Raises EvaluationError, StorageError, ...
+    """
+    if top < 1 or (subset is not None and subset < 1):
+        raise EvaluationError(f"top and subset are whole numbers above 0; got {top} and {subset}.")
+    record, stop = read(folder, trust_remote_code=trust_remote_code), stop or threading.Event()
+    names = list(benchmarks) if benchmarks is not None else default_benchmarks(record)
+    if not names:
+        raise EvaluationError("no benchmark is named.")
+    models, lacking = choose(record, top)
+    if lacking:
+        yield Note(
+            f"Not on disk, so not scored: the adapters of trials {', '.join(lacking)} (output.keep_adapters says how many are kept)."
+        )
+    tuned, shipped = sum(model.adapter is not None for model in models), shipped_name(record)
+    scored = {model.name for model in models}
+    if shipped is not None and shipped not in scored:
+        yield Note(
+            f"Not on disk, so not scored: the adapter that is handed over, {in_words(shipped)}. "
+            f"`loratune select {record.folder}` trains it again."
+        )
+    handed = f", among them the one handed over, {in_words(shipped)}," if shipped in scored and shipped is not None else ""
+    yield Note(f"Scoring {tuned} adapters of study {record.name}{handed} and the bare model on {', '.join(names)}")
+    yield from downstream.evaluate(
+        record.folder / FOLDER,
+        recipe=record.base_model,
+        models=models,
+        benchmarks=names,
+        validation=_validation(record),
+        recorded_base=record.base_loss,
+        data=Path(data) if data is not None else None,
+        tasks=Path(tasks) if tasks is not None else None,
+        subset=subset,
+        device=device or record.spec["executor"]["device"],
+        allow_code_execution=allow_code_execution,
+        weaker_sandbox=weaker_sandbox,
+        stop=stop,
+    )
+    if not stop.is_set():
+        yield Note("Looking for the benchmarks' items in the training data")
+        said = _contamination(record, names, Path(data) if data is not None else None)
+        scores = _scored(record, models, names, top)
+        yield replace(scores, text="\n".join([scores.text, "", *said])) if said else scores
+
+
+def choose(record: StudyRecord, top: int) -> tuple[list[Model], list[str]]:
+    """(what is handed over, the best `top` trials, the default's and the bare model; the numbers of trials whose adapters are not on disk).
+
+    Raises StorageError when no adapter is there."""
+    wanted = {trial.number: trial for trial in _best(record, top)}
+    if record.default is not None:
+        wanted.setdefault(record.default.number, record.default)
+    places = {trial.number: adapter_of(record, trial) for trial in wanted.values()}
+    found = _shipped(record)
+    found += [Model(name=_name(trial), adapter=place, loss=trial.value) for n, trial in wanted.items() if (place := places[n]) is not None]
+    found = list({model.name: model for model in found}.values())  # what is handed over may be a trial's own run
+    if not found:
+        raise StorageError(
+            f"{record.folder} holds no adapter of a finished trial. Let a trial finish; output.keep_adapters says how many are kept."
+        )
+    base = Model(name=BASE, adapter=None, loss=record.base_loss)
+    return [*found, base], [str(number) for number, place in places.items() if place is None]
+
+
+def adapter_of(record: StudyRecord, trial: Trial) -> Path | None:
+    """Where the adapter of the trial's run in the study lies: where it was trained, else, of the best, the one handed over."""
+    if (trained := selection.adapter_folder(record, trial)) is not None:
+        return trained
+    places = []
+    if record.best is not None and trial.number == record.best.number and not (record.folder / "selection.json").exists():
+        places.append(record.folder / "adapter")
+    return next((place for place in places if (place / "adapter_config.json").is_file()), None)
+
+
+def default_benchmarks(record: StudyRecord) -> list[str]:
+    """The published four; of the embedded demo its own."""
+    own = Path(str(record.spec["model"]["name_or_path"])) == demo.model_folder()
+    return list(EMBEDDED if own else PUBLISHED)
+
+
+def shipped_name(record: StudyRecord) -> str | None:
+    """Among the models, the one that a selection hands over; None before one, and when the study went on since."""
+    chosen = shipped_run(record)
+    return model_name(*chosen) if chosen is not None else None
+
+
+def _shipped(record: StudyRecord) -> list[Model]:
+    """The adapter that a selection hands over, as a model; nothing where there is none, or its files are gone."""
+    made, name = selection.read(record.folder), shipped_name(record)
+    if made is None or name is None:
+        return []
+    adapter = selection.adapter_folder(record, made.trial_of(record), made.shipped.run)
+    return [Model(name=name, adapter=adapter, loss=made.shipped.validation_loss)] if adapter is not None else []
+
+
+def _scored(record: StudyRecord, models: Sequence[Model], benchmarks: Sequence[str], top: int) -> Scored:
+    folder, losses = record.folder / FOLDER, {model.name: model.loss for model in models if model.loss is not None}
+    asked, order = {model.name for model in models}, [name.replace(":", "-") for name in benchmarks]
+    results = [result for result in read_results(folder) if result.model in asked and result.benchmark in order]
+    results.sort(key=lambda result: order.index(result.benchmark))
+    best = [_name(trial) for trial in _best(record, top) if _name(trial) in asked]
+    default = _name(record.default) if record.default is not None and _name(record.default) in asked else None
+    shipped = shipped_name(record)
+    return Scored(folder, tuple(results), "\n".join(lines(results, losses, best, default, shipped)), shipped)
+
+
+def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None) -> list[str]:
+    """Whether training data hold the items that were scored, in words. What goes wrong is told: the scores are there all the same."""
+    try:
+        # Nothing is run here, so the sandbox's strength does not matter.
+        benchmarks = [build(name, data, weaker=True) for name in names if not name.startswith(HARNESS)]
+        trusted = record.base_model.trust_remote_code
+        said = contamination.lines(contamination.check(record.folder / FOLDER, _validation(record), benchmarks, trust_remote_code=trusted))
+    except Exception as error:  # of any kind, a tokenizer's own code among them
+        said = [f"Whether benchmark items stand in the training data could not be checked: {type(error).__name__}: {error}"]
+    foreign = [name for name in names if name.startswith(HARNESS)]
+    return [*said, f"Not compared with the training data: {', '.join(foreign)}."] if foreign else said
+
+
+def _validation(record: StudyRecord) -> Path:
+    """The study's prepared data; prepared anew when the cache was emptied."""
+    folder = Path(parsed(record.folder / "recipe.json", lambda text: str(json.loads(text)["data"]), WRITTEN_ANEW))
+    if not (folder / "manifest.json").is_file():
+        folder = prepare_data(StudySpec.load(record.folder / "spec.yaml"), [], date=record.prompt.get("date", "")).folder
+    return folder
+
+
+def _best(record: StudyRecord, top: int) -> list[Trial]:
+    return sorted(record.finished, key=lambda trial: (trial.value, trial.number))[:top]
+
+
+def _name(trial: Trial) -> str:
+    return model_name(trial.number)

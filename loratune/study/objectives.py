@@ -1,0 +1,151 @@
+"""A study's objectives and constraints in numbers: what a trial measured, what it broke, what Optuna is told of it.
+
+What follows from the hyperparameters and the model alone (the adapter's size) is known before training, so a
+trial that cannot keep a constraint on it is never trained. The rest is told once it is measured.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from loratune.record.trials import DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Trial
+from loratune.samplers.base import SO_FAR
+from loratune.spec import StudySpec
+from loratune.spec.limits import Constraint
+from loratune.spec.metrics import GROWING, KNOWN, SCORES
+from loratune.work import Hyperparameters, Outcome, State
+
+Sizes = Callable[[Hyperparameters], int]  # an adapter's number of trainable parameters
+
+_BYTES = 4  # of an adapter's parameter: float32
+
+
+class Goals:
+    """What the study that `spec` describes asks of its trials.
+
+    sizes: of adapters; by default of the spec's model, whose layers are then looked up. Raises ModelError.
+    """
+
+    def __init__(self, spec: StudySpec, sizes: Sizes | None = None) -> None:
+        self.objectives = [objective.name for objective in spec.objectives]
+        self._signs = [1.0 if objective.direction == "minimize" else -1.0 for objective in spec.objectives]
+        self._limits = spec.limits
+        self._sizes: Sizes | None = None
+        if {*self.objectives, *(limit.metric for limit in self._limits)} & set(KNOWN):
+            if sizes is None:
+                from loratune.finetune.sizes import adapter_sizes  # torch
+
+                sizes = adapter_sizes(spec.recipe("").model)
+            self._sizes = sizes
+
+    @property
+    def several(self) -> bool:
+        return len(self.objectives) > 1
+
+    def size(self, hyperparameters: Hyperparameters) -> float:
+        """The adapter's number of trainable parameters; NaN where no objective or constraint asks for it."""
+        return self._known(hyperparameters)["inference_cost"]
+
+    def refusal(self, hyperparameters: Hyperparameters) -> str:
+        """Why such a trial need not be trained; "" where it may."""
+        return self._broken(self._known(hyperparameters), lambda limit: limit.metric in KNOWN)
+
+    def broken(self, trial: Trial, end: bool) -> str:
+        """The constraints that the trial broke for good, at the `end` of a full run or on the way; "" where none."""
+        measured = self._measured(trial)
+        unscored = {name for name in SCORES if math.isnan(measured[name])}
+        return self._broken(measured, lambda limit: (end and limit.metric not in unscored) or (limit.metric in GROWING and limit.lasting))
+
+    def minimised(self, trial: Trial) -> tuple[float, ...]:
+        """What the trial has of the objectives so far, each to be minimised; NaN where it is not measured.
+
+        Scores are left out: trials are compared at the end of a rung, and scored only when no rung is left.
+        """
+        measured = self._measured(trial)
+        pairs = zip(self.objectives, self._signs, strict=True)
+        return tuple(sign * measured.get(name, math.nan) for name, sign in pairs if name not in SCORES)
+
+    def valued(self, trial: Trial, others: Iterable[Trial]) -> Trial:
+        """The trial with its value and its objectives' values, as Optuna is to be told them.
+
+        What it could not measure is the worst seen in `others`, the untuned model's loss included, else infinite, of a score 0;
+        so the score of a trial that was not trained to its end is the lowest that was measured. A trial that diverged has the
+        worst of everything, lest a small adapter that learns nothing stands on the front.
+        """
+        if trial.state == FAILED:
+            return trial
+        measured = {} if trial.state == DIVERGED else self._measured(trial)
+        worst = self._worst([trial, *others])
+        values = tuple(w if math.isnan(v := measured.get(name, math.nan)) else v for name, w in zip(self.objectives, worst, strict=True))
+        return replace(trial, value=values[0] if trial.outcomes else None, values=values)
+
+    def constraints(self, trial: Trial) -> dict[str, float]:
+        """Optuna's constraints, above 0 where violated: each by the share of its bound by which it is over; what was measured of them."""
+        measured = self._measured(trial)
+        told = {str(limit): limit.excess(measured[limit.metric]) for limit in self._limits if not math.isnan(measured[limit.metric])}
+        if trial.state == INFEASIBLE and trial.outcomes and trial.outcomes[-1].state is State.OUT_OF_MEMORY:
+            told["fits_in_memory"] = 1.0
+        return told
+
+    def tell(self, study: optuna.Study, handle: optuna.Trial, trial: Trial, outcome: Outcome | None) -> None:
+        """Tell the storage what became of the trial after `outcome`; a paused one stays open there."""
+        stored = study.get_trials(deepcopy=False)[trial.number]
+        points = {p.step: p.validation_loss for p in outcome.curve} if outcome is not None and not self.several else {}
+        if points and outcome is not None and outcome.validation_loss is not None:
+            points[max(points)] = outcome.validation_loss  # the value so far, which samplers read of a paused or pruned trial
+        for step, loss in points.items():
+            if step > 0 and loss is not None and step not in stored.intermediate_values:
+                handle.report(loss, step)
+        constraints = self.constraints(trial)
+        if trial.state == PAUSED:
+            if self.several or self._limits:  # else its intermediate values say it all
+                so_far: dict[str, Any] = {"values": list(trial.values), "constraints": constraints}
+                study._storage.set_trial_system_attr(handle._trial_id, SO_FAR, so_far)
+            return
+        for name, violation in constraints.items():
+            if name not in stored.constraints:  # by a start that was killed right here
+                handle.set_constraint(name, violation)
+        handle.set_user_attr("state", trial.state)
+        handle.set_user_attr("device_seconds", trial.device_seconds)
+        told = None if trial.state in (FAILED, PRUNED) else list(trial.values)
+        study.tell(handle, told, _TOLD.get(trial.state, TrialState.COMPLETE))
+
+    def _broken(self, measured: Mapping[str, float], counts: Callable[[Constraint], bool]) -> str:
+        broken = [limit for limit in self._limits if counts(limit) and not limit.holds(measured[limit.metric])]
+        return "; ".join(f"it breaks {limit}: {measured[limit.metric]:.4g}" for limit in broken)
+
+    def _known(self, hyperparameters: Hyperparameters) -> dict[str, float]:
+        parameters = self._sizes(hyperparameters) if self._sizes is not None else math.nan
+        return {"adapter_mb": parameters * _BYTES / 1e6, "inference_cost": float(parameters)}
+
+    def _measured(self, trial: Trial) -> dict[str, float]:
+        """Every metric by its name; NaN where it was not measured. What a run costs is of the trial's last run."""
+        run = [o for o in trial.outcomes if o.key.split("/")[1] == trial.outcomes[-1].key.split("/")[1]]
+        last = run[-1].validation_loss if run else None
+        peak = max((o.peak_memory_bytes for o in run), default=0)
+        return {
+            "validation_loss": math.nan if last is None else last,
+            "tokens": float(sum(o.tokens for o in run)) if run else math.nan,
+            "train_seconds": sum(o.train_seconds * o.devices for o in run) if run else math.nan,
+            "peak_memory_gib": peak / 2**30 if peak else math.nan,
+            **self._known(trial.hyperparameters),
+            **{name: run[-1].scores.get(name, math.nan) if run else math.nan for name in SCORES},
+        }
+
+    def _worst(self, trials: list[Trial]) -> list[float]:
+        losses = [p.validation_loss for t in trials for p in t.curve if p.validation_loss is not None]
+        found = [max(losses, default=math.inf)]
+        for place, (name, sign) in list(enumerate(zip(self.objectives, self._signs, strict=True)))[1:]:
+            if name in SCORES:  # measured ones alone: many trials are told of before the first is scored
+                found.append(min((o.scores[name] for t in trials for o in t.outcomes if name in o.scores), default=0.0))
+                continue
+            seen = [sign * t.values[place] for t in trials if t.values and math.isfinite(t.values[place])]
+            found.append(sign * max(seen, default=math.inf))
+        return found
+
+
+_TOLD = {FAILED: TrialState.FAIL, PRUNED: TrialState.PRUNED}

@@ -1,0 +1,270 @@
+"""What a study will cost, told before it is spent: trials, tokens, hours, memory and disk.
+
+The hours come from a probe: the study's own engine trains the largest adapter of the search space, in every
+slot, for a few steps on this machine. Tokens are counted, not guessed; how often successive halving lets a trial go
+on is simulated with the schedule itself, all losses being equally likely.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from loratune import schedules
+from loratune.data.order import order, total_steps
+from loratune.data.prepared import Prepared
+from loratune.executors.devices import cuda_devices
+from loratune.spec import StudySpec
+from loratune.spec.metrics import KNOWN
+from loratune.study.objectives import Goals
+from loratune.system.hub import weights_on_disk
+from loratune.system.machine import cpu_processes, threads_for
+from loratune.work import Hyperparameters
+
+_BYTES = 4  # of an adapter's parameter: float32
+_FILLS_CPU, _FILLS_CUDA = 64, 16_384  # training tokens, of one batch of every slot, that keep a device busy
+_MOST_SLOTS = _MOST_WORKERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a study is expected to cost. One trial is one at the search space's defaults, trained to its end."""
+
+    trials: int
+    full_runs: float  # what all trials cost together, in runs at the defaults that are trained to their end
+    steps: int  # optimiser steps of one trial
+    trial_tokens: int  # training tokens of one trial
+    validation_tokens: int  # of one validation
+    validations: float  # in all
+    training_tokens_per_second: float  # per process, all its slots together
+    validation_tokens_per_second: float
+    processes: int  # that train at the same time, each on devices of its own
+    slots: int  # trials that one process trains together, sharing its speed
+    devices_per_trial: int
+    device: str
+    peak_memory_bytes: int  # per device, for the largest adapter of the space
+    largest_rank: int
+    adapter_bytes: int  # of that adapter
+    adapters_kept: int
+    problem: str = ""  # why the largest adapter cannot be trained here
+    max_hours: float | None = None
+    max_device_hours: float | None = None
+    notes: tuple[str, ...] = ()  # on what is not in these numbers
+
+    @property
+    def tokens(self) -> float:
+        """Training tokens of all trials."""
+        return self.full_runs * self.trial_tokens
+
+    @property
+    def trial_seconds(self) -> float:
+        """One trial's share of its device's time, its last validation included."""
+        return self.trial_tokens / self.training_tokens_per_second + self.validation_tokens / self.validation_tokens_per_second
+
+    @property
+    def device_hours(self) -> float:
+        validating = self.validations * self.validation_tokens / self.validation_tokens_per_second
+        return (self.tokens / self.training_tokens_per_second + validating) * self.devices_per_trial / 3600
+
+    @property
+    def wall_hours(self) -> float:
+        return self.device_hours / self.devices_per_trial / self.processes
+
+    def __str__(self) -> str:
+        lines = [f"trials        {self.trials}, the work of {self.full_runs:.4g} full runs at the defaults"]
+        lines += [f"one trial     {self.steps:,} steps, {self.trial_tokens:,} training tokens"]
+        lines += [
+            f"in all        {self.tokens:,.0f} training tokens, {self.validations:.0f} validations of {self.validation_tokens:,} tokens"
+        ]
+        if self.problem:
+            return "\n".join([*lines, f"device        {self.device}", f"problem       rank {self.largest_rank}: {self.problem}"])
+        training, validating = self.training_tokens_per_second, self.validation_tokens_per_second
+        in_all = f"{_hours(self.wall_hours)} in all, {self.device_hours:.2f} device-hours"
+        kept, temporary = self.adapters_kept * self.adapter_bytes, self.processes * self.slots * 2 * 3 * self.adapter_bytes
+        lines += [
+            f"device        {self.device}; {self.processes * self.slots} at a time",
+            f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
+            f"time          {_hours(self.trial_seconds / 3600)} per trial; {in_all}",
+            *self._limits(),
+            *(f"not counted   {note}" for note in self.notes),
+            f"memory        {_size(self.peak_memory_bytes)} at its peak, per device, at rank {self.largest_rank}",
+            f"disk          up to {_size(kept)} for {self.adapters_kept} adapters, {_size(temporary)} for checkpoints while trials run",
+        ]
+        return "\n".join(lines)
+
+    def _limits(self) -> Iterator[str]:
+        for name, limit, needed in (
+            ("max_hours", self.max_hours, self.wall_hours),
+            ("max_device_hours", self.max_device_hours, self.device_hours),
+        ):
+            if limit is not None and limit < needed:
+                yield f"budget        {name}: {limit:g} ends it earlier, after about {int(self.trials * limit / needed)} trials"
+
+
+def plan(spec: StudySpec, data: Prepared) -> Plan:
+    """Count and probe. Trains for some seconds; leaves nothing behind. Raises ModelError, DataError, TrainingError."""
+    from loratune.finetune.engines import probe  # torch
+    from loratune.work import State
+
+    slots = slots_for(spec, data)
+    default = spec.hyperparameters(spec.search_space.default_values())
+    steps = total_steps(len(data.train), default.batch_size, default.epochs)
+    shown = order(spec.seed, len(data.train), steps * default.batch_size)
+    runs, validations = expected(spec)
+    largest = _largest(spec, default)
+    probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest, threads=_threads(spec))
+    adapter = probed.trainable_parameters * _BYTES
+    kept = spec.output.keep_adapters
+    return Plan(
+        trials=spec.budget.trials,
+        full_runs=runs * _expected_epochs(spec, default) / default.epochs,
+        steps=steps,
+        trial_tokens=int(data.train.lengths[shown].sum()),
+        validation_tokens=int(data.validation.lengths.sum()),
+        validations=validations,
+        training_tokens_per_second=probed.training_tokens_per_second,
+        validation_tokens_per_second=probed.validation_tokens_per_second,
+        processes=_processes(spec),
+        slots=slots,
+        devices_per_trial=spec.training.devices_per_trial,
+        device=probed.device,
+        peak_memory_bytes=probed.peak_memory_bytes,
+        largest_rank=largest.lora_r,
+        adapter_bytes=adapter,
+        adapters_kept=spec.budget.trials if kept is None else min(spec.budget.trials, kept + 1),
+        problem="" if probed.state is State.COMPLETED else f"{probed.state.value.replace('_', ' ')}: {probed.message}",
+        max_hours=spec.budget.max_hours,
+        max_device_hours=spec.budget.max_device_hours,
+        notes=_not_counted(spec),
+    )
+
+
+def slots_for(spec: StudySpec, data: Prepared) -> int:
+    """How many trials one process should train together: as the spec says, else the fewest that fill the device.
+
+    slots = ceil(tokens that fill the device / tokens of one batch at the defaults), at most 8, and few enough that
+    the sampler chooses at least four times: each of its choices knows the results of all but the trials in training.
+    """
+    if spec.training.slots is not None:
+        return spec.training.slots
+    if spec.training.engine == "hf" or spec.training.devices_per_trial > 1:
+        return 1
+    tokens = spec.hyperparameters(spec.search_space.default_values()).batch_size * float(data.train.lengths.mean())
+    fills = _FILLS_CUDA if _devices(spec) else _FILLS_CPU
+    return max(1, min(math.ceil(fills / tokens), _MOST_SLOTS, math.ceil(spec.budget.trials / (4 * _processes(spec)))))
+
+
+def workers_for(spec: StudySpec) -> int:
+    """How many processes should train on a CPU: as the spec says, else one per core as far as memory allows.
+
+    At most 8, and few enough that the sampler chooses at least ten times; 1 where the model is not on this machine yet.
+    """
+    if spec.executor.workers is not None:
+        return spec.executor.workers
+    if spec.executor.name == "inline" or spec.training.devices_per_trial > 1:
+        return 1
+    weights = weights_on_disk(spec.model.name_or_path, spec.model.revision)
+    return cpu_processes(weights, min(_MOST_WORKERS, spec.budget.trials // 10))
+
+
+def _processes(spec: StudySpec) -> int:
+    """Processes that train at the same time."""
+    if spec.executor.name == "inline":
+        return 1
+    return len(_devices(spec)) // spec.training.devices_per_trial or workers_for(spec)
+
+
+def _threads(spec: StudySpec) -> int | None:
+    """Of a worker on a CPU, as the local executor shares the cores out; None: torch's own number."""
+    if spec.executor.name == "inline" or _devices(spec):
+        return spec.executor.threads
+    return spec.executor.threads or threads_for(_processes(spec) * spec.training.devices_per_trial)
+
+
+def _devices(spec: StudySpec) -> list[int]:
+    return cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
+
+
+def expected(spec: StudySpec) -> tuple[float, float]:
+    """(full runs, validations) that the schedule is expected to spend, the base model's validation included."""
+    repeats = 1 if spec.schedule.name == "full" else 20
+    spent = [_simulated(spec, random.Random(seed)) for seed in range(repeats)]
+    return fmean(runs for runs, _ in spent), fmean(count for _, count in spent)
+
+
+def _simulated(spec: StudySpec, chance: random.Random) -> tuple[float, float]:
+    schedule = schedules.build(
+        spec.schedule.name,
+        trials=spec.budget.trials,
+        yardstick=spec.sampler.defaults_first,
+        fidelity=spec.schedule.fidelity,
+        reduction_factor=spec.schedule.reduction_factor,
+        min_resource=spec.schedule.min_resource,
+    )
+    runs, validations = 0.0, 1.0
+    values: dict[int, float] = {}
+    each = spec.training.validations
+    while (stretch := schedule.next(may_start=True)) is not None:
+        runs += float(stretch.length * (stretch.stop - stretch.start))
+        validations += 1 + sum(stretch.start * each < i < stretch.stop * each for i in range(1, each))
+        schedule.tell(stretch, values.setdefault(stretch.trial, chance.random()))
+    return runs, validations
+
+
+def _not_counted(spec: StudySpec) -> tuple[str, ...]:
+    """What makes a study cheaper or dearer than its trials' training."""
+    known = [str(limit) for limit in spec.limits if limit.metric in KNOWN]
+    notes = [f"what breaks {', '.join(known)} is not trained and costs nothing"] if known else []
+    if spec.scores:
+        notes.append(f"scoring {', '.join(spec.scores)}, {spec.scoring.items} items each, after every trial that reaches its end")
+    return tuple(notes)
+
+
+def _largest(spec: StudySpec, default: Hyperparameters) -> Hyperparameters:
+    """The space's adapter that needs most memory and keeps the constraints on size: the largest rank, on most layers.
+
+    The default where none keeps them.
+    """
+    searched = spec.search_space.parameters
+    ranks, layers = [default.lora_r], [default.target_modules]
+    if "lora_r" in searched:
+        ranks = sorted(map(int, _values(searched["lora_r"])), reverse=True)
+    if "target_modules" in searched:
+        sizes = ("qv", "qkvo", "mlp", "all-linear")
+        layers = sorted(_values(searched["target_modules"]), key=sizes.index, reverse=True)
+    if not any(limit.metric in KNOWN for limit in spec.limits):
+        return replace(default, lora_r=ranks[0], target_modules=layers[0])
+    goals = Goals(spec)
+    if len(ranks) == 2 and searched["lora_r"].type == "int":
+        ranks = list(range(ranks[0], ranks[1] - 1, -1))
+    kept = [h for some in layers for rank in ranks if not goals.refusal(h := replace(default, lora_r=rank, target_modules=some))]
+    return max(kept, key=goals.size, default=default)
+
+
+def _expected_epochs(spec: StudySpec, default: Hyperparameters) -> float:
+    """The mean over the search space, every value being equally likely."""
+    searched = spec.search_space.parameters.get("epochs")
+    return default.epochs if searched is None else float(fmean(_values(searched)))
+
+
+def _values(parameter: Any) -> list[Any]:
+    """All values of a list, both ends of a range."""
+    if parameter.type == "fixed":
+        return [parameter.value]
+    if parameter.type == "ordinal":
+        return list(parameter.values)
+    return list(parameter.choices) if parameter.type == "categorical" else [parameter.low, parameter.high]
+
+
+def _hours(hours: float) -> str:
+    seconds = hours * 3600
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if hours < 1.5 else f"{hours:.1f} h"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
