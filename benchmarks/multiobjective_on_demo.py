@@ -26,6 +26,7 @@ import optuna
 from matplotlib.figure import Figure
 
 from loratune import demo, samplers
+from loratune.data.cache import prepare_data
 from loratune.data.order import total_steps
 from loratune.data.prepared import Prepared
 from loratune.executors import Executor, InlineExecutor

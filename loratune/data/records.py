@@ -1,6 +1,6 @@
 """Raw records out of files, folders and the hub, each with the place it was found at.
 
-Knows JSON, JSONL, CSV and Parquet, not what the fields mean (that is `data.py`). A file that cannot
+Knows JSON, JSONL, CSV and Parquet, not what the fields mean (that is `sources.py`). A file that cannot
 be read at all raises one DataError; a single record that cannot be parsed is handed on with its
 problem, for the caller to refuse or to skip.
 """

@@ -52,7 +52,7 @@ def evaluate(
     data: the benchmarks' own data. tasks: folder with descriptions of lm-evaluation-harness tasks. subset: items per
     benchmark, drawn with `seed`. leave_out: benchmark -> ids of items that must not count; by default those that guided the
     search of the study that `folder` lies in (guided.py). loaded: the bare model, where it is in memory already. Where it is
-    not, several processes may share the models (spread.py).
+    not, several processes may share the models (parallel.py).
 
     Setting `stop` ends the generator after the running tokens.
 

@@ -1,4 +1,4 @@
-"""A process that does a part of an evaluation, started by `spread.py`.
+"""A process that does a part of an evaluation, started by `parallel.py`.
 
     python -m loratune.downstream.job_process FILE_DESCRIPTOR
 

@@ -1,6 +1,6 @@
 """An evaluation's models shared out over several processes: on a CPU, where a second thread gains a small model little.
 
-Each process (part_child.py) loads the model and does all benchmarks for its own models, as one alone would (part.py). None
+Each process (job_process.py) loads the model and does all benchmarks for its own models, as one alone would (job.py). None
 answers before all have proved their adapters. A process ends with the evaluation, however that ends; its log is
 `evaluation/part-0.log`, which stays behind only where it died.
 """

@@ -7,7 +7,7 @@ The *warden* stands outside: it sets the walls up, watches the clock and the out
 the first process inside; it runs the test code and calls the program's function through a pipe. The *program* answers
 calls; it holds neither the tests nor a way to the verdict, which only the judge sends and only the warden reads.
 
-Started by `sandbox.py` without site-packages, so: the standard library and its three sibling files only.
+Started by `runner.py` without site-packages, so: the standard library and its three sibling files only.
 """
 
 import contextlib

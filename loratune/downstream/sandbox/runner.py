@@ -8,7 +8,7 @@ object that equals everything gains nothing: only right answers pass.
 **Walls, in both modes.** The program starts with an empty environment and no open files but its pipes. It and all it
 starts are ended when the verdict is in, the wall-clock time is up, too much is printed, or loratune itself is killed.
 Per process: address space, CPU time, file size, 64 open files. Per program: number of processes and threads. System calls
-are those that `sandbox_calls.py` lists (seccomp, on x86-64 and AArch64) and no others: no sockets but pairs inside the program,
+are those that `system_calls.py` lists (seccomp, on x86-64 and AArch64) and no others: no sockets but pairs inside the program,
 nothing that reaches or looks into the user's other processes (ptrace, prlimit64, setpriority, sched_setaffinity, F_SETOWN, ...), no
 new namespaces or mounts, and no memory that the limits do not count (memfd_create, System V shared memory, large pipes, descriptors
 in flight). What pipes and pairs of sockets hold comes on top, 32 MiB per process at most. Under root each program is a user

@@ -1,6 +1,6 @@
 """The walls around an untrusted process, each one Linux call or a few: namespaces, Landlock, limits, privileges.
 
-Runs in the sandbox's own processes (`sandbox_child.py`), which start without site-packages: the standard library only,
+Runs in the sandbox's own processes (`processes.py`), which start without site-packages: the standard library only,
 and nothing of loratune. Every function raises OSError when the kernel says no.
 """
 
