@@ -146,4 +146,3 @@ class Goals:
             seen = [sign * t.values[place] for t in trials if t.values and math.isfinite(t.values[place])]
             found.append(sign * max(seen, default=math.inf))
         return found
-
