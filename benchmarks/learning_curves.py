@@ -22,6 +22,7 @@ import optuna
 from loratune.data.cache import prepare_data
 from loratune.data.order import total_steps
 from loratune.finetune.engines import load_engine
+from loratune.record.paths import StudyPaths
 from loratune.spec import StudySpec
 from loratune.system.files import write_atomically
 from loratune.system.machine import environment
@@ -72,7 +73,7 @@ def wanted(spec: StudySpec, points: list[dict[str, Any]], examples: int) -> list
 
 
 def path_of(runs: Path, segment: Segment) -> Path:
-    return runs / segment.folder / "outcome.json"
+    return StudyPaths(runs).of(segment).folder / "outcome.json"
 
 
 def train(spec: StudySpec, runs: Path, segments: list[Segment], data: str) -> None:

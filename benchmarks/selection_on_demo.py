@@ -31,7 +31,8 @@ from loratune.data.sources import DataRecipe, Source
 from loratune.demo.tasks import examples
 from loratune.errors import StorageError
 from loratune.record import COMPLETE, read
-from loratune.selection import SelectionRecord, adapter_folder, select
+from loratune.record.adapters import find_adapter
+from loratune.selection import SelectionRecord, select
 from loratune.selection import read as read_selection
 from loratune.spec import StudySpec
 from loratune.statistics import Interval, student_mean
@@ -82,10 +83,10 @@ def study(folder: Path, seed: int, trials: int, test: Prepared) -> dict[str, Any
         raise StorageError(f"the selection of {spec.folder} was stopped; run the same command again")
     by_number = {trial.number: trial for trial in record.trials}
     places = {
-        "raw minimum": adapter_folder(record, by_number[chosen.lowest]),
-        "chosen trial": adapter_folder(record, by_number[chosen.chosen]),
-        "shipped": adapter_folder(record, by_number[chosen.chosen], chosen.shipped.run),
-        "default": adapter_folder(record, by_number[0]),
+        "raw minimum": find_adapter(record, by_number[chosen.lowest]),
+        "chosen trial": find_adapter(record, by_number[chosen.chosen]),
+        "shipped": find_adapter(record, by_number[chosen.chosen], chosen.shipped.run),
+        "default": find_adapter(record, by_number[0]),
     }
     losses = {name: loss_of(place, test) for name, place in places.items() if place is not None}
     found = {"seed": seed, "test": losses, **facts(chosen), "trials": {t.number: t.value for t in record.finished}}

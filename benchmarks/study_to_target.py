@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from loratune.record import StudyRecord, read
-from loratune.record.trials import outcome_path
 
 RESULTS = Path(__file__).resolve().parent / "results" / "study_to_target"
 WAYS = {
@@ -42,7 +41,7 @@ def course(record: StudyRecord) -> list[tuple[float, int, float | None]]:
     began = record.sessions[0]["started"]
     came = sorted(
         (
-            outcome_path(record.folder, o.key).stat().st_mtime - began,
+            record.paths.outcome(o.key).stat().st_mtime - began,
             o.tokens,
             o.validation_loss if o.key.split("/")[1] == "main" else None,
             t,

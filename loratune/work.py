@@ -107,13 +107,8 @@ class Segment(Json):
 
     @property
     def key(self) -> str:
-        """Unique within a study; also where the outcome is kept: `<trial>/<run>/<stop_step>`."""
+        """Unique within a study: `<trial>/<run>/<stop_step>`."""
         return f"{self.trial:04d}/{self.run}/{self.stop_step:07d}"
-
-    @property
-    def folder(self) -> str:
-        """The run's folder, relative to the study's: checkpoints, log and adapter live there."""
-        return f"trials/{self.trial:04d}/{self.run}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +159,15 @@ class Outcome(Json):
     scoring_seconds: float = 0.0  # that took, on one device
     message: str = ""  # for people: why, and what to do, when not completed
     error: str = ""  # of bad input: the name of its LoratuneError
+
+    @property
+    def run(self) -> str:
+        """The name of the segment's run."""
+        return self.key.split("/")[1]
+
+    @property
+    def stop_step(self) -> int:
+        return int(self.key.split("/")[2])
 
 
 @dataclass(frozen=True, kw_only=True)

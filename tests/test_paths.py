@@ -8,6 +8,7 @@ import pytest
 import loratune
 from loratune import demo, preference, selection
 from loratune.record import open_record
+from loratune.record.adapters import find_adapter
 from loratune.spec import StudySpec
 
 
@@ -61,7 +62,7 @@ def test_selecting(folder: Path, kind: type) -> None:
     made = selection.read(kind(folder))
     assert made is not None
     assert made.chosen == last.record.chosen
-    assert selection.adapter_folder(loratune.read(kind(folder)), made.trial_of(loratune.read(folder))) is not None
+    assert find_adapter(loratune.read(kind(folder)), made.trial_of(loratune.read(folder))) is not None
 
 
 @KINDS

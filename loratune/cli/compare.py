@@ -97,9 +97,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _study(given: Path | None, trusted: bool) -> "StudyRecord | None":
     from loratune.record import read
+    from loratune.record.paths import StudyPaths
 
     folder = given if given is not None else Path()
-    return read(folder, trust_remote_code=trusted) if given is not None or (folder / "spec.yaml").is_file() else None
+    return read(folder, trust_remote_code=trusted) if given is not None or StudyPaths(folder).spec.is_file() else None
 
 
 def _comparison(args: argparse.Namespace, study: "StudyRecord | None") -> "Comparison":
@@ -132,17 +133,19 @@ def _tuned(study: "StudyRecord") -> "Tuned | None":
     """The trial and adapter that `loratune select` chose; None for the lowest loss. Says which it is."""
     from loratune import selection  # scipy: a second of import
     from loratune.preference.contestants import Tuned
+    from loratune.record.adapters import find_adapter
+    from loratune.record.paths import MAIN
 
     made = selection.read(study.folder)
     if made is not None and made.holds_for(study):
         trial = made.trial_of(study)
-        adapter = selection.adapter_folder(study, trial, made.shipped.run)
+        adapter = find_adapter(study, trial, made.shipped.run)
         if adapter is None:
             raise StorageError(
                 f"the adapter that `loratune select` chose, of trial {trial.number}, is not on disk; the command trains it again, "
                 "or name another contestant."
             )
-        again = "" if made.shipped.run == "main" else f", trained with another seed ({made.shipped.run}): the adapter that is handed over"
+        again = "" if made.shipped.run == MAIN else f", trained with another seed ({made.shipped.run}): the adapter that is handed over"
         print(f"tuned is trial {trial.number}, which `loratune select` chose{again}", flush=True)
         return Tuned(trial=trial, adapter=adapter, run=made.shipped.run)
     if study.best is not None:
@@ -167,7 +170,7 @@ def _questions(given: Path | None, model: "ModelRecipe") -> "tuple[Question, ...
 
 
 def _default_folder(comparison: "Comparison", study: "StudyRecord | None") -> Path:
-    home = study.folder / "preference" if study is not None else Path("preference")
+    home = study.paths.preference if study is not None else Path("preference")
     return home / f"{comparison.first.name}-vs-{comparison.second.name}"
 
 

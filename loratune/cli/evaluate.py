@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from loratune.cli.interrupt import Interrupt
     from loratune.downstream.events import Progress
+    from loratune.record.paths import StudyPaths
     from loratune.study.evaluation import Scored, evaluate
 
     names = None if args.benchmarks is None else [name.strip() for name in args.benchmarks.split(",") if name.strip()]
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"Stopped; nothing is lost. Go on with: {shlex.join(args.command_line)}")
         return INTERRUPTED
     print(f"\n{scored.text}\n\nEvery answer: {scored.folder}")
-    _refresh(Path(args.folder) / "report.html")
+    _refresh(StudyPaths(args.folder).report)
     return 0
 
 

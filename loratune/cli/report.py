@@ -11,9 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from loratune.record import read
+    from loratune.record.paths import StudyPaths
     from loratune.report import write_report
 
     records = [read(Path(folder)) for folder in args.folders]
-    default = Path(args.folders[0]) / "report.html" if len(records) == 1 else Path("comparison.html")
+    default = StudyPaths(args.folders[0]).report if len(records) == 1 else Path("comparison.html")
     print(write_report(records, Path(args.output) if args.output else default))
     return 0

@@ -54,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
 
 def load_spec(args: argparse.Namespace) -> "StudySpec":
     """The study that the command line describes. Raises SpecError with every mistake, StorageError for a folder that is no study."""
+    from loratune.record.paths import StudyPaths
     from loratune.spec import StudySpec
 
     path = Path(args.target) if args.target else None
@@ -62,12 +63,12 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         raise SpecError("nothing to tune. Give a description (`loratune init` writes one), --model and --data, or --demo.")
     overrides = _convenience(args) + (args.overrides or [])
     if path is not None and continued:
-        if not (path / "spec.yaml").is_file() or not (path / "lock").is_file():
+        if not StudyPaths(path).spec.is_file() or not StudyPaths(path).lock.is_file():
             near = sorted(path.glob("*.yaml"))
             hint = f"Did you mean {near[0]}?" if near else "`loratune init` writes a description to start from."
             raise StorageError(f"{path} is not a study's folder: no study was begun in it. {hint}")
         overrides = [("output.folder", json.dumps(str(path))), *overrides]  # where it is now, should it have been moved
-        path /= "spec.yaml"
+        path = StudyPaths(path).spec
     elif not args.target and not args.demo and args.data and not any(_asks_for_validation(name) for name, _ in overrides):
         overrides.append(("data.validation_fraction", _HELD_OUT))
         print("A tenth of the data is held out for validation; to change that, use --data.validation_fraction or --validation.")
@@ -125,10 +126,11 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
 def _search(spec: "StudySpec", command_line: list[str]) -> int:
     from loratune.cli.interrupt import Interrupt
     from loratune.cli.view import open_view
+    from loratune.record.paths import StudyPaths
     from loratune.study.driver import deliver, tune
 
     quiet()
-    word = "Continuing study" if (spec.folder / "spec.yaml").is_file() else "Study"
+    word = "Continuing study" if StudyPaths(spec.folder).spec.is_file() else "Study"
     print(f"{word} {spec.name} in {spec.folder}: {spec.budget.trials} trials by {spec.sampler.name}")
     with Interrupt() as interrupt:
         with open_view(spec, sys.stdout) as view:

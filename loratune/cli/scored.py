@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from loratune.downstream.results.scores import BASE, FOLDER, Result, model_name, read_results
+from loratune.downstream.results.scores import BASE, Result, model_name, read_results
 from loratune.record import StudyRecord
 from loratune.record.adapters import shipped_run
 
@@ -21,11 +21,11 @@ def scored(record: StudyRecord) -> list[dict[str, Any]]:
     sd has the divisor n - 1. answered of asked: answers, all models together.
     """
     found: dict[str, dict[str, Result]] = {}
-    for result in read_results(record.folder / FOLDER, begun=True):
+    for result in read_results(record.paths.evaluation, begun=True):
         found.setdefault(result.benchmark, {})[result.model] = result
     ranking = sorted(record.finished, key=lambda trial: (trial.value, trial.number))
-    best = [f"{trial.number:04d}" for trial in ranking[:_TOP]]
-    default = f"{record.default.number:04d}" if record.default is not None else ""
+    best = [model_name(trial.number) for trial in ranking[:_TOP]]
+    default = model_name(record.default.number) if record.default is not None else ""
     chosen = shipped_run(record)
     shipped = model_name(*chosen) if chosen is not None else ""
     return [_entry(name, own, best, default, shipped) for name, own in sorted(found.items())]

@@ -93,7 +93,7 @@ def _agreed() -> bool:
 
 
 def _hand_over(record: "SelectionRecord", folder: Path, trusted: bool) -> None:
-    from loratune.downstream.results.scores import FOLDER
+    from loratune.record.paths import StudyPaths
     from loratune.selection.rerun import AGAIN
     from loratune.study.driver import deliver
 
@@ -106,5 +106,5 @@ def _hand_over(record: "SelectionRecord", folder: Path, trusted: bool) -> None:
     print(f"Report:   {delivery.report}")
     if delivery.adapter is not None:
         print(f"Adapter:  {delivery.adapter}")
-    if record.shipped.run != AGAIN and any((folder / FOLDER).glob("*/*.json")):
+    if record.shipped.run != AGAIN and any(StudyPaths(folder).evaluation.glob("*/*.json")):
         print(f"\nThe scores so far are of the study's own runs; `loratune evaluate {shlex.quote(str(folder))}` scores this adapter.")

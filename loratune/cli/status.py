@@ -45,13 +45,17 @@ def newest(runs: Path) -> Path:
 
 
 def _written(folder: Path) -> float:
-    return max((path.stat().st_mtime for name in ("progress.json", "spec.yaml") if (path := folder / name).exists()), default=0.0)
+    from loratune.record.paths import StudyPaths
+
+    return max((path.stat().st_mtime for path in (StudyPaths(folder).progress, StudyPaths(folder).spec) if path.exists()), default=0.0)
 
 
 def is_running(folder: Path) -> bool:
     """Whether a process holds the study's lock: a driver, or workers that a killed one left, for a second."""
+    from loratune.record.paths import StudyPaths
+
     try:
-        with open(folder / "lock") as lock:
+        with open(StudyPaths(folder).lock) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -72,7 +76,7 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "name": record.name,
         "folder": str(record.folder),
         "running": running,
-        "finished": not running and _finished(record),
+        "finished": not running and record.budget_spent,
         "pid": _holder(record.folder).get("pid") if running else None,
         "host": _holder(record.folder).get("host") if running else None,
         "seconds_since_update": time.time() - progress["updated"] if progress else None,
@@ -91,16 +95,6 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "wall_seconds": max(record.wall_seconds, progress.get("wall_seconds", 0.0)),
         "seconds_left": progress.get("seconds_left") if running else None,
     }
-
-
-def _finished(record: "StudyRecord") -> bool:
-    """Whether the last start ran to the end of its budget: trials, or hours, after which the hand-over was written."""
-
-    ended = sum(trial.state.ended for trial in record.trials)
-    handed_over = record.folder / "best.yaml"
-    return ended >= record.spec.get("budget", {}).get("trials", 0) or (
-        handed_over.is_file() and handed_over.stat().st_mtime >= record.progress.get("updated", 0.0)
-    )
 
 
 def _brief(trial: "Trial | None") -> dict[str, Any] | None:
@@ -123,8 +117,10 @@ def _shipped(record: "StudyRecord") -> dict[str, Any] | None:
 
 
 def _holder(folder: Path) -> dict[str, Any]:
+    from loratune.record.paths import StudyPaths
+
     try:
-        return json.loads((folder / "lock").read_text())
+        return json.loads(StudyPaths(folder).lock.read_text())
     except (OSError, ValueError):
         return {}
 
@@ -171,9 +167,9 @@ def _print(record: "StudyRecord") -> None:
         console.print(score_table(now["scores"]))
         if now["shipped"]:
             _print_shipped(console, now)
-    for name in ("report.html", "adapter"):
-        if now["finished"] and (record.folder / name).exists():
-            console.print(Text(f"{name.partition('.')[0]:<8} {record.folder / name}"), soft_wrap=True)
+    for path in (record.paths.report, record.paths.adapter):
+        if now["finished"] and path.exists():
+            console.print(Text(f"{path.stem:<8} {path}"), soft_wrap=True)
     failed = [trial for trial in record.trials if trial.state == FAILED and trial.message]
     if failed:
         console.print(Text(f"trial {failed[-1].number} failed: {failed[-1].message}", style="red"))

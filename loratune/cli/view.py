@@ -29,11 +29,13 @@ class View(ABC):
     """Shows the events of a study."""
 
     def __init__(self, spec: "StudySpec") -> None:
+        from loratune.record.paths import StudyPaths
+
         self._folder = spec.folder
         self._defaults_first = spec.sampler.defaults_first
         self.trials: dict[int, Trial] = {}
         self._best: Trial | None = None
-        earlier = read(self._folder).trials if (self._folder / "spec.yaml").is_file() else ()
+        earlier = read(self._folder).trials if StudyPaths(self._folder).spec.is_file() else ()
         self._replayed = {outcome.key for trial in earlier for outcome in trial.outcomes}  # told when they came, in an earlier start
         self._numbers = {trial.number for trial in earlier if trial.outcomes}
 
@@ -81,8 +83,10 @@ class View(ABC):
 
     def snapshot(self) -> dict[str, Any]:
         """progress.json; empty before this start has written it."""
+        from loratune.record.paths import StudyPaths
+
         try:
-            snapshot = json.loads((self._folder / "progress.json").read_text())
+            snapshot = json.loads(StudyPaths(self._folder).progress.read_text())
         except (OSError, ValueError):
             return {}
         return snapshot if snapshot["pid"] == os.getpid() else {}

@@ -2,6 +2,7 @@
 
 from loratune.downstream.results.scores import BASE, Cell, in_words, model_name
 from loratune.record import StudyRecord, Trial
+from loratune.record.paths import MAIN
 from loratune.report.evidence import Downstream, downstream_of
 from loratune.selection import SelectionRecord
 from loratune.system.formatting import percent
@@ -15,7 +16,7 @@ def scores_section(record: StudyRecord, trial: Trial, selection: SelectionRecord
     found = downstream_of(record, selection)
     if found is None:
         return []
-    this = model_name(trial.number, selection.shipped.run if selection is not None else "main")
+    this = model_name(trial.number, selection.shipped.run if selection is not None else MAIN)
     own_run = model_name(trial.number)
     rows = {this: "**this adapter**"}
     if this != own_run:

@@ -7,7 +7,7 @@ from loratune.delivery.handover import chat_end, load_options, model_card, selec
 from loratune.delivery.verify import as_measured, prepared_data
 from loratune.errors import StorageError
 from loratune.record import StudyRecord, Trial, read
-from loratune.record.adapters import adapter_of, best_of, trial_of
+from loratune.record.adapters import adapter_of, best_of, find_adapter, trial_of
 from loratune.system.files import AnyPath
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ def export(
     chosen = selection_of(record) if trial is None else None
     card: dict[str, Any] | str
     if chosen is not None:
-        from loratune import selection
-
         found = chosen.trial_of(record)
-        shipped = selection.adapter_folder(record, found, chosen.shipped.run)
+        shipped = find_adapter(record, found, chosen.shipped.run)
         if shipped is None:  # another seed's would be another adapter than the one that was chosen, measured and described
             raise StorageError(
                 f"the adapter that `loratune select` chose, of trial {found.number} ({chosen.shipped.run}), is not on disk. "

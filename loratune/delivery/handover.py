@@ -16,6 +16,8 @@ import yaml
 from loratune.delivery.verify import as_measured
 from loratune.errors import StorageError, TrainingError
 from loratune.record import StudyRecord, Trial
+from loratune.record.adapters import find_adapter
+from loratune.record.paths import MAIN, StudyPaths
 from loratune.report import spec_summary, tables
 from loratune.system.files import AnyPath, new_folder, write_atomically
 from loratune.system.formatting import count, duration, loss, perplexity, plural, show, signed
@@ -37,8 +39,6 @@ def hand_over(record: StudyRecord, folder: AnyPath, check: Check | None = as_mea
     Raises TrainingError when no trial was trained to the end, StorageError when its adapter is missing, and what `check` raises,
     with nothing written.
     """
-    from loratune.selection import adapter_folder  # scipy: a second of import
-
     folder, found, selection = Path(folder), tables.answer(record), selection_of(record)
     if selection is not None:
         found = replace(found, best=selection.trial_of(record))
@@ -47,21 +47,21 @@ def hand_over(record: StudyRecord, folder: AnyPath, check: Check | None = as_mea
             f"{record.name} has no trial that was trained to the end, so there is nothing to hand over. "
             f"See what became of them with `loratune status {record.folder}`."
         )
-    source = adapter_folder(record, found.best, selection.shipped.run) if selection else adapter_folder(record, found.best)
-    adapter: Path | None = folder / "adapter"
+    source = find_adapter(record, found.best, selection.shipped.run if selection else MAIN)
+    adapter: Path | None = StudyPaths(folder).adapter
     if source is not None:
         if check is not None:
             check(record, found.best, source)
-        _replace_folder(source, folder / "adapter", {"README.md": model_card(record, found.best, selection)})
+        _replace_folder(source, StudyPaths(folder).adapter, {"README.md": model_card(record, found.best, selection)})
     elif record.spec.get("output", {}).get("keep_adapters") == "none":
         adapter = None
     else:
         which = "chosen" if selection else "best"
         raise StorageError(
-            f"no adapter of trial {found.best.number}, the {which}, in {record.folder / 'trials'}: it was removed, or training did not "
+            f"no adapter of trial {found.best.number}, the {which}, in {record.paths.trials}: it was removed, or training did not "
             f"write it. `loratune select {record.folder}` trains that of its choice again."
         )
-    best = folder / "best.yaml"
+    best = StudyPaths(folder).best
     content = _best(record, found, found.best, adapter, selection)
     write_atomically(best, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000))
     return best, adapter
@@ -69,7 +69,7 @@ def hand_over(record: StudyRecord, folder: AnyPath, check: Check | None = as_mea
 
 def selection_of(record: StudyRecord) -> "SelectionRecord | None":
     """What `loratune select` chose; None where it did not, or the study went on since."""
-    if not (record.folder / "selection.json").is_file():
+    if not (record.paths.selection).is_file():
         return None
     from loratune import selection  # scipy: seconds of import
 
@@ -79,9 +79,9 @@ def selection_of(record: StudyRecord) -> "SelectionRecord | None":
 
 def refresh_card(record: StudyRecord) -> Path | None:
     """Write the card of `adapter/` anew, where that is still the adapter to ship: what was measured since belongs on it."""
-    folder, selection = record.folder, selection_of(record)
+    selection = selection_of(record)
     chosen = selection.trial_of(record) if selection is not None else tables.answer(record).best
-    best, card = folder / "best.yaml", folder / "adapter" / "README.md"
+    best, card = record.paths.best, record.paths.adapter / "README.md"
     if chosen is None or not (best.is_file() and card.is_file()):
         return None
     told = yaml.safe_load(best.read_text(encoding="utf-8"))
@@ -202,7 +202,7 @@ def is_hub_id(name: str) -> bool:
 def _again(selection: "SelectionRecord | None") -> str:
     """That another seed than the study's made the adapter."""
     shipped = selection.shipped if selection is not None else None
-    return f", trained again with seed {shipped.seed} ({_code(shipped.run)})" if shipped is not None and shipped.run != "main" else ""
+    return f", trained again with seed {shipped.seed} ({_code(shipped.run)})" if shipped is not None and shipped.run != MAIN else ""
 
 
 def _why(selection: "SelectionRecord") -> str:

@@ -16,10 +16,9 @@ from typing import Any
 
 from loratune.data.prompts import alpaca_chat_template, answer_ends, listed
 from loratune.errors import ModelError, StorageError
+from loratune.record.paths import ADAPTER_CONFIG, ADAPTER_FILES
 from loratune.system.files import new_folder
 from loratune.work import ModelRecipe
-
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def export_adapter(
@@ -35,11 +34,11 @@ def export_adapter(
     config = _adapter_config(adapter)
 
     def fill(folder: Path) -> None:
-        for name in (_CONFIG, _WEIGHTS):
+        for name in ADAPTER_FILES:
             shutil.copyfile(adapter / name, folder / name)
         (folder / "README.md").write_text(card if isinstance(card, str) else model_card(config, card, options=options, chat_end=chat_end))
 
-    return _install(fill, destination, mark=_CONFIG)
+    return _install(fill, destination, mark=ADAPTER_CONFIG)
 
 
 def merge(
@@ -159,13 +158,13 @@ def _cell(value: Any) -> str:
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:
-    missing = [name for name in (_CONFIG, _WEIGHTS) if not (adapter / name).is_file()]
+    missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
     if missing:
         raise ModelError(f"{adapter} holds no adapter: {' and '.join(missing)} missing. Give the `adapter` folder of a completed trial.")
     try:
-        config = json.loads((adapter / _CONFIG).read_text())
+        config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{adapter / _CONFIG} cannot be read: {error}") from error
+        raise ModelError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from error
     return dict(config)
 
 

@@ -30,6 +30,7 @@ from loratune.data.prepared import Prepared, pack
 from loratune.errors import ModelError, StorageError
 from loratune.finetune import lora, memory, model
 from loratune.finetune.validation import validate
+from loratune.record.paths import ADAPTER_WEIGHTS
 from loratune.work import Hyperparameters, ModelRecipe
 
 EXAMPLES = 32  # of the validation set, at most
@@ -108,7 +109,7 @@ def _check(
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The file's tensors, on the CPU. Raises ModelError for a file that is damaged, or not the one that training wrote."""
-    path, written = folder / lora.WEIGHTS, lora.digest_of(folder)
+    path, written = folder / ADAPTER_WEIGHTS, lora.digest_of(folder)
     try:
         tensors = load_file(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()

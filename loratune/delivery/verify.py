@@ -9,12 +9,10 @@ from pathlib import Path
 from loratune.errors import StorageError
 from loratune.executors.devices import seen_as
 from loratune.record import StudyRecord, Trial
-from loratune.record.adapters import FILES
+from loratune.record.paths import ADAPTER_FILES, RunPaths
 from loratune.record.trials import TRAINED_ANEW, WRITTEN_ANEW
 from loratune.system.files import parsed, write_atomically
 from loratune.work import Outcome, Recipe, State
-
-NAME = "reloaded.json"  # in the study's folder: digest of what was checked -> its loss in plain PEFT, on a few examples
 
 
 def as_measured(record: StudyRecord, trial: Trial, adapter: Path) -> None:
@@ -25,7 +23,7 @@ def as_measured(record: StudyRecord, trial: Trial, adapter: Path) -> None:
     """
     recipe, outcome = record.base_model, _outcome(adapter)
     digest = _digest(record, trial, adapter, outcome)
-    known = _known(record.folder)
+    known = _known(record.paths.reloaded)  # digest -> loss in plain PEFT, on a few examples
     if digest in known:
         return
     from loratune.delivery import reload  # torch
@@ -40,18 +38,18 @@ def as_measured(record: StudyRecord, trial: Trial, adapter: Path) -> None:
         device=_device(record),
     )
     with contextlib.suppress(StorageError):  # somebody else's study, read only: it is checked anew the next time
-        write_atomically(record.folder / NAME, json.dumps(known, indent=1) + "\n")
+        write_atomically(record.paths.reloaded, json.dumps(known, indent=1) + "\n")
 
 
 def prepared_data(record: StudyRecord) -> Path | None:
     """The folder of the study's prepared data; None where no worker was ever told of one."""
-    path = record.folder / "recipe.json"
+    path = record.paths.recipe
     return Path(parsed(path, Recipe.from_json, WRITTEN_ANEW).data) if path.is_file() else None
 
 
 def _outcome(adapter: Path) -> Outcome | None:
     """What the run said when it wrote the adapter; None for one that does not lie with its run."""
-    files = sorted((adapter.parent / "outcomes").glob("*.json"))
+    files = sorted(RunPaths(adapter.parent).outcomes.glob("*.json"))
     found = [parsed(path, Outcome.from_json, TRAINED_ANEW) for path in files]
     return next((outcome for outcome in reversed(found) if outcome.state is State.COMPLETED), None)
 
@@ -61,18 +59,18 @@ def _digest(record: StudyRecord, trial: Trial, adapter: Path, outcome: Outcome |
     facts = [record.spec["model"], trial.hyperparameters.to_json(), outcome.validation_loss if outcome else None]
     libraries = [version(name) for name in ("peft", "transformers")]
     digest = hashlib.sha256(json.dumps([facts, libraries], sort_keys=True).encode())
-    for name in FILES:
+    for name in ADAPTER_FILES:
         digest.update((adapter / name).read_bytes())
     return digest.hexdigest()
 
 
-def _known(folder: Path) -> dict[str, float]:
+def _known(path: Path) -> dict[str, float]:
     try:
-        return dict(json.loads((folder / NAME).read_text()))
+        return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
-        raise StorageError(f"cannot read {folder / NAME}: {error}. Remove it; it is written anew.") from error
+        raise StorageError(f"cannot read {path}: {error}. Remove it; it is written anew.") from error
 
 
 def _device(record: StudyRecord) -> str:

@@ -22,8 +22,8 @@ from pathlib import Path
 from loratune import errors
 from loratune.downstream.events import Began, Event, Note
 from loratune.downstream.job import Model, Part, Task
-from loratune.downstream.results.scores import ADAPTER_FILES
 from loratune.errors import EvaluationError, LoratuneError
+from loratune.record.paths import ADAPTER_FILES
 from loratune.system.hub import weights_on_disk
 from loratune.system.machine import cpu_processes, thread_variables, threads_for
 

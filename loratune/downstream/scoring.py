@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from loratune.downstream.evaluator import evaluate
 from loratune.downstream.events import Event, Progress
 from loratune.downstream.job import Model
-from loratune.downstream.results.scores import read_results
-from loratune.downstream.results.search_items import FOLDER, keep_drawn
+from loratune.downstream.results.scores import model_name, read_results
+from loratune.downstream.results.search_items import keep_drawn
 from loratune.downstream.tasks.base import stratified
 from loratune.downstream.tasks.benchmarks import build
 from loratune.errors import EvaluationError, SpecError
+from loratune.record.paths import StudyPaths
 from loratune.work import ModelRecipe
 
 if TYPE_CHECKING:
@@ -87,12 +88,12 @@ class Scorer:
         What was answered in an earlier start counts. Without scores at its end it was stopped by `stop`. loss: as recorded.
         Raises what `evaluate` raises, and EvaluationError where memory runs out.
         """
-        began, name, done, total = time.monotonic(), f"{trial:04d}", 0, self.items
+        began, name, done, total = time.monotonic(), model_name(trial), 0, self.items
         for event in self._evaluate([Model(name=name, adapter=adapter, loss=loss)], stop):
             if isinstance(event, Progress):
                 done, total = event.done, event.total
             yield Scored(done=done, total=total, seconds=time.monotonic() - began)
-        found = {result.benchmark: result for result in read_results(self.folder / FOLDER) if result.model == name}
+        found = {result.benchmark: result for result in read_results(StudyPaths(self.folder).scoring) if result.model == name}
         if all(benchmark in found and found[benchmark].done for benchmark in self.benchmarks):
             scores = {benchmark: found[benchmark].interval().value for benchmark in self.benchmarks}
             yield Scored(done=total, total=total, seconds=time.monotonic() - began, scores=scores)
@@ -100,7 +101,7 @@ class Scorer:
     def _evaluate(self, models: Sequence[Model], stop: threading.Event) -> Iterator[Event]:
         try:
             yield from evaluate(
-                self.folder / FOLDER,
+                StudyPaths(self.folder).scoring,
                 recipe=self.recipe,
                 models=models,
                 benchmarks=self.benchmarks,

@@ -15,6 +15,7 @@ from pathlib import Path
 from loratune.errors import TrainingError
 from loratune.executors.base import News, Notice
 from loratune.executors.devices import only
+from loratune.record.paths import StudyPaths
 from loratune.system.files import scratch
 from loratune.system.machine import thread_variables
 from loratune.work import Json, Outcome, Progress
@@ -53,7 +54,7 @@ class WorkerProcess:
         self._root, self._lock, self._devices, self._size, self._threads = root, lock, devices, size, threads
         self._process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None  # None while no process runs
-        self.log = root / "workers" / f"{number}.log"
+        self.log = StudyPaths(root).worker_logs / f"{number}.log"
 
     @property
     def returncode(self) -> int | None:

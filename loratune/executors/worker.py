@@ -23,12 +23,13 @@ from loratune.errors import DeviceLostError, LoratuneError, kind_of
 from loratune.executors.base import News, Notice
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import DEVICE_LOST, ON_GPU
+from loratune.record.paths import StudyPaths
 from loratune.work import Outcome, Recipe, Segment, State
 
 
 def main(root: Path, address: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the driver alone decides
-    recipe = Recipe.from_json((root / "recipe.json").read_text())
+    recipe = Recipe.from_json(StudyPaths(root).recipe.read_text())
     if ON_GPU in os.environ:
         recipe = replace(recipe, device="cuda")
     try:

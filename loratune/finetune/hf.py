@@ -26,6 +26,7 @@ from loratune.finetune.optimisation import make_optimizer
 from loratune.finetune.segment import Inbox, SegmentRun
 from loratune.finetune.trainer import DivergedError, SegmentTrainer, StepHooks
 from loratune.finetune.validation import validate
+from loratune.record.paths import RunPaths, StudyPaths
 from loratune.system.files import write_atomically
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
@@ -66,7 +67,7 @@ class HfEngine:
         memory.free(self.device)
 
     def _outcome(self, wanted: Segment, report: Callable[[Progress], None], stop: threading.Event) -> Outcome:
-        folder = self.root / wanted.folder
+        folder = StudyPaths(self.root).of(wanted).folder
         if (words := self._last_words(folder, wanted)) is not None:
             return words
         if distributed.agree(stop.is_set()):
@@ -182,7 +183,7 @@ class HfEngine:
                 return State.CANCELLED
         run.settle()
         if self.rank == 0:
-            _save_adapter(adapter, run.folder / "adapter")
+            _save_adapter(adapter, RunPaths(run.folder).adapter)
         return State.COMPLETED
 
     def _validate(self, run: SegmentRun, adapter: torch.nn.Module, stop: threading.Event | None = None) -> None:

@@ -30,11 +30,11 @@ from loratune.finetune.dropout import DropoutKey, KeyedDropout
 from loratune.finetune.peft_layers import addressable, refuse_lost, words_on_lost
 from loratune.finetune.peft_layers import detach as detach
 from loratune.finetune.peft_layers import lora_layers as lora_layers
+from loratune.record.paths import ADAPTER_WEIGHTS
 from loratune.system.files import write_atomically
 from loratune.work import Hyperparameters
 
 ADAPTER = "default"
-WEIGHTS = "adapter_model.safetensors"
 
 # Last part of a linear layer's name, by what it does. Families that fuse q, k and v in one layer have no other choice.
 _QUERY = {"q_proj", "query", "q", "q_lin", "wq"}
@@ -132,8 +132,8 @@ def write_folder(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, to
     try:
         config.save_pretrained(str(aside))
         named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(named, aside / WEIGHTS, metadata={"format": "pt"})
-        write_atomically(digest_of(folder), hashlib.sha256((aside / WEIGHTS).read_bytes()).hexdigest())
+        save_file(named, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        write_atomically(digest_of(folder), hashlib.sha256((aside / ADAPTER_WEIGHTS).read_bytes()).hexdigest())
         shutil.rmtree(folder, ignore_errors=True)
         aside.replace(folder)
     except (OSError, SafetensorError) as error:

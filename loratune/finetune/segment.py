@@ -18,6 +18,7 @@ from torch import nn
 from loratune.data.batches import Tokens
 from loratune.data.order import order
 from loratune.finetune import checkpoint
+from loratune.record.paths import RunPaths
 from loratune.system.masking import masked
 from loratune.work import CurvePoint, Outcome, Progress, Segment, State, TrainingRecipe
 
@@ -222,5 +223,5 @@ class SegmentRun:
 def write_log(folder: Path, text: str) -> None:
     """Add a line, or a traceback, with the time to `log.txt` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as file:
+    with open(RunPaths(folder).log, "a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {masked(text)}\n")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from loratune.errors import ModelError, StorageError
 from loratune.record import StudyRecord, Trial
-from loratune.record.adapters import FILES, adapter_of, best_of, trial_of
+from loratune.record.adapters import adapter_of, best_of, trial_of
+from loratune.record.paths import ADAPTER_FILES, MAIN
 from loratune.work import Json, ModelRecipe
 
 NAMES = ("tuned", "default", "base")
@@ -30,7 +31,7 @@ class Tuned:
 
     trial: Trial
     adapter: Path  # PEFT folder
-    run: str = "main"  # of the trial: main, the study's own; else with another seed, a model of its own
+    run: str = MAIN  # of the trial: main, the study's own; else with another seed, a model of its own
 
 
 def choose(given: str, study: StudyRecord | None, tuned: Tuned | None = None) -> Contestant:
@@ -45,13 +46,13 @@ def choose(given: str, study: StudyRecord | None, tuned: Tuned | None = None) ->
     trial = _trial(given, study) if chosen is None else chosen.trial
     if trial is not None and study is not None:
         adapter = adapter_of(study, trial).resolve() if chosen is None else chosen.adapter.resolve()
-        again = chosen.run if chosen is not None and chosen.run != "main" else ""
+        again = chosen.run if chosen is not None and chosen.run != MAIN else ""
         roles = ", ".join(filter(None, [given if given in NAMES else "", again]))
         label = f"trial {trial.number}" + (f" ({roles})" if roles else "")
         name = f"trial-{trial.number}" + (f"-{again}" if again else "")
         return Contestant(label=label, name=name, adapter=str(adapter), weights=_digest(adapter))
     folder = Path(given)
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         what = f"as an adapter's folder it has no {' and no '.join(missing)}" if folder.is_dir() else "there is no such folder"
         raise ModelError(f"{given!r} is none of {', '.join(NAMES)}, trial:NUMBER, and {what}.")
@@ -65,7 +66,7 @@ def base_of(*contestants: Contestant) -> ModelRecipe:
     named: dict[str, str] = {}
     for contestant in contestants:
         if contestant.adapter is not None:
-            config = json.loads((Path(contestant.adapter) / FILES[0]).read_text())
+            config = json.loads((Path(contestant.adapter) / ADAPTER_FILES[0]).read_text())
             named[str(config.get("base_model_name_or_path") or "")] = contestant.label
     if len(named) != 1 or "" in named:
         said = ", ".join(f"{label}: {name or 'none'}" for name, label in named.items()) or "no adapter is given"
@@ -93,7 +94,7 @@ def _trial(given: str, study: StudyRecord | None) -> Trial | None:
 
 def _digest(adapter: Path) -> str:
     digest = hashlib.sha256()
-    for name in FILES:
+    for name in ADAPTER_FILES:
         with open(adapter / name, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 from loratune.errors import StorageError
+from loratune.record.paths import ADAPTER_FILES, MAIN
 from loratune.record.trials import StudyRecord, Trial
 from loratune.system.files import text_of
-
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def best_of(record: StudyRecord) -> Trial:
@@ -31,7 +30,7 @@ def shipped_run(record: StudyRecord) -> tuple[int, str] | None:
 
     Of the selection's file these two facts alone, without the room that makes it, which takes a second to import. Raises StorageError.
     """
-    path = record.folder / "selection.json"
+    path = record.paths.selection
     if not path.is_file():
         return None
     try:
@@ -42,16 +41,26 @@ def shipped_run(record: StudyRecord) -> tuple[int, str] | None:
         raise StorageError(f"cannot read {path}: {error}. Remove it; `loratune select {record.folder}` writes it anew.") from error
 
 
+def find_adapter(record: StudyRecord, trial: Trial, run: str = MAIN, *, handed_over: bool = False) -> Path | None:
+    """The folder of the adapter of the trial's run: where the study trained it, else where a selection did; None where neither is there.
+
+    handed_over: else `adapter/`, of the best trial, as long as nothing was selected.
+    """
+    paths = record.paths
+    places = [paths.run(trial.number, run).adapter, paths.finalists.run(trial.number, run).adapter]
+    best = record.best is not None and trial.number == record.best.number
+    if handed_over and best and run == MAIN and not paths.selection.exists():
+        places.append(paths.adapter)
+    return next((place for place in places if all((place / name).is_file() for name in ADAPTER_FILES)), None)
+
+
 def adapter_of(record: StudyRecord, trial: Trial) -> Path:
     """The folder of the trial's adapter: where it was trained, else the one handed over. Raises StorageError."""
-    places = [record.folder / "trials" / f"{trial.number:04d}" / "main" / "adapter"]
-    if record.best is not None and trial.number == record.best.number and not (record.folder / "selection.json").exists():
-        places.append(record.folder / "adapter")
-    for place in places:
-        if all((place / name).is_file() for name in FILES):
-            return place
-    kept = sorted(int(path.parents[2].name) for path in record.folder.glob(f"trials/*/main/adapter/{FILES[0]}"))
-    raise StorageError(
-        f"the adapter of trial {trial.number} ({trial.state}) is not on disk; adapters there: {', '.join(map(str, kept)) or 'none'}. "
-        "The field output.keep_adapters says how many a study keeps."
-    )
+    found = find_adapter(record, trial, handed_over=True)
+    if found is None:
+        kept = [t.number for t in record.trials if find_adapter(record, t) is not None]
+        raise StorageError(
+            f"the adapter of trial {trial.number} ({trial.state}) is not on disk; adapters there: {', '.join(map(str, kept)) or 'none'}. "
+            "The field output.keep_adapters says how many a study keeps."
+        )
+    return found

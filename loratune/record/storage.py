@@ -13,6 +13,7 @@ import yaml
 from optuna.samplers import BaseSampler
 
 from loratune.errors import StorageError
+from loratune.record.paths import StudyPaths
 from loratune.record.trials import objectives_of
 from loratune.system.files import text_of
 from loratune.system.masking import masked, unmasked
@@ -28,7 +29,7 @@ def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler
     `.journal` is Optuna's journal file, everything else goes to Optuna's RDB storage. A study found in the
     storage must have been begun by this folder. Its objectives are those of the folder's `spec.yaml`. Raises StorageError.
     """
-    spec = folder / "spec.yaml"
+    spec = StudyPaths(folder).spec
     directions: list[Any] = list(objectives_of(yaml.safe_load(text_of(spec)) if spec.exists() else {}).values())
     where = _where(url, folder)
     with explained(url, folder, opening=True):
@@ -37,7 +38,7 @@ def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler
         owner = study.user_attrs.get("folder")
         if owner is None:
             study.set_user_attr("folder", str(folder.resolve()))
-    started = (folder / "trials").is_dir()
+    started = StudyPaths(folder).begun
     if owner is not None and not started and study.get_trials(deepcopy=False):
         raise StorageError(
             f"storage {masked(where)} already holds a study named {name!r}, begun in {owner}. "
@@ -128,7 +129,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _where(url: str | None, folder: Path) -> str:
-    return unmasked(url) if url else f"sqlite:///{folder.resolve() / 'study.db'}"
+    return unmasked(url) if url else f"sqlite:///{StudyPaths(folder.resolve()).database}"
 
 
 def _file(where: str) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from loratune.errors import ModelError, StorageError
+from loratune.record.paths import MAIN, StudyPaths, TrialPaths
 from loratune.record.states import TrialState
 from loratune.system.files import AnyPath, parsed
 from loratune.work import CurvePoint, Hyperparameters, Json, ModelRecipe, Outcome
@@ -32,10 +33,14 @@ class Trial(Json):
     outcomes: tuple[Outcome, ...] = ()  # in the order they were trained
 
     @property
+    def last_run(self) -> tuple[Outcome, ...]:
+        """The outcomes of the trial's last run."""
+        return tuple(o for o in self.outcomes if o.run == self.outcomes[-1].run)
+
+    @property
     def curve(self) -> tuple[CurvePoint, ...]:
         """The learning curve of the trial's last run, ascending steps."""
-        runs = [outcome.key.split("/")[1] for outcome in self.outcomes]
-        return tuple(p for run, o in zip(runs, self.outcomes, strict=True) if run == runs[-1] for p in o.curve)
+        return tuple(point for outcome in self.last_run for point in outcome.curve)
 
     @property
     def kept_step(self) -> int | None:
@@ -67,12 +72,16 @@ class StudyRecord:
     trusted: bool = False  # whether the reader lets code run that comes with the base model; the folder has no say in it
 
     @property
+    def paths(self) -> StudyPaths:
+        return StudyPaths(self.folder)
+
+    @property
     def base_model(self) -> ModelRecipe:
         """The base model, to be loaded. Raises ModelError for one that brings code along, unless the reader trusts it."""
         try:
             recipe = ModelRecipe(**self.spec["model"])
         except (KeyError, TypeError) as error:
-            raise StorageError(f"{self.folder / 'spec.yaml'} is damaged (model: {error}). Restore it from a copy.") from error
+            raise StorageError(f"{self.paths.spec} is damaged (model: {error}). Restore it from a copy.") from error
         kernel = recipe.attn_implementation is not None and "/" in recipe.attn_implementation  # code of a hub's repository
         if (recipe.trust_remote_code or kernel) and not self.trusted:
             what = f"attention from {recipe.attn_implementation}" if kernel else "Python code that comes with the model"
@@ -91,6 +100,14 @@ class StudyRecord:
     def best(self) -> Trial | None:
         """The finished trial of the lowest validation loss, which keeps every constraint; ties go to the earlier one."""
         return min(self.finished, key=lambda t: (t.value, t.number), default=None)
+
+    @property
+    def budget_spent(self) -> bool:
+        """Whether the last start ran to the end of its budget: of trials, or of hours, after which the hand-over was written."""
+        best = self.paths.best
+        return sum(trial.state.ended for trial in self.trials) >= self.spec.get("budget", {}).get("trials", 0) or (
+            best.is_file() and best.stat().st_mtime >= self.progress.get("updated", 0.0)
+        )
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -147,32 +164,26 @@ def read(folder: AnyPath, *, trust_remote_code: bool = False) -> StudyRecord:
     trust_remote_code: let code run that comes with the base model, when the study asks for it and its model is loaded.
     Raises StorageError when it is not one, and for a damaged file of it: which, and what to do.
     """
-    folder = Path(folder)
-    if not (folder / "spec.yaml").is_file():
+    folder, paths = Path(folder), StudyPaths(folder)
+    if not paths.spec.is_file():
         raise StorageError(f"{folder} is not a study's folder: it has no spec.yaml. `loratune run` makes one.")
-    spec = parsed(folder / "spec.yaml", _spec, "Restore it from a copy, or give the same `loratune run` command again with every flag.")
+    spec = parsed(paths.spec, _spec, "Restore it from a copy, or give the same `loratune run` command again with every flag.")
     return StudyRecord(
         folder=folder,
         name=spec.get("name") or folder.name,
         spec=spec,
-        trials=tuple(_read_trial(number, path / "trial.json") for number, path in trial_folders(folder) if (path / "trial.json").exists()),
-        sessions=tuple(read_sessions(folder)),
-        manifest=_manifest(folder),
-        prompt=_prompt(folder, spec),
-        progress=_cached(folder / "progress.json"),
+        trials=tuple(_read_trial(trial) for trial in paths.trials_there() if trial.record.exists()),
+        sessions=tuple(read_sessions(paths)),
+        manifest=_manifest(paths),
+        prompt=_prompt(paths, spec),
+        progress=_cached(paths.progress),
         trusted=trust_remote_code,
     )
 
 
-def trial_folders(folder: Path) -> list[tuple[int, Path]]:
-    """(number, folder) of every trial, ascending; what else lies in `trials/` is not ours."""
-    inside = (folder / "trials").iterdir() if (folder / "trials").is_dir() else ()
-    return sorted((int(path.name), path) for path in inside if re.fullmatch(r"\d{4,9}", path.name))
-
-
-def read_sessions(folder: Path) -> list[dict[str, Any]]:
+def read_sessions(paths: StudyPaths) -> list[dict[str, Any]]:
     """Every start of the driver, in order. Raises StorageError."""
-    files = (path for path in (folder / "sessions").glob("*.json") if path.stem.isdigit())
+    files = (path for path in paths.sessions.glob("*.json") if path.stem.isdigit())
     remedy = "Remove the file: it holds the command and the duration of one start, no result."
     return [parsed(path, _session, remedy) for path in sorted(files, key=lambda path: int(path.stem))]
 
@@ -232,15 +243,15 @@ def _spec(text: str) -> dict[str, Any]:
     return spec
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(paths: StudyPaths) -> dict[str, Any]:
     """The prepared data's manifest; empty where the data or the way to them are gone, since `loratune run` makes both again."""
-    data = _cached(folder / "recipe.json").get("data")
+    data = _cached(paths.recipe).get("data")
     return _cached(Path(data) / "manifest.json") if isinstance(data, str) else {}
 
 
-def _prompt(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
+def _prompt(paths: StudyPaths, spec: dict[str, Any]) -> dict[str, Any]:
     """As recorded; of a study older than such records, as its description says."""
-    path, kind = folder / "prompt.json", spec.get("data", {}).get("prompt", "alpaca")
+    path, kind = paths.prompt, spec.get("data", {}).get("prompt", "alpaca")
     remedy = "Remove the file; the same `loratune run` command writes it again, with the day's date for a template that shows one."
     recorded = parsed(path, lambda text: _mapping(json.loads(text)), remedy) if path.is_file() else {"note": kind}
     return {"kind": kind, "note": "", "date": "", "thinking": False, "end": ""} | recorded
@@ -254,35 +265,28 @@ def _cached(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _read_trial(number: int, path: Path) -> Trial:
-    outcomes = read_outcomes(path.parent)
+def _read_trial(paths: TrialPaths) -> Trial:
+    outcomes, path = read_outcomes(paths), paths.record
     plain = [json.loads(o.to_json()) for o in outcomes]
     remedy = "Remove the file; the same `loratune run` command writes it again from the trial's outcomes."
     trial = parsed(path, lambda text: Trial.from_json(json.dumps(_mapping(json.loads(text)) | {"outcomes": plain})), remedy)
-    if trial.number != number:
+    if trial.number != paths.number:
         raise StorageError(f"{path} is damaged (it is of trial {trial.number}). {remedy}")
     return trial
 
 
-def read_outcomes(trial: Path) -> list[Outcome]:
+def read_outcomes(trial: TrialPaths) -> list[Outcome]:
     """The outcomes in a trial's folder, in the order they were trained: shorter runs first, `main` last, each by its steps.
 
     A run of a larger share comes later (`schedules/halving.py`); its last step says how large. Times of files say nothing: a copy
     has others. Raises StorageError.
     """
-    found = [parsed(file, _outcome, TRAINED_ANEW) for file in trial.glob("*/outcomes/*.json") if file.stem.isdigit()]
-    place = {outcome.key: (outcome.key.split("/")[1], int(outcome.key.split("/")[2])) for outcome in found}
+    found = [parsed(file, _outcome, TRAINED_ANEW) for file in trial.outcomes()]
     length: dict[str, int] = {}
-    for run, stop in place.values():
-        length[run] = max(stop, length.get(run, 0))
-    return sorted(found, key=lambda o: ((run := place[o.key][0]) == "main", length[run], run, place[o.key][1]))
+    for outcome in found:
+        length[outcome.run] = max(outcome.stop_step, length.get(outcome.run, 0))
+    return sorted(found, key=lambda o: (o.run == MAIN, length[o.run], o.run, o.stop_step))
 
 
 def _outcome(text: str) -> Outcome:
     return Outcome.from_json(json.dumps(_mapping(json.loads(text))))
-
-
-def outcome_path(folder: Path, key: str) -> Path:
-    """Where the outcome of the segment `key` lies in the study's folder."""
-    trial, run, stop = key.split("/")
-    return folder / "trials" / trial / run / "outcomes" / f"{stop}.json"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratune.errors import StorageError
-from loratune.record.trials import TRAINED_ANEW, Trial, outcome_path, trial_folders
+from loratune.record.paths import StudyPaths
+from loratune.record.trials import TRAINED_ANEW, Trial
 from loratune.system.files import AnyPath, alive, parsed, sweep, text_of, write_atomically
 from loratune.system.masking import masked
 from loratune.work import Outcome, Recipe, Segment, State
@@ -22,25 +23,25 @@ class Record:
     """The one writer of a study's folder. Make it with `open_record`."""
 
     def __init__(self, folder: Path, lock: int) -> None:
-        self.folder = folder
+        self.folder, self.paths = folder, StudyPaths(folder)
         self.lock = lock  # file descriptor; workers inherit it, so that the lock outlives a killed driver until they are gone
 
     def recipe(self, recipe: Recipe) -> None:
-        write_atomically(self.folder / "recipe.json", recipe.to_json())
+        write_atomically(self.paths.recipe, recipe.to_json())
 
     def outcome(self, segment: Segment) -> Outcome | None:
         """The segment's outcome, if it was ever recorded."""
-        path = outcome_path(self.folder, segment.key)
+        path = self.paths.outcome(segment.key)
         return parsed(path, Outcome.from_json, TRAINED_ANEW) if path.exists() else None
 
     def keep(self, outcome: Outcome) -> None:
         """Record a final outcome. Cancelled segments and bad input are not final: the same command tries again."""
         if outcome.state not in (State.CANCELLED, State.BAD_INPUT):
-            write_atomically(outcome_path(self.folder, outcome.key), replace(outcome, message=masked(outcome.message)).to_json())
+            write_atomically(self.paths.outcome(outcome.key), replace(outcome, message=masked(outcome.message)).to_json())
 
     def trial(self, trial: Trial) -> None:
         """Write `trial.json`, unless what stands there knows of more segments: then this is a replay."""
-        path = self.folder / "trials" / f"{trial.number:04d}" / "trial.json"
+        path = self.paths.trial(trial.number).record
         content = json.loads(replace(trial, message=masked(trial.message)).to_json())
         content["segments"] = len(content.pop("outcomes"))  # each has a file of its own
         text = json.dumps(content, indent=1)
@@ -50,41 +51,41 @@ class Record:
 
     def begin(self, number: int, settled: int) -> None:
         """Note, before the sampler is asked for trial `number`, how many segments had been settled by then."""
-        write_atomically(self.folder / "trials" / f"{number:04d}" / "began", str(settled))
+        write_atomically(self.paths.trial(number).began, str(settled))
 
     def began_at(self) -> dict[int, int]:
         """What `begin` noted, by trial: a replayed study starts each trial at the same point."""
         remedy = "Restore it from a copy, or begin a new study: the sampler cannot be asked again as it was."
-        began = ((number, path / "began") for number, path in trial_folders(self.folder))
-        return {number: parsed(path, int, remedy) for number, path in began if path.exists()}
+        return {trial.number: parsed(trial.began, int, remedy) for trial in self.paths.trials_there() if trial.began.exists()}
 
     def kept(self, name: Literal["slots", "workers"], chosen: int) -> int:
         """How many slots a process has, or how many processes train: what the study began with, else `chosen`, from now on.
 
         It decides what the sampler knows when it proposes, so it must not follow a change of machine or budget.
         """
-        path = self.folder / f"{name}.txt"
-        if not path.exists() or not (self.folder / "trials").exists():
+        path = {"slots": self.paths.slots, "workers": self.paths.workers}[name]
+        if not path.exists() or not self.paths.begun:
             write_atomically(path, str(chosen))
         remedy = f"Write into it the number of {name} that the study began with, as sessions/ and workers/ may tell."
         return parsed(path, _count, remedy)
 
     def prompt(self, prompt: dict[str, Any]) -> None:
         """The prompt that the examples were given (`finetune.prepared.PromptUsed`)."""
-        write_atomically(self.folder / "prompt.json", json.dumps(prompt))
+        write_atomically(self.paths.prompt, json.dumps(prompt))
 
     def date(self) -> str:
         """The date that a chat template shows: of the day when the study began; empty before its first trial."""
-        begun = (self.folder / "trials").exists() and (self.folder / "prompt.json").exists()
         remedy = "Restore it from a copy: with another date the chat template would show another prompt."
-        return parsed(self.folder / "prompt.json", lambda text: str(json.loads(text)["date"]), remedy) if begun else ""
+        if not (self.paths.begun and self.paths.prompt.exists()):
+            return ""
+        return parsed(self.paths.prompt, lambda text: str(json.loads(text)["date"]), remedy)
 
     def progress(self, progress: dict[str, Any]) -> None:
         with contextlib.suppress(StorageError):  # a cache; where the disk is full, the next result says so
-            write_atomically(self.folder / "progress.json", json.dumps(progress))
+            write_atomically(self.paths.progress, json.dumps(progress))
 
     def session(self, session: dict[str, Any]) -> None:
-        write_atomically(self.folder / "sessions" / f"{session['number']:04d}.json", json.dumps(session, indent=1))
+        write_atomically(self.paths.session(session["number"]), json.dumps(session, indent=1))
 
 
 def _standing(path: Path) -> tuple[str, int]:
@@ -109,10 +110,10 @@ def open_record(folder: AnyPath) -> Iterator[Record]:
     A driver that was killed leaves the lock to its workers, which notice within a second and exit; they
     are waited for. A driver that lives is respected. Raises StorageError.
     """
-    folder = Path(folder)
+    folder, paths = Path(folder), StudyPaths(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(paths.lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise StorageError(f"cannot write the study's folder {folder}: {error.strerror}. Choose another with --output.folder.") from error
     try:
@@ -120,7 +121,7 @@ def open_record(folder: AnyPath) -> Iterator[Record]:
         os.set_inheritable(handle, True)
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": os.uname().nodename}).encode(), 0)
-        for inside in (folder, folder / "sessions", *(path for _, path in trial_folders(folder))):
+        for inside in (folder, paths.sessions, *(trial.folder for trial in paths.trials_there())):
             sweep(inside)
         yield Record(folder, handle)
     finally:

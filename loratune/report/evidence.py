@@ -7,7 +7,7 @@ from functools import cached_property
 from loratune.downstream.results.contamination import Contamination
 from loratune.downstream.results.contamination import read as read_contamination
 from loratune.downstream.results.findings import Finding, findings
-from loratune.downstream.results.scores import BASE, FOLDER, Cell, Result, in_words, model_name, read_results, table, whose
+from loratune.downstream.results.scores import BASE, Cell, Result, in_words, model_name, read_results, table, whose
 from loratune.preference import PreferenceRecord, find
 from loratune.record import StudyRecord, Trial
 from loratune.report import tables
@@ -143,7 +143,7 @@ def gather(record: StudyRecord) -> Evidence:
 
 def downstream_of(record: StudyRecord, selection: SelectionRecord | None) -> Downstream | None:
     """What `loratune evaluate` measured; selection: one that holds for the study."""
-    results = read_results(record.folder / FOLDER)
+    results = read_results(record.paths.evaluation)
     if not results:
         return None
     ranking = tables.ranked(record, TOP)[0]
@@ -158,7 +158,7 @@ def downstream_of(record: StudyRecord, selection: SelectionRecord | None) -> Dow
         losses=losses | ({BASE: base} if base is not None else {}),
         best=tuple(_name(trial) for trial in ranking if _name(trial) in scored),
         default=_name(record.default) if record.default is not None and _name(record.default) in scored else None,
-        contamination=tuple(read_contamination(record.folder / FOLDER)),
+        contamination=tuple(read_contamination(record.paths.evaluation)),
         shipped=shipped,
     )
 

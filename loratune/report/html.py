@@ -14,11 +14,12 @@ import jinja2
 from loratune.downstream.results.contamination import RULE
 from loratune.errors import StorageError
 from loratune.record import PAUSED, PRUNED, RUNNING, StudyRecord
+from loratune.record.adapters import find_adapter
+from loratune.record.paths import MAIN
 from loratune.report import figures, preferences, spec_summary, tables
 from loratune.report.drawing import DARK, SHADES, Plot
 from loratune.report.evidence import Evidence, gather
 from loratune.report.svg import Inline, inline, save
-from loratune.selection import adapter_folder
 from loratune.system import formatting
 from loratune.system.files import write_atomically
 from loratune.system.machine import version_of_loratune
@@ -106,9 +107,9 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
     """What the templates show of one study; `key` begins its ids."""
     record, selection, downstream = evidence.record, evidence.selection, evidence.downstream
     top, others = tables.ranked(record)
-    handed_over = record.folder / "adapter"
+    handed_over = record.paths.adapter
     chosen = evidence.chosen
-    trained = adapter_folder(record, chosen, *([selection.shipped.run] if selection else [])) if chosen else None
+    trained = find_adapter(record, chosen, selection.shipped.run if selection else MAIN) if chosen else None
     entrants = sorted(selection.candidates, key=lambda e: (e.trial != selection.chosen, -e.share, e.loss))[:MANY] if selection else []
     return {
         "key": key,

@@ -34,7 +34,7 @@ def asked(record: StudyRecord) -> list[tuple[str, str]]:
 
 def _notes(record: StudyRecord) -> list[str]:
     """Lines on the model and the data that were told before the first trial."""
-    path = record.folder / "notes.txt"
+    path = record.paths.notes
     return path.read_text().splitlines() if path.is_file() else []
 
 

@@ -24,7 +24,7 @@ A study in, selection.json out:
 from loratune.selection.bias import Honest, expected_optimism, from_cross_fit, from_fresh_seeds, from_held_out
 from loratune.selection.choose import Candidate, Choice, Rule, choose
 from loratune.selection.constraints import METRICS, Constraint, parse
-from loratune.selection.decide import Planned, Selected, SelectEvent, adapter_folder, select
+from loratune.selection.decide import Planned, Selected, SelectEvent, select
 from loratune.selection.finalists import Finalists, Noise, finalists, noise_from_twins, scaled
 from loratune.selection.pareto import hypervolume, non_dominated
 from loratune.selection.race import Drop, Race, Standing
@@ -53,7 +53,6 @@ __all__ = [
     "SelectionRecord",
     "Shipped",
     "Standing",
-    "adapter_folder",
     "choose",
     "expected_optimism",
     "finalists",

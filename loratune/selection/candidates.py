@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from loratune.downstream.results.scores import FOLDER, Result, read_results
+from loratune.downstream.results.scores import Result, read_results
 from loratune.errors import SpecError
 from loratune.record import StudyRecord, Trial
 from loratune.selection.choose import Candidate, Rule
@@ -41,7 +41,7 @@ def loss_of(trial: Trial) -> float:
 def scores_of(study: StudyRecord) -> dict[int, dict[str, Result]]:
     """What `loratune evaluate` measured of each trial; benchmarks that it did not finish do not count."""
     found: dict[int, dict[str, Result]] = {}
-    for result in read_results(study.folder / FOLDER):
+    for result in read_results(study.paths.evaluation):
         if result.model.isdigit() and result.done:
             found.setdefault(int(result.model), {})[result.benchmark] = result
     return found

@@ -19,10 +19,10 @@ import math
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from loratune.errors import SpecError, StorageError, TrainingError
 from loratune.record import StudyRecord, Trial, open_record, read
+from loratune.record.adapters import find_adapter
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
 from loratune.selection.candidates import allowed, candidates, loss_of, name_of, noise_of, rule_of, scored, scores_of
@@ -30,7 +30,7 @@ from loratune.selection.choose import Choice, Rule, choose
 from loratune.selection.constraints import METRICS
 from loratune.selection.finalists import Finalists, Noise, finalists
 from loratune.selection.race import Race
-from loratune.selection.rerun import AGAIN, CHECK, FOLDER, RACE, Cost, Event, Note, Rerun, expected, fresh_seed, run_name
+from loratune.selection.rerun import AGAIN, CHECK, RACE, Cost, Event, Note, Rerun, expected, fresh_seed, run_name
 from loratune.selection.selected import Honest, SelectionRecord, Shipped
 from loratune.statistics import student_mean
 from loratune.system.files import AnyPath
@@ -117,7 +117,7 @@ class _Selection:
         self.trials = allowed(ranking, stated, self.scores)
         self.excluded = len(ranking) - len(self.trials)
         # The choice's adapter may have to be trained again.
-        self.again = int((study.folder / selected.NAME).exists() or any(adapter_folder(study, t) is None for t in self.trials))
+        self.again = int(study.paths.selection.exists() or any(find_adapter(study, t) is None for t in self.trials))
         self.most, self.runs = self._limits(most, runs)
         self.noise = noise_of(ranking)
         self.by_loss = stated.priorities[0] == "validation_loss" and not stated.weights
@@ -207,7 +207,7 @@ class _Selection:
         lines.append(f"Then {CHECKS} runs each of the chosen one" + (" and the default." if self.default is not None else "."))
         if self.again:
             lines.append("And one more if the chosen one's adapter was not kept.")
-        known = sum(1 for _ in (self.study.folder / FOLDER).glob("trials/*/*/outcomes/*.json"))
+        known = sum(len(trial.outcomes()) for trial in self.study.paths.finalists.trials_there())
         lines.append(f"At most {most}, as fast as the study was" + (f"; {known} of an earlier start are on disk." if known else "."))
         return Planned("\n".join(lines), most)
 
@@ -289,7 +289,7 @@ class _Selection:
         checked = [run for run in honest.runs if run.trial == chosen.number] if honest else []
         runs = _runs(chosen, race) | {run_name(CHECK, run.repeat): run.loss for run in checked}
         run = min(runs, key=runs.__getitem__)
-        if adapter_folder(self.study, chosen, run) is None:
+        if find_adapter(self.study, chosen, run) is None:
             if not self.rerun:
                 self._tell(f"The adapter of trial {chosen.number} was not kept. `loratune select {self.study.folder}` trains it again.")
             else:
@@ -315,12 +315,6 @@ class _Selection:
         return tuple(self.notes)
 
 
-def adapter_folder(study: StudyRecord, trial: Trial, run: str = AGAIN) -> Path | None:
-    """Where the adapter of the trial's run lies: where the study trained it, else where a selection did."""
-    own = Path("trials") / f"{trial.number:04d}" / run / "adapter"
-    return next((f for f in (study.folder / own, study.folder / FOLDER / own) if (f / "adapter_config.json").is_file()), None)
-
-
 def _runs(trial: Trial, race: Race | None) -> dict[str, float]:
     """The trial's runs that took part in the choice: the study's own and the race's, and their losses."""
     raced = {run_name(RACE, repeat): loss for name, repeat, loss in race.log if name == name_of(trial)} if race else {}
@@ -328,13 +322,10 @@ def _runs(trial: Trial, race: Race | None) -> dict[str, float]:
 
 
 def _check_finished(study: StudyRecord) -> None:
-    """A study is over when its trials are, or when its hours are, after which it handed over. Raises StorageError."""
-    ended = sum(trial.state.ended for trial in study.trials)
-    asked = int(study.spec["budget"]["trials"])
-    handed_over = study.folder / "best.yaml"
-    by_hours = handed_over.is_file() and handed_over.stat().st_mtime >= study.progress.get("updated", 0.0)
-    if ended < asked and not by_hours:
+    """Raises StorageError."""
+    if not study.budget_spent:
+        ended, budget = sum(trial.state.ended for trial in study.trials), study.spec["budget"]["trials"]
         raise StorageError(
-            f"the study in {study.folder} is not finished: {ended} of {asked} trials ended. "
+            f"the study in {study.folder} is not finished: {ended} of {budget} trials ended. "
             f"Go on with `loratune run {study.folder}`, then select."
         )

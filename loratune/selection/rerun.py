@@ -36,7 +36,6 @@ from loratune.record.trials import WRITTEN_ANEW
 from loratune.system.files import parsed
 from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
 
-FOLDER = "finalists"
 RACE, CHECK, AGAIN = "race", "check", "main"  # parts of a selection; the last is the study's own run
 
 
@@ -98,7 +97,7 @@ def cost_of(outcomes: Iterable[Outcome]) -> Cost:
 
 def expected(trials: Sequence[Trial], runs: int) -> Cost:
     """What `runs` more runs of such trials will cost, by what their own last run cost in the study."""
-    own = [cost_of(o for o in t.outcomes if o.key.split("/")[1] == t.outcomes[-1].key.split("/")[1]) for t in trials]
+    own = [cost_of(t.last_run) for t in trials]
     return Cost(
         runs=runs,
         tokens=runs * float(np.mean([cost.tokens for cost in own])),
@@ -110,7 +109,7 @@ class Rerun:
     """Trains a study's trials again. A context; needs the study's lock (`record.open_record`)."""
 
     def __init__(self, study: StudyRecord, lock: int, stop: threading.Event) -> None:
-        self.folder = study.folder / FOLDER
+        self.folder = study.paths.finalists.folder
         self.outcomes: dict[str, Outcome] = {}  # of all runs asked for, by key
         self._study, self._stop = study, stop
         self._record = Record(self.folder, lock)
@@ -138,7 +137,7 @@ class Rerun:
             key: known
             for key, (_, segment) in trials.items()
             if (known := self._record.outcome(segment)) is not None
-            and not (adapters and not (self.folder / segment.folder / "adapter").is_dir())
+            and not (adapters and not (self._record.paths.of(segment).adapter).is_dir())
         }
         waiting = [segment for key, (_, segment) in trials.items() if key not in done]
         flying = 0
@@ -170,12 +169,14 @@ class Rerun:
 
     def keep_adapters(self, part: str, keep: Set[tuple[int, str]]) -> None:
         """Remove the adapters of all finished runs of a part ("": of all) but `keep`, (trial's number, run), and their checkpoints."""
-        for outcome in self.folder.glob(f"trials/*/{part}*/outcomes/*.json"):
-            own = outcome.parents[1]
-            for checkpoint in own.glob("checkpoint-*"):
-                checkpoint.unlink(missing_ok=True)
-            if (int(own.parent.name), own.name) not in keep:
-                shutil.rmtree(own / "adapter", ignore_errors=True)
+        for trial in self._record.paths.trials_there():
+            for run in trial.runs():
+                if not run.folder.name.startswith(part) or not run.outcomes.is_dir():
+                    continue
+                for checkpoint in run.checkpoints():
+                    checkpoint.unlink(missing_ok=True)
+                if (trial.number, run.folder.name) not in keep:
+                    shutil.rmtree(run.adapter, ignore_errors=True)
 
     def _segment(self, trial: Trial, run: str) -> Segment:
         """The trial's full run, as the study trains it."""
@@ -191,7 +192,7 @@ class Rerun:
         """The study's recipe, its data there."""
         if self._recipe is None:
             # The model is the one of the description, which the reader may have to trust: recipe.json has no say in that.
-            recipe = replace(parsed(self._study.folder / "recipe.json", Recipe.from_json, WRITTEN_ANEW), model=self._study.base_model)
+            recipe = replace(parsed(self._study.paths.recipe, Recipe.from_json, WRITTEN_ANEW), model=self._study.base_model)
             data = Path(recipe.data)
             prepared = Prepared.load(data) if (data / "manifest.json").is_file() else self._prepare_again(data)
             self._examples = len(prepared.train)

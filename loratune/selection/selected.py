@@ -3,16 +3,15 @@
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from loratune.errors import StorageError
 from loratune.record import StudyRecord, Trial
+from loratune.record.paths import StudyPaths
 from loratune.selection.sureness import Gap, gap, sure
 from loratune.statistics import Interval
 from loratune.system.files import AnyPath, write_atomically
 from loratune.work import Json
 
-NAME = "selection.json"
 VERSION = 1
 
 
@@ -183,12 +182,12 @@ class SelectionRecord(Json):
 
 
 def write(record: SelectionRecord, folder: AnyPath) -> None:
-    write_atomically(Path(folder) / NAME, json.dumps(json.loads(record.to_json()), indent=1) + "\n")
+    write_atomically(StudyPaths(folder).selection, json.dumps(json.loads(record.to_json()), indent=1) + "\n")
 
 
 def read(folder: AnyPath) -> SelectionRecord | None:
     """The study's selection; None when none was made. Raises StorageError for a file that cannot be read."""
-    path = Path(folder) / NAME
+    path = StudyPaths(folder).selection
     if not path.exists():
         return None
     try:

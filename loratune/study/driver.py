@@ -23,6 +23,7 @@ from loratune.data.prepare import Prepared
 from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
+from loratune.record.paths import MAIN, StudyPaths
 from loratune.record.progress import Meter
 from loratune.record.storage import explained, open_study, until_free
 from loratune.record.trials import read_sessions
@@ -141,7 +142,7 @@ def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:
 
     folder = Path(folder)
     record = read(folder, trust_remote_code=trust_remote_code)
-    report = write_report([record], folder / "report.html")
+    report = write_report([record], StudyPaths(folder).report)
     best, adapter = hand_over(record, folder) if record.best is not None else (None, None)
     return Delivery(record=record, report=report, best=best, adapter=adapter)
 
@@ -182,9 +183,9 @@ def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int
 
 def _adopt(spec: StudySpec, record: Record) -> None:
     """Make the folder this study's, or see that it is."""
-    path = record.folder / "spec.yaml"
+    path = record.paths.spec
     spec = spec.masked()
-    if path.exists() and (record.folder / "trials").exists():  # before the first trial, mending the description is free
+    if path.exists() and record.paths.begun:  # before the first trial, mending the description is free
         try:
             old = StudySpec.load(path)
         except SpecError as error:
@@ -196,15 +197,16 @@ def _adopt(spec: StudySpec, record: Record) -> None:
                 f"{record.folder} holds a study with another description:\n{lines}\n"
                 "Only a larger budget continues a study. Undo the change, or choose another --output.folder."
             )
-    elif not (record.folder / "sessions").exists() and _strangers(record.folder):
+    elif not record.paths.sessions.exists() and _strangers(record.folder):
         raise StorageError(f"{record.folder} is neither empty nor a study's folder. Choose another --output.folder.")
     write_atomically(path, spec.to_yaml())
 
 
 def _strangers(folder: Path) -> list[str]:
     """What lies in a folder that no start of ours can have left there before its first session."""
-    ours = {"lock", "spec.yaml"} if _as_written(folder / "spec.yaml") else {"lock"}
-    return [name for name in os.listdir(folder) if name not in ours and not name.startswith(".spec.yaml.")]
+    paths = StudyPaths(folder)
+    ours = {paths.lock.name} | ({paths.spec.name} if _as_written(paths.spec) else set())
+    return [name for name in os.listdir(folder) if name not in ours and not name.startswith(f".{paths.spec.name}.")]
 
 
 def _as_written(path: Path) -> bool:
@@ -216,9 +218,9 @@ def _as_written(path: Path) -> bool:
 
 def _same_data(record: Record, data: Prepared) -> None:
     """Refuse to go on when the data files changed since the study began: their losses could not be compared."""
-    path = record.folder / "data.txt"
+    path = record.paths.data
     began = text_of(path) if path.exists() else data.folder.name
-    if began != data.folder.name and (record.folder / "trials").exists():
+    if began != data.folder.name and record.paths.begun:
         raise StorageError(
             f"the data or the tokenizer changed since {record.folder} began, or this version of loratune prepares them otherwise: "
             f"{path} says {began!r}, it is {data.folder.name}. Restore the files, or finish the study with the version that began it, "
@@ -236,8 +238,8 @@ def _targets(spec: StudySpec) -> list[str | tuple[str, ...]]:
 
 def _known_beforehand(spec: StudySpec, record: Record, data: Prepared) -> list[str]:
     """`known_beforehand`, asked once per study and kept in its folder; nothing when the study goes on."""
-    path = record.folder / "notes.txt"
-    if path.exists() and (record.folder / "trials").exists():
+    path = record.paths.notes
+    if path.exists() and record.paths.begun:
         return []
     notes = known_beforehand(spec, data)
     write_atomically(path, "\n".join(notes))
@@ -255,20 +257,19 @@ def _tidy(spec: StudySpec, folder: Path) -> None:
     for trial in record.trials:
         if trial.state not in (COMPLETE, INFEASIBLE, DIVERGED):
             continue  # may go on, with a larger budget
-        own = folder / "trials" / f"{trial.number:04d}"
-        for checkpoint in own.glob("*/checkpoint-*"):
-            checkpoint.unlink(missing_ok=True)
-        for adapter in own.glob("*/adapter"):
-            unwanted = spec.output.keep_adapters is not None and trial.number not in kept
-            if adapter.parent.name != "main" or unwanted:  # a short run's adapter was a step on the way
-                shutil.rmtree(adapter, ignore_errors=True)
+        unwanted = spec.output.keep_adapters is not None and trial.number not in kept
+        for run in record.paths.trial(trial.number).runs():
+            for checkpoint in run.checkpoints():
+                checkpoint.unlink(missing_ok=True)
+            if run.folder.name != MAIN or unwanted:  # a short run's adapter was a step on the way
+                shutil.rmtree(run.adapter, ignore_errors=True)
 
 
 class _Session:
     """One start of the driver: when, by which command, on what, for how long."""
 
     def __init__(self, record: Record) -> None:
-        earlier = read_sessions(record.folder)
+        earlier = read_sessions(record.paths)
         self.earlier_seconds = sum(session["seconds"] for session in earlier)
         self._record, self._began, self._written = record, time.monotonic(), 0.0
         self._facts = {

@@ -19,11 +19,11 @@ from loratune.downstream.events import Event, Note
 from loratune.downstream.job import Model
 from loratune.downstream.results import contamination
 from loratune.downstream.results.findings import lines
-from loratune.downstream.results.scores import BASE, FOLDER, Result, in_words, model_name, read_results
+from loratune.downstream.results.scores import BASE, Result, in_words, model_name, read_results
 from loratune.downstream.tasks.benchmarks import EMBEDDED, HARNESS, PUBLISHED, build
 from loratune.errors import EvaluationError, StorageError
 from loratune.record import StudyRecord, Trial, read
-from loratune.record.adapters import shipped_run
+from loratune.record.adapters import find_adapter, shipped_run
 from loratune.record.trials import WRITTEN_ANEW
 from loratune.spec import StudySpec
 from loratune.system.files import AnyPath, parsed
@@ -88,7 +88,7 @@ def evaluate(
     handed = f", among them the one handed over, {in_words(shipped)}," if shipped in scored and shipped is not None else ""
     yield Note(f"Scoring {tuned} adapters of study {record.name}{handed} and the bare model on {', '.join(names)}")
     yield from downstream.evaluate(
-        record.folder / FOLDER,
+        record.paths.evaluation,
         recipe=record.base_model,
         models=models,
         benchmarks=names,
@@ -116,7 +116,7 @@ def choose(record: StudyRecord, top: int) -> tuple[list[Model], list[str]]:
     wanted = {trial.number: trial for trial in _best(record, top)}
     if record.default is not None:
         wanted.setdefault(record.default.number, record.default)
-    places = {trial.number: adapter_of(record, trial) for trial in wanted.values()}
+    places = {trial.number: find_adapter(record, trial, handed_over=True) for trial in wanted.values()}
     found = _shipped(record)
     found += [Model(name=_name(trial), adapter=place, loss=trial.value) for n, trial in wanted.items() if (place := places[n]) is not None]
     found = list({model.name: model for model in found}.values())  # what is handed over may be a trial's own run
@@ -126,16 +126,6 @@ def choose(record: StudyRecord, top: int) -> tuple[list[Model], list[str]]:
         )
     base = Model(name=BASE, adapter=None, loss=record.base_loss)
     return [*found, base], [str(number) for number, place in places.items() if place is None]
-
-
-def adapter_of(record: StudyRecord, trial: Trial) -> Path | None:
-    """Where the adapter of the trial's run in the study lies: where it was trained, else, of the best, the one handed over."""
-    if (trained := selection.adapter_folder(record, trial)) is not None:
-        return trained
-    places = []
-    if record.best is not None and trial.number == record.best.number and not (record.folder / "selection.json").exists():
-        places.append(record.folder / "adapter")
-    return next((place for place in places if (place / "adapter_config.json").is_file()), None)
 
 
 def default_benchmarks(record: StudyRecord) -> list[str]:
@@ -155,12 +145,12 @@ def _shipped(record: StudyRecord) -> list[Model]:
     made, name = selection.read(record.folder), shipped_name(record)
     if made is None or name is None:
         return []
-    adapter = selection.adapter_folder(record, made.trial_of(record), made.shipped.run)
+    adapter = find_adapter(record, made.trial_of(record), made.shipped.run)
     return [Model(name=name, adapter=adapter, loss=made.shipped.validation_loss)] if adapter is not None else []
 
 
 def _scored(record: StudyRecord, models: Sequence[Model], benchmarks: Sequence[str], top: int) -> Scored:
-    folder, losses = record.folder / FOLDER, {model.name: model.loss for model in models if model.loss is not None}
+    folder, losses = record.paths.evaluation, {model.name: model.loss for model in models if model.loss is not None}
     asked, order = {model.name for model in models}, [name.replace(":", "-") for name in benchmarks]
     results = [result for result in read_results(folder) if result.model in asked and result.benchmark in order]
     results.sort(key=lambda result: order.index(result.benchmark))
@@ -176,7 +166,7 @@ def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None)
         # Nothing is run here, so the sandbox's strength does not matter.
         benchmarks = [build(name, data, weaker=True) for name in names if not name.startswith(HARNESS)]
         trusted = record.base_model.trust_remote_code
-        said = contamination.lines(contamination.check(record.folder / FOLDER, _validation(record), benchmarks, trust_remote_code=trusted))
+        said = contamination.lines(contamination.check(record.paths.evaluation, _validation(record), benchmarks, trust_remote_code=trusted))
     except Exception as error:  # of any kind, a tokenizer's own code among them
         said = [f"Whether benchmark items stand in the training data could not be checked: {type(error).__name__}: {error}"]
     foreign = [name for name in names if name.startswith(HARNESS)]
@@ -185,9 +175,9 @@ def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None)
 
 def _validation(record: StudyRecord) -> Path:
     """The study's prepared data; prepared anew when the cache was emptied."""
-    folder = Path(parsed(record.folder / "recipe.json", lambda text: str(json.loads(text)["data"]), WRITTEN_ANEW))
+    folder = Path(parsed(record.paths.recipe, lambda text: str(json.loads(text)["data"]), WRITTEN_ANEW))
     if not (folder / "manifest.json").is_file():
-        folder = prepare_data(StudySpec.load(record.folder / "spec.yaml"), [], date=record.prompt.get("date", "")).folder
+        folder = prepare_data(StudySpec.load(record.paths.spec), [], date=record.prompt.get("date", "")).folder
     return folder
 
 

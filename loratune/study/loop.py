@@ -117,7 +117,7 @@ class Loop:
                 return
             yield self._apply()
             crashes = [t.message if t.state == FAILED else "" for t in self._trials.values() if t.outcomes]
-            stop_for_common_cause(crashes, self._record.folder / "trials")
+            stop_for_common_cause(crashes, self._record.paths.trials)
         if not self.stop.is_set():
             yield from self._close()
 
@@ -250,7 +250,7 @@ class Loop:
         trial = self._trials[stretch.trial]
         if self._goals.broken(replace(trial, outcomes=(*trial.outcomes, outcome)), end=True):
             return
-        adapter = self._record.folder / segment.folder / "adapter"
+        adapter = self._record.paths.of(segment).adapter
         for now in self._score(trial.number, adapter, outcome.validation_loss, self.stop):
             self._meter.scoring(trial.number, now.done, now.total)
             if now.scores:

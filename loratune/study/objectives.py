@@ -124,7 +124,7 @@ class Goals:
 
     def _measured(self, trial: Trial) -> dict[str, float]:
         """Every metric by its name; NaN where it was not measured. What a run costs is of the trial's last run."""
-        run = [o for o in trial.outcomes if o.key.split("/")[1] == trial.outcomes[-1].key.split("/")[1]]
+        run = trial.last_run
         last = run[-1].validation_loss if run else None
         peak = max((o.peak_memory_bytes for o in run), default=0)
         return {

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from loratune.downstream.results.scores import FOLDER, Ledger, read_results
+from loratune.downstream.results.scores import Ledger, read_results
 from loratune.record import read
+from loratune.record.paths import StudyPaths
 
 ITEMS = 8
 
@@ -25,7 +26,7 @@ def study(done: tuple[Path, str], tmp_path: Path) -> Path:
 
 def answer(study: Path, model: str, benchmark: str, right: list[int], *, of: int = ITEMS, grouped: bool = False) -> None:
     """One model's results: item n is right where right[n] is 1; groups of sizes 1 and the rest."""
-    ledger = Ledger(study / FOLDER, model, benchmark, {"adapter": model})
+    ledger = Ledger(study / model, benchmark, {"adapter": model})
     ledger.describe({"title": benchmark.upper(), "chance": 0.25, "items": of, "mean_over_groups": grouped})
     if right:
         ledger.add([{"id": str(n), "group": str(min(n, 1)), "answer": "", "score": score} for n, score in enumerate(right)], 1.0)
@@ -60,7 +61,7 @@ def test_a_complete_evaluation(loratune: Callable[..., Any], study: Path) -> Non
 def test_one_that_is_not_complete(loratune: Callable[..., Any], study: Path) -> None:
     answer(study, "0000", "bbh", [1, 0, 0])
     answer(study, "base", "bbh", [])
-    path = study / FOLDER / "0000" / "bbh.jsonl"
+    path = StudyPaths(study).evaluation / "0000" / "bbh.jsonl"
     path.write_bytes(path.read_bytes() + b'{"id": "3", "gro')  # being written, or torn by a crash
     found = entry(loratune, study, "bbh")
     assert (found["answered"], found["asked"], found["complete"]) == (3, 2 * ITEMS, False)
@@ -71,9 +72,9 @@ def test_one_that_is_not_complete(loratune: Callable[..., Any], study: Path) -> 
 def test_same_score_as_the_table_of_intervals(study: Path) -> None:
     answer(study, "0000", "plain", [1, 0, 0, 1, 0], of=5)
     answer(study, "0000", "grouped", [1, 0, 0, 1, 0], of=5, grouped=True)
-    values = {result.benchmark: result.value for result in read_results(study / FOLDER)}
+    values = {result.benchmark: result.value for result in read_results(StudyPaths(study).evaluation)}
     assert values == pytest.approx({"plain": 2 / 5, "grouped": (1 + 1 / 4) / 2})
-    for result in read_results(study / FOLDER):
+    for result in read_results(StudyPaths(study).evaluation):
         assert result.interval().value == pytest.approx(result.value)
 
 

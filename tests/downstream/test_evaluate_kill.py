@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from loratune.downstream.results.scores import FOLDER
+from loratune.record.paths import StudyPaths
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -36,18 +36,18 @@ def evaluate(study: Path) -> list[str]:
 def whole_lines(study: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """(model, benchmark) -> its lines, but for a torn last one. Raises where anything else is half written."""
     found = {}
-    for path in sorted((study / FOLDER).glob("*/*.jsonl")):
+    for path in sorted(StudyPaths(study).evaluation.glob("*/*.jsonl")):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         found[path.parent.name, path.stem] = [json.loads(line) for line in lines if line.endswith("\n")]
         assert all(line.endswith("\n") for line in lines[:-1])
-    for path in (study / FOLDER).glob("*/*.json"):
+    for path in StudyPaths(study).evaluation.glob("*/*.json"):
         json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
 def answers(study: Path) -> int:
     """Lines on disk, the torn ones too. Cheap: it is asked while the evaluation writes."""
-    return sum(path.read_bytes().count(b"\n") for path in (study / FOLDER).glob("*/*.jsonl"))
+    return sum(path.read_bytes().count(b"\n") for path in StudyPaths(study).evaluation.glob("*/*.jsonl"))
 
 
 def results(study: Path) -> dict[tuple[str, str, str], tuple[str, float, str]]:
@@ -96,6 +96,6 @@ def test_killed_at_random_moments(study: Path, tmp_path: Path) -> None:
     subprocess.run(evaluate(killed), check=True, capture_output=True)
     assert results(killed) == expected
     assert answers(killed) == len(expected)  # no item of a model stands twice
-    assert not list((killed / FOLDER).rglob("*.bak"))
+    assert not list(StudyPaths(killed).evaluation.rglob("*.bak"))
     again = subprocess.run(evaluate(killed), check=True, capture_output=True, text=True)
     assert "All of it was scored before." in again.stdout

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loratune.errors import DeviceLostError
+from loratune.record.paths import StudyPaths
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
 FATAL, POISONOUS, LOST = 1, 2, 3
@@ -36,7 +37,7 @@ class ScriptedEngine:
         lanes: list[Lane] = []
         while True:
             while len(lanes) < SLOTS and (wanted := inbox(not lanes)) is not None:
-                lanes.append(Lane(wanted, self._root / wanted.folder / "checkpoint"))
+                lanes.append(Lane(wanted, StudyPaths(self._root).of(wanted).folder / "checkpoint"))
             if not lanes:
                 return
             time.sleep(0.01)

@@ -13,6 +13,7 @@ from test_validation import by_definition
 from loratune.delivery.merge import export_adapter, merge
 from loratune.errors import ModelError, StorageError
 from loratune.finetune.engines import load_engine, probe
+from loratune.record.paths import StudyPaths
 from loratune.work import Hyperparameters, State
 
 
@@ -24,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untype
     engine = load_engine(recipe, root)
     wanted = tiny_engine.segment(lora_alpha=12.5, use_rslora=True, target_modules="all-linear")
     outcome = tiny_engine.run(engine, wanted)
-    return recipe, root, engine.validation, root / wanted.folder / "adapter", outcome.validation_loss
+    return recipe, root, engine.validation, StudyPaths(root).of(wanted).adapter, outcome.validation_loss
 
 
 def loss(model: torch.nn.Module, tokens) -> float:  # type: ignore[no-untyped-def]

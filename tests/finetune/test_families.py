@@ -22,6 +22,7 @@ from loratune.errors import ModelError
 from loratune.finetune import layers, preflight
 from loratune.finetune.engines import Engine, load_engine, run_all
 from loratune.finetune.sizes import adapter_sizes, bare_model
+from loratune.record.paths import StudyPaths
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, Segment, State, TrainingRecipe
 
 CORE = ("llama tied, biased", "mixtral", "gemma3", "gpt2", "phi3 longrope", "llama4")
@@ -98,7 +99,7 @@ def check(engine: Engine, recipe: Recipe, root: Path, wanted: list[str], run: st
         assert recorded is not None
         assert outcome.curve[0].validation_loss == pytest.approx(base, abs=1e-4)
         assert abs(recorded - base) > 0.01
-        exported = export_adapter(root / segment.folder / "adapter", root / "exported" / segment.key, {})
+        exported = export_adapter(StudyPaths(root).of(segment).adapter, root / "exported" / segment.key, {})
         weights = load_file(exported / "adapter_model.safetensors")
         assert sum(w.numel() for w in weights.values()) == outcome.trainable_parameters == told(segment.hyperparameters)
         assert all(w.any() for w in weights.values())  # a B that stayed 0 is a layer that does not run

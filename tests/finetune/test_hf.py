@@ -22,6 +22,7 @@ from loratune.finetune.engines import load_engine, run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.lora import adapter_parameters, attach, detach
 from loratune.finetune.validation import token_nll
+from loratune.record.paths import StudyPaths
 from loratune.work import Outcome, State
 
 
@@ -201,7 +202,7 @@ def test_failures_have_a_kind(engine, monkeypatch: pytest.MonkeyPatch, error: Ex
         patch.setattr(trainer, "token_nll", fail)
         outcome = run(engine, wanted, state=state)
     assert outcome.message
-    assert "Traceback" in (engine.root / wanted.folder / "log.txt").read_text()
+    assert "Traceback" in (StudyPaths(engine.root).of(wanted).log).read_text()
     assert run(engine, wanted).state is State.COMPLETED
 
 

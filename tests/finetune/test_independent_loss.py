@@ -14,6 +14,7 @@ import transformers
 from loratune.data.prepare import prepare
 from loratune.data.sources import DataRecipe, Source
 from loratune.finetune.engines import load_engine
+from loratune.record.paths import StudyPaths
 
 ROWS = [
     [("user", f"Name the capital number {i}."), ("assistant", f"Paris {i * i}"), ("user", "And\nnow?"), ("assistant", f"See <b>{i}</b>")]
@@ -85,6 +86,6 @@ def test_the_recorded_loss_is_that_of_plain_transformers(prompt, engine, tmp_pat
     base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     at_first = loss(base, prompt, ROWS[16:], tokenizer)
     assert outcome.curve[0].validation_loss == pytest.approx(at_first, abs=1e-5)
-    tuned = peft.PeftModel.from_pretrained(base, str(tmp_path / wanted.folder / "adapter")).eval()
+    tuned = peft.PeftModel.from_pretrained(base, str(StudyPaths(tmp_path).of(wanted).adapter)).eval()
     assert outcome.validation_loss == pytest.approx(loss(tuned, prompt, ROWS[16:], tokenizer), abs=1e-5)
     assert abs(outcome.validation_loss - at_first) > 1e-3

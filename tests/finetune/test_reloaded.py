@@ -20,6 +20,7 @@ from loratune.errors import ModelError
 from loratune.finetune import lora
 from loratune.finetune.engines import load_engine
 from loratune.finetune.peft_layers import addressable
+from loratune.record.paths import ADAPTER_WEIGHTS, StudyPaths
 from loratune.work import Hyperparameters, State
 
 SHAPE = {
@@ -94,7 +95,7 @@ def train(root: Path, family: str, engine: str, layers: str | tuple[str, ...]): 
 def is_what_was_measured(root: Path, family: str, engine: str, layers: str) -> None:
     study, wanted, outcome, tokens = train(root, family, engine, layers)
     assert outcome.state is State.COMPLETED, outcome.message
-    folder = root / wanted.folder / "adapter"
+    folder = StudyPaths(root).of(wanted).adapter
     assert abs(outcome.validation_loss - loss(base(root), tokens)) > 1e-3, "training changed nothing"
     given = {"data": root / "data", "recorded": outcome.validation_loss}
     found = reload.check(folder, study.model, wanted.hyperparameters, **given)
@@ -106,7 +107,7 @@ def is_what_was_measured(root: Path, family: str, engine: str, layers: str) -> N
     merged = merge(study.model, folder, root / "merged", {}, data=root / "data")
     model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     assert loss(model, tokens) == pytest.approx(outcome.validation_loss, abs=1e-4)
-    lost = (root / wanted.folder / "log.txt").read_text().count("PEFT does not load")
+    lost = (StudyPaths(root).of(wanted).log).read_text().count("PEFT does not load")
     assert lost == (layers == "all-linear" and family in REWRITTEN), "what is left out is told, and nothing else is"
 
 
@@ -128,7 +129,7 @@ def test_layers_that_peft_would_not_load_are_refused_before_training(tmp_path: P
     assert outcome.state is State.BAD_INPUT
     assert "PEFT does not load adapters of" in outcome.message
     assert len(outcome.message.splitlines()) == 1
-    assert not (tmp_path / wanted.folder / "adapter").exists()
+    assert not (StudyPaths(tmp_path).of(wanted).adapter).exists()
 
 
 def test_what_peft_makes_of_layers_is_asked_without_a_trace() -> None:
@@ -152,7 +153,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untype
 
 
 def tensors_changed(folder: Path, change: str) -> None:
-    tensors = load_file(folder / lora.WEIGHTS)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     name = sorted(tensors)[-1]
     if change == "removed":
         del tensors[name]
@@ -162,7 +163,7 @@ def tensors_changed(folder: Path, change: str) -> None:
         tensors[name] = tensors[name] + 0.1
     elif change == "shape":
         tensors[name] = tensors[name][:, :2].contiguous()
-    save_file(tensors, folder / lora.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def config_changed(folder: Path, **changes: object) -> None:
@@ -178,7 +179,7 @@ TAMPERED = {
     "alpha": (lambda folder: config_changed(folder, lora_alpha=99), "of another scale than the trial's"),
     "fewer layers": (lambda folder: config_changed(folder, target_modules=["q_proj"]), "in the file, and not loaded"),
     "no layers": (lambda folder: config_changed(folder, target_modules=["nothing"]), "PEFT cannot load it"),
-    "truncated": (lambda folder: (folder / lora.WEIGHTS).write_bytes(b"half"), "cannot be read"),
+    "truncated": (lambda folder: (folder / ADAPTER_WEIGHTS).write_bytes(b"half"), "cannot be read"),
 }
 
 
@@ -186,7 +187,7 @@ TAMPERED = {
 def test_a_folder_that_is_another_adapter_is_refused(trained, tmp_path: Path, how: str) -> None:  # type: ignore[no-untyped-def]
     root, study, wanted, outcome, _ = trained
     folder = tmp_path / "adapter"
-    shutil.copytree(root / wanted.folder / "adapter", folder)
+    shutil.copytree(StudyPaths(root).of(wanted).adapter, folder)
     given = {"data": root / "data", "recorded": outcome.validation_loss}
     reload.check(folder, study.model, wanted.hyperparameters, **given)
     change, why = TAMPERED[how]
@@ -199,7 +200,7 @@ def test_other_values_are_known_by_their_digest(trained, tmp_path: Path) -> None
     """However large the validation set is, and without it."""
     root, study, wanted, _, _ = trained
     for name in ("adapter", "adapter.sha256"):
-        source = root / wanted.folder / name
+        source = StudyPaths(root).of(wanted).folder / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
     reload.check(tmp_path / "adapter", study.model, wanted.hyperparameters)
     tensors_changed(tmp_path / "adapter", "values")
@@ -235,7 +236,7 @@ def test_the_written_config(tmp_path: Path, engine: str) -> None:
     study = replace(study, model=replace(study.model, revision="v2-chat"))
     wanted = segment(1, target_modules="all-linear")
     tiny_engine.run(load_engine(study, tmp_path), wanted)
-    config = json.loads((tmp_path / wanted.folder / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((StudyPaths(tmp_path).of(wanted).adapter / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
     assert config["target_modules"] == sorted(config["target_modules"]) != []
     assert config["base_model_name_or_path"] == study.model.name_or_path
@@ -247,7 +248,7 @@ def test_the_written_config(tmp_path: Path, engine: str) -> None:
 def test_another_sum_is_no_merged_model(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     root, study, wanted, _, _ = trained
     folder = tmp_path / "adapter"
-    shutil.copytree(root / wanted.folder / "adapter", folder)
+    shutil.copytree(StudyPaths(root).of(wanted).adapter, folder)
     config_changed(folder, alpha_pattern={"q_proj": 99})
     with pytest.raises(ModelError, match=r"plain Transformers, merged.*by the adapter on its base model"):
         merge(study.model, folder, tmp_path / "merged", {}, data=root / "data")
@@ -260,10 +261,10 @@ def test_half_precision_is_compared_as_roughly_as_it_computes(tmp_path: Path) ->
     wanted = segment(6, learning_rate=0.03, target_modules="all-linear")
     outcome = tiny_engine.run(load_engine(study, tmp_path), wanted)
     given = {"data": tmp_path / "data", "recorded": outcome.validation_loss, "exact": False}
-    reload.check(tmp_path / wanted.folder / "adapter", study.model, wanted.hyperparameters, **given)
+    reload.check(StudyPaths(tmp_path).of(wanted).adapter, study.model, wanted.hyperparameters, **given)
     with pytest.raises(ModelError, match="by the record"):
         reload.check(
-            tmp_path / wanted.folder / "adapter",
+            StudyPaths(tmp_path).of(wanted).adapter,
             study.model,
             wanted.hyperparameters,
             **{**given, "recorded": outcome.validation_loss + 0.5},

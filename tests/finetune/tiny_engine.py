@@ -11,6 +11,7 @@ import transformers
 from loratune.data.prepared import Manifest, SetCounts, Tokens, pack, write
 from loratune.data.sources import DataRecipe
 from loratune.finetune.engines import run_all
+from loratune.record.paths import StudyPaths
 from loratune.work import Hyperparameters, ModelRecipe, Outcome, Recipe, Segment, State, TrainingRecipe
 
 VOCABULARY = 96
@@ -106,4 +107,4 @@ def run(
 def adapter(root: Path, wanted: Segment) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(root / wanted.folder / "adapter" / "adapter_model.safetensors")
+    return load_file(StudyPaths(root).of(wanted).adapter / "adapter_model.safetensors")

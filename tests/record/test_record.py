@@ -1,7 +1,9 @@
 """The study's folder: what is written is read back; one writer at a time, outliving a killed driver's workers."""
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import loratune
 from loratune.errors import StorageError
 from loratune.record import COMPLETE, DIVERGED, Trial, TrialState, open_record, read
 from loratune.work import CurvePoint, Hyperparameters, Outcome, Segment, State
@@ -195,3 +198,16 @@ def test_every_state_has_a_state_of_optuna() -> None:
         TrialState.INFEASIBLE: "COMPLETE",
     }
     assert [state for state in TrialState if not state.ended] == [TrialState.RUNNING, TrialState.PAUSED]
+
+
+def test_no_other_file_spells_the_folders_names() -> None:
+    package = Path(loratune.__file__).parent
+    source = package / "record/paths.py"
+
+    def texts(file: Path) -> set[str]:
+        return {str(node.value) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+
+    names = {text for text in texts(source) if re.fullmatch(r"[a-z_]+\.[a-z]+", text)}
+    assert {"spec.yaml", "selection.json", "adapter_config.json", "log.txt"} <= names
+    for file in package.rglob("*.py"):
+        assert file == source or not texts(file) & names, f"{file} knows {texts(file) & names}"

@@ -15,7 +15,7 @@ from report_page import Page
 from report_studies import Point, spread
 
 from loratune import preference, selection
-from loratune.downstream.results.scores import FOLDER, read_results
+from loratune.downstream.results.scores import read_results
 from loratune.errors import StorageError
 from loratune.preference.analysis import Vote, summarise_judge
 from loratune.record import StudyRecord, read
@@ -93,7 +93,7 @@ def test_the_choice_is_the_selections(whole: StudyRecord, story: Path) -> None:
 def test_the_ten_best_table(whole: StudyRecord, story: Path) -> None:
     page = Page(story)
     scores: dict[str, dict[str, float]] = {}
-    for result in read_results(whole.folder / FOLDER):
+    for result in read_results(whole.paths.evaluation):
         scores.setdefault(result.benchmark, {})[result.model] = statistics.fmean(result.scores.values())
     ten = [f"{t.number:04d}" for t in sorted(whole.finished, key=lambda t: t.value or 0)[:10]]
     columns = [[own[name] for name in ten] for own in (scores["drop"], scores["mmlu"])]  # as read back: by name
@@ -195,7 +195,7 @@ def test_a_gain_within_noise_is_called_that(study: Study, tmp_path: Path) -> Non
 def test_scores_of_few_models_and_an_unknown_chance(study: Study, tmp_path: Path) -> None:
     record = study(spread(4))
     evaluated(record, {"mine": 0.5}, items=8, top=1)
-    for facts in (record.folder / FOLDER).glob("*/mine.json"):
+    for facts in record.paths.evaluation.glob("*/mine.json"):
         facts.write_text(json.dumps(json.loads(facts.read_text()) | {"chance": None, "items": 9}))
     page = page_of(record)
     assert "8 items,chance unknown" in page.text
@@ -207,7 +207,7 @@ def test_scores_of_few_models_and_an_unknown_chance(study: Study, tmp_path: Path
 
 def test_a_damaged_file_is_one_clear_error(study: Study, tmp_path: Path) -> None:
     record = study(spread(2))
-    (record.folder / selection.selected.NAME).write_text("{")
+    (record.folder / "selection.json").write_text("{")
     with pytest.raises(StorageError, match=r"selection\.json"):
         page_of(record)
 

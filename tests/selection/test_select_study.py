@@ -22,7 +22,8 @@ from loratune.delivery import hand_over
 from loratune.demo import study as demo_study
 from loratune.errors import SpecError, StorageError
 from loratune.record import open_record, read
-from loratune.selection import Planned, Ran, Selected, SelectionRecord, adapter_folder, select
+from loratune.record.adapters import find_adapter
+from loratune.selection import Planned, Ran, Selected, SelectionRecord, select
 from loratune.selection import read as read_selection
 from loratune.selection.decide import CHECKS
 from loratune.selection.rerun import Rerun
@@ -143,7 +144,7 @@ def test_the_choice_is_handed_over(whole: tuple[Path, SelectionRecord]) -> None:
     folder, record = whole
     study = read(folder)
     chosen = record.trial_of(study)
-    source = adapter_folder(study, chosen, record.shipped.run)
+    source = find_adapter(study, chosen, record.shipped.run)
     assert source is not None
     runs = {path.parts[-3]: loss for name, loss in outcomes(folder).items() if (path := Path(name)).parts[2] == f"{record.chosen:04d}"}
     runs |= {"main": chosen.value or 0.0}
@@ -263,7 +264,7 @@ def test_an_adapter_that_was_not_kept_is_trained_again(study: Path) -> None:
     with open_record(study) as held, Rerun(before, held.lock, threading.Event()) as trainer:
         losses = _value_of(trainer.train([(trial, "main")], adapters=True))
     assert losses == [pytest.approx(trial.value, rel=1e-6)]
-    adapter = adapter_folder(before, trial)
+    adapter = find_adapter(before, trial)
     assert adapter is not None
     again = (adapter / "adapter_model.safetensors").read_bytes()
     assert len(again) == len(weights)

@@ -14,11 +14,13 @@ from loratune.cli import main
 from loratune.delivery import export
 from loratune.demo import study as demo_study
 from loratune.downstream.events import Note
-from loratune.downstream.results.scores import FOLDER, fingerprint, model_name, read_results
+from loratune.downstream.results.scores import fingerprint, model_name, read_results
 from loratune.errors import StorageError
 from loratune.record import open_record, read
+from loratune.record.adapters import find_adapter
+from loratune.record.paths import StudyPaths
 from loratune.report.evidence import gather
-from loratune.selection import SelectionRecord, adapter_folder, select, selected
+from loratune.selection import SelectionRecord, select, selected
 from loratune.selection.candidates import scores_of
 from loratune.selection.rerun import Rerun
 from loratune.spec import StudySpec
@@ -102,15 +104,15 @@ def test_the_adapter_handed_over_is_scored_as_a_model_of_its_own(home: Path, stu
     assert name == f"{choice.chosen:04d}-{choice.shipped.run}"
     adapter = deliver(study).adapter
     assert adapter is not None
-    by_model = {result.model: result for result in read_results(study / FOLDER)}
+    by_model = {result.model: result for result in read_results(StudyPaths(study).evaluation)}
     assert set(by_model) == {"0000", "0001", "0002", name, "base"}
     weights = "adapter_model.safetensors"
-    source = adapter_folder(read(study), choice.trial_of(read(study)), choice.shipped.run)
+    source = find_adapter(read(study), choice.trial_of(read(study)), choice.shipped.run)
     assert source is not None
     assert (adapter / weights).read_bytes() == (source / weights).read_bytes()
     assert by_model[name].facts["adapter"] == fingerprint(source)
     assert by_model[name].facts["validation_loss"] == choice.shipped.validation_loss
-    proof = json.loads((study / FOLDER / name / "proof.json").read_text())
+    proof = json.loads((StudyPaths(study).evaluation / name / "proof.json").read_text())
     assert proof["loss"] == pytest.approx(choice.shipped.validation_loss, abs=1e-4)
     # What chooses are the study's own runs, as before.
     assert scores_of(read(study))[choice.chosen]["demo_choice"].model == f"{choice.chosen:04d}"
@@ -133,14 +135,14 @@ def test_the_adapter_handed_over_is_scored_as_a_model_of_its_own(home: Path, stu
 def test_another_seed_is_scored_anew_and_the_own_run_not_twice(study: Path) -> None:
     choice = made(study)
     first = model_name(choice.chosen, choice.shipped.run)
-    before = {r.model: r for r in read_results(study / FOLDER)}
+    before = {r.model: r for r in read_results(StudyPaths(study).evaluation)}
     value = ship(study, "race-07")
     notes: list[str] = []
     last = scored(study, notes)
     assert "All of it was scored before." not in notes
     assert last.shipped == model_name(choice.chosen, "race-07")
     assert {r.model for r in last.results} == {"0000", "0001", "0002", last.shipped, "base"}
-    after = {r.model: r for r in read_results(study / FOLDER)}
+    after = {r.model: r for r in read_results(StudyPaths(study).evaluation)}
     assert set(after) == {*before, last.shipped}
     assert after[first].scores == before[first].scores
     assert after[last.shipped].facts["adapter"] != after[first].facts["adapter"]
@@ -162,7 +164,7 @@ def test_status_report_and_card_say_whose_scores_they_show(study: Path, capsys: 
     assert main(["status", str(study), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["shipped"] == {"trial": choice.chosen, "run": choice.shipped.run}
-    values = {r.model: r.value for r in read_results(study / FOLDER)}
+    values = {r.model: r.value for r in read_results(StudyPaths(study).evaluation)}
     assert told["scores"][0]["shipped"] == values[model_name(choice.chosen, choice.shipped.run)]
     assert main(["status", str(study)]) == 0
     out = capsys.readouterr().out
@@ -186,7 +188,7 @@ def test_status_report_and_card_say_whose_scores_they_show(study: Path, capsys: 
 @pytest.mark.slow  # draws the report
 def test_before_it_is_scored_all_say_so(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     choice = made(study)
-    shutil.rmtree(study / FOLDER / model_name(choice.chosen, choice.shipped.run))
+    shutil.rmtree(StudyPaths(study).evaluation / model_name(choice.chosen, choice.shipped.run))
     who = f"trial {choice.chosen} ({choice.shipped.run})"
     assert main(["status", str(study)]) == 0
     assert f"Handed over is {who}, trained with another seed, and not scored yet." in capsys.readouterr().out
@@ -203,7 +205,7 @@ def test_before_it_is_scored_all_say_so(study: Path, capsys: pytest.CaptureFixtu
 def test_an_export_is_the_adapter_it_tells_of(study: Path, tmp_path: Path) -> None:
     choice, record = made(study), read(study)
     trial = choice.trial_of(record)
-    source = adapter_folder(record, trial, choice.shipped.run)
+    source = find_adapter(record, trial, choice.shipped.run)
     assert source is not None
     weights = "adapter_model.safetensors"
     chosen = export(study, tmp_path / "chosen")

@@ -24,9 +24,9 @@ from safetensors.torch import load
 from torch import nn
 from torch.nn import functional
 
-from loratune.downstream.results.scores import ADAPTER_FILES
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel
+from loratune.record.paths import ADAPTER_FILES
 
 _SMALL = 16  # a product of this rank costs little more than one of rank 1, and less than two products
 _PREFIX = "base_model.model."

@@ -25,14 +25,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import StorageError
+from loratune.record.paths import ADAPTER_FILES, MAIN
 from loratune.system.files import write_atomically
 
 if TYPE_CHECKING:
     from loratune.statistics import Interval  # needs scipy, which `loratune status` need not wait for
 
-FOLDER = "evaluation"
 BASE = "base"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SEED = 0  # of the bootstrap
 _EVALUATION, _PROCESSES = 0, 1  # bytes of the lock file: held by the evaluation, shared by the processes it started
 _ORPHANS = 20.0  # seconds
@@ -89,9 +88,9 @@ class Result:
         return [self.groups[item] for item in items] if self.facts.get("mean_over_groups") else None
 
 
-def model_name(trial: int, run: str = "main") -> str:
+def model_name(trial: int, run: str = MAIN) -> str:
     """The folder of a trial's results: 0007; of a run that is not the study's own, which another seed made, 0007-race-01."""
-    return f"{trial:04d}" + (f"-{run}" if run != "main" else "")
+    return f"{trial:04d}" + (f"-{run}" if run != MAIN else "")
 
 
 def in_words(name: str) -> str:

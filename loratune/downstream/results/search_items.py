@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loratune.errors import StorageError
+from loratune.record.paths import StudyPaths
 from loratune.system.files import write_atomically
 
-FOLDER = "scoring"
 _ALIKE = (
     {"mmlu", "mmlu_loglikelihood"},
     {"humaneval", "humaneval_fenced"},
@@ -33,7 +33,7 @@ def items_that_guided(study: Path) -> dict[str, set[str]]:
 
 def keep_drawn(study: Path, drawn: Mapping[str, Sequence[str]]) -> None:
     """Note what was drawn. Raises StorageError when a trial was scored on other items."""
-    path = study / FOLDER / "items.json"
+    path = StudyPaths(study).scoring / "items.json"
     if _drawn(study) != drawn:
         if any(path.parent.glob("*/*.jsonl")):
             raise StorageError(
@@ -43,7 +43,7 @@ def keep_drawn(study: Path, drawn: Mapping[str, Sequence[str]]) -> None:
 
 
 def _drawn(study: Path) -> dict[str, list[str]]:
-    path = study / FOLDER / "items.json"
+    path = StudyPaths(study).scoring / "items.json"
     if not path.is_file():
         return {}
     try:

@@ -32,6 +32,7 @@ from loratune.finetune.packed.slot import Lane, fill, run_pass
 from loratune.finetune.packed.validation_pass import validate_within
 from loratune.finetune.segment import Inbox
 from loratune.finetune.trainer import DivergedError
+from loratune.record.paths import RunPaths
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # where the recipe leaves it open
@@ -304,4 +305,4 @@ class PackedEngine:
 def _settle(lane: Lane, model: Any) -> None:
     """Write the adapter of the point of the curve that is kept."""
     lane.run.settle()
-    lane.adapter.save(lane.run.folder / "adapter", model)
+    lane.adapter.save(RunPaths(lane.run.folder).adapter, model)

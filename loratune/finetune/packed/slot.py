@@ -19,6 +19,7 @@ from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.layout import Flat, Share, flatten
 from loratune.finetune.segment import SegmentRun
 from loratune.finetune.trainer import DivergedError
+from loratune.record.paths import StudyPaths
 from loratune.work import Progress, Recipe, Segment
 
 
@@ -43,7 +44,7 @@ class Lane:
         self._warmup = warmup_steps(h.warmup_ratio, segment.total_steps)
         self.run = SegmentRun(
             segment,
-            folder=root / segment.folder,
+            folder=StudyPaths(root).of(segment).folder,
             training=recipe.training,
             tokens=tokens,
             parameters=self.adapter.parameters,
