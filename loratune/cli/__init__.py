@@ -4,7 +4,6 @@ A command's module has `add_arguments(parser)` and `main(args) -> exit code`, an
 inside functions: help and `status` must be there at once.
 """
 
-import difflib
 import errno
 import importlib
 import os
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from loratune.cli.parser import Parser
 from loratune.errors import LoratuneError, StorageError
 from loratune.system.masking import masked
+from loratune.system.names import nearest
 
 COMMANDS = {
     "run": "search for the best hyperparameters, or continue a study",
@@ -94,8 +94,6 @@ def _run(argv: list[str]) -> int:
         print(f"loratune {version('loratune')}")
         return 0
     if rest:
-        near = difflib.get_close_matches(rest[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the commands: {', '.join(COMMANDS)}"
-        parser.error(f"no command {rest[0]!r}; {hint}")
+        parser.error(f"no command {rest[0]!r}{nearest(rest[0], COMMANDS) or '; the commands: ' + ', '.join(COMMANDS)}")
     parser.print_help()
     return 0

@@ -1,10 +1,11 @@
 """Argument parsing: argparse, with the nearest name for a misspelt flag, and any field of the study as a flag."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from loratune.system.names import close_names
 
 
 class Override(argparse.Action):
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             given = unknown[0].partition("=")[0]
             flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            near = difflib.get_close_matches(given, flags, n=1)
+            near = close_names(given, flags)
             self.error(f"unknown argument {given}" + (f"; did you mean {near[0]}?" if near else ""))
         return known
 
@@ -62,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         fields = [f"--{name}" for name in field_names()]
         given = flag.replace("-", "_").strip("_")
         same_end = [name for name in fields if name.rpartition(".")[2] == given]
-        near = same_end or difflib.get_close_matches(flag, [*known, *fields], n=1)
+        near = same_end or close_names(flag, [*known, *fields])
         self.error(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
 

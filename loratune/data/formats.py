@@ -8,13 +8,13 @@ Spellings: OpenAI's fine-tuning files (`weight`, `tools`, `developer`), LLaMA-Fa
 (`train`, `training`), ms-swift and XTuner (`loss`, `loss_scale`), TRL (`prompt` and `completion` of messages, `label`).
 """
 
-import difflib
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from loratune.data.fields import BadError, Fields, agreed, clean, empty, flag_of, listed, optional, text_of
 from loratune.data.records import described
+from loratune.system.names import close_names
 
 
 class Exchange(NamedTuple):
@@ -59,7 +59,7 @@ def detect(record: dict[str, Any]) -> str:
             return name
     fields = [str(field) for field in record]
     wanted = {field for known in FORMATS.values() for field in known.required}
-    near = [(f, m[0]) for f in fields if f not in wanted and (m := difflib.get_close_matches(f, sorted(wanted), n=1, cutoff=0.75))]
+    near = [(f, meant) for f in fields if f not in wanted for meant in close_names(f, sorted(wanted), cutoff=0.75)]
     hint = " " + "; ".join(f"{given} looks like {meant}" for given, meant in near) + "." if near else ""
     if "chosen" in record and "rejected" in record:
         hint += " chosen and rejected are preference data, which is not trained on; keep one answer, under the name of its format."

@@ -1,10 +1,10 @@
 """Which files a source's path means: a file, the data files of a folder, a folder that `datasets` saved, or a hub id."""
 
-import difflib
 import re
 from pathlib import Path
 
 from loratune.errors import DataError
+from loratune.system.names import close_names
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "package.json"}
@@ -39,7 +39,7 @@ def _missing(place: Path, path: str) -> str:
     parent = place.parent
     if not parent.is_dir():
         return f"{path}: no such file or folder; the folder {parent} does not exist either."
-    near = difflib.get_close_matches(place.name, [p.name for p in parent.iterdir()], n=3)
+    near = close_names(place.name, [p.name for p in parent.iterdir()], most=3)
     return f"{path}: no such file or folder." + (f" Did you mean {' or '.join(near)}?" if near else "")
 
 

@@ -4,7 +4,6 @@ What the fields of a record mean is in `formats.py`. Every bad row has one messa
 the field, what was expected and what was found.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from loratune.data.fields import BadError
 from loratune.data.formats import FORMATS, Exchange, detect, parse
 from loratune.data.records import described, records
 from loratune.errors import DataError
+from loratune.system.names import nearest
 from loratune.work import Json
 
 __all__ = ["BadRow", "DataRecipe", "Example", "Exchange", "Source", "fields_of", "read"]
@@ -87,9 +87,7 @@ def read(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], lis
     """
     name = source.format
     if name != "auto" and name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise DataError(f"{source.path}: unknown format {name}. Known: auto, {', '.join(FORMATS)}.{hint}")
+        raise DataError(f"{source.path}: unknown format {name!r}; allowed: auto, {', '.join(FORMATS)}{nearest(name, FORMATS) or '.'}")
     examples: list[Example] = []
     bad: list[BadRow] = []
     seen: dict[tuple[str, ...], tuple[str, ...]] = {}  # the same fields in each row: one tuple

@@ -7,7 +7,6 @@ with A [r, in] ~ U(-1/sqrt(in), 1/sqrt(in)), which is PEFT's kaiming_uniform(a=s
 per (seed, module name), row by row: it depends on nothing else, and at a higher rank it begins with the same rows.
 """
 
-import difflib
 import hashlib
 import math
 import re
@@ -32,6 +31,7 @@ from loratune.finetune.peft_layers import detach as detach
 from loratune.finetune.peft_layers import lora_layers as lora_layers
 from loratune.record.paths import ADAPTER_WEIGHTS
 from loratune.system.files import write_atomically
+from loratune.system.names import nearest
 from loratune.work import Hyperparameters
 
 ADAPTER = "default"
@@ -285,9 +285,8 @@ def _leaf(layer: str) -> str:
 
 def _refuse(wanted: str, linear: list[str]) -> None:
     leaves = sorted({_leaf(layer) for layer in linear})
-    near = difflib.get_close_matches(wanted, [*leaves, *NAMED_SETS], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near and near[0] != wanted else ""
+    hint = nearest(wanted, {*leaves, *NAMED_SETS} - {wanted}) or "."
     raise ModelError(
-        f"target_modules: this model has no linear layers for {wanted!r}.{hint} Its linear layers: {', '.join(leaves) or 'none'}; "
+        f"target_modules: this model has no linear layers for {wanted!r}{hint} Its linear layers: {', '.join(leaves) or 'none'}; "
         f"allowed: those names, or one of {', '.join(NAMED_SETS)}."
     )

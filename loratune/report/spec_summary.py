@@ -97,7 +97,7 @@ def command(record: StudyRecord) -> str:
     first = record.sessions[0].get("command") if record.sessions else None
     if isinstance(first, list) and first:
         return shlex.join([Path(str(first[0])).name, *map(str, first[1:])])
-    return first if isinstance(first, str) else f"loratune run {shlex.quote(str(record.folder / 'spec.yaml'))}"
+    return first if isinstance(first, str) else f"loratune run {shlex.quote(str(record.paths.spec))}"
 
 
 def base_model(record: StudyRecord) -> str:

@@ -1,6 +1,5 @@
 """Names -> samplers. A new sampler is one file and one line of `_CLASSES`."""
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Iterable
@@ -8,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratune.errors import SpecError
+from loratune.system.names import nearest
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -105,9 +105,7 @@ def _known(name: str) -> str:
 
 def _near(name: str, known: Iterable[str]) -> str:
     names = list(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"; {hint}allowed: {', '.join(names)}"
+    return f"; allowed: {', '.join(names)}{nearest(name, names)}"
 
 
 def _sampler_class(name: str) -> Any:

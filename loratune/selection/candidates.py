@@ -11,7 +11,7 @@ from loratune.record import StudyRecord, Trial
 from loratune.selection.choose import Candidate, Rule
 from loratune.selection.constraints import METRICS, Constraint, parse
 from loratune.selection.finalists import Noise, noise_from_twins, scaled
-from loratune.spec.validation_errors import nearest
+from loratune.system.names import nearest
 from loratune.work import Hyperparameters
 
 _BYTES = 4  # of an adapter's parameter: float32

@@ -5,7 +5,8 @@ from collections.abc import Collection
 from loratune.errors import SpecError
 from loratune.spec.limits import Constraint
 from loratune.spec.limits import parse as parse_limit
-from loratune.spec.validation_errors import nearest, shown
+from loratune.spec.validation_errors import shown
+from loratune.system.names import nearest
 
 __all__ = ["METRICS", "Constraint", "higher_is_better", "known", "parse"]
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from loratune.spec.validation_errors import nearest, shown
+from loratune.spec.validation_errors import shown
+from loratune.system.names import nearest
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _WRITTEN = re.compile(r"\s*(?P<metric>[^<>=\s]+)\s*(?P<op>[<>=!]+)\s*(?P<bound>\S+)\s*")

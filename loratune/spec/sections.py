@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from loratune.spec.hyperparameters import TARGET_MODULES
-from loratune.spec.validation_errors import MistakesError, nearest, not_allowed
+from loratune.spec.validation_errors import MistakesError, not_allowed
+from loratune.system.names import nearest
 
 
 class Section(BaseModel):

@@ -24,7 +24,8 @@ from pydantic import BaseModel, ValidationError, ValidatorFunctionWrapHandler, m
 from loratune.errors import SpecError
 from loratune.spec.hyperparameters import ALIASES, NAMES, published_default
 from loratune.spec.parameters import KINDS, Parameter
-from loratune.spec.validation_errors import FieldPath, MistakesError, dotted, found_in, nearest, not_allowed, shown
+from loratune.spec.validation_errors import FieldPath, MistakesError, dotted, found_in, not_allowed, shown
+from loratune.system.names import nearest
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -1,6 +1,5 @@
 """Every mistake in a study's description, one line each: which field, what was given, what is allowed."""
 
-import difflib
 import re
 import types
 import typing
@@ -8,6 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from loratune.system.names import nearest
 
 FieldPath = tuple[str | int, ...]
 
@@ -51,12 +52,6 @@ def shown(value: object) -> str:
     """What was given, short enough for one line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`; did you mean 'x'?`, or nothing when no known name is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def not_allowed(given: object, allowed: Iterable[str]) -> str:

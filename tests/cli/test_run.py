@@ -188,7 +188,7 @@ def test_dry_run_refuses_what_cannot_be_trained(loratune, done, tmp_path: Path) 
     home, _ = done
     answer = loratune("run", home / "spec.yaml", "--output", tmp_path / "study", "--dry-run", "--training.target_modules", "[q_prj]")
     assert answer.code == 4
-    assert "no linear layers for 'q_prj'. Did you mean 'q_proj'?" in answer.err
+    assert "no linear layers for 'q_prj'; did you mean 'q_proj'?" in answer.err
     assert "Measuring" not in answer.out
 
 

@@ -97,7 +97,7 @@ def test_harness_task(tinystories: Path, shared_data: Path, tmp_path: Path, monk
     assert {line["score"] for line in judged.lines} <= {0.0, 1.0}
     assert (judged.metric, judged.chance) == ("acc", 0.25)
     monkeypatch.setattr(harness, "_listed", lambda folder, *, defaults: listed(folder, defaults=False))
-    with pytest.raises(EvaluationError, match="did you mean local_mmlu"):
+    with pytest.raises(EvaluationError, match="did you mean 'local_mmlu"):
         harness.check(["local_mmlo"], tmp_path)
     with pytest.raises(DataError, match="no folder"):
         harness.check(["local_mmlu"], tmp_path / "none")

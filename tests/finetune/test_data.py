@@ -310,7 +310,7 @@ def test_skip_refuses_a_file_without_any_good_row(tmp_path):
 
 
 def test_unknown_format():
-    with pytest.raises(DataError, match=r"unknown format alpacca\. Known: auto, alpaca, .* Did you mean alpaca\?"):
+    with pytest.raises(DataError, match=r"unknown format 'alpacca'; allowed: auto, alpaca, .*; did you mean 'alpaca'\?"):
         read(Source(path="a.json", format="alpacca"))
 
 

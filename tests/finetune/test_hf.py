@@ -179,7 +179,7 @@ def test_the_step_that_diverges_is_named(engine) -> None:  # type: ignore[no-unt
 
 def test_bad_input_says_what_is_allowed(engine) -> None:  # type: ignore[no-untyped-def]
     outcome = run(engine, segment(trial=22, target_modules=("q_prj",)), state=State.BAD_INPUT)
-    assert "Did you mean 'q_proj'" in outcome.message
+    assert "did you mean 'q_proj'" in outcome.message
     assert "down_proj" in outcome.message
 
 

@@ -61,7 +61,7 @@ def test_named_sets(kind: str, name: str, expected: list[str]) -> None:
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
-    with pytest.raises(ModelError, match="Did you mean 'q_proj'"):
+    with pytest.raises(ModelError, match="did you mean 'q_proj'"):
         targets(tiny("llama"), ("v_proj", "q_porj"))
     with pytest.raises(ModelError, match=r"c_attn, c_fc, c_proj.*qv, qkvo"):
         targets(tiny("gpt2"), "qkv_projection")

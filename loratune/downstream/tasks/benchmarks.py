@@ -3,7 +3,6 @@
 A new benchmark is a file of this folder, its line here, and nothing else.
 """
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from loratune.downstream.tasks.base import Benchmark
 from loratune.errors import DataError, EvaluationError
+from loratune.system.names import nearest
 
 _PLACES = {  # name -> file, class
     "mmlu": ("mmlu", "Mmlu"),
@@ -37,9 +37,8 @@ def build(name: str, data: Path | None = None, *, weaker: bool = False) -> Bench
     Raises EvaluationError for an unknown name, with the near ones, and DataError for data that are not there.
     """
     if name not in _PLACES:
-        near = difflib.get_close_matches(name.lower(), NAMES, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(NAMES)};"
-        raise EvaluationError(f"there is no benchmark {name!r}; {hint} A task of lm-evaluation-harness is named {HARNESS}TASK.")
+        hint = nearest(name.lower(), NAMES, most=3) or f"; allowed: {', '.join(NAMES)}."
+        raise EvaluationError(f"there is no benchmark {name!r}{hint} A task of lm-evaluation-harness is named {HARNESS}TASK.")
     file, kind = _PLACES[name]
     make: Any = getattr(importlib.import_module(f"loratune.downstream.tasks.{file}"), kind)
     if file == "humaneval" and data is None:

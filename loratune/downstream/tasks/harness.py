@@ -5,7 +5,6 @@ hooked in, which has been proved to be on.
 """
 
 import contextlib
-import difflib
 import functools
 import io
 import logging
@@ -19,6 +18,7 @@ import torch
 from loratune.downstream.answering.adapter_stack import Adapters
 from loratune.errors import DataError, EvaluationError, MissingExtraError
 from loratune.finetune.model import BaseModel, autocast
+from loratune.system.names import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,8 @@ def check(tasks: Sequence[str], folder: Path | None) -> None:
     known = _manager(folder, tasks).all_tasks
     for task in tasks:
         if task not in known:
-            near = difflib.get_close_matches(task, known, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them."
-            raise EvaluationError(f"lm-evaluation-harness has no task {task!r}; {hint}")
+            hint = nearest(task, known, most=3) or "; `lm-eval ls tasks` lists them."
+            raise EvaluationError(f"lm-evaluation-harness has no task {task!r}{hint}")
 
 
 def judge(
