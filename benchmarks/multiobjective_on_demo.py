@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import optuna
 from matplotlib.figure import Figure
+from optuna._hypervolume import compute_hypervolume
 
 from loratune import demo, samplers
 from loratune.data.cache import prepare_data
@@ -35,7 +36,7 @@ from loratune.record import INFEASIBLE, StudyRecord, open_record, read
 from loratune.record.progress import Meter
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec
-from loratune.statistics import hypervolume, paired_difference, student_mean
+from loratune.statistics import paired_difference, student_mean
 from loratune.study.loop import Loop
 from loratune.system.files import write_atomically
 from loratune.system.machine import environment
@@ -231,10 +232,13 @@ def main() -> None:
     if args.table_only:
         return
     base = next(p.validation_loss for p in table.outcomes[table.configurations[0]].curve if p.step == 0)
-    reference = [base or math.inf, math.log10(LARGEST * 1.001)]
+    reference = np.array([base or math.inf, math.log10(LARGEST * 1.001)])
 
     def volume(pairs: list[tuple[float, float]]) -> float:
-        return hypervolume([[loss, math.log10(size)] for loss, size in pairs], reference) if pairs else 0.0
+        """Hypervolume of the pairs (loss, log10 of the size) up to the reference."""
+        points = np.array([[loss, math.log10(size)] for loss, size in pairs]).reshape(-1, 2)
+        inside = points[(points < reference).all(axis=1)]
+        return float(compute_hypervolume(inside, reference)) if len(inside) else 0.0
 
     known = [(o.validation_loss, table.megabytes(h)) for h, o in table.outcomes.items() if o.validation_loss is not None]
     whole = volume(known)

@@ -103,7 +103,9 @@ def _open(record: "StudyRecord", url: str | None) -> tuple[Any, int]:
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
-    where = unmasked(str(url or record.spec.get("storage") or f"sqlite:///{record.folder.resolve() / 'study.db'}"))
+    from loratune.record.paths import StudyPaths
+
+    where = unmasked(str(url or record.spec.get("storage") or f"sqlite:///{StudyPaths(record.folder.resolve()).database}"))
     journal = where.endswith((".log", ".journal"))
     file = Path(where.removeprefix("sqlite:///"))
     if (journal or where.startswith("sqlite:///")) and not file.is_file():  # which either would make, empty

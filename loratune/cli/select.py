@@ -101,7 +101,7 @@ def _hand_over(record: "SelectionRecord", folder: Path, trusted: bool) -> None:
     spent = f"{record.runs} runs, {record.tokens:,} training tokens, {record.device_seconds / 3600:.2g} device-hours"
     print(f"Spent on it: {spent}.\n")
     delivery = deliver(folder, trust_remote_code=trusted)
-    print(f"Choice:   {folder / 'selection.json'}")
+    print(f"Choice:   {StudyPaths(folder).selection}")
     print(f"Settings: {delivery.best}")
     print(f"Report:   {delivery.report}")
     if delivery.adapter is not None:

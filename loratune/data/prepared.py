@@ -11,12 +11,11 @@ came from and went.
 """
 
 import functools
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -200,32 +199,11 @@ def write(folder: Path, manifest: Manifest, sets: Mapping[str, Tokens]) -> None:
 
     Raises StorageError when the disk is full, the folder is read-only, and the like.
     """
-    aside = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        files.sweep(folder.parent)
-        aside = files.aside(folder)
-        aside.mkdir()
+    with files.new_folder(folder, replace=False) as fresh:  # another process may have been faster, with the same content
         for name, tokens in sets.items():
             for array in ARRAYS:
-                with open(aside / f"{name}.{array}.npy", "wb") as file:
-                    np.save(file, getattr(tokens, array))
-                    _flush(file)
-        with open(aside / "manifest.json", "w") as text:
-            text.write(manifest.to_json())
-            _flush(text)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(aside)  # another process was faster, with the same content
-    except OSError as error:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise StorageError(
-            f"cannot write {folder}: {error.strerror or error}. Free the disk or open the folder, then run again."
-        ) from error
+                np.save(fresh / f"{name}.{array}.npy", getattr(tokens, array))
+        (fresh / "manifest.json").write_text(manifest.to_json())
 
 
 def discard(folder: Path) -> None:
@@ -238,11 +216,6 @@ def discard(folder: Path) -> None:
         pass  # another process was faster
     except OSError as error:
         raise StorageError(f"cannot remove the damaged folder {folder}: {error.strerror or error}. Remove it by hand.") from error
-
-
-def _flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _open(folder: Path, name: str, counts: SetCounts) -> Tokens:

@@ -1,17 +1,13 @@
 """Taking one adapter out of a study: an ordinary PEFT folder with its model card, or the whole model with the adapter merged in."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from loratune.delivery.handover import chat_end, load_options, model_card, selection_of
+from loratune.delivery.handover import selection_of
 from loratune.delivery.verify import as_measured, prepared_data
 from loratune.errors import StorageError
-from loratune.record import StudyRecord, Trial, read
+from loratune.record import read
 from loratune.record.adapters import adapter_of, best_of, find_adapter, trial_of
 from loratune.system.files import AnyPath
-
-if TYPE_CHECKING:
-    pass
 
 
 def export(
@@ -29,7 +25,6 @@ def export(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise StorageError(f"{destination} exists and is not an empty folder. Choose another destination.")
     chosen = selection_of(record) if trial is None else None
-    card: dict[str, Any] | str
     if chosen is not None:
         found = chosen.trial_of(record)
         shipped = find_adapter(record, found, chosen.shipped.run)
@@ -38,29 +33,15 @@ def export(
                 f"the adapter that `loratune select` chose, of trial {found.number} ({chosen.shipped.run}), is not on disk. "
                 f"`loratune select {record.folder}` trains it again; --trial {found.number} exports that of the study's own run."
             )
-        adapter, facts = shipped, _facts(record, found, chosen.shipped.validation_loss, chosen.shipped.seed)
-        card = facts if merged else model_card(record, found, chosen)
+        adapter = shipped
     else:
         found = best_of(record) if trial is None else trial_of(record, trial)
-        adapter, card = adapter_of(record, found), _facts(record, found, found.value, int(record.spec["seed"]))
+        adapter = adapter_of(record, found)
     as_measured(record, found, adapter)
+    from loratune.delivery.card import model_card
     from loratune.delivery.merge import export_adapter, merge
 
+    card = model_card(record, found, chosen, merged=merged)
     if merged:
         return merge(record.base_model, adapter, destination, card, data=prepared_data(record), prompt=record.prompt["kind"])
-    return export_adapter(adapter, destination, card, options=load_options(record), chat_end=chat_end(record))
-
-
-def _facts(record: StudyRecord, trial: Trial, loss: float | None, seed: int) -> dict[str, Any]:
-    """What the model card says of where the adapter comes from; loss and seed: of the run that made it."""
-    facts = {
-        "study": record.name,
-        "trial": trial.number,
-        "seed": seed,
-        "prompt": record.prompt.get("note"),
-        "validation loss": loss,
-        "validation loss of the base model": record.base_loss,
-    }
-    if record.default is not None:
-        facts["validation loss of the defaults"] = record.default.value
-    return {name: value for name, value in facts.items() if value is not None}
+    return export_adapter(adapter, destination, card)

@@ -10,7 +10,6 @@ per (seed, module name), row by row: it depends on nothing else, and at a higher
 import hashlib
 import math
 import re
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,14 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from loratune.errors import ModelError, StorageError
+from loratune.errors import ModelError
 from loratune.finetune import layers
 from loratune.finetune.dropout import DropoutKey, KeyedDropout
 from loratune.finetune.peft_layers import addressable, refuse_lost, words_on_lost
 from loratune.finetune.peft_layers import detach as detach
 from loratune.finetune.peft_layers import lora_layers as lora_layers
 from loratune.record.paths import ADAPTER_WEIGHTS
-from loratune.system.files import write_atomically
+from loratune.system.files import new_folder, write_atomically
 from loratune.system.names import nearest
 from loratune.work import Hyperparameters
 
@@ -127,17 +126,14 @@ def write_folder(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, to
     config.init_lora_weights = True  # B = 0: a weight that is not in the file adds nothing, instead of noise
     config.target_modules = sorted(config.target_modules or ())  # PEFT makes a set of it, in no order
     config.target_parameters = None
-    aside = folder.with_name(f".{folder.name}-new")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        config.save_pretrained(str(aside))
-        named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(named, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        write_atomically(digest_of(folder), hashlib.sha256((aside / ADAPTER_WEIGHTS).read_bytes()).hexdigest())
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"cannot write {folder}: {error}. Free the disk, then run the same command.") from error
+    named = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with new_folder(folder) as fresh:
+        config.save_pretrained(str(fresh))
+        try:
+            save_file(named, fresh / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        write_atomically(digest_of(folder), hashlib.sha256((fresh / ADAPTER_WEIGHTS).read_bytes()).hexdigest())
 
 
 def digest_of(folder: Path) -> Path:

@@ -7,11 +7,9 @@
 Arrays in, decisions out:
     finalists     which trials may be the best, given the noise
     race          their repeats with fresh seeds: the clearly worse drop out; its test is in sequential.py
-    bias          what the winner's loss really is
     choose        a rule over criteria, run over resamples
     sureness      how sure that is: the interval to the next best
     constraints   `adapter_mb <= 50`
-    pareto        several objectives: the front, and its hypervolume
 
 A study in, selection.json out:
     candidates    what the study measured of its trials
@@ -21,12 +19,10 @@ A study in, selection.json out:
     selected      the file, as data
 """
 
-from loratune.selection.bias import Honest, expected_optimism, from_cross_fit, from_fresh_seeds, from_held_out
 from loratune.selection.choose import Candidate, Choice, Rule, choose
 from loratune.selection.constraints import METRICS, Constraint, parse
 from loratune.selection.decide import Planned, Selected, SelectEvent, select
 from loratune.selection.finalists import Finalists, Noise, finalists, noise_from_twins, scaled
-from loratune.selection.pareto import hypervolume, non_dominated
 from loratune.selection.race import Drop, Race, Standing
 from loratune.selection.rerun import Note, Ran
 from loratune.selection.selected import Entrant, SelectionRecord, Shipped, read
@@ -41,7 +37,6 @@ __all__ = [
     "Entrant",
     "Finalists",
     "Gap",
-    "Honest",
     "Noise",
     "Note",
     "Planned",
@@ -54,14 +49,8 @@ __all__ = [
     "Shipped",
     "Standing",
     "choose",
-    "expected_optimism",
     "finalists",
-    "from_cross_fit",
-    "from_fresh_seeds",
-    "from_held_out",
-    "hypervolume",
     "noise_from_twins",
-    "non_dominated",
     "parse",
     "read",
     "scaled",

@@ -1,4 +1,4 @@
-"""Several objectives at once: which points no other beats, and how much of the space they dominate."""
+"""Several objectives at once: which points no other beats."""
 
 from collections.abc import Sequence
 
@@ -20,19 +20,6 @@ def non_dominated(points: ArrayLike, maximise: Sequence[bool] | None = None) -> 
     return np.asarray(~((no_worse & better).any(axis=0) | np.isnan(x).any(axis=1)))
 
 
-def hypervolume(points: ArrayLike, reference: ArrayLike, maximise: Sequence[bool] | None = None) -> float:
-    """Volume of what the points (n, m) dominate, up to the `reference` (m,): larger is better; 0 when none beats the reference.
-
-    Exact, by slicing along the last objective (While et al., IEEE Transactions on Evolutionary Computation 10, 2006):
-    for a front of dozens of points in two to four objectives.
-    """
-    x = _minimised(points, maximise)
-    limit = _minimised(np.asarray(reference, dtype=np.float64)[None], maximise)[0]
-    if x.shape[1] != len(limit):
-        raise ValueError(f"reference: needed are {x.shape[1]} numbers; got {len(limit)}")
-    return _volume(x[(x < limit).all(axis=1)], limit)
-
-
 def front_ranks(points: ArrayLike, maximise: Sequence[bool] | None = None) -> NDArray[np.int64]:
     """Each point's front (n,): 0 for those that no other beats, 1 for those that only these beat, and so on.
 
@@ -46,23 +33,6 @@ def front_ranks(points: ArrayLike, maximise: Sequence[bool] | None = None) -> ND
         ranks[left[here]] = rank
         left, rank = left[~here], rank + 1
     return ranks
-
-
-def _volume(x: Floats, limit: Floats) -> float:
-    if not len(x):
-        return 0.0
-    if x.shape[1] == 1:
-        return float(limit[0] - x.min())
-    x = x[non_dominated(x)]
-    x = x[np.argsort(x[:, -1], kind="stable")]
-    upper = np.append(x[1:, -1], limit[-1])
-    return float(
-        sum(
-            (top - row[-1]) * _volume(x[: n + 1, :-1], limit[:-1])
-            for n, (row, top) in enumerate(zip(x, upper, strict=True))
-            if top > row[-1]
-        )
-    )
 
 
 def _minimised(points: ArrayLike, maximise: Sequence[bool] | None) -> Floats:

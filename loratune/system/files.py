@@ -55,23 +55,32 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """A folder beside `target`, to be filled; at the block's end it takes the place of `target`, after an error it is gone.
 
-    Its mode follows the umask, and its content is on the disk before it is renamed. Raises OSError.
+    replace: False leaves a `target` that another process has put there meanwhile.
+    Its mode follows the umask, and its content is on the disk before it is renamed. Raises StorageError for an OSError of the block too.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent)
     fresh, old = aside(target), aside(target)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent)
         fresh.mkdir()
         yield fresh
         for path in (*fresh.rglob("*"), fresh):
             _flush(path)
-        if target.exists():
+        if replace and target.exists():
             os.rename(target, old)
-        os.rename(fresh, target)
+        try:
+            os.rename(fresh, target)
+        except OSError:
+            if replace or not target.is_dir():
+                raise
         _flush(target.parent)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {target}: {error.strerror or error}. Free the disk or open the folder, then run the same command again."
+        ) from error
     finally:
         if old.exists() and not target.exists():  # the second rename failed
             os.rename(old, target)

@@ -10,8 +10,9 @@ import torch
 import transformers
 from test_validation import by_definition
 
+from loratune.delivery.card import HERE, loading
 from loratune.delivery.merge import export_adapter, merge
-from loratune.errors import ModelError, StorageError
+from loratune.errors import ModelError
 from loratune.finetune.engines import load_engine, probe
 from loratune.record.paths import StudyPaths
 from loratune.work import Hyperparameters, State
@@ -41,15 +42,13 @@ def loss(model: torch.nn.Module, tokens) -> float:  # type: ignore[no-untyped-de
 
 def test_plain_peft_gives_the_recorded_loss(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     recipe, root, tokens, adapter, recorded = trained
-    exported = export_adapter(adapter, tmp_path / "out", {"validation loss": recorded, "trial": 7})
+    exported = export_adapter(adapter, tmp_path / "out", "the card")
     base = transformers.AutoModelForCausalLM.from_pretrained(root / "model")
     untrained = loss(base.eval(), tokens)
     model = peft.PeftModel.from_pretrained(base, str(exported))
     assert loss(model.eval(), tokens) == pytest.approx(recorded, abs=1e-5)
     assert abs(untrained - recorded) > 0.01
-    card = (exported / "README.md").read_text()
-    assert "| trial | 7 |" in card
-    assert "| lora_alpha | 12.5 |" in card
+    assert (exported / "README.md").read_text() == "the card"
     assert {p.name for p in exported.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert peft.LoraConfig.from_pretrained(str(exported)).base_model_name_or_path == recipe.model.name_or_path
 
@@ -64,16 +63,14 @@ def test_the_cards_lines_ask_and_stop_at_the_end_of_an_answer(trained, tmp_path:
 
     def written(end: str) -> tuple[list[int], object]:
         """What the card's own lines generate, and their tokenizer."""
-        exported = export_adapter(adapter, tmp_path / "out", {"trial": 7}, chat_end=end)
-        code = (exported / "README.md").read_text().split("```python\n")[1].split("```")[0]
         names: dict[str, Any] = {}
-        exec(code.replace('"this folder"', repr(str(exported))).replace("=256", "=4"), names)
+        exec(loading(str(base), None, {}, end).replace(HERE, str(adapter)).replace("=256", "=4"), names)
         return names["answer"][0, names["given"]["input_ids"].shape[1] :].tolist(), names["tokenizer"]
 
     ids, tokenizer = written("<|im_end|>")
     assert len(ids) == 4
     assert written(tokenizer.convert_ids_to_tokens(ids[0]))[0] == ids[:1]
-    assert "AutoTokenizer" not in export_adapter(adapter, tmp_path / "out", {"trial": 7}).joinpath("README.md").read_text()
+    assert "AutoTokenizer" not in loading(str(base), None, {}, "")
 
 
 def test_the_merged_model_gives_the_recorded_loss(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -84,18 +81,6 @@ def test_the_merged_model_gives_the_recorded_loss(trained, tmp_path: Path) -> No
     assert model.config.attention_dropout == 0.1  # the base model's own, untouched
     assert len(transformers.AutoTokenizer.from_pretrained(folder))
     assert (folder / "README.md").read_text() == "my own card"
-
-
-def test_what_may_be_replaced(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    adapter = trained[3]
-    export_adapter(adapter, tmp_path / "out", "first")
-    export_adapter(adapter, tmp_path / "out", "second")
-    assert (tmp_path / "out" / "README.md").read_text() == "second"
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.tex").touch()
-    with pytest.raises(StorageError, match="not an earlier export"):
-        export_adapter(adapter, tmp_path / "thesis", "card")
-    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
 
 
 def test_no_adapter(tmp_path: Path) -> None:

@@ -99,13 +99,13 @@ def check(engine: Engine, recipe: Recipe, root: Path, wanted: list[str], run: st
         assert recorded is not None
         assert outcome.curve[0].validation_loss == pytest.approx(base, abs=1e-4)
         assert abs(recorded - base) > 0.01
-        exported = export_adapter(StudyPaths(root).of(segment).adapter, root / "exported" / segment.key, {})
+        exported = export_adapter(StudyPaths(root).of(segment).adapter, root / "exported" / segment.key, "card")
         weights = load_file(exported / "adapter_model.safetensors")
         assert sum(w.numel() for w in weights.values()) == outcome.trainable_parameters == told(segment.hyperparameters)
         assert all(w.any() for w in weights.values())  # a B that stayed 0 is a layer that does not run
         fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         assert independent_loss(peft.PeftModel.from_pretrained(fresh, str(exported)), folder) == pytest.approx(recorded, abs=1e-4)
-        merged = merge(recipe.model, exported, root / "merged" / segment.key, {})
+        merged = merge(recipe.model, exported, root / "merged" / segment.key, "card")
         loss = independent_loss(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), merged)
         assert loss == pytest.approx(recorded, abs=1e-4)
 

@@ -99,12 +99,12 @@ def is_what_was_measured(root: Path, family: str, engine: str, layers: str) -> N
     assert abs(outcome.validation_loss - loss(base(root), tokens)) > 1e-3, "training changed nothing"
     given = {"data": root / "data", "recorded": outcome.validation_loss}
     found = reload.check(folder, study.model, wanted.hyperparameters, **given)
-    exported = export_adapter(folder, root / "exported", {})
+    exported = export_adapter(folder, root / "exported", "card")
     for _ in range(2):
         model = peft.PeftModel.from_pretrained(base(root), str(exported))
         assert loss(model, tokens) == pytest.approx(outcome.validation_loss, abs=1e-4)
     assert found == pytest.approx(outcome.validation_loss, abs=1e-4)
-    merged = merge(study.model, folder, root / "merged", {}, data=root / "data")
+    merged = merge(study.model, folder, root / "merged", "card", data=root / "data")
     model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     assert loss(model, tokens) == pytest.approx(outcome.validation_loss, abs=1e-4)
     lost = (StudyPaths(root).of(wanted).log).read_text().count("PEFT does not load")
@@ -251,7 +251,7 @@ def test_another_sum_is_no_merged_model(trained, tmp_path: Path) -> None:  # typ
     shutil.copytree(StudyPaths(root).of(wanted).adapter, folder)
     config_changed(folder, alpha_pattern={"q_proj": 99})
     with pytest.raises(ModelError, match=r"plain Transformers, merged.*by the adapter on its base model"):
-        merge(study.model, folder, tmp_path / "merged", {}, data=root / "data")
+        merge(study.model, folder, tmp_path / "merged", "card", data=root / "data")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
