@@ -11,10 +11,10 @@ from loratune.errors import StorageError
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in the file; none when there is no file. Raises StorageError for a damaged line that is not the last."""
-    if not path.exists():
-        return []
     try:
         whole, _, _ = path.read_bytes().rpartition(b"\n")
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
     rows = []
@@ -22,19 +22,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise StorageError(f"{path}, line {number}: damaged ({error}). Remove that line; what it held is done again.") from error
+            raise StorageError(f"{path}, line {number} is damaged: {error}. Remove the line; its item is then done again.") from error
     return rows
 
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add the objects and flush them to the disk. Raises StorageError."""
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="surrogatepass")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # what a kill left of a last line
+            if (size := file.tell()) and os.pread(file.fileno(), 1, size - 1) != b"\n":  # what a kill left of a last line
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}. Nothing before it was lost.") from error
+        raise StorageError(f"cannot write {path}: {error.strerror}. Nothing before it was lost; run again.") from error

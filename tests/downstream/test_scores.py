@@ -54,7 +54,8 @@ def test_torn_last_line(tmp_path: Path, kept: int) -> None:
     assert set(result.scores) == {"0", "1", "2"}
     ledger = Ledger(tmp_path, "0001", "b", IDENTITY)
     assert ledger.done == {"0", "1", "2"}
-    assert file.read_bytes() == whole
+    ledger.add([line(3)], 0.0)
+    assert file.read_bytes() == whole + json.dumps(line(3), ensure_ascii=False).encode() + b"\n"
 
 
 def test_damaged_middle(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_reading_needs_neither_web_framework_nor_torch(tmp_path: Path) -> None:
 def test_damage_is_told(tmp_path: Path) -> None:
     folder = made(tmp_path / "c")
     (folder / "answers.jsonl").write_text('{"question": \n{}\n')
-    with pytest.raises(StorageError, match=r"answers\.jsonl, line 1: damaged"):
+    with pytest.raises(StorageError, match=r"answers\.jsonl, line 1 is damaged"):
         read(folder)
     (folder / "comparison.json").write_text("{}")
     with pytest.raises(StorageError, match=r"comparison\.json cannot be read"):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from loratune import demo
 from loratune.delivery import export, hand_over, reload
-from loratune.delivery.verify import NAME
 from loratune.errors import ModelError
 from loratune.record import read
+from loratune.record.paths import StudyPaths
 from loratune.spec import StudySpec
 from loratune.study.driver import deliver, tune
 
@@ -55,7 +55,7 @@ def handed_over(study: Path) -> tuple[Path, Path | None]:
 def test_a_study_hands_over_what_it_measured(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     delivery = deliver(study)
     assert delivery.adapter == study / "adapter"
-    (found,) = json.loads((study / NAME).read_text()).values()
+    (found,) = json.loads(StudyPaths(study).reloaded.read_text()).values()
     assert found == pytest.approx(delivery.record.best.value, abs=1e-4)  # type: ignore[union-attr]
 
     def again(*_: object, **__: object) -> None:
@@ -113,7 +113,7 @@ def test_another_adapter_is_not_handed_over(study: Path, tmp_path: Path) -> None
         with pytest.raises(ModelError, match="It was not handed over"):
             export(study, tmp_path / "out", merged=merged)
     assert not (tmp_path / "out").exists()
-    assert not (study / NAME).exists()
+    assert not StudyPaths(study).reloaded.exists()
 
 
 def test_the_loss_tells_where_no_digest_does(study: Path) -> None:

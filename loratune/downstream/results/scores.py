@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from loratune.errors import StorageError
 from loratune.record.paths import ADAPTER_FILES, MAIN
 from loratune.system.files import write_atomically
+from loratune.system.jsonl import append_lines, read_lines
 
 if TYPE_CHECKING:
     from loratune.statistics import Interval  # needs scipy, which `loratune status` need not wait for
@@ -170,20 +171,11 @@ class Ledger:
         elif self._lines.is_file():
             _put_aside(self._lines)
         self.seconds = float(_json(self._facts).get("seconds", 0.0)) if self._facts.is_file() else 0.0
-        _drop_torn_line(self._lines)
-        self.done = {str(line["id"]) for line in _read_lines(self._lines)}
+        self.done = {str(line["id"]) for line in read_lines(self._lines)}
 
     def add(self, lines: Sequence[dict[str, Any]], seconds: float) -> None:
         """Append scored items, each with `id`, `group`, `answer` and `score`. Raises StorageError."""
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        try:
-            self._lines.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._lines, "a", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(f"cannot write {self._lines}: {error.strerror}. What was scored before is safe; run again.") from error
+        append_lines(self._lines, lines)
         self.done |= {str(line["id"]) for line in lines}
         self.seconds += seconds
 
@@ -199,7 +191,7 @@ def read_results(folder: Path, *, begun: bool = False) -> list[Result]:
     """
     found = []
     for facts in sorted(folder.glob("*/*.json")):
-        lines = list(_read_lines(facts.with_suffix(".jsonl")))
+        lines = read_lines(facts.with_suffix(".jsonl"))
         if facts.name == "proof.json" or not (lines or begun):
             continue
         found.append(
@@ -249,27 +241,6 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot read {path}: {error}. Remove it and its .jsonl; the items are then answered again.") from error
-
-
-def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The whole lines; a torn last one is left out, a torn one in the middle is an error."""
-    if not path.is_file():
-        return
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            return
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise StorageError(f"{path}, line {number} is damaged: {error}. Remove the line; its item is then answered again.") from error
-
-
-def _drop_torn_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        write_atomically(path, data[: data.rfind(b"\n") + 1])
 
 
 def _put_aside(*paths: Path) -> None:
