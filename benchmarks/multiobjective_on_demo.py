@@ -33,7 +33,7 @@ from loratune.data.prepared import Prepared
 from loratune.executors import Executor, InlineExecutor
 from loratune.finetune.sizes import adapter_sizes
 from loratune.record import INFEASIBLE, StudyRecord, open_record, read
-from loratune.record.progress import Meter
+from loratune.record.progress import ProgressTracker
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec
 from loratune.statistics import paired_difference, student_mean
@@ -167,7 +167,7 @@ def study(table: Table, sampler: str, seed: int, trials: int, folder: Path) -> S
             examples=len(table.data.train),
             validation_examples=len(table.data.validation),
             executor=FromTable(table),
-            meter=Meter(budget_trials=trials, workers=1),
+            meter=ProgressTracker(budget_trials=trials, workers=1),
             stop=threading.Event(),
             sizes=table.size,
         )

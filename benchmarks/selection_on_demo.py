@@ -96,10 +96,10 @@ def study(folder: Path, seed: int, trials: int, test: Prepared) -> dict[str, Any
 
 def facts(chosen: SelectionRecord) -> dict[str, Any]:
     """What the selection said, in short."""
-    honest = chosen.honest
-    known = [entrant.study_loss for entrant in chosen.candidates]
+    unbiased = chosen.unbiased
+    known = [finalist.study_loss for finalist in chosen.candidates]
     known += [run.loss for run in chosen.race.log] if chosen.race else []
-    known += [run.loss for run in honest.runs] if honest else []
+    known += [run.loss for run in unbiased.runs] if unbiased else []
     return {
         "lowest": chosen.lowest,
         "chosen": chosen.chosen,
@@ -107,12 +107,12 @@ def facts(chosen: SelectionRecord) -> dict[str, Any]:
         "shipped_is_the_lowest_of_all_runs": chosen.shipped.validation_loss <= min(known),
         "share": chosen.share,
         "validation": {
-            "raw minimum": chosen.entrant(chosen.lowest).study_loss,
-            "chosen trial": chosen.entrant(chosen.chosen).study_loss,
+            "raw minimum": chosen.finalist(chosen.lowest).study_loss,
+            "chosen trial": chosen.finalist(chosen.chosen).study_loss,
             "shipped": chosen.shipped.validation_loss,
         },
-        "fresh_seeds": honest.chosen.value if honest else None,
-        "gain": honest.gain.value if honest and honest.gain else None,
+        "fresh_seeds": unbiased.chosen.value if unbiased else None,
+        "gain": unbiased.gain.value if unbiased and unbiased.gain else None,
         "noise": chosen.noise.value,
         "finalists": len(chosen.candidates),
         "runs": chosen.runs,

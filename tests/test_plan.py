@@ -173,9 +173,9 @@ def test_hf_has_no_slots() -> None:
 
 def test_the_slots_of_a_study_stay(tmp_path: Path) -> None:
     with open_record(tmp_path) as record:
-        assert record.kept("slots", 4) == 4
-        assert record.kept("slots", 2) == 2, "nothing was trained yet"
+        assert record.pin("slots", 4) == 4
+        assert record.pin("slots", 2) == 2, "nothing was trained yet"
         record.begin(0, 0)
     with open_record(tmp_path) as record:
-        assert record.kept("slots", 7) == 2
-        assert record.kept("workers", 3) == 3
+        assert record.pin("slots", 7) == 2
+        assert record.pin("workers", 3) == 3

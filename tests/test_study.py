@@ -19,7 +19,7 @@ from loratune import samplers
 from loratune.executors import Executor
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, StudyRecord, Trial, open_record, read
 from loratune.record import writer as record_writer
-from loratune.record.progress import Meter
+from loratune.record.progress import ProgressTracker
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec
 from loratune.study.loop import Asked, Event, Loop, Settled
@@ -103,7 +103,7 @@ def events(spec: StudySpec, executor: Formula, **more: Any) -> Iterator[Event]:
             workers=executor.capacity,
         )
         study = open_study(url=spec.storage, folder=spec.folder, name=spec.name, sampler=sampler)
-        meter = Meter(budget_trials=spec.budget.trials, workers=executor.capacity)
+        meter = ProgressTracker(budget_trials=spec.budget.trials, workers=executor.capacity)
         stop = threading.Event()
         counts = {"examples": EXAMPLES, "validation_examples": VALIDATION}
         yield from Loop(spec=spec, record=record, study=study, executor=executor, meter=meter, stop=stop, **counts, **more).run()

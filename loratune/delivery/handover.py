@@ -114,12 +114,12 @@ def _best(record: StudyRecord, found: tables.Answer, best: Trial, adapter: str, 
 
 
 def _chosen(selection: "SelectionRecord") -> dict[str, Any]:
-    honest = selection.honest
+    unbiased = selection.unbiased
     return {
         "rule": selection.rule,
         "seed": selection.shipped.seed,
         "run": selection.shipped.run,
-        "how_sure": selection.sureness,
-        "loss_with_fresh_seeds": honest.chosen.value if honest else None,
-        "gain_over_default_with_fresh_seeds": honest.gain.value if honest and honest.gain else None,
+        "how_sure": selection.confidence,
+        "loss_with_fresh_seeds": unbiased.chosen.value if unbiased else None,
+        "gain_over_default_with_fresh_seeds": unbiased.gain.value if unbiased and unbiased.gain else None,
     }

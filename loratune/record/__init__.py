@@ -7,7 +7,7 @@ There is one writer, the driver (`Record`); workers write inside their run's fol
     trials.py    Trial, StudyRecord, read: the folder as data
     adapters.py  a trial by its number, and where its adapter lies
     writer.py    Record, open_record: the writer and its lock
-    progress.py  Meter: what runs right now, in numbers
+    progress.py  ProgressTracker: what runs right now, in numbers
     storage.py   open_study: the Optuna storage
     database.py  the same in a database server that may go away for a while
 """

@@ -14,7 +14,7 @@ _WINDOW = 30.0  # seconds over which tokens per second are averaged
 
 
 @dataclass
-class Meter:
+class ProgressTracker:
     """Takes the study's events, gives snapshots: plain dicts of numbers and strings, seconds and tokens.
 
     Replayed outcomes count as work done, not as work of this session, so speed and time left stay honest.

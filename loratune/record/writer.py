@@ -58,7 +58,7 @@ class Record:
         remedy = "Restore it from a copy, or begin a new study: the sampler cannot be asked again as it was."
         return {trial.number: parsed(trial.began, int, remedy) for trial in self.paths.trials_there() if trial.began.exists()}
 
-    def kept(self, name: Literal["slots", "workers"], chosen: int) -> int:
+    def pin(self, name: Literal["slots", "workers"], chosen: int) -> int:
         """How many slots a process has, or how many processes train: what the study began with, else `chosen`, from now on.
 
         It decides what the sampler knows when it proposes, so it must not follow a change of machine or budget.

@@ -7,26 +7,26 @@
 Arrays in, decisions out:
     finalists     which trials may be the best, given the noise
     race          their repeats with fresh seeds: the clearly worse drop out; its test is in sequential.py
-    choose        a rule over criteria, run over resamples
-    sureness      how sure that is: the interval to the next best
+    rule          a rule over criteria, run over resamples
+    confidence    how sure that is: the interval to the next best
     constraints   `adapter_mb <= 50`
 
 A study in, selection.json out:
     candidates    what the study measured of its trials
     rerun         trains trials again, with fresh seeds
-    decide        the whole of it: race, choice, honest losses
+    workflow      the whole of it: race, choice, unbiased losses
     account       all of that as a record
     selected      the file, as data
 """
 
-from loratune.selection.choose import Candidate, Choice, Rule, choose
+from loratune.selection.confidence import Gap
 from loratune.selection.constraints import METRICS, Constraint, parse
-from loratune.selection.decide import Planned, Selected, SelectEvent, select
 from loratune.selection.finalists import Finalists, Noise, finalists, noise_from_twins, scaled
 from loratune.selection.race import Drop, Race, Standing
 from loratune.selection.rerun import Note, Ran
-from loratune.selection.selected import Entrant, SelectionRecord, Shipped, read
-from loratune.selection.sureness import Gap
+from loratune.selection.rule import Candidate, Choice, Rule, choose
+from loratune.selection.selected import Finalist, SelectionRecord, Shipped, read
+from loratune.selection.workflow import Planned, Selected, SelectEvent, select
 
 __all__ = [
     "METRICS",
@@ -34,7 +34,7 @@ __all__ = [
     "Choice",
     "Constraint",
     "Drop",
-    "Entrant",
+    "Finalist",
     "Finalists",
     "Gap",
     "Noise",

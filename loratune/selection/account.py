@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from loratune.record import StudyRecord, Trial
 from loratune.selection.candidates import Scores, loss_of, metric, name_of, scored
-from loratune.selection.choose import Choice, Rule
 from loratune.selection.finalists import Noise
 from loratune.selection.race import Race
 from loratune.selection.rerun import RACE, cost_of, fresh_seed, run_name
-from loratune.selection.selected import Entrant, Honest, RaceRecord, Run, SelectionRecord, Shipped
+from loratune.selection.rule import Choice, Rule
+from loratune.selection.selected import Finalist, RaceRecord, Run, SelectionRecord, Shipped, UnbiasedLoss
 from loratune.statistics import Interval
 from loratune.work import Outcome
 
@@ -26,7 +26,7 @@ def account(
     race: Race | None,
     field: str,
     assumed: Noise,
-    honest: Honest | None,
+    unbiased: UnbiasedLoss | None,
     shipped: Shipped,
     outcomes: Sequence[Outcome],
     notes: tuple[str, ...],
@@ -51,7 +51,7 @@ def account(
         benchmarks=tuple(b for b in benchmarks if "score" in rule.metrics or b in rule.metrics),
         excluded=excluded,
         candidates=tuple(
-            Entrant(
+            Finalist(
                 trial=t.number,
                 study_loss=loss_of(t),
                 losses=tuple(race.losses[name_of(t)]) if race else (loss_of(t),),
@@ -75,7 +75,7 @@ def account(
         runner_up_share=choice.runner_up_share,
         why=choice.why,
         what_would_change=choice.what_would_change,
-        honest=honest,
+        unbiased=unbiased,
         shipped=shipped,
         runs=spent.runs,
         tokens=int(spent.tokens),

@@ -8,9 +8,9 @@ import numpy as np
 from loratune.downstream.results.scores import Result, read_results
 from loratune.errors import SpecError
 from loratune.record import StudyRecord, Trial
-from loratune.selection.choose import Candidate, Rule
 from loratune.selection.constraints import METRICS, Constraint, parse
 from loratune.selection.finalists import Noise, noise_from_twins, scaled
+from loratune.selection.rule import Candidate, Rule
 from loratune.system.names import nearest
 from loratune.work import Hyperparameters
 

@@ -55,6 +55,10 @@ class Ran:
     outcome: Outcome
 
 
+class Stopped(Exception):  # noqa: N818  # no error
+    """`stop` was set."""
+
+
 Event = Note | Ran | Progress
 
 
@@ -125,25 +129,25 @@ class Rerun:
         if self._executor is not None:
             self._executor.close()
 
-    def train(self, wanted: Iterable[tuple[Trial, str]], *, adapters: bool = False) -> Generator[Event, None, list[float] | None]:
+    def train(self, wanted: Iterable[tuple[Trial, str]], *, adapters: bool = False) -> Generator[Event, None, list[float]]:
         """Train (trial, run) together, as many at a time as there are slots, unless that was done before (and, with `adapters`, these
         are there).
 
-        Returns their losses, infinite where one diverged or ran out of memory; None when it was stopped.
-        Raises TrainingError, or what names the bad input, when a run cannot be trained here; another start tries it again.
+        Returns their losses, infinite where one diverged or ran out of memory. Raises Stopped, and TrainingError, or the error that
+        names the bad input, when a run cannot be trained here; another start tries it again.
         """
         trials = {(segment := self._segment(trial, run)).key: (trial, segment) for trial, run in wanted}
         done = {
             key: known
             for key, (_, segment) in trials.items()
-            if (known := self._record.outcome(segment)) is not None
-            and not (adapters and not (self._record.paths.of(segment).adapter).is_dir())
+            for known in [self._record.outcome(segment)]
+            if known is not None and not (adapters and not (self._record.paths.of(segment).adapter).is_dir())
         }
         waiting = [segment for key, (_, segment) in trials.items() if key not in done]
         flying = 0
         while len(done) < len(trials):
             if self._stop.is_set():
-                return None
+                raise Stopped
             executor = self._start()
             if self._warning:
                 yield Note(self._warning)
@@ -165,7 +169,8 @@ class Rerun:
                     trial, segment = trials[item.key]
                     yield Ran(trial=trial, run=segment.run, outcome=item)
         self.outcomes |= {key: done[key] for key in trials}
-        return [math.inf if (loss := done[key].validation_loss) is None else loss for key in trials]
+        losses = [done[key].validation_loss for key in trials]
+        return [math.inf if loss is None else loss for loss in losses]
 
     def keep_adapters(self, part: str, keep: Set[tuple[int, str]]) -> None:
         """Remove the adapters of all finished runs of a part ("": of all) but `keep`, (trial's number, run), and their checkpoints."""
@@ -229,7 +234,7 @@ class Rerun:
                 root=self.folder.resolve(),
                 lock=self._record.lock,
                 devices=devices,
-                workers=Record(self._study.folder, self._record.lock).kept("workers", chosen["workers"] or 1),
+                workers=Record(self._study.folder, self._record.lock).pin("workers", chosen["workers"] or 1),
                 threads=chosen["threads"],
                 max_retries=chosen["max_retries"],
                 hang_timeout=chosen["hang_timeout"],

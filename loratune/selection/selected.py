@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from loratune.errors import StorageError
 from loratune.record import StudyRecord, Trial
 from loratune.record.paths import StudyPaths
-from loratune.selection.sureness import Gap, gap, sure
+from loratune.selection.confidence import Gap, confidence, gap
 from loratune.statistics import Interval
 from loratune.system.files import AnyPath, write_atomically
 from loratune.work import Json
@@ -16,7 +16,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entrant(Json):
+class Finalist(Json):
     """A candidate, as it was measured; NaN where it was not. `losses`: by the race's repeats, or the study's one."""
 
     trial: int
@@ -62,7 +62,7 @@ class RaceRecord(Json):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Honest(Json):
+class UnbiasedLoss(Json):
     """Losses with seeds run after the choice, the same for both; means with Student's 95 % intervals."""
 
     runs: tuple[Run, ...]
@@ -92,7 +92,7 @@ class SelectionRecord(Json):
     constraints: tuple[str, ...]
     benchmarks: tuple[str, ...]  # that took part in the choice: they report nothing about the chosen one any more
     excluded: int  # finished trials that the constraints left out
-    candidates: tuple[Entrant, ...]  # by study_loss
+    candidates: tuple[Finalist, ...]  # by study_loss
     race: RaceRecord | None
     noise: Interval  # sd of one run's loss, what a seed does to all trials alike taken out
     noise_source: str
@@ -103,7 +103,7 @@ class SelectionRecord(Json):
     runner_up_share: float
     why: tuple[str, ...]
     what_would_change: tuple[str, ...]
-    honest: Honest | None
+    unbiased: UnbiasedLoss | None
     shipped: Shipped
     runs: int  # trained for this selection, and their cost
     tokens: int
@@ -111,8 +111,8 @@ class SelectionRecord(Json):
     notes: tuple[str, ...] = ()
     version: int = VERSION
 
-    def entrant(self, trial: int) -> Entrant:
-        return next(entrant for entrant in self.candidates if entrant.trial == trial)
+    def finalist(self, trial: int) -> Finalist:
+        return next(finalist for finalist in self.candidates if finalist.trial == trial)
 
     def holds_for(self, study: StudyRecord) -> bool:
         """Whether the study did not go on since; otherwise the selection is out of date."""
@@ -124,8 +124,8 @@ class SelectionRecord(Json):
 
     def explain(self) -> str:
         """The choice in about ten lines."""
-        own = self.entrant(self.chosen)
-        lines = [f"Ship trial {self.chosen}. {self.sureness}", *self.why]
+        own = self.finalist(self.chosen)
+        lines = [f"Ship trial {self.chosen}. {self.confidence}", *self.why]
         if self.chosen != self.lowest:
             lines.append(f"The study's lowest loss was trial {self.lowest}'s.")
         if self.race is not None:
@@ -133,13 +133,13 @@ class SelectionRecord(Json):
             raced = f"Race: {entered} finalist{'s' * (entered != 1)}, {len(self.race.log)} runs"
             lines.append(f"{raced}; over because {self.race.ending}.")
         lines.append(f"Noise of one run (sd): {self.noise:.2g}, {self.noise_source}.")
-        if self.honest is not None:
+        if self.unbiased is not None:
             lines.append(
-                f"With {self.honest_seeds} seeds run after the choice, trial {self.chosen} has a loss of {self.honest.chosen:.4f};"
+                f"With {self.fresh_seeds} seeds run after the choice, trial {self.chosen} has a loss of {self.unbiased.chosen:.4f};"
                 f" in the study {own.study_loss:.4f}."
             )
-            if self.honest.gain is not None:
-                lines.append(f"The default has {self.honest.default:.4f} with the same seeds: the gain is {self.honest.gain:.4f}.")
+            if self.unbiased.gain is not None:
+                lines.append(f"The default has {self.unbiased.default:.4f} with the same seeds: the gain is {self.unbiased.gain:.4f}.")
         if self.shipped.lowest_of > 1:
             lines.append(
                 f"Of its {self.shipped.lowest_of} adapters the one with the lowest validation loss is handed over:"
@@ -154,13 +154,13 @@ class SelectionRecord(Json):
         """The chosen one against the runner-up, else against the next lowest loss; None when no other has a seed in common with it."""
         if self.runner_up is not None:
             return self.gap_to(self.runner_up)
-        gaps = [(entrant.loss, found) for entrant in self.candidates if (found := self.gap_to(entrant.trial)) is not None]
+        gaps = [(finalist.loss, found) for finalist in self.candidates if (found := self.gap_to(finalist.trial)) is not None]
         return min(gaps, key=lambda pair: pair[0])[1] if gaps else None
 
     @property
-    def sureness(self) -> str:
+    def confidence(self) -> str:
         """How sure the choice is, in a sentence or two, with its interval."""
-        return sure(self.nearest, self.share)
+        return confidence(self.nearest, self.share)
 
     def gap_to(self, trial: int) -> Gap | None:
         """How far a candidate's loss is above the chosen one's, paired by the seeds of both; None for itself and without such seeds."""
@@ -172,13 +172,13 @@ class SelectionRecord(Json):
     def _losses(self, trial: int) -> dict[int, float]:
         """Finite losses by the race's repeats, which share their seeds; without a race the study's one."""
         if self.race is None:
-            return {0: self.entrant(trial).study_loss}
+            return {0: self.finalist(trial).study_loss}
         return {run.repeat: run.loss for run in self.race.log if run.trial == trial and math.isfinite(run.loss)}
 
     @property
-    def honest_seeds(self) -> int:
+    def fresh_seeds(self) -> int:
         """Seeds with which the chosen one was trained after the choice."""
-        return len({run.repeat for run in self.honest.runs}) if self.honest is not None else 0
+        return len({run.repeat for run in self.unbiased.runs}) if self.unbiased is not None else 0
 
 
 def write(record: SelectionRecord, folder: AnyPath) -> None:
@@ -191,6 +191,9 @@ def read(folder: AnyPath) -> SelectionRecord | None:
     if not path.exists():
         return None
     try:
-        return SelectionRecord.from_json(path.read_text(encoding="utf-8"))
+        made = json.loads(path.read_text(encoding="utf-8"))
+        if "honest" in made:  # its name in earlier files
+            made["unbiased"] = made.pop("honest")
+        return SelectionRecord.from_json(json.dumps(made))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise StorageError(f"cannot read {path}: {error}. Remove it; `loratune select {folder}` writes it anew.") from error

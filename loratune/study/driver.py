@@ -24,7 +24,7 @@ from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.paths import MAIN, StudyPaths
-from loratune.record.progress import Meter
+from loratune.record.progress import ProgressTracker
 from loratune.record.storage import explained, open_study, until_free
 from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
@@ -70,7 +70,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         _same_data(record, data)
         record.prompt(asdict(data.manifest.prompt))
         yield from map(Note, _known_beforehand(spec, record, data))
-        recipe = replace(spec.recipe(str(data.folder)), slots=record.kept("slots", slots_for(spec, data)))
+        recipe = replace(spec.recipe(str(data.folder)), slots=record.pin("slots", slots_for(spec, data)))
         record.recipe(recipe)
         scorer = _scorer(spec, record.folder, data, devices)
         if scorer is not None:
@@ -81,7 +81,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             root=record.folder.resolve(),
             lock=record.lock,
             devices=devices,
-            workers=record.kept("workers", workers_for(spec)),
+            workers=record.pin("workers", workers_for(spec)),
             threads=spec.executor.threads,
             max_retries=spec.executor.max_retries,
             hang_timeout=spec.executor.hang_timeout,
@@ -89,7 +89,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         try:
             sampler = _sampler(spec, workers=executor.capacity)
             study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
-            meter = Meter(budget_trials=spec.budget.trials, workers=executor.processes, earlier_seconds=session.earlier_seconds)
+            meter = ProgressTracker(budget_trials=spec.budget.trials, workers=executor.processes, earlier_seconds=session.earlier_seconds)
             loop = Loop(
                 spec=spec,
                 record=record,

@@ -24,7 +24,7 @@ from loratune.errors import SearchSpentError, error_of
 from loratune.executors import Executor, Notice
 from loratune.executors.crashes import stop_for_common_cause
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
-from loratune.record.progress import Meter
+from loratune.record.progress import ProgressTracker
 from loratune.samplers.distinct import Distinct
 from loratune.schedules import Fate, Stretch
 from loratune.spec import StudySpec
@@ -74,7 +74,7 @@ class Loop:
         examples: int,
         validation_examples: int,
         executor: Executor,
-        meter: Meter,
+        meter: ProgressTracker,
         stop: threading.Event,
         sizes: Sizes | None = None,
         score: Score | None = None,

@@ -16,7 +16,7 @@ from loratune.selection.account import account, run_of
 from loratune.selection.candidates import candidates, loss_of, name_of, scored, scores_of
 from loratune.selection.finalists import Noise, finalists
 from loratune.selection.rerun import CHECK
-from loratune.selection.selected import Honest, SelectionRecord, write
+from loratune.selection.selected import SelectionRecord, UnbiasedLoss, write
 from loratune.statistics import student_mean
 from loratune.system.jsonl import append_lines
 from loratune.work import ModelRecipe
@@ -74,7 +74,7 @@ def selected(record: StudyRecord, noise: float = 0.004, seed: int = 0) -> Select
         race=race,
         field=str(few),
         assumed=few.noise,
-        honest=Honest(
+        unbiased=UnbiasedLoss(
             runs=runs,
             chosen=student_mean(own),
             default=student_mean(theirs),

@@ -69,22 +69,22 @@ def test_the_whole_story_in_its_order(story: Path) -> None:
 def test_the_choice_is_the_selections(whole: StudyRecord, story: Path) -> None:
     page, made = Page(story), selection.read(whole.folder)
     assert made is not None
-    assert made.honest is not None
-    assert made.honest.gain is not None
+    assert made.unbiased is not None
+    assert made.unbiased.gain is not None
     assert made.race is not None
-    gain = made.honest.gain
-    assert f"Ship trial {made.chosen}. {made.sureness}" in page.text
+    gain = made.unbiased.gain
+    assert f"Ship trial {made.chosen}. {made.confidence}" in page.text
     assert "% of resamples" not in page.text
     assert f"{loss(gain.value)} below the default’s (95 % interval {loss(gain.low)} to {loss(gain.high)})" in page.text
     assert page.row("Gain, paired by seed")[0] == f"{signed(gain.value)}{signed(gain.low)} to {signed(gain.high)}"
-    runs = [loss(run.loss) for run in made.honest.runs if run.trial == made.chosen]
+    runs = [loss(run.loss) for run in made.unbiased.runs if run.trial == made.chosen]
     assert page.row(f"Chosen, trial {made.chosen}")[1] == ", ".join(runs)
-    for entrant in made.candidates:
-        cells = next(row for row in page.rows if row[0] == f"trial {entrant.trial}" and len(row) == 8)
-        assert " ".join(cells[1].split()) == f"{loss(entrant.loss)}{len(entrant.losses)} runs"
-        gap = made.gap_to(entrant.trial)
+    for finalist in made.candidates:
+        cells = next(row for row in page.rows if row[0] == f"trial {finalist.trial}" and len(row) == 8)
+        assert " ".join(cells[1].split()) == f"{loss(finalist.loss)}{len(finalist.losses)} runs"
+        gap = made.gap_to(finalist.trial)
         assert cells[2].strip().startswith(signed(gap.behind.value) if gap else "–")
-        assert cells[3] == loss(entrant.study_loss)
+        assert cells[3] == loss(finalist.study_loss)
     for line in (*made.why, *made.what_would_change, *made.race.explained):
         assert " ".join(line.split()) in page.text
     assert page.row("lora_r")[0] == str(made.trial_of(whole).params["lora_r"])
@@ -170,10 +170,10 @@ def test_a_selection_of_an_earlier_state_is_not_shown(study: Study, tmp_path: Pa
 def test_a_selection_without_runs_and_without_default(study: Study, tmp_path: Path) -> None:
     record = study(spread(6))
     made = selected(record)
-    bare = replace(made, race=None, honest=None, share=1.0, noise_source="assumed until the first repeats tell")
+    bare = replace(made, race=None, unbiased=None, share=1.0, noise_source="assumed until the first repeats tell")
     selection.selected.write(bare, record.folder)
     page = page_of(record)
-    assert f"In the study its validation loss was {loss(made.entrant(made.chosen).study_loss)}" in page.text
+    assert f"In the study its validation loss was {loss(made.finalist(made.chosen).study_loss)}" in page.text
     assert "Nothing was trained again for the choice" in page.text
     assert fresh_seeds(gather(record)) is None
     drawn = race(gather(record))
@@ -184,10 +184,10 @@ def test_a_selection_without_runs_and_without_default(study: Study, tmp_path: Pa
 def test_a_gain_within_noise_is_called_that(study: Study, tmp_path: Path) -> None:
     record = study(spread(6))
     made = selected(record)
-    assert made.honest is not None
-    assert made.honest.gain is not None
-    doubtful = replace(made.honest.gain, value=0.002, low=-0.001, high=0.005)
-    selection.selected.write(replace(made, honest=replace(made.honest, gain=doubtful)), record.folder)
+    assert made.unbiased is not None
+    assert made.unbiased.gain is not None
+    doubtful = replace(made.unbiased.gain, value=0.002, low=-0.001, high=0.005)
+    selection.selected.write(replace(made, unbiased=replace(made.unbiased, gain=doubtful)), record.folder)
     page = page_of(record)
     assert "which noise does not tell from the default’s (gain +0.0020, 95 % interval −0.0010 to +0.0050)" in page.text
 

@@ -25,8 +25,8 @@ from loratune.record import open_record, read
 from loratune.record.adapters import find_adapter
 from loratune.selection import Planned, Ran, Selected, SelectionRecord, select
 from loratune.selection import read as read_selection
-from loratune.selection.decide import CHECKS
 from loratune.selection.rerun import Rerun
+from loratune.selection.workflow import CHECKS
 from loratune.spec import StudySpec
 from loratune.study.driver import tune
 
@@ -84,8 +84,8 @@ def same(one: SelectionRecord, other: SelectionRecord) -> None:
     """The same log, choice and worth; losses to float rounding, for which the neighbours in a pack matter."""
     for record in (one, other):
         assert record.race is not None
-        assert record.honest is not None
-    told = [[*r.race.log, *r.honest.runs] for r in (one, other) if r.race and r.honest]
+        assert record.unbiased is not None
+    told = [[*r.race.log, *r.unbiased.runs] for r in (one, other) if r.race and r.unbiased]
     assert [(run.trial, run.repeat, run.seed) for run in told[0]] == [(run.trial, run.repeat, run.seed) for run in told[1]]
     assert [run.loss for run in told[0]] == pytest.approx([run.loss for run in told[1]], rel=1e-5)
     for name in ("chosen", "share", "runner_up", "rule", "runs", "tokens", "excluded"):
@@ -98,11 +98,11 @@ def test_the_race_trains_everyone_with_the_same_fresh_seeds(whole: tuple[Path, S
     assert record.race is not None
     seeds = {run.repeat: run.seed for run in record.race.log}
     assert all(run.seed == seeds[run.repeat] for run in record.race.log)
-    assert record.honest is not None
-    checks = {run.seed for run in record.honest.runs}
+    assert record.unbiased is not None
+    checks = {run.seed for run in record.unbiased.runs}
     assert len({*seeds.values(), *checks, read(folder).spec["seed"]}) == len(seeds) + CHECKS + 1
     disk = outcomes(folder)
-    assert len(disk) == record.runs == len(record.race.log) + len(record.honest.runs)
+    assert len(disk) == record.runs == len(record.race.log) + len(record.unbiased.runs)
     steps = json.loads(next(folder.glob("trials/0000/main/outcomes/*.json")).read_text())["key"].rpartition("/")[2]
     for run in record.race.log:
         assert disk[f"finalists/trials/{run.trial:04d}/race-{run.repeat:02d}/outcomes/{steps}.json"] == run.loss
@@ -119,17 +119,17 @@ def test_nothing_of_it_counts_as_the_study(whole: tuple[Path, SelectionRecord], 
 def test_the_choice_and_its_worth(whole: tuple[Path, SelectionRecord]) -> None:
     _, record = whole
     assert record.race is not None
-    means = {entrant.trial: entrant.loss for entrant in record.candidates}
+    means = {finalist.trial: finalist.loss for finalist in record.candidates}
     raced = {t: [run.loss for run in record.race.log if run.trial == t] for t in means}
     assert means == pytest.approx({t: float(np.mean(losses)) for t, losses in raced.items()})
     assert record.chosen == min(means, key=means.__getitem__)  # so far apart that nothing ties
     assert record.share > 0.5
-    assert record.honest is not None
-    own, default = ([run.loss for run in record.honest.runs if run.trial == t] for t in (record.chosen, 0))
-    assert record.honest.chosen.value == pytest.approx(np.mean(own))
-    assert record.honest.gain is not None
-    assert record.honest.gain.value == pytest.approx(np.mean(np.subtract(default, own)))
-    assert record.honest.gain.low > 0
+    assert record.unbiased is not None
+    own, default = ([run.loss for run in record.unbiased.runs if run.trial == t] for t in (record.chosen, 0))
+    assert record.unbiased.chosen.value == pytest.approx(np.mean(own))
+    assert record.unbiased.gain is not None
+    assert record.unbiased.gain.value == pytest.approx(np.mean(np.subtract(default, own)))
+    assert record.unbiased.gain.low > 0
     assert record.noise.low < record.noise.value < record.noise.high
     lines = record.explain().splitlines()
     assert lines[0].startswith(f"Ship trial {record.chosen}. Its loss is ")
@@ -137,7 +137,7 @@ def test_the_choice_and_its_worth(whole: tuple[Path, SelectionRecord]) -> None:
     assert record.nearest is not None
     assert f"95 % interval {record.nearest.behind.low:.2g} to ".replace("-", "−") in lines[0]
     assert 6 <= len(lines) <= 14
-    assert any(f"{record.honest.gain:.4f}" in line for line in lines)
+    assert any(f"{record.unbiased.gain:.4f}" in line for line in lines)
 
 
 def test_the_choice_is_handed_over(whole: tuple[Path, SelectionRecord]) -> None:
@@ -219,7 +219,7 @@ def test_a_stated_number_of_runs_is_kept(study: Path) -> None:
 def test_without_training(study: Path) -> None:
     record = result(study, rerun=False)
     assert not (study / "finalists").exists()
-    assert (record.race, record.honest, record.runs) == (None, None, 0)
+    assert (record.race, record.unbiased, record.runs) == (None, None, 0)
     best = read(study).best
     assert best is not None
     assert (record.chosen, record.lowest) == (best.number, best.number)

@@ -231,4 +231,4 @@ def test_best_yaml_says_which_run(study: Path) -> None:
     assert best is not None
     told = yaml.safe_load(best.read_text())
     assert told["chosen"]["run"] == made(study).shipped.run
-    assert told["chosen"]["how_sure"] == made(study).sureness
+    assert told["chosen"]["how_sure"] == made(study).confidence

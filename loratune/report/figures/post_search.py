@@ -12,7 +12,7 @@ from loratune.report.drawing import BEST, INK, LEVELS, SHADES, SOFT, STUDIES, ST
 from loratune.report.evidence import Downstream, Evidence
 from loratune.report.preferences import Row, rows_of
 from loratune.report.tables import value
-from loratune.selection import Entrant, SelectionRecord
+from loratune.selection import Finalist, SelectionRecord
 from loratune.statistics import Interval
 from loratune.system.formatting import loss, plural
 
@@ -24,16 +24,16 @@ SHADE = SHADES[LEVELS // 3]
 def fresh_seeds(evidence: Evidence) -> Plot | None:
     """The chosen configuration and the default, trained again with seeds that chose nothing."""
     selection = evidence.selection
-    if selection is None or selection.honest is None or selection.honest.default is None or selection.honest.gain is None:
+    if selection is None or selection.unbiased is None or selection.unbiased.default is None or selection.unbiased.gain is None:
         return None
-    honest, default = selection.honest, evidence.record.default
+    unbiased, default = selection.unbiased, evidence.record.default
     rows: list[tuple[str, int, Interval, str]] = [
-        ("default", default.number if default else -1, selection.honest.default, INK),
-        ("chosen", selection.chosen, honest.chosen, BEST),
+        ("default", default.number if default else -1, selection.unbiased.default, INK),
+        ("chosen", selection.chosen, unbiased.chosen, BEST),
     ]
     figure, axes = blank(1.55)
     for y, (_, trial, mean, color) in enumerate(rows):
-        _dots(axes, [run.loss for run in honest.runs if run.trial == trial], y, color)
+        _dots(axes, [run.loss for run in unbiased.runs if run.trial == trial], y, color)
         if mean.known:
             axes.plot([mean.low, mean.high], [y + 0.28] * 2, color=color, linewidth=1.6, solid_capstyle="butt")
         axes.plot([mean.value], [y + 0.28], marker="D", markersize=5, color=color)
@@ -44,8 +44,8 @@ def fresh_seeds(evidence: Evidence) -> Plot | None:
     axes.set_xlabel("validation loss")
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.06)
-    seeds = plural(selection.honest_seeds, "fresh seed")
-    means = f"chosen {honest.chosen:.4f}, default {honest.default:.4f}"
+    seeds = plural(selection.fresh_seeds, "fresh seed")
+    means = f"chosen {unbiased.chosen:.4f}, default {unbiased.default:.4f}"
     return Plot(
         name="fresh-seeds",
         title="Chosen against default, with fresh seeds",
@@ -53,12 +53,12 @@ def fresh_seeds(evidence: Evidence) -> Plot | None:
         alt=f"Two rows of dots on a scale of validation loss, {seeds} each, with mean and 95 % interval below them: {means}. "
         + ("The rows do not overlap." if _apart(selection, default.number if default else -1) else "The rows overlap."),
         caption=f"Dots: {seeds}, the same for both, that took no part in the choice. Diamond: their mean, with Student’s 95 % interval. "
-        f"Ring: the loss in the study. Gain, paired by seed: {honest.gain:.4f}.",
+        f"Ring: the loss in the study. Gain, paired by seed: {unbiased.gain:.4f}.",
     )
 
 
 def _apart(selection: SelectionRecord, default: int) -> bool:
-    runs = selection.honest.runs if selection.honest else ()
+    runs = selection.unbiased.runs if selection.unbiased else ()
     return max(r.loss for r in runs if r.trial == selection.chosen) < min(r.loss for r in runs if r.trial == default)
 
 
@@ -135,18 +135,18 @@ def race(evidence: Evidence) -> Plot | None:
     shown = order[:ROWS]
     figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(shown)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    for y, entrant in enumerate(shown):
-        color = BEST if entrant.trial == selection.chosen else SOFT if entrant.out else SHADE
+    for y, finalist in enumerate(shown):
+        color = BEST if finalist.trial == selection.chosen else SOFT if finalist.out else SHADE
         if selection.race is not None:
-            _dots(left, list(entrant.losses), y, color)
-            if math.isfinite(entrant.loss):
-                left.plot([entrant.loss] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2, solid_capstyle="butt")
-        left.scatter([entrant.study_loss], [y], s=34, facecolors="none", edgecolors=color, linewidths=1, zorder=4)
-        if (gap := selection.gap_to(entrant.trial)) is not None:
+            _dots(left, list(finalist.losses), y, color)
+            if math.isfinite(finalist.loss):
+                left.plot([finalist.loss] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2, solid_capstyle="butt")
+        left.scatter([finalist.study_loss], [y], s=34, facecolors="none", edgecolors=color, linewidths=1, zorder=4)
+        if (gap := selection.gap_to(finalist.trial)) is not None:
             if gap.behind.known:
                 right.plot([gap.behind.low, gap.behind.high], [y, y], color=color, linewidth=1.4, solid_capstyle="butt")
             right.plot([gap.behind.value], [y], marker="D", color=color, markersize=4)
-    left.set_yticks(range(len(shown)), [f"trial {entrant.trial}" for entrant in shown])
+    left.set_yticks(range(len(shown)), [f"trial {finalist.trial}" for finalist in shown])
     left.set_ylim(len(shown) - 0.4, -0.6)
     left.grid(axis="y", visible=False)
     left.set_xlabel("validation loss")
@@ -174,14 +174,13 @@ def race(evidence: Evidence) -> Plot | None:
     )
 
 
-def _in_words(selection: SelectionRecord, entrants: list[Entrant]) -> str:
+def _in_words(selection: SelectionRecord, finalists: list[Finalist]) -> str:
     told = []
-    for entrant in entrants:
-        gap = selection.gap_to(entrant.trial)
-        behind = f", {gap.behind:+.4f} to the chosen one" if gap is not None else ", chosen" if entrant.trial == selection.chosen else ""
-        told.append(
-            f"trial {entrant.trial}: mean {loss(entrant.loss)} of {len(entrant.losses)}, in the study {loss(entrant.study_loss)}{behind}"
-        )
+    for finalist in finalists:
+        gap = selection.gap_to(finalist.trial)
+        behind = f", {gap.behind:+.4f} to the chosen one" if gap is not None else ", chosen" if finalist.trial == selection.chosen else ""
+        mean = f"mean {loss(finalist.loss)} of {len(finalist.losses)}"
+        told.append(f"trial {finalist.trial}: {mean}, in the study {loss(finalist.study_loss)}{behind}")
     return "; ".join(told) + "."
 
 

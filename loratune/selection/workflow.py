@@ -8,13 +8,14 @@
    first; once everyone has `FIRST` fresh seeds it is measured, and if it is larger, more trials are let in.
 2. They race (race.py). Losses of the study take no part: they were low partly by luck.
 3. The rule picks one of them (choose.py).
-4. The pick and the default are trained with further seeds, which chose nothing: their losses, and the gain, are honest.
+4. The pick and the default are trained with further seeds, which chose nothing: their losses, and the gain, are unbiased.
 5. Of all adapters of the pick, whatever their seed, the one with the lowest validation loss is handed over: what a seed did to an
    adapter stays with it.
 
 Each step is a function of the study, the settings and the outcomes on disk, so the same command goes on wherever it was ended.
 """
 
+import contextlib
 import math
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -26,12 +27,12 @@ from loratune.record.adapters import find_adapter
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
 from loratune.selection.candidates import allowed, candidates, loss_of, name_of, noise_of, rule_of, scored, scores_of
-from loratune.selection.choose import Choice, Rule, choose
 from loratune.selection.constraints import METRICS
 from loratune.selection.finalists import Finalists, Noise, finalists
 from loratune.selection.race import Race
-from loratune.selection.rerun import AGAIN, CHECK, RACE, Cost, Event, Note, Rerun, expected, fresh_seed, run_name
-from loratune.selection.selected import Honest, SelectionRecord, Shipped
+from loratune.selection.rerun import AGAIN, CHECK, RACE, Cost, Event, Note, Rerun, Stopped, expected, fresh_seed, run_name
+from loratune.selection.rule import Choice, Rule, choose
+from loratune.selection.selected import SelectionRecord, Shipped, UnbiasedLoss
 from loratune.statistics import student_mean
 from loratune.system.files import AnyPath
 
@@ -87,7 +88,7 @@ def select(
     """
     study = read(folder, trust_remote_code=trust_remote_code)
     _check_finished(study)
-    with open_record(folder) as held, Rerun(study, held.lock, stop or threading.Event()) as trainer:
+    with open_record(folder) as held, Rerun(study, held.lock, stop or threading.Event()) as trainer, contextlib.suppress(Stopped):
         yield from _Selection(study, trainer, most, runs, rerun, require, prefer, tolerance).run()
 
 
@@ -143,10 +144,7 @@ class _Selection:
         few = self._finalists(self.noise)
         race: Race | None = None
         if self.rerun and self.by_loss:
-            raced = yield from self._race(few)
-            if raced is None:
-                return
-            race, few = raced
+            race, few = yield from self._race(few)
         trials = self._trials_of(few) if self.by_loss else self.trials
         unsound = {name for name, _, loss in race.log if not math.isfinite(loss)} if race else set()
         while True:
@@ -155,17 +153,12 @@ class _Selection:
                 raise TrainingError(f"all of {len(trials)} finalists diverged with a fresh seed: none can be relied on. Let more race.")
             choice, rule = self._choose(sound, race)
             chosen = next(t for t in sound if name_of(t) == choice.winner)
-            checked = yield from self._check(chosen)
-            if checked is None:
-                return
-            honest, reliable = checked
+            unbiased, reliable = yield from self._check(chosen)
             if reliable:
                 break
             unsound.add(name_of(chosen))
             self._tell(f"Trial {chosen.number} was chosen, and diverged with a seed after that; it is out.")
-        shipped = yield from self._ship(chosen, race, honest)
-        if shipped is None:
-            return
+        shipped = yield from self._ship(chosen, race, unbiased)
         record = account(
             self.study,
             trials,
@@ -177,7 +170,7 @@ class _Selection:
             race=race,
             field=str(few),
             assumed=self.noise,
-            honest=honest,
+            unbiased=unbiased,
             shipped=shipped,
             outcomes=list(self.trainer.outcomes.values()),
             notes=self._notes(trials, rule, shipped),
@@ -220,7 +213,7 @@ class _Selection:
 
     # --- the race
 
-    def _race(self, few: Finalists) -> Generator[Event, None, tuple[Race, Finalists] | None]:
+    def _race(self, few: Finalists) -> Generator[Event, None, tuple[Race, Finalists]]:
         while True:
             trials = {name_of(trial): trial for trial in self._trials_of(few)}
             race = Race(
@@ -234,8 +227,6 @@ class _Selection:
             first = True
             while asked := race.next():
                 losses = yield from self.trainer.train([(trials[name], run_name(RACE, repeat)) for name, repeat in asked])
-                if losses is None:
-                    return None
                 for (name, repeat), loss in zip(asked, losses, strict=True):
                     race.tell(name, repeat, loss)
                 self.trainer.keep_adapters(RACE, {(t.number, min(own := _runs(t, race), key=own.__getitem__)) for t in trials.values()})
@@ -260,15 +251,13 @@ class _Selection:
 
     # --- after
 
-    def _check(self, chosen: Trial) -> Generator[Event, None, tuple[Honest | None, bool] | None]:
-        """(what the chosen one and the default are worth, whether the chosen one never diverged); None when stopped."""
+    def _check(self, chosen: Trial) -> Generator[Event, None, tuple[UnbiasedLoss | None, bool]]:
+        """(what the chosen one and the default are worth, whether the chosen one never diverged)."""
         if not self.rerun:
             return None, True
         both = {t.number: t for t in (chosen, self.default) if t is not None}
         wanted = [(trial, repeat) for repeat in range(CHECKS) for trial in both.values()]
         losses = yield from self.trainer.train([(trial, run_name(CHECK, repeat)) for trial, repeat in wanted])
-        if losses is None:
-            return None
         told = tuple(run_of(self.study, trial, CHECK, repeat, loss) for (trial, repeat), loss in zip(wanted, losses, strict=True))
         own = [run.loss for run in told if run.trial == chosen.number]
         if not all(map(math.isfinite, own)):
@@ -277,16 +266,16 @@ class _Selection:
         if not all(map(math.isfinite, default)):
             self._tell("The default diverged with a fresh seed, so the gain over it is not told.")
             default = []
-        return Honest(
+        return UnbiasedLoss(
             runs=told,
             chosen=student_mean(own),
             default=student_mean(default) if default else None,
             gain=student_mean([d - o for d, o in zip(default, own, strict=True)]) if default and chosen is not self.default else None,
         ), True
 
-    def _ship(self, chosen: Trial, race: Race | None, honest: Honest | None) -> Generator[Event, None, Shipped | None]:
-        """Which of the chosen trial's adapters to hand over; one that was not kept is trained again. None when stopped."""
-        checked = [run for run in honest.runs if run.trial == chosen.number] if honest else []
+    def _ship(self, chosen: Trial, race: Race | None, unbiased: UnbiasedLoss | None) -> Generator[Event, None, Shipped]:
+        """Which of the chosen trial's adapters to hand over; one that was not kept is trained again."""
+        checked = [run for run in unbiased.runs if run.trial == chosen.number] if unbiased else []
         runs = _runs(chosen, race) | {run_name(CHECK, run.repeat): run.loss for run in checked}
         run = min(runs, key=runs.__getitem__)
         if find_adapter(self.study, chosen, run) is None:
@@ -294,8 +283,7 @@ class _Selection:
                 self._tell(f"The adapter of trial {chosen.number} was not kept. `loratune select {self.study.folder}` trains it again.")
             else:
                 yield Note(f"The adapter of trial {chosen.number}, {run}, was not kept; training it again.")
-                if (yield from self.trainer.train([(chosen, run)], adapters=True)) is None:
-                    return None
+                yield from self.trainer.train([(chosen, run)], adapters=True)
         seed = fresh_seed(self.seed, run)
         return Shipped(run=run, seed=seed, validation_loss=runs[run], lowest_of=len(runs))
 

@@ -59,7 +59,7 @@ def gap(other: str, chosen: Mapping[int, float], others: Mapping[int, float], no
     return Gap(other=other, seeds=len(both), behind=behind)
 
 
-def sure(found: Gap | None, share: float) -> str:
+def confidence(found: Gap | None, share: float) -> str:
     """How sure the choice is, in a sentence or two; `share`: of the resamples in which the rule picks it."""
     if found is None:
         return "No other candidate can be compared with it."

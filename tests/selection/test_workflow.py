@@ -13,7 +13,7 @@ import pytest
 from loratune.errors import SpecError, TrainingError
 from loratune.record import COMPLETE, StudyRecord, Trial
 from loratune.selection import Noise, Note, Planned, Selected, SelectionRecord
-from loratune.selection import decide as decide_module
+from loratune.selection import workflow as decide_module
 from loratune.selection.candidates import allowed, candidates, noise_of, rule_of, scored, scores_of, shared_benchmarks
 from loratune.selection.rerun import CHECK, RACE, fresh_seed, run_name
 from loratune.work import Hyperparameters, Outcome, State
@@ -99,24 +99,24 @@ def test_the_lucky_one_is_found_out(selecting: Selecting, tmp_path: Path) -> Non
     truth = [1.2, 1.0, 1.05, 1.04, 1.06]
     record, _, _ = selecting(made_up(tmp_path, [1.2, 1.0, 1.05, 0.99, 1.06]), Blackbox(truth, sd=0.002))
     assert (record.lowest, record.chosen) == (3, 1)
-    assert record.entrant(3).out
-    assert record.honest is not None
-    assert record.honest.gain is not None
-    assert record.honest.gain.low < 0.2 < record.honest.gain.high
+    assert record.finalist(3).out
+    assert record.unbiased is not None
+    assert record.unbiased.gain is not None
+    assert record.unbiased.gain.low < 0.2 < record.unbiased.gain.high
 
 
 def test_who_diverges_with_a_fresh_seed_is_out(selecting: Selecting, tmp_path: Path) -> None:
     losses = [1.5, 1.0, 1.1, 1.2]
     in_race, _, _ = selecting(made_up(tmp_path, losses), Blackbox(losses, 0.001, [(1, run_name(RACE, 1))]))
     assert in_race.chosen == 2
-    assert in_race.entrant(1).out == "trial 1 diverged with a fresh seed"
+    assert in_race.finalist(1).out == "trial 1 diverged with a fresh seed"
     after, _, _ = selecting(made_up(tmp_path, losses), Blackbox(losses, 0.001, [(1, run_name(CHECK, 2))]))
     assert after.chosen == 2
     assert "Trial 1 was chosen, and diverged with a seed after that; it is out." in after.notes
     default, _, _ = selecting(made_up(tmp_path, losses), Blackbox(losses, 0.001, [(0, run_name(CHECK, 0))]))
     assert default.chosen == 1
-    assert default.honest is not None
-    assert (default.honest.gain, default.honest.default) == (None, None)
+    assert default.unbiased is not None
+    assert (default.unbiased.gain, default.unbiased.default) == (None, None)
     everyone = [(n, run_name(RACE, 0)) for n in range(4)]
     with pytest.raises(TrainingError, match="all of 4 finalists diverged"):
         selecting(made_up(tmp_path, losses), Blackbox(losses, 0.001, everyone))
@@ -126,7 +126,7 @@ def test_ties_go_to_the_score_and_then_to_the_smaller(selecting: Selecting, tmp_
     losses = [2.0, 1.0, 1.0, 1.0, 1.0]
     study = made_up(tmp_path, losses, ranks=[8, 64, 32, 4, 16])
     smaller, _, _ = selecting(study, Blackbox(losses, sd=0.01, luck=2), tolerance=0.02)
-    means = {entrant.trial: entrant.loss for entrant in smaller.candidates}
+    means = {finalist.trial: finalist.loss for finalist in smaller.candidates}
     assert smaller.chosen == 3
     assert min(means, key=means.__getitem__) == 4  # which is larger, and ties
     write_scores(tmp_path, {n: [1.0 if item < (90 if n == 2 else 10) else 0.0 for item in range(100)] for n in range(5)})
@@ -134,7 +134,7 @@ def test_ties_go_to_the_score_and_then_to_the_smaller(selecting: Selecting, tmp_
     assert better.chosen == 2
     assert better.benchmarks == ("mmlu",)
     assert better.metrics == ("validation_loss", "score", "adapter_mb")
-    assert better.entrant(2).scores == {"mmlu": pytest.approx(0.9)}
+    assert better.finalist(2).scores == {"mmlu": pytest.approx(0.9)}
 
 
 def test_a_rule_without_the_loss_in_front_races_nobody(selecting: Selecting, tmp_path: Path) -> None:

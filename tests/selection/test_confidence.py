@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from loratune.selection import Candidate, choose
-from loratune.selection.sureness import ENOUGH, gap, sure
+from loratune.selection.confidence import ENOUGH, confidence, gap
 
 
 def of(values: list[float]) -> dict[int, float]:
@@ -53,7 +53,7 @@ def test_only_seeds_of_both_count() -> None:
 )
 def test_what_is_said_of_few_seeds(own: list[float], other: list[float], says: str) -> None:
     for share in (1.0, 0.0, 0.5):
-        told = sure(gap("trial 5", of(own), of(other)), share)
+        told = confidence(gap("trial 5", of(own), of(other)), share)
         assert told.startswith(says)
         assert "resamples" not in told
         assert "nan" not in told
@@ -72,8 +72,8 @@ def test_one_seed_has_the_interval_of_a_noise_from_elsewhere() -> None:
 def test_many_seeds_may_tell_their_share() -> None:
     rng = np.random.default_rng(0)
     own, other = rng.normal(1, 0.01, ENOUGH), rng.normal(1.01, 0.01, ENOUGH)
-    assert sure(gap("b", of(list(own)), of(list(other))), 0.93).endswith("The rule picks it in 93% of resamples.")
-    assert sure(None, 1.0) == "No other candidate can be compared with it."
+    assert confidence(gap("b", of(list(own)), of(list(other))), 0.93).endswith("The rule picks it in 93% of resamples.")
+    assert confidence(None, 1.0) == "No other candidate can be compared with it."
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])

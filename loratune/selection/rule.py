@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from loratune.errors import SpecError
+from loratune.selection.confidence import Gap, confidence, gap
 from loratune.selection.constraints import Constraint, higher_is_better, known, parse
-from loratune.selection.sureness import Gap, gap, sure
 
 Floats = NDArray[np.float64]
 
@@ -75,7 +75,7 @@ class Choice:
 
     def __str__(self) -> str:
         changes = self.what_would_change or ("none of: another tie width, a criterion or a constraint less",)
-        lines = [f"Ship {self.winner}. {sure(self.gap, self.share)}", *self.why, "What would change it:"]
+        lines = [f"Ship {self.winner}. {confidence(self.gap, self.share)}", *self.why, "What would change it:"]
         return "\n".join([*lines, *(f"- {change}" for change in changes)])
 
 
