@@ -32,8 +32,7 @@ from loratune.demo.tasks import examples
 from loratune.errors import StorageError
 from loratune.record import COMPLETE, read
 from loratune.record.adapters import find_adapter
-from loratune.selection import SelectionRecord, select
-from loratune.selection import read as read_selection
+from loratune.selection import SelectionRecord, read_selection, select
 from loratune.spec import StudySpec
 from loratune.statistics import Interval, student_mean
 from loratune.study.driver import tune

@@ -13,7 +13,7 @@ from loratune.errors import DataError, ModelError, NotPackableError, TrainingErr
 from loratune.executors import devices
 from loratune.executors.devices import seen_as
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial, read
-from loratune.report.spec_summary import asked
+from loratune.report.spec_summary import spec_rows
 from loratune.spec import StudySpec
 from loratune.study.driver import _tidy, tune
 from loratune.study.loop import Note
@@ -110,7 +110,7 @@ def test_layers_without_an_adapter_are_told_once_in_a_study(tmp_path: Path) -> N
     spec = _study(tmp_path, config, target_modules="all-linear")
     told = [event.text for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
     assert len(told) == 1
-    assert dict(asked(read(tmp_path / "study")))["Notes"] == told[0]
+    assert dict(spec_rows(read(tmp_path / "study")))["Notes"] == told[0]
     assert not [event for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
 
 

@@ -50,7 +50,7 @@ def test_reading_and_the_report(folder: Path, tmp_path: Path, kind: type) -> Non
     assert delivery.adapter == folder / "adapter"
     assert loratune.export(kind(folder), kind(tmp_path / "out")) == tmp_path / "out"
     assert (tmp_path / "out" / "adapter_config.json").is_file()
-    assert preference.find(kind(folder)) == []
+    assert preference.find_comparisons(kind(folder)) == []
     with open_record(kind(folder)) as held:
         assert held.folder == folder
 
@@ -59,7 +59,7 @@ def test_reading_and_the_report(folder: Path, tmp_path: Path, kind: type) -> Non
 def test_selecting(folder: Path, kind: type) -> None:
     (*_, last) = loratune.select(kind(folder), rerun=False)
     assert isinstance(last, selection.Selected)
-    made = selection.read(kind(folder))
+    made = selection.read_selection(kind(folder))
     assert made is not None
     assert made.chosen == last.record.chosen
     assert find_adapter(loratune.read(kind(folder)), made.trial_of(loratune.read(folder))) is not None

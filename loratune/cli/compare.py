@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.judge and not args.judge_model:
         raise SpecError("--judge needs --judge-model, the name of the model to ask there.")
-    from loratune.preference import read, table
+    from loratune.preference import read_preferences, summary_text
     from loratune.preference.answers import write_answers
     from loratune.preference.comparison import settle
 
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     finally:
         if page is not None:
             page.close()
-    print(table(read(folder)))
+    print(summary_text(read_preferences(folder)))
     print(f"Kept in {folder}")
     return 0
 
@@ -106,11 +106,11 @@ def _study(given: Path | None, trusted: bool) -> "StudyRecord | None":
 def _comparison(args: argparse.Namespace, study: "StudyRecord | None") -> "Comparison":
     from loratune.preference import Comparison
     from loratune.preference.answers import Generation
-    from loratune.preference.contestants import base_of, choose
+    from loratune.preference.contestants import base_of, contestant_of
     from loratune.work import ModelRecipe
 
     tuned = _tuned(study) if study is not None and "tuned" in (args.first, args.second) else None
-    first, second = (choose(given, study, tuned) for given in (args.first, args.second))
+    first, second = (contestant_of(given, study, tuned) for given in (args.first, args.second))
     if (first.adapter, first.weights) == (second.adapter, second.weights):
         raise SpecError(f"{args.first} and {args.second} are the same model ({first.label}); there is nothing to compare.")
     model = study.base_model if study is not None else base_of(first, second) if not args.model else None
@@ -136,7 +136,7 @@ def _tuned(study: "StudyRecord") -> "Tuned | None":
     from loratune.record.adapters import find_adapter
     from loratune.record.paths import MAIN
 
-    made = selection.read(study.folder)
+    made = selection.read_selection(study.folder)
     if made is not None and made.holds_for(study):
         trial = made.trial_of(study)
         adapter = find_adapter(study, trial, made.shipped.run)
@@ -175,11 +175,11 @@ def _default_folder(comparison: "Comparison", study: "StudyRecord | None") -> Pa
 
 
 def _judge(args: argparse.Namespace, folder: Path) -> None:
-    from loratune.preference import read
+    from loratune.preference import read_preferences
     from loratune.preference.judge import Judge, ask_judge
 
     judge = Judge(url=args.judge, model=args.judge_model, key=os.environ.get(args.judge_key, ""))
-    ask_judge(judge, read(folder).pairs, folder)
+    ask_judge(judge, read_preferences(folder).pairs, folder)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -200,11 +200,11 @@ def _open_port(args: argparse.Namespace) -> Any:
 
 
 def _vote(args: argparse.Namespace, folder: Path, listening: Any) -> None:
-    from loratune.preference import read
-    from loratune.preference.server import create_app, serve
+    from loratune.preference import read_preferences
+    from loratune.preference.server import create_app, serve_page
     from loratune.preference.votes import NAME, Votes
 
-    record = read(folder)
+    record = read_preferences(folder)
     if not record.pairs:
         print("Both gave the same answer to every question; there is nothing to vote on.")
         return
@@ -221,7 +221,7 @@ def _vote(args: argparse.Namespace, folder: Path, listening: Any) -> None:
         if not args.no_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             webbrowser.open(address)
         try:
-            serve(app, listening)
+            serve_page(app, listening)
         except KeyboardInterrupt:  # uvicorn raises the signal again when it has closed
             print()
 

@@ -71,12 +71,12 @@ def main(args: argparse.Namespace) -> int:
 def told(event: "SelectEvent") -> str | None:
     """The event in a line; None for what happens too often to tell."""
     from loratune.cli.trial_lines import duration, loss
-    from loratune.selection import Note, Planned, Ran
+    from loratune.selection import Note, Planned, RerunFinished
 
     match event:
         case Planned(text, _) | Note(text):
             return text
-        case Ran(trial=trial, run=run, outcome=outcome):
+        case RerunFinished(trial=trial, run=run, outcome=outcome):
             seconds = duration(outcome.train_seconds + outcome.validation_seconds)
             what = loss(outcome.validation_loss) if outcome.validation_loss is not None else outcome.state.value.replace("_", " ")
             return f"trial {trial.number}, {run}: {what}, {seconds}"

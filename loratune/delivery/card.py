@@ -23,7 +23,7 @@ HERE = "path/to/this/folder"
 
 def model_card(record: StudyRecord, trial: Trial, selection: SelectionRecord | None = None, *, merged: bool = False) -> str:
     """The card of the trial's adapter; selection: the one that chose it, and which of its runs."""
-    found, cost, told = tables.answer(record), tables.cost(record), dict(spec_summary.asked(record))
+    found, cost, told = tables.headline(record), tables.study_cost(record), dict(spec_summary.spec_rows(record))
     base, revision = spec_summary.base_model(record), record.spec.get("model", {}).get("revision")
     at = f", revision {_code(revision)}" if revision else ""
     shipped = selection.shipped if selection is not None else None

@@ -37,7 +37,7 @@ def hand_over(record: StudyRecord, folder: AnyPath, check: Check | None = as_mea
     """
     from loratune.delivery.card import model_card  # scipy: a second of import
 
-    paths, found, selection = StudyPaths(folder), tables.answer(record), selection_of(record)
+    paths, found, selection = StudyPaths(folder), tables.headline(record), selection_of(record)
     best = selection.trial_of(record) if selection is not None else found.best
     if best is None:
         raise TrainingError(
@@ -69,7 +69,7 @@ def selection_of(record: StudyRecord) -> "SelectionRecord | None":
         return None
     from loratune import selection  # scipy: seconds of import
 
-    made = selection.read(record.folder)
+    made = selection.read_selection(record.folder)
     return made if made is not None and made.holds_for(record) else None
 
 
@@ -78,7 +78,7 @@ def refresh_card(record: StudyRecord) -> Path | None:
     from loratune.delivery.card import model_card
 
     selection = selection_of(record)
-    chosen = selection.trial_of(record) if selection is not None else tables.answer(record).best
+    chosen = selection.trial_of(record) if selection is not None else tables.headline(record).best
     best, card = record.paths.best, record.paths.adapter / "README.md"
     if chosen is None or not (best.is_file() and card.is_file()):
         return None
@@ -90,7 +90,7 @@ def refresh_card(record: StudyRecord) -> Path | None:
     return card
 
 
-def _best(record: StudyRecord, found: tables.Answer, best: Trial, adapter: str, selection: "SelectionRecord | None") -> dict[str, Any]:
+def _best(record: StudyRecord, found: tables.Headline, best: Trial, adapter: str, selection: "SelectionRecord | None") -> dict[str, Any]:
     from loratune.delivery.card import load_call, load_options
 
     hyperparameters = {f.name: getattr(best.hyperparameters, f.name) for f in fields(best.hyperparameters)}

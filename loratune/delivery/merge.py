@@ -23,7 +23,7 @@ from loratune.work import ModelRecipe
 def export_adapter(adapter: Path, destination: Path, card: str) -> Path:
     """Copy the PEFT folder `adapter` to `destination`, `card` as its README.md; returns `destination`.
 
-    Whether the adapter is the one that was trained, `reload.check` says. Raises ModelError for a folder that holds no adapter and
+    Whether the adapter is the one that was trained, `reload.check_adapter` says. Raises ModelError for a folder that holds no adapter and
     StorageError when `destination` cannot be written.
     """
     _adapter_config(adapter)
@@ -59,11 +59,11 @@ def merge(
     config, cpu = _adapter_config(adapter), torch.device("cpu")
     plain = replace(recipe, load_in_4bit=False)
     base = model.load(plain, cpu, silent=False)
-    some = reload.sample(data, base.model.config.get_text_config().vocab_size).tokens
+    some = reload.loss_sample(data, base.model.config.get_text_config().vocab_size).tokens
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     expected = reload.with_deltas(base.model, reload.weights(adapter), scale, some)
     try:
-        merged = reload.load(base.model, adapter).merge_and_unload(safe_merge=True)
+        merged = reload.load_adapter(base.model, adapter).merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{adapter} cannot be merged into {recipe.name_or_path}: {error}") from error
     exact = merged.dtype in (torch.float32, torch.float64)
@@ -77,8 +77,8 @@ def merge(
         (fresh / "README.md").write_text(card, encoding="utf-8")
         memory.free(cpu)
         again = model.load_network(replace(plain, name_or_path=str(fresh), revision=None), cpu, silent=False)
-        found = reload.loss(again, again, some)
-        reload.compare(destination, found, "plain Transformers, merged", expected, "the adapter on its base model", exact=exact)
+        found = reload.exact_loss(again, again, some)
+        reload.compare_losses(destination, found, "plain Transformers, merged", expected, "the adapter on its base model", exact=exact)
     return destination
 
 

@@ -40,25 +40,25 @@ _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class LossSample:
     """What a loss is compared on."""
 
     tokens: Tokens
     whole: bool  # it is the whole validation set
 
 
-def sample(data: Path | None, vocabulary: int) -> Sample:
+def loss_sample(data: Path | None, vocabulary: int) -> LossSample:
     """The first examples of the prepared data's validation set; where that is not there any more, some made-up ones."""
     if data is not None:
         with contextlib.suppress(StorageError):  # the cache was emptied: two losses can be compared on any text
             found = Prepared.load(data).validation
             chosen = [found[i] for i in range(min(EXAMPLES, len(found)))]
-            return Sample(tokens=pack(chosen), whole=len(found) <= EXAMPLES)
+            return LossSample(tokens=pack(chosen), whole=len(found) <= EXAMPLES)
     made_up = [((np.arange(24) * 7 + i * 5) % vocabulary, np.arange(24) >= 8) for i in range(4)]
-    return Sample(tokens=pack(made_up), whole=False)
+    return LossSample(tokens=pack(made_up), whole=False)
 
 
-def check(
+def check_adapter(
     folder: Path,
     recipe: ModelRecipe,
     h: Hyperparameters,
@@ -92,18 +92,18 @@ def _check(
         recipe, recorded = replace(recipe, load_in_4bit=False), None  # another model than was measured
     network = model.load_network(recipe, device, silent=False)
     try:
-        where = sample(data, network.config.get_text_config().vocab_size)
+        where = loss_sample(data, network.config.get_text_config().vocab_size)
         expected = with_deltas(network, tensors, lora.scale(h), where.tokens)
-        wrapped = load(network, folder)
+        wrapped = load_adapter(network, folder)
         _compare_weights(folder, wrapped, tensors, lora.scale(h))
-        found = loss(wrapped, network, where.tokens)
+        found = exact_loss(wrapped, network, where.tokens)
         ours = network.dtype in (torch.float32, torch.float64)
     finally:
         del network
         memory.free(device)
-    compare(folder, found, "plain PEFT", expected, "its own weights", exact=ours)
+    compare_losses(folder, found, "plain PEFT", expected, "its own weights", exact=ours)
     if where.whole and recorded is not None:
-        compare(folder, found, "plain PEFT", recorded, "the record", exact=ours and exact)
+        compare_losses(folder, found, "plain PEFT", recorded, "the record", exact=ours and exact)
     return found
 
 
@@ -124,7 +124,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 _AGAIN = "It was not handed over. Restore the folder, or train the trial again."
 
 
-def load(network: nn.Module, folder: Path) -> peft.PeftModel:
+def load_adapter(network: nn.Module, folder: Path) -> peft.PeftModel:
     """The adapter on the base model, in place, by plain PEFT. Raises ModelError."""
     try:
         with warnings.catch_warnings():
@@ -136,7 +136,7 @@ def load(network: nn.Module, folder: Path) -> peft.PeftModel:
         raise ModelError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:300]}. {_AGAIN}") from error
 
 
-def loss(network: nn.Module, base: nn.Module, tokens: Tokens) -> float:
+def exact_loss(network: nn.Module, base: nn.Module, tokens: Tokens) -> float:
     """The one loss, of one example at a time; plain arithmetic in the model's own precision."""
     value, _ = validate(network.eval(), tokens, batch_size=1, pad_id=0, head=model.output_head(base))
     return value
@@ -156,7 +156,7 @@ def with_deltas(network: nn.Module, tensors: Mapping[str, torch.Tensor], scale: 
             a, b = (side.to(parameter.device, exact) for side in sides if side is not None)
             hooks.enter_context(_hooked(layer, partial(_add, a, b * scale)))
         try:
-            return loss(network, network, tokens)
+            return exact_loss(network, network, tokens)
         except RuntimeError as error:
             if memory.is_out_of_memory(error):
                 raise
@@ -176,7 +176,7 @@ def _hooked(layer: nn.Module, hook: Callable[..., torch.Tensor]) -> Iterator[Non
         handle.remove()
 
 
-def compare(folder: Path, found: float, how: str, expected: float, whose: str, *, exact: bool) -> None:
+def compare_losses(folder: Path, found: float, how: str, expected: float, whose: str, *, exact: bool) -> None:
     """Raise ModelError when two losses are further apart than rounding takes them."""
     allowed = EXACT if exact else ROUGH * max(1.0, abs(expected))
     if not abs(found - expected) <= allowed:  # NaN is not near anything

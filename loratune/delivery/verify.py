@@ -28,7 +28,7 @@ def as_measured(record: StudyRecord, trial: Trial, adapter: Path) -> None:
         return
     from loratune.delivery import reload  # torch
 
-    known[digest] = reload.check(
+    known[digest] = reload.check_adapter(
         adapter,
         recipe,
         trial.hyperparameters,

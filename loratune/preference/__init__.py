@@ -17,7 +17,7 @@ record.py       Comparison, PreferenceRecord, read, find: the folder as data; ne
 words.py        the same as text
 """
 
-from loratune.preference.comparison import Comparison, PreferenceRecord, find, read
-from loratune.preference.summary_lines import table
+from loratune.preference.comparison import Comparison, PreferenceRecord, find_comparisons, read_preferences
+from loratune.preference.summary_lines import summary_text
 
-__all__ = ["Comparison", "PreferenceRecord", "find", "read", "table"]
+__all__ = ["Comparison", "PreferenceRecord", "find_comparisons", "read_preferences", "summary_text"]

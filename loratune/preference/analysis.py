@@ -75,11 +75,11 @@ class Tally:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Wilson's interval about `win_rate`; a little too wide, since ties vary less than wins and losses."""
-        return wilson(self.win_rate, self.total, level)
+        return wilson_of_share(self.win_rate, self.total, level)
 
     def interval_decided(self, level: float = 0.95) -> tuple[float, float]:
         """Wilson's interval about `win_rate_decided`."""
-        return wilson(self.win_rate_decided, self.decided, level)
+        return wilson_of_share(self.win_rate_decided, self.decided, level)
 
     def sign_test(self) -> float:
         """Two-sided exact binomial p-value of first against second, both equally likely; ties left out. 1 of nothing."""
@@ -104,7 +104,7 @@ class PositionBias:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class VoteSummary:
     """What people's votes say."""
 
     votes: Tally
@@ -116,7 +116,7 @@ class Summary:
     raters: dict[str, Tally] = field(default_factory=dict)
 
 
-def summarise(votes: Iterable[Vote], categories: Mapping[str, str] | None = None) -> Summary:
+def summarise_votes(votes: Iterable[Vote], categories: Mapping[str, str] | None = None) -> VoteSummary:
     """All numbers of one set of votes, at most one per (rater, question).
 
     categories: question -> category; questions without one are left out of the per-category counts.
@@ -127,7 +127,7 @@ def summarise(votes: Iterable[Vote], categories: Mapping[str, str] | None = None
         by_question[vote.question].append(vote.verdict)
     ratings = list(by_question.values())
     groups = sorted({categories[vote.question] for vote in votes if categories.get(vote.question)})
-    return Summary(
+    return VoteSummary(
         votes=tally(vote.verdict for vote in votes),
         questions=tally(net(verdicts) for verdicts in ratings),
         alpha=krippendorff_alpha(ratings),
@@ -156,7 +156,7 @@ def position_bias(votes: Iterable[Vote]) -> PositionBias:
     return PositionBias(left=count["left"], right=count["right"])
 
 
-def wilson(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson_of_share(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion, (share + z²/2n ± z sqrt(share (1 - share)/n + z²/4n²)) / (1 + z²/n).
 
     `share` may be a mean of halves. (0, 1) of nothing. Source: Wilson, J. Am. Stat. Assoc. 22 (1927) 209.

@@ -35,7 +35,7 @@ class Generation(Json):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer(Json):
+class ModelAnswer(Json):
     """What one model said to one question."""
 
     question: str  # its id
@@ -45,9 +45,9 @@ class Answer(Json):
     ended: bool  # False: cut at the length limit
 
 
-def read_answers(folder: Path) -> dict[tuple[str, str], Answer]:
+def read_answers(folder: Path) -> dict[tuple[str, str], ModelAnswer]:
     """All answers there are, by (side, question's id)."""
-    found = (Answer(**row) for row in read_lines(folder / "answers.jsonl"))
+    found = (ModelAnswer(**row) for row in read_lines(folder / "answers.jsonl"))
     return {(answer.side, answer.question): answer for answer in found}
 
 
@@ -87,7 +87,7 @@ def write_answers(comparison: "Comparison", folder: Path, *, device: str = "auto
 
 def _generate(
     network: Any, base: "BaseModel", prompt: "Prompt", batch: Sequence[Question], side: str, comparison: "Comparison", seed: int
-) -> list[Answer]:
+) -> list[ModelAnswer]:
     import transformers
 
     from loratune.finetune.model import autocast
@@ -121,10 +121,10 @@ def _generate(
     return [_answer(row[longest:], q, side, tokenizer, ends) for row, q in zip(out.tolist(), batch, strict=True)]
 
 
-def _answer(ids: list[int], question: Question, side: str, tokenizer: Any, ends: set[int]) -> Answer:
+def _answer(ids: list[int], question: Question, side: str, tokenizer: Any, ends: set[int]) -> ModelAnswer:
     length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     text = str(tokenizer.decode(ids[:length], skip_special_tokens=True)).strip()
-    return Answer(question=question.id, side=side, text=text, tokens=length, ended=length < len(ids))
+    return ModelAnswer(question=question.id, side=side, text=text, tokens=length, ended=length < len(ids))
 
 
 def _ends(base: "BaseModel", prompt: "Prompt") -> set[int]:

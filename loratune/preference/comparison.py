@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import StorageError
-from loratune.preference.analysis import JudgeSummary, Summary, Vote, summarise, summarise_judge
-from loratune.preference.answers import SIDES, Answer, Generation, read_answers
+from loratune.preference.analysis import JudgeSummary, Vote, VoteSummary, summarise_judge, summarise_votes
+from loratune.preference.answers import SIDES, Generation, ModelAnswer, read_answers
 from loratune.preference.contestants import Contestant
 from loratune.preference.judge import read_judge
 from loratune.preference.questions import Question
@@ -45,10 +45,10 @@ class Pair:
     """A question with both answers."""
 
     question: Question
-    first: Answer
-    second: Answer
+    first: ModelAnswer
+    second: ModelAnswer
 
-    def answer(self, side: str) -> Answer:
+    def answer(self, side: str) -> ModelAnswer:
         return self.first if side == SIDES[0] else self.second
 
 
@@ -64,12 +64,12 @@ class PreferenceRecord:
     judges: dict[str, JudgeSummary]  # by the judge's model name
 
     @property
-    def people(self) -> Summary | None:
+    def people(self) -> VoteSummary | None:
         """What people said; None before the first vote."""
-        return summarise(self.votes, {q.id: q.category for q in self.comparison.questions}) if self.votes else None
+        return summarise_votes(self.votes, {q.id: q.category for q in self.comparison.questions}) if self.votes else None
 
 
-def read(folder: AnyPath) -> PreferenceRecord:
+def read_preferences(folder: AnyPath) -> PreferenceRecord:
     """Read a comparison's folder; safe while people vote. Raises StorageError when it is not one."""
     folder = Path(folder)
     comparison = read_comparison(folder)
@@ -93,9 +93,9 @@ def read(folder: AnyPath) -> PreferenceRecord:
     )
 
 
-def find(study: AnyPath) -> list[PreferenceRecord]:
+def find_comparisons(study: AnyPath) -> list[PreferenceRecord]:
     """The comparisons in a study's folder, by name."""
-    return [read(path.parent) for path in sorted(Path(study).glob(f"preference/*/{FILE}"))]
+    return [read_preferences(path.parent) for path in sorted(Path(study).glob(f"preference/*/{FILE}"))]
 
 
 def read_comparison(folder: Path) -> Comparison | None:

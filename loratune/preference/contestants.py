@@ -34,7 +34,7 @@ class Tuned:
     run: str = MAIN  # of the trial: main, the study's own; else with another seed, a model of its own
 
 
-def choose(given: str, study: StudyRecord | None, tuned: Tuned | None = None) -> Contestant:
+def contestant_of(given: str, study: StudyRecord | None, tuned: Tuned | None = None) -> Contestant:
     """The contestant that `given` names. tuned: by default the study's trial with the lowest validation loss.
 
     Raises StorageError when the study has no such trial or its adapter is gone, ModelError for a folder

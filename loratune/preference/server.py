@@ -188,7 +188,7 @@ def listen(host: str, port: int | None, token: str | None) -> socket.socket:
     raise LoratuneError(f"cannot listen on {host}, port {port}: {problem.strerror if problem else ''}. Choose another --port.")
 
 
-def serve(app: Guard, listening: socket.socket) -> None:
+def serve_page(app: Guard, listening: socket.socket) -> None:
     """Answer until SIGINT or SIGTERM; a vote that is being stored is finished first."""
     server(app).run(sockets=[listening])
 

@@ -2,11 +2,11 @@
 
 import math
 
-from loratune.preference.analysis import JudgeSummary, PositionBias, Summary, Tally
+from loratune.preference.analysis import JudgeSummary, PositionBias, Tally, VoteSummary
 from loratune.preference.comparison import PreferenceRecord
 
 
-def table(record: PreferenceRecord) -> str:
+def summary_text(record: PreferenceRecord) -> str:
     """Who is compared and what people and judges said; people and judges apart."""
     first, second = record.comparison.first.label, record.comparison.second.label
     asked = len(record.comparison.questions)
@@ -23,7 +23,7 @@ def table(record: PreferenceRecord) -> str:
     return "\n".join(lines)
 
 
-def _people(found: Summary, first: str, second: str, pairs: int) -> list[str]:
+def _people(found: VoteSummary, first: str, second: str, pairs: int) -> list[str]:
     names = list(found.raters)
     who = "1 rater" if len(names) == 1 else f"{len(names)} raters"
     rows = [("votes", found.votes), ("questions, net", found.questions)]

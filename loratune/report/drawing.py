@@ -118,7 +118,7 @@ def smooth(heights: Sequence[float]) -> Curve:
     return Curve(points, codes)
 
 
-def trace(heights: Sequence[float]) -> tuple[list[float], list[float]]:
+def smooth_points(heights: Sequence[float]) -> tuple[list[float], list[float]]:
     """The points of `smooth`, close together: the cubic Bezier curve 0, .4, .6, 1."""
     xs, ys = [0.0], [heights[0]]
     for x, (here, there) in enumerate(itertools.pairwise(heights)):

@@ -8,11 +8,10 @@ from loratune.downstream.results.contamination import Contamination
 from loratune.downstream.results.contamination import read as read_contamination
 from loratune.downstream.results.findings import Finding, findings
 from loratune.downstream.results.scores import BASE, Cell, Result, in_words, model_name, read_results, table, whose
-from loratune.preference import PreferenceRecord, find
+from loratune.preference import PreferenceRecord, find_comparisons
 from loratune.record import StudyRecord, Trial
 from loratune.report import tables
-from loratune.selection import SelectionRecord
-from loratune.selection import read as read_selection
+from loratune.selection import SelectionRecord, read_selection
 from loratune.statistics import Interval, kendall, spearman
 
 TOP = 10  # trials of the table, as published
@@ -107,7 +106,7 @@ class Evidence:
     @property
     def chosen(self) -> Trial | None:
         """The trial to ship: the selection's, else the one with the lowest loss."""
-        return self.selection.trial_of(self.record) if self.selection else tables.answer(self.record).best
+        return self.selection.trial_of(self.record) if self.selection else tables.headline(self.record).best
 
     @property
     def missing(self) -> list[tuple[str, str]]:
@@ -137,7 +136,7 @@ def gather(record: StudyRecord) -> Evidence:
         downstream=downstream_of(record, selection if current else None),
         selection=selection if current else None,
         outdated=selection is not None and not current,
-        comparisons=tuple(find(record.folder)),
+        comparisons=tuple(find_comparisons(record.folder)),
     )
 
 
@@ -148,8 +147,8 @@ def downstream_of(record: StudyRecord, selection: SelectionRecord | None) -> Dow
         return None
     ranking = tables.ranked(record, TOP)[0]
     scored = {result.model for result in results}
-    losses = {_name(trial): tables.value(trial) for trial in tables.scored(record)}
-    base = tables.answer(record).base
+    losses = {_name(trial): tables.value(trial) for trial in tables.finished_trials(record)}
+    base = tables.headline(record).base
     shipped = model_name(selection.chosen, selection.shipped.run) if selection is not None else None
     if selection is not None and shipped is not None:
         losses[shipped] = selection.shipped.validation_loss

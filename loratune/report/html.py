@@ -19,7 +19,7 @@ from loratune.record.paths import MAIN
 from loratune.report import figures, preferences, spec_summary, tables
 from loratune.report.drawing import DARK, SHADES, Plot
 from loratune.report.evidence import Evidence, gather
-from loratune.report.svg import Inline, inline, save
+from loratune.report.svg import Inline, inline, save_figure
 from loratune.system import formatting
 from loratune.system.files import write_atomically
 from loratune.system.machine import version_of_loratune
@@ -44,7 +44,7 @@ def compose(evidence: Sequence[Evidence], drawn: Sequence[dict[str, Inline]], to
     """The page: of each study its evidence and its figures by name, and the figures of all of them `together`."""
     records = [found.record for found in evidence]
     studies = [_study(*parts) for parts in zip(evidence, drawn, _prefixes(records), strict=True)]
-    rows, common = tables.compare(records)
+    rows, common = tables.compare_studies(records)
     return (
         _environment()
         .get_template("page.html")
@@ -54,7 +54,7 @@ def compose(evidence: Sequence[Evidence], drawn: Sequence[dict[str, Inline]], to
             rows=rows,
             common=common,
             repeats=tables.repeats(rows),
-            differences=tables.differences(records),
+            differences=tables.incomparable_sections(records),
             benchmarks=list(dict.fromkeys(title for study in studies for title in study["means"])),
             version=version_of_loratune(),
             shades=list(zip(SHADES, DARK, strict=True)),
@@ -79,7 +79,10 @@ def _environment() -> jinja2.Environment:
 
 def _figures(plots: Iterable[Plot], folder: Path, prefix: str) -> dict[str, Inline]:
     """The figures saved to `folder` and ready for the page, by name."""
-    return {plot.name: inline(plot, save(plot, folder / (prefix + plot.name)), key=_slug(f"{prefix}figure-{plot.name}")) for plot in plots}
+    return {
+        plot.name: inline(plot, save_figure(plot, folder / (prefix + plot.name)), key=_slug(f"{prefix}figure-{plot.name}"))
+        for plot in plots
+    }
 
 
 def _sections(evidence: Evidence, plots: dict[str, Inline]) -> list[tuple[str, str]]:
@@ -115,16 +118,16 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "key": key,
         "record": record,
         "sections": _sections(evidence, plots),
-        "answer": tables.answer(record),
+        "answer": tables.headline(record),
         "chosen": chosen,
         "edges": tables.edges(record, chosen) if chosen else (),
         "adapter": handed_over if handed_over.is_dir() else trained,
         "base_model": spec_summary.base_model(record),
-        "cost": tables.cost(record),
+        "cost": tables.study_cost(record),
         "open": sum(t.state in (RUNNING, PAUSED) for t in record.trials),
         "less_far": any(t.state in (PAUSED, PRUNED) for t in record.trials),
         "searched": tables.searched(record),
-        "columns": tables.varied(record),
+        "columns": tables.table_columns(record),
         "top": top,
         "others": others,
         "plots": plots,
@@ -137,9 +140,9 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "comparisons": evidence.comparisons,
         "missing": evidence.missing,
         "sources": spec_summary.sources(record),
-        "asked": spec_summary.asked(record),
+        "asked": spec_summary.spec_rows(record),
         "space": spec_summary.space(record),
-        "environment": spec_summary.environment(record),
+        "environment": spec_summary.environment_rows(record),
         "command": spec_summary.command(record),
     }
 

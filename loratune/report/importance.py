@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 
 from loratune.record import StudyRecord
-from loratune.report.tables import scored, space_of, value
+from loratune.report.tables import finished_trials, space_of, value
 
 FEW = 20  # finished trials below which an importance is called a rough guess
 FEWEST = 8  # and below which it is not computed: fewer than 4 trials on either side of the split
@@ -22,7 +22,7 @@ class Importance:
         return self.trials < FEW
 
 
-def importance(record: StudyRecord) -> Importance | None:
+def importance_of(record: StudyRecord) -> Importance | None:
     """How much each hyperparameter tells good configurations from the rest.
 
     PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023, arXiv 2304.10255) as Optuna has it: the Pearson
@@ -30,7 +30,7 @@ def importance(record: StudyRecord) -> Importance | None:
     on its own, without interactions. The best are the best tenth, or the best 5 where that is more, or
     half. None when fewer than FEWEST trials are finished, or nothing tells them apart.
     """
-    trials, space = scored(record), space_of(record)
+    trials, space = finished_trials(record), space_of(record)
     if len(trials) < FEWEST or len({value(t) for t in trials}) < 2:
         return None
     import optuna  # late: it and what it brings take a second

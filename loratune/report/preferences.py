@@ -9,23 +9,23 @@ from loratune.system.formatting import plural
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PreferenceRow:
     name: str
     tally: Tally
     main: bool = False  # everything people said
     judge: bool = False  # a language model
 
 
-def rows_of(record: PreferenceRecord) -> list[Row]:
+def rows_of(record: PreferenceRecord) -> list[PreferenceRow]:
     """All votes, the questions net of raters, raters where there are several, categories, judges."""
     people, rows = record.people, []
     if people is not None:
-        rows = [Row(name="all votes", tally=people.votes, main=True)]
+        rows = [PreferenceRow(name="all votes", tally=people.votes, main=True)]
         if len(people.raters) > 1:
-            rows.append(Row(name="questions, net", tally=people.questions, main=True))
-            rows += [Row(name=f"rater {name}", tally=tally) for name, tally in people.raters.items()]
-        rows += [Row(name=name, tally=tally) for name, tally in people.categories.items()] if len(people.categories) > 1 else []
-    return rows + [Row(name=f"judge {name}", tally=judge.questions, judge=True) for name, judge in record.judges.items()]
+            rows.append(PreferenceRow(name="questions, net", tally=people.questions, main=True))
+            rows += [PreferenceRow(name=f"rater {name}", tally=tally) for name, tally in people.raters.items()]
+        rows += [PreferenceRow(name=name, tally=tally) for name, tally in people.categories.items()] if len(people.categories) > 1 else []
+    return rows + [PreferenceRow(name=f"judge {name}", tally=judge.questions, judge=True) for name, judge in record.judges.items()]
 
 
 def sentences(record: PreferenceRecord) -> list[str]:

@@ -9,13 +9,13 @@ from loratune.report.tables import sampler_of, space_of
 from loratune.system.formatting import count, in_order, label, metric, plural, show
 
 
-def asked(record: StudyRecord) -> list[tuple[str, str]]:
+def spec_rows(record: StudyRecord) -> list[tuple[str, str]]:
     """The description in a few lines: (what, how)."""
     spec = record.spec
     model, data, training = (dict(spec.get(part) or {}) for part in ("model", "data", "training"))
     budget, schedule, sampler = (dict(spec.get(part) or {}) for part in ("budget", "schedule", "sampler"))
     rows = [("Base model", _model(model)), ("Training data", _sources(data.get("train"))), ("Validation data", _validation(data))]
-    rows += [("Examples", counts)] if (counts := examples(record)) else []
+    rows += [("Examples", counts)] if (counts := example_counts(record)) else []
     rows += [("Prompt", record.prompt["note"])] if record.prompt else []
     rows += [("Length", f"at most {data['max_length']} tokens, prompt and response")] if "max_length" in data else []
     rows += [("Training", _training(training)), ("Budget", _budget(budget))]
@@ -38,7 +38,7 @@ def _notes(record: StudyRecord) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def examples(record: StudyRecord) -> str:
+def example_counts(record: StudyRecord) -> str:
     """Sizes of the training and validation sets; empty when the prepared data is not there."""
     parts = []
     for name, purpose in (("train", "for training"), ("validation", "for validation")):
@@ -81,7 +81,7 @@ def space(record: StudyRecord) -> list[tuple[str, str, str]]:
     return rows
 
 
-def environment(record: StudyRecord) -> list[tuple[str, str]]:
+def environment_rows(record: StudyRecord) -> list[tuple[str, str]]:
     """What the last session ran on: (name, value)."""
     found = record.sessions[-1].get("environment") if record.sessions else None
     if not isinstance(found, dict):

@@ -24,7 +24,7 @@ class Inline:
     html: Markup
 
 
-def save(plot: Plot, stem: Path) -> str:
+def save_figure(plot: Plot, stem: Path) -> str:
     """Write <stem>.svg and <stem>.pdf in the light colours; returns the SVG. The same record gives the same bytes."""
     svg, pdf = io.StringIO(), io.BytesIO()
     undated = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -21,7 +21,7 @@ from loratune.work import Hyperparameters
 NEAR = 0.002  # nats: configurations this close to the best are counted as about as good
 
 
-def scored(record: StudyRecord) -> list[Trial]:
+def finished_trials(record: StudyRecord) -> list[Trial]:
     """Finished trials with a finite loss, in order of number."""
     return [t for t in record.finished if t.value is not None and math.isfinite(t.value)]
 
@@ -31,7 +31,7 @@ def value(trial: Trial) -> float:
     return math.nan if trial.value is None else trial.value
 
 
-def best_of(trials: Sequence[Trial]) -> Trial | None:
+def lowest_of(trials: Sequence[Trial]) -> Trial | None:
     return min(trials, key=lambda t: (value(t), t.number), default=None)
 
 
@@ -46,7 +46,7 @@ def searched(record: StudyRecord) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Headline:
     """Best, default and base model side by side. None where it was not measured."""
 
     best: Trial | None
@@ -76,12 +76,12 @@ class Answer:
         return None if self.gain is None else math.exp(-self.gain)
 
 
-def answer(record: StudyRecord) -> Answer:
-    trials = scored(record)
-    best = best_of(trials)
+def headline(record: StudyRecord) -> Headline:
+    trials = finished_trials(record)
+    best = lowest_of(trials)
     default = next((t for t in trials if record.default and t.number == record.default.number), None)
     base = record.base_loss
-    return Answer(
+    return Headline(
         best=best,
         default=default,
         base=base if base is not None and math.isfinite(base) else None,
@@ -110,7 +110,7 @@ def edges(record: StudyRecord, best: Trial) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class StudyCost:
     trials: int
     states: dict[str, int]  # how many trials ended in each state, those that occur
     tokens: int
@@ -119,10 +119,10 @@ class Cost:
     default_device_seconds: float | None  # of trial 0, for scale
 
 
-def cost(record: StudyRecord) -> Cost:
+def study_cost(record: StudyRecord) -> StudyCost:
     counted = Counter(t.state for t in record.trials)
     states = {state.value: counted[state] for state in TrialState if counted[state]}
-    return Cost(
+    return StudyCost(
         trials=len(record.trials),
         states=states,
         tokens=record.tokens,
@@ -134,12 +134,12 @@ def cost(record: StudyRecord) -> Cost:
 
 def ranked(record: StudyRecord, first: int = 10) -> tuple[list[Trial], list[Trial]]:
     """(the `first` best finished trials, best first; all others in order of number)."""
-    top = sorted(scored(record), key=lambda t: (value(t), t.number))[:first]
+    top = sorted(finished_trials(record), key=lambda t: (value(t), t.number))[:first]
     chosen = {t.number for t in top}
     return top, [t for t in record.trials if t.number not in chosen]
 
 
-def varied(record: StudyRecord) -> list[str]:
+def table_columns(record: StudyRecord) -> list[str]:
     """Columns of the table of trials: searched hyperparameters, lora_alpha too where its ratio is searched."""
     names = searched(record)
     return in_order({*names, "lora_alpha"}) if "alpha_ratio" in names else names
@@ -157,7 +157,7 @@ def settings(record: StudyRecord, trial: Trial) -> str:
 
 def where_good(record: StudyRecord) -> str:
     """Where the best quarter of the finished trials lies in the search space, in words; "" of fewer than eight."""
-    trials = sorted(scored(record), key=lambda t: (value(t), t.number))
+    trials = sorted(finished_trials(record), key=lambda t: (value(t), t.number))
     good = trials[: len(trials) // 4]
     if len(good) < 2:
         return ""
@@ -173,7 +173,7 @@ def where_good(record: StudyRecord) -> str:
     return f"The best quarter, {len(good)} of {len(trials)}: {', '.join(parts)}."
 
 
-def best_so_far(record: StudyRecord) -> list[float]:
+def running_best(record: StudyRecord) -> list[float]:
     """Lowest loss among trials 0..n for each n; inf before the first finished one. Failed trials count: they were paid for."""
     lowest, path = math.inf, []
     for trial in record.trials:
@@ -194,7 +194,7 @@ class Compared:
     finished: int  # of those `common`
 
 
-def compare(records: Sequence[StudyRecord]) -> tuple[list[Compared], int]:
+def compare_studies(records: Sequence[StudyRecord]) -> tuple[list[Compared], int]:
     """(a row per study, the number of evaluations that all of them have made)."""
     longest = max(len(r.trials) for r in records)
     common = min(len(r.trials) for r in records)
@@ -202,8 +202,8 @@ def compare(records: Sequence[StudyRecord]) -> tuple[list[Compared], int]:
     counts = sorted(ends | {n for n in (5, 10, 20, 50, 100, 200, 500) if n < longest and all(abs(n - end) > 0.1 * end for end in ends)})
     rows = []
     for record in records:
-        path = best_so_far(record)
-        losses = [value(t) for t in scored(record) if t.number < common]
+        path = running_best(record)
+        losses = [value(t) for t in finished_trials(record) if t.number < common]
         rows.append(
             Compared(
                 record=record,
@@ -234,7 +234,7 @@ def sampler_of(record: StudyRecord) -> str:
     return sampler if schedule == "full" else f"{sampler} + {schedule}"
 
 
-def differences(records: Sequence[StudyRecord]) -> list[str]:
+def incomparable_sections(records: Sequence[StudyRecord]) -> list[str]:
     """Sections of the description in which the studies differ so that their losses cannot be compared."""
     found = [part for part in ("model", "data") if any(r.spec.get(part) != records[0].spec.get(part) for r in records)]
     hashes = {r.manifest["hash"] for r in records if "hash" in r.manifest}

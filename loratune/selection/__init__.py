@@ -20,12 +20,12 @@ A study in, selection.json out:
 """
 
 from loratune.selection.confidence import Gap
-from loratune.selection.constraints import METRICS, Constraint, parse
+from loratune.selection.constraints import METRICS, Constraint, parse_constraint
 from loratune.selection.finalists import Finalists, Noise, finalists, noise_from_twins, scaled
-from loratune.selection.race import Drop, Race, Standing
-from loratune.selection.rerun import Note, Ran
+from loratune.selection.race import Dropped, Race, Standing
+from loratune.selection.rerun import Note, RerunFinished
 from loratune.selection.rule import Candidate, Choice, Rule, choose
-from loratune.selection.selected import Finalist, SelectionRecord, Shipped, read
+from loratune.selection.selected import Finalist, SelectionRecord, Shipped, read_selection
 from loratune.selection.workflow import Planned, Selected, SelectEvent, select
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "Candidate",
     "Choice",
     "Constraint",
-    "Drop",
+    "Dropped",
     "Finalist",
     "Finalists",
     "Gap",
@@ -41,7 +41,7 @@ __all__ = [
     "Note",
     "Planned",
     "Race",
-    "Ran",
+    "RerunFinished",
     "Rule",
     "SelectEvent",
     "Selected",
@@ -51,8 +51,8 @@ __all__ = [
     "choose",
     "finalists",
     "noise_from_twins",
-    "parse",
-    "read",
+    "parse_constraint",
+    "read_selection",
     "scaled",
     "select",
 ]

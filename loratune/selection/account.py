@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 
 from loratune.record import StudyRecord, Trial
-from loratune.selection.candidates import Scores, loss_of, metric, name_of, scored
+from loratune.selection.candidates import Scores, candidate_name, loss_of, metric_of, ranked_trials
 from loratune.selection.finalists import Noise
 from loratune.selection.race import Race
 from loratune.selection.rerun import RACE, cost_of, fresh_seed, run_name
 from loratune.selection.rule import Choice, Rule
-from loratune.selection.selected import Finalist, RaceRecord, Run, SelectionRecord, Shipped, UnbiasedLoss
+from loratune.selection.selected import Finalist, FreshRun, RaceRecord, SelectionRecord, Shipped, UnbiasedLoss
 from loratune.statistics import Interval
 from loratune.work import Outcome
 
@@ -33,7 +33,7 @@ def account(
 ) -> SelectionRecord:
     """trials: the candidates, the study's lowest loss first. field: who was let in, in words. assumed: the noise before the race.
     outcomes: of all runs trained for the selection."""
-    number = {name_of(t): t.number for t in trials}
+    number = {candidate_name(t): t.number for t in trials}
     out = {drop.candidate: str(drop) for drop in race.dropped} if race else {}
     benchmarks = sorted({b for t in trials for b in scores.get(t.number, {})})
     # Of one finalist's seeds, what a seed does to all alike cannot be told from the noise.
@@ -54,21 +54,21 @@ def account(
             Finalist(
                 trial=t.number,
                 study_loss=loss_of(t),
-                losses=tuple(race.losses[name_of(t)]) if race else (loss_of(t),),
-                scores={b: metric(t, b, scores) for b in scores.get(t.number, {})},
-                adapter_mb=metric(t, "adapter_mb", scores),
-                seconds=metric(t, "seconds", scores),
-                tokens=metric(t, "tokens", scores),
-                peak_memory_gib=metric(t, "peak_memory_gib", scores),
-                share=choice.shares.get(name_of(t), 0.0),
-                out=out.get(name_of(t), ""),
+                losses=tuple(race.losses[candidate_name(t)]) if race else (loss_of(t),),
+                scores={b: metric_of(t, b, scores) for b in scores.get(t.number, {})},
+                adapter_mb=metric_of(t, "adapter_mb", scores),
+                seconds=metric_of(t, "seconds", scores),
+                tokens=metric_of(t, "tokens", scores),
+                peak_memory_gib=metric_of(t, "peak_memory_gib", scores),
+                share=choice.shares.get(candidate_name(t), 0.0),
+                out=out.get(candidate_name(t), ""),
             )
             for t in trials
         ),
-        race=_raced(study, race, field, {name_of(t): t for t in trials}) if race else None,
+        race=_raced(study, race, field, {candidate_name(t): t for t in trials}) if race else None,
         noise=noise,
         noise_source=source,
-        lowest=scored(study)[0].number,
+        lowest=ranked_trials(study)[0].number,
         chosen=chosen.number,
         share=choice.share,
         runner_up=number[choice.runner_up] if choice.runner_up else None,
@@ -84,8 +84,8 @@ def account(
     )
 
 
-def run_of(study: StudyRecord, trial: Trial, part: str, repeat: int, loss: float) -> Run:
-    return Run(trial=trial.number, repeat=repeat, seed=fresh_seed(int(study.spec["seed"]), run_name(part, repeat)), loss=loss)
+def run_of(study: StudyRecord, trial: Trial, part: str, repeat: int, loss: float) -> FreshRun:
+    return FreshRun(trial=trial.number, repeat=repeat, seed=fresh_seed(int(study.spec["seed"]), run_name(part, repeat)), loss=loss)
 
 
 def _raced(study: StudyRecord, race: Race, field: str, trials: dict[str, Trial]) -> RaceRecord:

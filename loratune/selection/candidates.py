@@ -8,7 +8,7 @@ import numpy as np
 from loratune.downstream.results.scores import Result, read_results
 from loratune.errors import SpecError
 from loratune.record import StudyRecord, Trial
-from loratune.selection.constraints import METRICS, Constraint, parse
+from loratune.selection.constraints import METRICS, Constraint, parse_constraint
 from loratune.selection.finalists import Noise, noise_from_twins, scaled
 from loratune.selection.rule import Candidate, Rule
 from loratune.system.names import nearest
@@ -20,12 +20,12 @@ ALIASES = {"loss": "validation_loss"}
 Scores = Mapping[int, Mapping[str, Result]]  # trial -> benchmark -> its scores
 
 
-def name_of(trial: Trial | int) -> str:
+def candidate_name(trial: Trial | int) -> str:
     """`trial 7`: how a candidate is called in every sentence."""
     return f"trial {trial if isinstance(trial, int) else trial.number}"
 
 
-def scored(study: StudyRecord) -> list[Trial]:
+def ranked_trials(study: StudyRecord) -> list[Trial]:
     """Trials trained to the end with a finite loss, the lowest first; of several with the same hyperparameters the first."""
     ranking = sorted((t for t in study.finished if math.isfinite(loss_of(t))), key=lambda t: (loss_of(t), t.number))
     first: dict[Hyperparameters, Trial] = {}
@@ -60,19 +60,19 @@ def candidates(trials: Sequence[Trial], losses: Mapping[int, Sequence[float]], s
     items = {name: sorted(set.intersection(*(set(scores[t.number][name].scores) for t in trials))) for name in names}
     return [
         Candidate(
-            name=name_of(trial),
+            name=candidate_name(trial),
             losses=list(losses[trial.number]),
             scores={name: [scores[trial.number][name].scores[item] for item in items[name]] for name in names},
-            adapter_bytes=metric(trial, "adapter_mb", scores) * 1e6,
-            seconds=metric(trial, "seconds", scores),
-            tokens=metric(trial, "tokens", scores),
-            peak_memory_bytes=metric(trial, "peak_memory_gib", scores) * 2**30,
+            adapter_bytes=metric_of(trial, "adapter_mb", scores) * 1e6,
+            seconds=metric_of(trial, "seconds", scores),
+            tokens=metric_of(trial, "tokens", scores),
+            peak_memory_bytes=metric_of(trial, "peak_memory_gib", scores) * 2**30,
         )
         for trial in trials
     ]
 
 
-def metric(trial: Trial, name: str, scores: Scores) -> float:
+def metric_of(trial: Trial, name: str, scores: Scores) -> float:
     """One number, in the metric's unit (see METRICS); NaN where it was not measured."""
     own = scores.get(trial.number, {})
     means = {benchmark: result.interval().value for benchmark, result in own.items()}  # over groups, where the benchmark is
@@ -96,7 +96,7 @@ def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial],
     Raises SpecError for what is no metric, and what was never measured.
     """
     benchmarks = sorted({name for own in scores.values() for name in own})
-    constraints = tuple(parse(text, benchmarks) for text in require)
+    constraints = tuple(parse_constraint(text, benchmarks) for text in require)
     if prefer is None:
         score = ("score",) if shared_benchmarks(trials, scores) else ()
         return Rule(priorities=("validation_loss", *score, "adapter_mb"), constraints=constraints)
@@ -126,7 +126,7 @@ def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial],
 def allowed(trials: Sequence[Trial], rule: Rule, scores: Scores) -> list[Trial]:
     """Those that keep the constraints. Raises SpecError, with what came nearest, when none does."""
     constraints = [c for c in rule.constraints if isinstance(c, Constraint)]
-    found = [t for t in trials if all(c.holds(metric(t, c.metric, scores)) for c in constraints)]
+    found = [t for t in trials if all(c.holds(metric_of(t, c.metric, scores)) for c in constraints)]
     if not found:
         raise SpecError(
             "\n".join([f"none of {len(trials)} finished trials keeps the constraints:", *_nearest_to(constraints, trials, scores)])
@@ -137,7 +137,7 @@ def allowed(trials: Sequence[Trial], rule: Rule, scores: Scores) -> list[Trial]:
 def _nearest_to(constraints: Sequence[Constraint], trials: Sequence[Trial], scores: Scores) -> list[str]:
     lines = []
     for constraint in constraints:
-        values = [value for t in trials if math.isfinite(value := metric(t, constraint.metric, scores))]
+        values = [value for t in trials if math.isfinite(value := metric_of(t, constraint.metric, scores))]
         keep = sum(constraint.holds(value) for value in values)
         span = f"from {min(values):.4g} to {max(values):.4g}" if values else "measured for none"
         lines.append(f"  {constraint}: kept by {keep}; {constraint.metric} is {span}")

@@ -8,8 +8,6 @@ from loratune.spec.limits import parse as parse_limit
 from loratune.spec.validation_errors import shown
 from loratune.system.names import nearest
 
-__all__ = ["METRICS", "Constraint", "higher_is_better", "known", "parse"]
-
 METRICS = {
     "validation_loss": "mean negative log-likelihood of a response token, nats; lower is better",
     "score": "mean of the benchmarks' scores, 0 to 1; higher is better",
@@ -20,7 +18,7 @@ METRICS = {
 }
 
 
-def parse(text: str, benchmarks: Collection[str] = ()) -> Constraint:
+def parse_constraint(text: str, benchmarks: Collection[str] = ()) -> Constraint:
     """`"adapter_mb <= 50"` -> Constraint("adapter_mb", "<=", 50.0). benchmarks: names of scores that count as metrics too.
 
     Raises SpecError: what was given, what is allowed, the nearest name.

@@ -29,7 +29,7 @@ from loratune.statistics import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drop:
+class Dropped:
     """Who dropped out, after how many repeats, and why."""
 
     candidate: str
@@ -84,7 +84,7 @@ class Race:
         self.candidates, self.tolerance, self.budget = tuple(names), tolerance, budget
         self.error_rate, self.first, self.repeats = error_rate, first, repeats
         self.log: list[tuple[str, int, float]] = []  # all that was told: candidate, repeat, loss
-        self.dropped: list[Drop] = []
+        self.dropped: list[Dropped] = []
         self.ending = ""  # why it is over; "" while it is not
         self._told: dict[tuple[int, int], float] = {}  # (place, repeat) -> loss, finite or not
         self._place = {name: place for place, name in enumerate(names)}
@@ -237,7 +237,7 @@ class Race:
         rounds = 1 + max(repeat for _, repeat in self._asked)
         for place in [p for p in self._left if p in self._diverged]:
             self._left.remove(place)
-            self.dropped.append(Drop(candidate=self.candidates[place], repeats=rounds))
+            self.dropped.append(Dropped(candidate=self.candidates[place], repeats=rounds))
         if not self._sound:
             self._sound = list(self._left)
         if not self._left:
@@ -254,7 +254,7 @@ class Race:
             if self._ahead[better, place] <= self.tolerance and covered[self._sound].all():
                 worse_by = -float(self._ahead[better, place])
                 self.dropped.append(
-                    Drop(candidate=self.candidates[place], repeats=rounds, against=self.candidates[better], worse_by=worse_by)
+                    Dropped(candidate=self.candidates[place], repeats=rounds, against=self.candidates[better], worse_by=worse_by)
                 )
                 self._left.remove(place)
         spent = len(self._asked) + len(self._left) > self.budget  # a run asked for is paid for

@@ -47,7 +47,7 @@ class Note:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
+class RerunFinished:
     """A run came to its end."""
 
     trial: Trial
@@ -59,7 +59,7 @@ class Stopped(Exception):  # noqa: N818  # no error
     """`stop` was set."""
 
 
-Event = Note | Ran | Progress
+Event = Note | RerunFinished | Progress
 
 
 def run_name(part: str, repeat: int) -> str:
@@ -75,15 +75,15 @@ def fresh_seed(study_seed: int, run: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class RerunCost:
     """Of some runs: tokens of training, seconds of a device."""
 
     runs: int = 0
     tokens: float = 0.0
     device_seconds: float = 0.0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
+    def __add__(self, other: "RerunCost") -> "RerunCost":
+        return RerunCost(
             runs=self.runs + other.runs, tokens=self.tokens + other.tokens, device_seconds=self.device_seconds + other.device_seconds
         )
 
@@ -91,18 +91,18 @@ class Cost:
         return f"{self.runs} runs, {self.tokens:,.0f} training tokens, {self.device_seconds / 3600:.2g} device-hours"
 
 
-def cost_of(outcomes: Iterable[Outcome]) -> Cost:
+def cost_of(outcomes: Iterable[Outcome]) -> RerunCost:
     """What they did cost, each being one run."""
-    total = Cost()
+    total = RerunCost()
     for o in outcomes:
-        total += Cost(runs=1, tokens=o.tokens, device_seconds=(o.train_seconds + o.validation_seconds) * o.devices)
+        total += RerunCost(runs=1, tokens=o.tokens, device_seconds=(o.train_seconds + o.validation_seconds) * o.devices)
     return total
 
 
-def expected(trials: Sequence[Trial], runs: int) -> Cost:
+def expected_cost(trials: Sequence[Trial], runs: int) -> RerunCost:
     """What `runs` more runs of such trials will cost, by what their own last run cost in the study."""
     own = [cost_of(t.last_run) for t in trials]
-    return Cost(
+    return RerunCost(
         runs=runs,
         tokens=runs * float(np.mean([cost.tokens for cost in own])),
         device_seconds=runs * float(np.mean([cost.device_seconds for cost in own])),
@@ -167,7 +167,7 @@ class Rerun:
                     done[item.key] = item
                     flying -= 1
                     trial, segment = trials[item.key]
-                    yield Ran(trial=trial, run=segment.run, outcome=item)
+                    yield RerunFinished(trial=trial, run=segment.run, outcome=item)
         self.outcomes |= {key: done[key] for key in trials}
         losses = [done[key].validation_loss for key in trials]
         return [math.inf if loss is None else loss for loss in losses]

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from loratune.errors import SpecError
 from loratune.selection.confidence import Gap, confidence, gap
-from loratune.selection.constraints import Constraint, higher_is_better, known, parse
+from loratune.selection.constraints import Constraint, higher_is_better, known, parse_constraint
 
 Floats = NDArray[np.float64]
 
@@ -92,7 +92,7 @@ def choose(
     if not names or len(set(names)) < len(names):
         raise SpecError(f"candidates: needed are one or more with different names; got {names}")
     benchmarks = sorted({name for c in candidates for name in c.scores})
-    constraints = tuple(parse(c, benchmarks) if isinstance(c, str) else c for c in rule.constraints)
+    constraints = tuple(parse_constraint(c, benchmarks) if isinstance(c, str) else c for c in rule.constraints)
     wanted = {known(m, benchmarks): None for m in [*rule.metrics, *(c.metric for c in constraints)]}
     if not rule.metrics:
         raise SpecError("the rule names no metric")

@@ -37,7 +37,7 @@ class Finalist(Json):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Json):
+class FreshRun(Json):
     """One repeat of the race, or one check."""
 
     trial: int
@@ -54,7 +54,7 @@ class RaceRecord(Json):
     tolerance: float
     error_rate: float
     budget: int
-    log: tuple[Run, ...]  # in the order they were told
+    log: tuple[FreshRun, ...]  # in the order they were told
     leader: int | None  # the trial with the lowest mean of those left
     gap: float  # how much worse than the best of them the leader may be, at the error rate
     ending: str
@@ -65,7 +65,7 @@ class RaceRecord(Json):
 class UnbiasedLoss(Json):
     """Losses with seeds run after the choice, the same for both; means with Student's 95 % intervals."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[FreshRun, ...]
     chosen: Interval
     default: Interval | None  # None: the study has no default, or it diverged
     gain: Interval | None  # default - chosen, paired by seed; positive when tuning helped. None without default, and for it
@@ -181,11 +181,11 @@ class SelectionRecord(Json):
         return len({run.repeat for run in self.unbiased.runs}) if self.unbiased is not None else 0
 
 
-def write(record: SelectionRecord, folder: AnyPath) -> None:
+def write_selection(record: SelectionRecord, folder: AnyPath) -> None:
     write_atomically(StudyPaths(folder).selection, json.dumps(json.loads(record.to_json()), indent=1) + "\n")
 
 
-def read(folder: AnyPath) -> SelectionRecord | None:
+def read_selection(folder: AnyPath) -> SelectionRecord | None:
     """The study's selection; None when none was made. Raises StorageError for a file that cannot be read."""
     path = StudyPaths(folder).selection
     if not path.exists():

@@ -26,11 +26,11 @@ from loratune.record import StudyRecord, Trial, open_record, read
 from loratune.record.adapters import find_adapter
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
-from loratune.selection.candidates import allowed, candidates, loss_of, name_of, noise_of, rule_of, scored, scores_of
+from loratune.selection.candidates import allowed, candidate_name, candidates, loss_of, noise_of, ranked_trials, rule_of, scores_of
 from loratune.selection.constraints import METRICS
 from loratune.selection.finalists import Finalists, Noise, finalists
 from loratune.selection.race import Race
-from loratune.selection.rerun import AGAIN, CHECK, RACE, Cost, Event, Note, Rerun, Stopped, expected, fresh_seed, run_name
+from loratune.selection.rerun import AGAIN, CHECK, RACE, Event, Note, Rerun, RerunCost, Stopped, expected_cost, fresh_seed, run_name
 from loratune.selection.rule import Choice, Rule, choose
 from loratune.selection.selected import SelectionRecord, Shipped, UnbiasedLoss
 from loratune.statistics import student_mean
@@ -51,7 +51,7 @@ class Planned:
     """What will be done and what it will cost; nothing was trained yet."""
 
     text: str
-    most: Cost
+    most: RerunCost
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Selection:
         self.seed = int(study.spec["seed"])
         self.scores = scores_of(study)
         self.notes: list[str] = []
-        ranking = scored(study)
+        ranking = ranked_trials(study)
         if not ranking:
             raise SpecError(f"{study.folder} has no trial that was trained to its end: there is nothing to choose from")
         self.default = next((t for t in study.finished if study.default and t.number == study.default.number), None)
@@ -148,15 +148,15 @@ class _Selection:
         trials = self._trials_of(few) if self.by_loss else self.trials
         unsound = {name for name, _, loss in race.log if not math.isfinite(loss)} if race else set()
         while True:
-            sound = [t for t in trials if name_of(t) not in unsound]
+            sound = [t for t in trials if candidate_name(t) not in unsound]
             if not sound:
                 raise TrainingError(f"all of {len(trials)} finalists diverged with a fresh seed: none can be relied on. Let more race.")
             choice, rule = self._choose(sound, race)
-            chosen = next(t for t in sound if name_of(t) == choice.winner)
+            chosen = next(t for t in sound if candidate_name(t) == choice.winner)
             unbiased, reliable = yield from self._check(chosen)
             if reliable:
                 break
-            unsound.add(name_of(chosen))
+            unsound.add(candidate_name(chosen))
             self._tell(f"Trial {chosen.number} was chosen, and diverged with a seed after that; it is out.")
         shipped = yield from self._ship(chosen, race, unbiased)
         record = account(
@@ -175,7 +175,7 @@ class _Selection:
             outcomes=list(self.trainer.outcomes.values()),
             notes=self._notes(trials, rule, shipped),
         )
-        selected.write(record, self.study.folder)
+        selected.write_selection(record, self.study.folder)
         self.trainer.keep_adapters("", {(chosen.number, shipped.run)})
         yield Selected(record)
 
@@ -183,13 +183,13 @@ class _Selection:
 
     def _plan(self) -> Planned:
         if not self.rerun:
-            return Planned("Nothing is trained again: the study's own losses choose.", Cost())
+            return Planned("Nothing is trained again: the study's own losses choose.", RerunCost())
         few = self._finalists(self.noise)
         # Of the noise nothing is known yet, so all that may be let in are counted.
         widest = self.trials[: self.most]
         race = (self.runs or RUNS_EACH * len(widest)) if self.by_loss else 0
         each = [self.trials[0], *([self.default] if self.default is not None else [])]
-        most = (expected(widest, race) if race else Cost()) + expected(each, CHECKS * len(each) + self.again)
+        most = (expected_cost(widest, race) if race else RerunCost()) + expected_cost(each, CHECKS * len(each) + self.again)
         lines = []
         if self.by_loss:
             more = f", up to {self.most} if the noise turns out larger" if self.most > len(few.chosen) else ""
@@ -215,7 +215,7 @@ class _Selection:
 
     def _race(self, few: Finalists) -> Generator[Event, None, tuple[Race, Finalists]]:
         while True:
-            trials = {name_of(trial): trial for trial in self._trials_of(few)}
+            trials = {candidate_name(trial): trial for trial in self._trials_of(few)}
             race = Race(
                 list(trials),
                 tolerance=self.tolerance,
@@ -245,7 +245,7 @@ class _Selection:
 
     def _choose(self, sound: list[Trial], race: Race | None) -> tuple[Choice, Rule]:
         rule = rule_of(self.prefer, self.require, sound, self.scores)
-        losses = {t.number: race.losses[name_of(t)] if race else [loss_of(t)] for t in sound}
+        losses = {t.number: race.losses[candidate_name(t)] if race else [loss_of(t)] for t in sound}
         sd = race.noise.value if race is not None and race.noise.known else self.noise.sd
         return choose(candidates(sound, losses, self.scores), rule, seed=self.seed, noise_sd=sd), rule
 
@@ -305,7 +305,7 @@ class _Selection:
 
 def _runs(trial: Trial, race: Race | None) -> dict[str, float]:
     """The trial's runs that took part in the choice: the study's own and the race's, and their losses."""
-    raced = {run_name(RACE, repeat): loss for name, repeat, loss in race.log if name == name_of(trial)} if race else {}
+    raced = {run_name(RACE, repeat): loss for name, repeat, loss in race.log if name == candidate_name(trial)} if race else {}
     return {AGAIN: loss_of(trial), **raced}
 
 

@@ -142,7 +142,7 @@ def shipped_name(record: StudyRecord) -> str | None:
 
 def _shipped(record: StudyRecord) -> list[Model]:
     """The adapter that a selection hands over, as a model; nothing where there is none, or its files are gone."""
-    made, name = selection.read(record.folder), shipped_name(record)
+    made, name = selection.read_selection(record.folder), shipped_name(record)
     if made is None or name is None:
         return []
     adapter = find_adapter(record, made.trial_of(record), made.shipped.run)

@@ -61,7 +61,7 @@ def choose(study: StudyRecord, finished: int, run: str = "race-00") -> None:
         tokens=0,
         device_seconds=0.0,
     )
-    selected.write(made, study.folder)
+    selected.write_selection(made, study.folder)
 
 
 def test_the_selection_s_adapter_goes_first(study: StudyRecord, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def is_what_was_measured(root: Path, family: str, engine: str, layers: str) -> N
     folder = StudyPaths(root).of(wanted).adapter
     assert abs(outcome.validation_loss - loss(base(root), tokens)) > 1e-3, "training changed nothing"
     given = {"data": root / "data", "recorded": outcome.validation_loss}
-    found = reload.check(folder, study.model, wanted.hyperparameters, **given)
+    found = reload.check_adapter(folder, study.model, wanted.hyperparameters, **given)
     exported = export_adapter(folder, root / "exported", "card")
     for _ in range(2):
         model = peft.PeftModel.from_pretrained(base(root), str(exported))
@@ -189,11 +189,11 @@ def test_a_folder_that_is_another_adapter_is_refused(trained, tmp_path: Path, ho
     folder = tmp_path / "adapter"
     shutil.copytree(StudyPaths(root).of(wanted).adapter, folder)
     given = {"data": root / "data", "recorded": outcome.validation_loss}
-    reload.check(folder, study.model, wanted.hyperparameters, **given)
+    reload.check_adapter(folder, study.model, wanted.hyperparameters, **given)
     change, why = TAMPERED[how]
     change(folder)
     with pytest.raises(ModelError, match=why):
-        reload.check(folder, study.model, wanted.hyperparameters, **given)
+        reload.check_adapter(folder, study.model, wanted.hyperparameters, **given)
 
 
 def test_other_values_are_known_by_their_digest(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -202,10 +202,10 @@ def test_other_values_are_known_by_their_digest(trained, tmp_path: Path) -> None
     for name in ("adapter", "adapter.sha256"):
         source = StudyPaths(root).of(wanted).folder / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
-    reload.check(tmp_path / "adapter", study.model, wanted.hyperparameters)
+    reload.check_adapter(tmp_path / "adapter", study.model, wanted.hyperparameters)
     tensors_changed(tmp_path / "adapter", "values")
     with pytest.raises(ModelError, match="not the file that training wrote"):
-        reload.check(tmp_path / "adapter", study.model, wanted.hyperparameters)
+        reload.check_adapter(tmp_path / "adapter", study.model, wanted.hyperparameters)
 
 
 def test_more_layers_in_the_config_than_in_the_file(trained, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -215,12 +215,12 @@ def test_more_layers_in_the_config_than_in_the_file(trained, tmp_path: Path) -> 
     layers = lora.chosen_layers(base(root), "qv")
     tensors = {f"{name}.lora_{s}.weight": torch.randn(shape) for name in layers for s, shape in _shapes(root, name)}
     lora.save_folder(folder, base(root), h, tensors)
-    reload.check(folder, study.model, h)
+    reload.check_adapter(folder, study.model, h)
     before = loss(peft.PeftModel.from_pretrained(base(root), str(folder)), tokens)
     config_changed(folder, target_modules=["q_proj", "v_proj", "o_proj"])
     assert loss(peft.PeftModel.from_pretrained(base(root), str(folder)), tokens) == before
     with pytest.raises(ModelError, match=r"not in the file, so new in each loading: .*o_proj"):
-        reload.check(folder, study.model, h)
+        reload.check_adapter(folder, study.model, h)
 
 
 def _shapes(root: Path, layer: str) -> list[tuple[str, tuple[int, int]]]:
@@ -261,9 +261,9 @@ def test_half_precision_is_compared_as_roughly_as_it_computes(tmp_path: Path) ->
     wanted = segment(6, learning_rate=0.03, target_modules="all-linear")
     outcome = tiny_engine.run(load_engine(study, tmp_path), wanted)
     given = {"data": tmp_path / "data", "recorded": outcome.validation_loss, "exact": False}
-    reload.check(StudyPaths(tmp_path).of(wanted).adapter, study.model, wanted.hyperparameters, **given)
+    reload.check_adapter(StudyPaths(tmp_path).of(wanted).adapter, study.model, wanted.hyperparameters, **given)
     with pytest.raises(ModelError, match="by the record"):
-        reload.check(
+        reload.check_adapter(
             StudyPaths(tmp_path).of(wanted).adapter,
             study.model,
             wanted.hyperparameters,

@@ -12,7 +12,7 @@ from loratune.errors import DataError, ModelError, StorageError
 from loratune.preference import answers as module
 from loratune.preference.answers import Generation, read_answers, write_answers
 from loratune.preference.comparison import Comparison, settle
-from loratune.preference.contestants import Contestant, choose
+from loratune.preference.contestants import Contestant, contestant_of
 from loratune.preference.questions import Question, demo_questions
 from loratune.work import ModelRecipe
 
@@ -35,7 +35,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def comparison(adapter: Path, questions: tuple[Question, ...] = demo_questions(5), **options: object) -> Comparison:
     return Comparison(
-        first=choose(str(adapter), None),
+        first=contestant_of(str(adapter), None),
         second=Contestant(label="base model", name="base", adapter=None),
         model=ModelRecipe(name_or_path=str(model_folder())),
         prompt="alpaca",

@@ -16,7 +16,7 @@ import pytest
 from chromium import CHROMIUM, FLAGS, SHOTS
 from comparisons import ANN, BOB, WORDS, ready
 
-from loratune.preference.comparison import read
+from loratune.preference.comparison import read_preferences
 from loratune.preference.votes import read_votes
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -180,7 +180,7 @@ def test_two_raters_a_kill_and_the_example_worked_by_hand(command: Command, brow
 
     said = command.stop(signal.SIGINT)
     assert command.process.returncode == 0, said
-    people = read(command.folder).people
+    people = read_preferences(command.folder).people
     assert people is not None
     # As worked by hand in test_preference_analysis.py.
     assert (people.votes.first, people.votes.second, people.votes.ties, people.votes.neither) == (7, 3, 1, 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from comparisons import made
 
-from loratune.preference.comparison import read
+from loratune.preference.comparison import read_preferences
 from loratune.preference.votes import NAME, Votes
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (the extra `compare`)")
@@ -26,7 +26,7 @@ PATIENCE = 1.0
 def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(connections, "SECONDS", PATIENCE)
     monkeypatch.setattr(connections, "MOST", 32)
-    record = read(made(tmp_path / "c"))
+    record = read_preferences(made(tmp_path / "c"))
     with Votes(record.folder / NAME) as votes, listen("127.0.0.1", 0, None) as listening:
         running = server(create_app(record.pairs, votes, seed=3))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from loratune.errors import ModelError, StorageError
-from loratune.preference.contestants import Tuned, base_of, choose
+from loratune.preference.contestants import Tuned, base_of, contestant_of
 from loratune.record import COMPLETE, FAILED, StudyRecord, Trial, read
 from loratune.work import Hyperparameters
 
@@ -36,43 +36,43 @@ def study(tmp_path: Path) -> StudyRecord:
 
 
 def test_by_role_number_and_folder(study: StudyRecord, tmp_path: Path) -> None:
-    tuned, default, base = (choose(name, study) for name in ("tuned", "default", "base"))
+    tuned, default, base = (contestant_of(name, study) for name in ("tuned", "default", "base"))
     assert (tuned.label, tuned.name) == ("trial 1 (tuned)", "trial-1")
     assert (default.label, default.name) == ("trial 0 (default)", "trial-0")
     assert (base.label, base.adapter) == ("base model", None)
-    assert choose("trial:1", study).weights == tuned.weights != default.weights
-    own = choose(str(adapter(tmp_path / "my adapter")), None)
+    assert contestant_of("trial:1", study).weights == tuned.weights != default.weights
+    own = contestant_of(str(adapter(tmp_path / "my adapter")), None)
     assert own.name.startswith("my-adapter-")
     assert Path(str(own.adapter)).is_absolute()
 
 
 def test_tuned_is_what_a_selection_chose(study: StudyRecord, tmp_path: Path) -> None:
     shipped = Tuned(trial=study.trials[0], adapter=adapter(tmp_path / "race-01"), run="race-01")
-    tuned = choose("tuned", study, shipped)
+    tuned = contestant_of("tuned", study, shipped)
     assert (tuned.label, tuned.name, tuned.adapter) == ("trial 0 (tuned, race-01)", "trial-0-race-01", str(tmp_path / "race-01"))
-    same = choose("tuned", study, Tuned(trial=study.trials[0], adapter=adapter(tmp_path / "main")))
+    same = contestant_of("tuned", study, Tuned(trial=study.trials[0], adapter=adapter(tmp_path / "main")))
     assert (same.label, same.name) == ("trial 0 (tuned)", "trial-0")
-    assert choose("default", study, shipped).adapter != tuned.adapter, "the other names mean what they meant"
-    assert choose("tuned", study).label == "trial 1 (tuned)"
+    assert contestant_of("default", study, shipped).adapter != tuned.adapter, "the other names mean what they meant"
+    assert contestant_of("tuned", study).label == "trial 1 (tuned)"
 
 
 def test_what_is_not_there(study: StudyRecord, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no trial 9; its trials are 0 to 2"):
-        choose("trial:9", study)
+        contestant_of("trial:9", study)
     with pytest.raises(StorageError, match=r"trial 2 \(failed\) is not on disk; adapters there: 0, 1"):
-        choose("trial:2", study)
+        contestant_of("trial:2", study)
     with pytest.raises(StorageError, match="with --study"):
-        choose("tuned", None)
+        contestant_of("tuned", None)
     with pytest.raises(ModelError, match="'tunde' is none of tuned, default, base, trial:NUMBER, and there is no such folder"):
-        choose("tunde", study)
+        contestant_of("tunde", study)
     with pytest.raises(ModelError, match=r"has no adapter_config\.json and no adapter_model\.safetensors"):
-        choose(str(tmp_path), study)
+        contestant_of(str(tmp_path), study)
 
 
 def test_the_base_model_as_adapters_tell_it(tmp_path: Path) -> None:
-    one = choose(str(adapter(tmp_path / "one")), None)
-    two = choose(str(adapter(tmp_path / "two", base="other/base")), None)
-    base = choose("base", None)
+    one = contestant_of(str(adapter(tmp_path / "one")), None)
+    two = contestant_of(str(adapter(tmp_path / "two", base="other/base")), None)
+    base = contestant_of("base", None)
     assert base_of(one, base).name_or_path == "some/base"
     for some in ((one, two), (base, base)):
         with pytest.raises(ModelError, match="which base model"):

@@ -11,9 +11,9 @@ import pytest
 from comparisons import WORDS, made, ready
 
 from loratune.cli import main
-from loratune.preference.comparison import read
+from loratune.preference.comparison import read_preferences
 from loratune.preference.judge import Judge, JudgeError, ask_judge, verdict
-from loratune.preference.summary_lines import table
+from loratune.preference.summary_lines import summary_text
 from loratune.preference.votes import read_votes
 from loratune.system.jsonl import read_lines
 
@@ -77,7 +77,7 @@ def judge(endpoint: Endpoint, **options: Any) -> Judge:
 
 
 def run(endpoint: Endpoint, folder: Path, **options: Any) -> None:
-    ask_judge(judge(endpoint, **options), read(folder).pairs, folder, tell=lambda _: None)
+    ask_judge(judge(endpoint, **options), read_preferences(folder).pairs, folder, tell=lambda _: None)
 
 
 def shown(request: dict[str, Any]) -> tuple[str, str, str]:
@@ -99,7 +99,7 @@ def test_both_orders_make_one_verdict(endpoint: Endpoint, folder: Path) -> None:
     assert {shown(r)[1:] for r in endpoint.requests} == {("amber", "basil"), ("basil", "amber")}
     assert set(endpoint.paths) == {"/v1/chat/completions"}
     assert endpoint.headers[0]["Authorization"] == "Bearer k-123"
-    found = read(folder).judges["judge-1"]
+    found = read_preferences(folder).judges["judge-1"]
     assert (found.questions.first, found.questions.second, found.questions.ties) == (3, 0, 2)
     assert (found.inconsistent, found.unreadable) == (1, 1)
     assert (found.position.left, found.position.right) == (5, 3)  # questions 1-3 once each side, 4 twice A
@@ -109,11 +109,11 @@ def test_both_orders_make_one_verdict(endpoint: Endpoint, folder: Path) -> None:
 
 def test_kept_apart_from_people(endpoint: Endpoint, folder: Path) -> None:
     run(endpoint, folder)
-    record = read(folder)
+    record = read_preferences(folder)
     assert read_votes(folder) == []
     assert record.people is None
-    assert "People: no votes yet." in table(record)
-    assert "Judge judge-1: 6 questions, each in both orders" in table(record)
+    assert "People: no votes yet." in summary_text(record)
+    assert "Judge judge-1: 6 questions, each in both orders" in summary_text(record)
 
 
 def test_resumed_where_it_stopped(endpoint: Endpoint, folder: Path) -> None:
@@ -127,7 +127,7 @@ def test_resumed_where_it_stopped(endpoint: Endpoint, folder: Path) -> None:
     assert len(endpoint.requests) == before + 7
     run(endpoint, folder)
     assert len(endpoint.requests) == before + 7
-    assert read(folder).judges["judge-1"].inconsistent == 6
+    assert read_preferences(folder).judges["judge-1"].inconsistent == 6
 
 
 def test_a_torn_last_line_is_asked_again(endpoint: Endpoint, folder: Path) -> None:
@@ -175,9 +175,9 @@ def test_an_endpoint_that_will_not_do(endpoint: Endpoint, folder: Path, answer: 
 def test_an_unreachable_endpoint(folder: Path) -> None:
     gone = Judge(url="http://127.0.0.1:9/v1", model="m", retries=1, first_wait=0.001)
     with pytest.raises(JudgeError, match="did not answer after 2 attempts"):
-        ask_judge(gone, read(folder).pairs, folder)
+        ask_judge(gone, read_preferences(folder).pairs, folder)
     with pytest.raises(JudgeError, match="needed is an http or https address"):
-        ask_judge(Judge(url="localhost:8000", model="m"), read(folder).pairs, folder)
+        ask_judge(Judge(url="localhost:8000", model="m"), read_preferences(folder).pairs, folder)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_only_an_exact_last_line_is_a_verdict(reply: str, expected: str | None) 
 def test_a_judge_that_says_nothing(endpoint: Endpoint, folder: Path) -> None:
     endpoint.reply = lambda request, number: None
     run(endpoint, folder)
-    assert read(folder).judges["judge-1"].unreadable == 6
+    assert read_preferences(folder).judges["judge-1"].unreadable == 6
 
 
 def test_the_command(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,4 +216,4 @@ def test_the_command(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.Mon
     assert "judge-1: 12 of 12 replies" in said
     assert "Sign test over questions: 6 for" in said
     assert "p = 0.0312" in said  # 2 / 2^6
-    assert read(folder).judges["judge-1"].position.left == 6
+    assert read_preferences(folder).judges["judge-1"].position.left == 6

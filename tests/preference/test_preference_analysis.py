@@ -5,7 +5,7 @@ import math
 import pytest
 from comparisons import ANN, BOB
 
-from loratune.preference.analysis import Tally, Vote, krippendorff_alpha, net, summarise, summarise_judge, tally, wilson
+from loratune.preference.analysis import Tally, Vote, krippendorff_alpha, net, summarise_judge, summarise_votes, tally, wilson_of_share
 
 
 def votes(left: str = "first") -> list[Vote]:
@@ -20,7 +20,7 @@ def votes(left: str = "first") -> list[Vote]:
 
 
 def test_the_example_worked_by_hand() -> None:
-    found = summarise(votes(), {str(n): "odd" if n % 2 else "even" for n in range(1, 7)})
+    found = summarise_votes(votes(), {str(n): "odd" if n % 2 else "even" for n in range(1, 7)})
     # Ann: 4 first, 1 second, 1 tie. Bob: 3 first, 2 second, 1 both bad.
     assert (found.votes.first, found.votes.second, found.votes.ties, found.votes.neither) == (7, 3, 1, 1)
     assert found.votes.win_rate == pytest.approx((7 + 0.5 * 2) / 12)
@@ -41,7 +41,7 @@ def test_the_example_worked_by_hand() -> None:
 
 
 def test_the_sides_are_undone_and_only_position_bias_sees_them() -> None:
-    one, two = summarise(votes("first")), summarise(votes("second"))
+    one, two = summarise_votes(votes("first")), summarise_votes(votes("second"))
     assert one.votes == two.votes
     assert (one.position.left, one.position.right) == (7, 3)
     assert (two.position.left, two.position.right) == (3, 7)
@@ -54,11 +54,11 @@ def test_wilson_against_scipy_and_of_halves() -> None:
 
     for k, n in ((7, 10), (0, 5), (5, 5), (60, 80)):
         theirs = binomtest(k, n).proportion_ci(0.95, method="wilson")
-        assert wilson(k / n, n) == pytest.approx((theirs.low, theirs.high))
-    low, high = wilson(7.5 / 10, 10)
-    assert wilson(0.7, 10)[0] < low < wilson(0.8, 10)[0]
-    assert wilson(0.7, 10)[1] < high < wilson(0.8, 10)[1]
-    assert wilson(math.nan, 0) == (0, 1)
+        assert wilson_of_share(k / n, n) == pytest.approx((theirs.low, theirs.high))
+    low, high = wilson_of_share(7.5 / 10, 10)
+    assert wilson_of_share(0.7, 10)[0] < low < wilson_of_share(0.8, 10)[0]
+    assert wilson_of_share(0.7, 10)[1] < high < wilson_of_share(0.8, 10)[1]
+    assert wilson_of_share(math.nan, 0) == (0, 1)
 
 
 def test_krippendorff_published_example() -> None:
@@ -77,8 +77,8 @@ def test_alpha_where_there_is_nothing_to_say() -> None:
     assert krippendorff_alpha([["first"], ["second"]]) is None  # nobody shares a question
     assert krippendorff_alpha([["first", "first"], ["first", "first"]]) is None  # nothing varies
     assert krippendorff_alpha([["first", "first"], ["tie", "tie"]]) == 1
-    assert summarise([]).questions.sign_test() == 1
-    assert math.isnan(summarise([]).votes.win_rate)
+    assert summarise_votes([]).questions.sign_test() == 1
+    assert math.isnan(summarise_votes([]).votes.win_rate)
 
 
 def test_net_preference() -> None:

@@ -8,7 +8,7 @@ import pytest
 from comparisons import ANN, BOB, made
 
 from loratune.errors import StorageError
-from loratune.preference import find, read, table
+from loratune.preference import find_comparisons, read_preferences, summary_text
 from loratune.preference.analysis import Vote
 from loratune.preference.votes import NAME, Votes
 from loratune.system.jsonl import append_lines
@@ -24,7 +24,7 @@ def voted(folder: Path) -> Path:
 
 
 def test_the_table_says_what_was_worked_out_by_hand(tmp_path: Path) -> None:
-    said = table(read(voted(tmp_path / "c")))
+    said = summary_text(read_preferences(voted(tmp_path / "c")))
     for line in (
         "trial 17 (tuned) against trial 0 (default), 6 questions",
         "Answers cut at 64 tokens: trial 17 (tuned) 1, trial 0 (default) 1.",
@@ -40,22 +40,22 @@ def test_the_table_says_what_was_worked_out_by_hand(tmp_path: Path) -> None:
 
 
 def test_found_in_a_study(tmp_path: Path) -> None:
-    assert find(tmp_path) == []
+    assert find_comparisons(tmp_path) == []
     voted(tmp_path / "preference" / "trial-17-vs-trial-0")
-    (record,) = find(tmp_path)
+    (record,) = find_comparisons(tmp_path)
     assert record.comparison.first.label == "trial 17 (tuned)"
     assert record.people is not None
     with pytest.raises(StorageError, match="holds no comparison"):
-        read(tmp_path)
+        read_preferences(tmp_path)
 
 
 def test_identical_answers_are_asked_of_nobody(tmp_path: Path) -> None:
     folder = made(tmp_path / "c", 2)
     same = [{"question": "1", "side": side, "text": "the very same", "tokens": 3, "ended": True} for side in ("first", "second")]
     append_lines(folder / "answers.jsonl", same)
-    record = read(folder)
+    record = read_preferences(folder)
     assert ([pair.question.id for pair in record.pairs], record.identical) == (["2"], 1)
-    assert "1 with identical answers" in table(record)
+    assert "1 with identical answers" in summary_text(record)
 
 
 def test_reading_needs_neither_web_framework_nor_torch(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
     folder = made(tmp_path / "c")
     (folder / "answers.jsonl").write_text('{"question": \n{}\n')
     with pytest.raises(StorageError, match=r"answers\.jsonl, line 1 is damaged"):
-        read(folder)
+        read_preferences(folder)
     (folder / "comparison.json").write_text("{}")
     with pytest.raises(StorageError, match=r"comparison\.json cannot be read"):
-        read(folder)
+        read_preferences(folder)

@@ -13,7 +13,7 @@ from comparisons import WORDS, made
 
 from loratune.errors import LoratuneError
 from loratune.preference.analysis import Vote
-from loratune.preference.comparison import Comparison, PreferenceRecord, read, read_comparison, settle
+from loratune.preference.comparison import Comparison, PreferenceRecord, read_comparison, read_preferences, settle
 from loratune.preference.votes import NAME, Votes, read_votes
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (the extra `compare`)")
@@ -27,7 +27,7 @@ SECRETS = ("trial", "tuned", "default", "secret-model", "nowhere", "first", "sec
 
 @pytest.fixture
 def record(tmp_path: Path) -> PreferenceRecord:
-    return read(made(tmp_path / "c"))
+    return read_preferences(made(tmp_path / "c"))
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_what_stands_left_is_what_the_vote_says(page: TestClient, record: Prefer
         places.add(choice)
         state = say(page, "vote", question=question["id"], choice=choice)
     assert places == {"left", "right"}
-    people = read(record.folder).people
+    people = read_preferences(record.folder).people
     assert people is not None
     assert people.votes.first == 6 == people.votes.total
 
@@ -218,7 +218,7 @@ def test_every_comparison_draws_its_own_seed(tmp_path: Path) -> None:
 
 def fresh(folder: Path) -> Comparison:
     """The comparison as the command settles it, which says no seed."""
-    like = read(made(folder / "like")).comparison
+    like = read_preferences(made(folder / "like")).comparison
     given = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
     given.pop("seed")
     settle(Comparison(**given), folder / "c")
@@ -230,9 +230,9 @@ def test_the_same_command_keeps_the_seed(tmp_path: Path) -> None:
     folder = made(tmp_path / "c")
     text = json.loads((folder / "comparison.json").read_text())
     (folder / "comparison.json").write_text(json.dumps({**text, "seed": 0}))
-    again = read(folder).comparison
+    again = read_preferences(folder).comparison
     settle(dataclasses.replace(again, seed=99), folder)
-    assert read(folder).comparison.seed == 0
+    assert read_preferences(folder).comparison.seed == 0
 
 
 def test_no_reply_tells_the_seed(record: PreferenceRecord, votes: Votes) -> None:

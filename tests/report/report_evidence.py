@@ -13,10 +13,10 @@ from loratune.preference.votes import NAME, Votes
 from loratune.record import StudyRecord
 from loratune.selection import Race, Rule, Shipped, choose
 from loratune.selection.account import account, run_of
-from loratune.selection.candidates import candidates, loss_of, name_of, scored, scores_of
+from loratune.selection.candidates import candidate_name, candidates, loss_of, ranked_trials, scores_of
 from loratune.selection.finalists import Noise, finalists
 from loratune.selection.rerun import CHECK
-from loratune.selection.selected import SelectionRecord, UnbiasedLoss, write
+from loratune.selection.selected import SelectionRecord, UnbiasedLoss, write_selection
 from loratune.statistics import student_mean
 from loratune.system.jsonl import append_lines
 from loratune.work import ModelRecipe
@@ -32,7 +32,7 @@ def evaluated(record: StudyRecord, benchmarks: dict[str, float], items: int = 40
 
     benchmarks: name -> chance.
     """
-    trials = scored(record)[:top]
+    trials = ranked_trials(record)[:top]
     models = {f"{t.number:04d}": loss_of(t) for t in [*trials, *record.trials[:1]]} | {"base": 2.0}
     for benchmark, chance in benchmarks.items():
         rng = random.Random(benchmark)
@@ -47,17 +47,17 @@ def evaluated(record: StudyRecord, benchmarks: dict[str, float], items: int = 40
 def selected(record: StudyRecord, noise: float = 0.004, seed: int = 0) -> SelectionRecord:
     """A selection whose repeats are the study's losses with Gaussian noise: a real race, choice and account."""
     rng = random.Random(seed)
-    few = finalists([loss_of(t) for t in scored(record)], Noise(sd=noise, source="assumed until the first repeats tell"), most=6)
-    trials = scored(record)[: max(3, len(few.chosen))]
-    race = Race([name_of(t) for t in trials], tolerance=0.001, budget=3 * len(trials), first=2)
-    by_name = {name_of(t): t for t in trials}
+    few = finalists([loss_of(t) for t in ranked_trials(record)], Noise(sd=noise, source="assumed until the first repeats tell"), most=6)
+    trials = ranked_trials(record)[: max(3, len(few.chosen))]
+    race = Race([candidate_name(t) for t in trials], tolerance=0.001, budget=3 * len(trials), first=2)
+    by_name = {candidate_name(t): t for t in trials}
     luck: dict[int, float] = {}
     while asked := race.next():
         for name, repeat in asked:
             shared = luck.setdefault(repeat, rng.gauss(0, noise))
             race.tell(name, repeat, loss_of(by_name[name]) + shared + rng.gauss(noise / 2, noise))
     scores, rule = scores_of(record), Rule(priorities=("validation_loss", "adapter_mb"))
-    losses = {t.number: race.losses[name_of(t)] for t in trials}
+    losses = {t.number: race.losses[candidate_name(t)] for t in trials}
     choice = choose(candidates(trials, losses, scores), Rule(priorities=("validation_loss",)), seed=seed, resamples=200)
     chosen, default = by_name[choice.winner], record.trials[0]
     both = [(t, k, loss_of(t) + rng.gauss(noise / 2, noise)) for k in range(3) for t in (chosen, default)]
@@ -84,7 +84,7 @@ def selected(record: StudyRecord, noise: float = 0.004, seed: int = 0) -> Select
         outcomes=[],
         notes=("No downstream score took part: not every candidate has one.",),
     )
-    write(made, record.folder)
+    write_selection(made, record.folder)
     return made
 
 

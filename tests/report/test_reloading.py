@@ -61,7 +61,7 @@ def test_a_study_hands_over_what_it_measured(study: Path, tmp_path: Path, monkey
     def again(*_: object, **__: object) -> None:
         raise AssertionError("the same content is not checked twice")
 
-    monkeypatch.setattr(reload, "check", again)
+    monkeypatch.setattr(reload, "check_adapter", again)
     assert export(study, tmp_path / "out") == tmp_path / "out"
     handed_over(study)
 

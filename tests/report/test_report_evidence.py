@@ -25,7 +25,7 @@ from loratune.report.figures.landscape import front
 from loratune.report.figures.post_search import fresh_seeds, loss_and_score, race
 from loratune.report.html import compose
 from loratune.report.preferences import rows_of, sentences
-from loratune.report.svg import inline, save
+from loratune.report.svg import inline, save_figure
 from loratune.system.formatting import loss, percent, points, signed
 
 Study = Callable[..., StudyRecord]
@@ -67,7 +67,7 @@ def test_the_whole_story_in_its_order(story: Path) -> None:
 
 
 def test_the_choice_is_the_selections(whole: StudyRecord, story: Path) -> None:
-    page, made = Page(story), selection.read(whole.folder)
+    page, made = Page(story), selection.read_selection(whole.folder)
     assert made is not None
     assert made.unbiased is not None
     assert made.unbiased.gain is not None
@@ -127,7 +127,7 @@ def test_the_votes_as_worked_by_hand(story: Path) -> None:
 
 def test_a_judge_is_told_apart_from_people(study: Study) -> None:
     record = study(spread(2))
-    found = preference.read(compared(record, {}))
+    found = preference.read_preferences(compared(record, {}))
     assert rows_of(found) == []
     assert sentences(found)[0] == "No person has voted yet."
     rounds = [Vote(rater="gpt", question=q, left=left, choice="left") for q in "12" for left in ("first", "second")]
@@ -171,7 +171,7 @@ def test_a_selection_without_runs_and_without_default(study: Study, tmp_path: Pa
     record = study(spread(6))
     made = selected(record)
     bare = replace(made, race=None, unbiased=None, share=1.0, noise_source="assumed until the first repeats tell")
-    selection.selected.write(bare, record.folder)
+    selection.selected.write_selection(bare, record.folder)
     page = page_of(record)
     assert f"In the study its validation loss was {loss(made.finalist(made.chosen).study_loss)}" in page.text
     assert "Nothing was trained again for the choice" in page.text
@@ -187,7 +187,7 @@ def test_a_gain_within_noise_is_called_that(study: Study, tmp_path: Path) -> Non
     assert made.unbiased is not None
     assert made.unbiased.gain is not None
     doubtful = replace(made.unbiased.gain, value=0.002, low=-0.001, high=0.005)
-    selection.selected.write(replace(made, unbiased=replace(made.unbiased, gain=doubtful)), record.folder)
+    selection.selected.write_selection(replace(made, unbiased=replace(made.unbiased, gain=doubtful)), record.folder)
     page = page_of(record)
     assert "which noise does not tell from the default’s (gain +0.0020, 95 % interval −0.0010 to +0.0050)" in page.text
 
@@ -224,7 +224,7 @@ def test_the_front_of_several_objectives(study: Study, tmp_path: Path, others: t
     record = read(record.folder)
     plot = front(record)
     assert plot is not None
-    page = Page(compose([gather(record)], [{"front": inline(plot, save(plot, tmp_path / "front"), "figure-front")}], {}))
+    page = Page(compose([gather(record)], [{"front": inline(plot, save_figure(plot, tmp_path / "front"), "figure-front")}], {}))
     assert [row[:3] for row in page.rows if row[0].startswith("trial ")] == [
         ["trial 0", "1.0000", "64"],
         ["trial 2", "1.0200", "32"],
@@ -241,7 +241,7 @@ def test_several_studies_with_and_without_a_selection(whole: StudyRecord, study:
     plain = study(spread(3), name="plain")
     compared(plain, {"Ann": ANN}, second="base model")
     page = page_of(whole, plain)
-    made = selection.read(whole.folder)
+    made = selection.read_selection(whole.folder)
     assert made is not None
     rows = [row for row in page.rows if row[0] in ("whole", "plain") and len(row) == 9]
     assert made.nearest is not None

@@ -20,8 +20,8 @@ from loratune.record import DIVERGED, FAILED, PAUSED, StudyRecord
 from loratune.report import tables
 from loratune.report.axes import ABSENT, axis_of
 from loratune.report.drawing import SHADES, Scale
-from loratune.report.importance import importance
-from loratune.report.spec_summary import asked, command, sources
+from loratune.report.importance import importance_of
+from loratune.report.spec_summary import command, sources, spec_rows
 from loratune.spec.parameters import KINDS
 from loratune.system.formatting import count, duration, in_order, show, signed
 
@@ -34,7 +34,7 @@ def at(value: float | None, state: str = "complete", **params: float) -> Point:
 
 
 def test_answer(study: Study) -> None:
-    found = tables.answer(study([at(1.2), at(1.0, lora_r=512), at(1.0015), at(1.5), at(0.5, PAUSED), at(3.0, DIVERGED), at(math.nan)]))
+    found = tables.headline(study([at(1.2), at(1.0, lora_r=512), at(1.0015), at(1.5), at(0.5, PAUSED), at(3.0, DIVERGED), at(math.nan)]))
     assert found.best is not None
     assert found.best.number == 1
     assert found.default_loss == 1.2
@@ -46,19 +46,19 @@ def test_answer(study: Study) -> None:
 
 
 def test_answer_without_a_default(study: Study) -> None:
-    found = tables.answer(study([at(1.2), at(1.0)], sampler={"defaults_first": False}))
+    found = tables.headline(study([at(1.2), at(1.0)], sampler={"defaults_first": False}))
     assert found.default is None
     assert found.gain is None
     assert found.perplexity_ratio is None
 
 
 def test_dropout_zero_is_no_edge(study: Study) -> None:
-    assert tables.answer(study([at(1.0, lora_dropout=0.0)])).edges == ()
-    assert tables.answer(study([at(1.0, learning_rate=1e-6)], name="b")).edges == ("learning rate 1e-6 (lowest allowed)",)
+    assert tables.headline(study([at(1.0, lora_dropout=0.0)])).edges == ()
+    assert tables.headline(study([at(1.0, learning_rate=1e-6)], name="b")).edges == ("learning rate 1e-6 (lowest allowed)",)
 
 
 def test_cost(study: Study) -> None:
-    cost = tables.cost(study([at(1.2), at(1.0), at(None, FAILED)]))
+    cost = tables.study_cost(study([at(1.2), at(1.0), at(None, FAILED)]))
     assert cost.states == {"complete": 2, "failed": 1}
     assert cost.tokens == 2_000_000
     assert cost.device_seconds == 480.0  # two runs of 120 s on two devices
@@ -71,14 +71,14 @@ def test_ranked_and_best_so_far(study: Study) -> None:
     top, others = tables.ranked(record, first=2)
     assert [t.number for t in top] == [3, 5]
     assert [t.number for t in others] == [0, 1, 2, 4]
-    assert tables.best_so_far(record) == [math.inf, 1.3, 1.3, 1.1, 1.1, 1.1]
+    assert tables.running_best(record) == [math.inf, 1.3, 1.3, 1.1, 1.1, 1.1]
 
 
 def test_studies_that_do_not_compare(study: Study) -> None:
     one, model, data = study([], name="a"), study([], name="b", model={"name_or_path": "x"}), study([], name="c", data={"train": []})
-    assert tables.differences([one, one]) == []
-    assert tables.differences([one, model, data]) == ["model", "data"]
-    assert tables.differences([replace(one, manifest={"hash": "1"}), replace(one, manifest={"hash": "2"})]) == ["data"]
+    assert tables.incomparable_sections([one, one]) == []
+    assert tables.incomparable_sections([one, model, data]) == ["model", "data"]
+    assert tables.incomparable_sections([replace(one, manifest={"hash": "1"}), replace(one, manifest={"hash": "2"})]) == ["data"]
 
 
 def test_importance_finds_what_matters(study: Study) -> None:
@@ -87,7 +87,7 @@ def test_importance_finds_what_matters(study: Study) -> None:
     for _ in range(60):
         exponent = rng.uniform(-6, -3)
         points.append(at(1 + 0.1 * (exponent + 3.5) ** 2, learning_rate=10**exponent, lora_r=rng.choice(RANKS)))
-    found = importance(study(points))
+    found = importance_of(study(points))
     assert found is not None
     assert next(iter(found.shares)) == "learning_rate"
     assert found.shares["learning_rate"] > 0.6
@@ -96,9 +96,9 @@ def test_importance_finds_what_matters(study: Study) -> None:
 
 
 def test_importance_of_few_or_equal_trials(study: Study) -> None:
-    assert importance(study([at(1.0 + k, lora_r=RANKS[k]) for k in range(7)])) is None
-    assert importance(study([at(1.0, lora_r=RANKS[k]) for k in range(8)], name="b")) is None
-    rough = importance(study([at(1.0 + k, lora_r=RANKS[k]) for k in range(8)], name="c"))
+    assert importance_of(study([at(1.0 + k, lora_r=RANKS[k]) for k in range(7)])) is None
+    assert importance_of(study([at(1.0, lora_r=RANKS[k]) for k in range(8)], name="b")) is None
+    rough = importance_of(study([at(1.0 + k, lora_r=RANKS[k]) for k in range(8)], name="c"))
     assert rough is not None
     assert rough.few
 
@@ -110,7 +110,7 @@ def test_command(study: Study) -> None:
 
 
 def test_asked(study: Study) -> None:
-    told = dict(asked(study([], budget={"max_hours": 2.5}, schedule={"name": "halving", "reduction_factor": 3})))
+    told = dict(spec_rows(study([], budget={"max_hours": 2.5}, schedule={"name": "halving", "reduction_factor": 3})))
     assert told["Training data"] == "alpaca.json; dolly.jsonl (900 examples)"
     assert told["Validation data"] == "20 % of the training sources, held out"
     assert told["Budget"] == "100 trials or 2.5 hours"

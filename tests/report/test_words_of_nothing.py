@@ -14,8 +14,8 @@ from loratune import preference
 from loratune.cli import trial_lines as cli_words
 from loratune.downstream.results.findings import lines
 from loratune.downstream.results.scores import Result
-from loratune.preference.analysis import PositionBias, Tally, summarise, summarise_judge
-from loratune.preference.summary_lines import table
+from loratune.preference.analysis import PositionBias, Tally, summarise_judge, summarise_votes
+from loratune.preference.summary_lines import summary_text
 from loratune.report.figures.post_search import votes
 from loratune.report.preferences import rows_of, sentences
 from loratune.selection import Candidate, Gap, Race, UnbiasedLoss, choose
@@ -62,15 +62,15 @@ def test_intervals() -> None:
 
 
 def test_votes_of_nobody(study, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    found = preference.read(compared(study(spread(2)), {}))
+    found = preference.read_preferences(compared(study(spread(2)), {}))
     nothing = summarise_judge([], ["1", "2"])  # no reply of the judge could be read
     assert math.isnan(nothing.questions.win_rate)
     judged = replace(found, judges={"gpt": nothing})
-    for text in (table(judged), *sentences(judged), *sentences(found), table(found)):
+    for text in (summary_text(judged), *sentences(judged), *sentences(found), summary_text(found)):
         assert not NAN.search(text), text
     assert [row.tally.total for row in rows_of(judged)] == [0]
     assert votes(judged) is None
-    empty = summarise([])
+    empty = summarise_votes([])
     assert (empty.votes, empty.alpha, empty.agreeing) == (Tally(), None, None)
     assert math.isnan(PositionBias(left=0, right=0).share)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from loratune.errors import SpecError
-from loratune.selection import Constraint, parse
+from loratune.selection import Constraint, parse_constraint
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ from loratune.selection import Constraint, parse
     ],
 )
 def test_reading_and_writing(text: str, found: Constraint) -> None:
-    assert parse(text, benchmarks=["mmlu"]) == found
-    assert parse(str(found), benchmarks=["mmlu"]) == found
+    assert parse_constraint(text, benchmarks=["mmlu"]) == found
+    assert parse_constraint(str(found), benchmarks=["mmlu"]) == found
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,11 @@ def test_reading_and_writing(text: str, found: Constraint) -> None:
 )
 def test_mistakes(text: str, said: str) -> None:
     with pytest.raises(SpecError, match=said):
-        parse(text)
+        parse_constraint(text)
 
 
 def test_what_nobody_measured_keeps_nothing() -> None:
-    limit = parse("adapter_mb <= 50")
+    limit = parse_constraint("adapter_mb <= 50")
     assert limit.holds(50)
     assert not limit.holds(50.1)
     assert not limit.holds(math.nan)

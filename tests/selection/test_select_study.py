@@ -23,8 +23,7 @@ from loratune.demo import study as demo_study
 from loratune.errors import SpecError, StorageError
 from loratune.record import open_record, read
 from loratune.record.adapters import find_adapter
-from loratune.selection import Planned, Ran, Selected, SelectionRecord, select
-from loratune.selection import read as read_selection
+from loratune.selection import Planned, RerunFinished, Selected, SelectionRecord, read_selection, select
 from loratune.selection.rerun import Rerun
 from loratune.selection.workflow import CHECKS
 from loratune.spec import StudySpec
@@ -174,7 +173,7 @@ def test_ended_in_the_race_and_repeated_is_the_same(whole: tuple[Path, Selection
     """Stopped after three runs, then closed in the middle of another: the same log, the same choice, nothing trained twice."""
     stop, ran, after = threading.Event(), 0, 3
     for event in select(study, stop=stop):
-        ran += isinstance(event, Ran)
+        ran += isinstance(event, RerunFinished)
         if ran == after:
             stop.set()
         assert not isinstance(event, Selected)
@@ -183,7 +182,7 @@ def test_ended_in_the_race_and_repeated_is_the_same(whole: tuple[Path, Selection
     assert after <= len(before)
     events = select(study)
     for event in events:
-        if isinstance(event, Ran):
+        if isinstance(event, RerunFinished):
             break
     events.close()  # type: ignore[attr-defined]
     same(result(study), whole[1])

@@ -72,7 +72,7 @@ def scored(folder: Path, notes: list[str] | None = None) -> Scored:
 
 
 def made(folder: Path) -> SelectionRecord:
-    found = selected.read(folder)
+    found = selected.read_selection(folder)
     assert found is not None
     return found
 

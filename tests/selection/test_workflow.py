@@ -14,7 +14,7 @@ from loratune.errors import SpecError, TrainingError
 from loratune.record import COMPLETE, StudyRecord, Trial
 from loratune.selection import Noise, Note, Planned, Selected, SelectionRecord
 from loratune.selection import workflow as decide_module
-from loratune.selection.candidates import allowed, candidates, noise_of, rule_of, scored, scores_of, shared_benchmarks
+from loratune.selection.candidates import allowed, candidates, noise_of, ranked_trials, rule_of, scores_of, shared_benchmarks
 from loratune.selection.rerun import CHECK, RACE, fresh_seed, run_name
 from loratune.work import Hyperparameters, Outcome, State
 
@@ -174,7 +174,7 @@ def test_the_same_hyperparameters_race_once(tmp_path: Path) -> None:
     study = made_up(tmp_path, [1.2, 1.1, 1.0])
     again = replace(trial(3, 1.0), hyperparameters=study.trials[2].hyperparameters)
     unfinished = replace(trial(4, math.inf))
-    assert [t.number for t in scored(replace(study, trials=(*study.trials, again, unfinished)))] == [2, 1, 0]
+    assert [t.number for t in ranked_trials(replace(study, trials=(*study.trials, again, unfinished)))] == [2, 1, 0]
 
 
 @pytest.mark.parametrize(

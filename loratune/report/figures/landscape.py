@@ -11,14 +11,14 @@ from loratune.report import importance as importances
 from loratune.report import tables
 from loratune.report.axes import ABSENT, Axis, axis_of
 from loratune.report.drawing import BEST, INK, LEVELS, SHADES, STYLE, WIDTH, Plot, Scale, blank
-from loratune.report.tables import answer, scored, value
+from loratune.report.tables import finished_trials, headline, value
 from loratune.system.formatting import count, label, loss, metric, plural, show
 
 
 @matplotlib.rc_context(STYLE)
 def importance(record: StudyRecord) -> Plot | None:
     """How much each hyperparameter tells good configurations from the rest."""
-    found = importances.importance(record)
+    found = importances.importance_of(record)
     if found is None:
         return None
     names = list(found.shares)
@@ -49,7 +49,7 @@ def importance(record: StudyRecord) -> Plot | None:
 @matplotlib.rc_context(STYLE)
 def slices(record: StudyRecord) -> Plot | None:
     """Loss against each searched hyperparameter."""
-    trials, found = scored(record), answer(record)
+    trials, found = finished_trials(record), headline(record)
     names = tables.searched(record)
     if not trials or not names:
         return None
@@ -73,7 +73,7 @@ def slices(record: StudyRecord) -> Plot | None:
     return Plot(name="slices", title="One hyperparameter at a time", figure=figure, alt=alt, caption=caption)
 
 
-def _slice_panel(axes: Any, axis: Axis, trials: list[Trial], scale: Scale, found: tables.Answer) -> None:
+def _slice_panel(axes: Any, axis: Axis, trials: list[Trial], scale: Scale, found: tables.Headline) -> None:
     def point(trial: Trial) -> tuple[float, float]:
         return axis.place(trial.params.get(axis.name)), min(value(trial), scale.high + 0.03 * (scale.high - scale.low))
 
@@ -94,7 +94,7 @@ def _slice_panel(axes: Any, axis: Axis, trials: list[Trial], scale: Scale, found
 @matplotlib.rc_context(STYLE)
 def front(record: StudyRecord) -> Plot | None:
     """The loss against each other objective, and the trials that no other beats in all of them."""
-    trials = [t for t in scored(record) if t.values and all(map(math.isfinite, t.values))]
+    trials = [t for t in finished_trials(record) if t.values and all(map(math.isfinite, t.values))]
     names = list(record.objectives)
     if len(names) < 2 or not trials:
         return None

@@ -10,7 +10,7 @@ from loratune.preference import PreferenceRecord
 from loratune.report import tables
 from loratune.report.drawing import BEST, INK, LEVELS, SHADES, SOFT, STUDIES, STYLE, WIDTH, Plot, Scale, blank, literal
 from loratune.report.evidence import Downstream, Evidence
-from loratune.report.preferences import Row, rows_of
+from loratune.report.preferences import PreferenceRow, rows_of
 from loratune.report.tables import value
 from loratune.selection import Finalist, SelectionRecord
 from loratune.statistics import Interval
@@ -37,7 +37,7 @@ def fresh_seeds(evidence: Evidence) -> Plot | None:
         if mean.known:
             axes.plot([mean.low, mean.high], [y + 0.28] * 2, color=color, linewidth=1.6, solid_capstyle="butt")
         axes.plot([mean.value], [y + 0.28], marker="D", markersize=5, color=color)
-        studied = [value(t) for t in tables.scored(evidence.record) if t.number == trial]
+        studied = [value(t) for t in tables.finished_trials(evidence.record) if t.number == trial]
         axes.scatter(studied, [y] * len(studied), s=34, facecolors="none", edgecolors=color, linewidths=1, zorder=4)
     axes.set_yticks(range(2), [f"{name}\ntrial {trial}" for name, trial, _, _ in rows])
     axes.set_ylim(1.6, -0.4)
@@ -214,7 +214,7 @@ def votes(record: PreferenceRecord) -> Plot | None:
     )
 
 
-def _rate(row: Row) -> str:
+def _rate(row: PreferenceRow) -> str:
     if not row.tally.total:
         return f"{row.name}: no votes"
     low, high = row.tally.interval()

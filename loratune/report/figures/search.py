@@ -25,10 +25,10 @@ from loratune.report.drawing import (
     colour_key,
     literal,
     smooth,
+    smooth_points,
     tag,
-    trace,
 )
-from loratune.report.tables import answer, scored, value
+from loratune.report.tables import finished_trials, headline, value
 from loratune.system.formatting import count, loss, plural
 
 LOST = (FAILED, DIVERGED, INFEASIBLE)
@@ -37,7 +37,7 @@ LOST = (FAILED, DIVERGED, INFEASIBLE)
 @matplotlib.rc_context(STYLE)
 def history(record: StudyRecord) -> Plot | None:
     """Loss of each trial in the order of the search, and the best so far."""
-    trials, found = scored(record), answer(record)
+    trials, found = finished_trials(record), headline(record)
     if not trials:
         return None
     losses = [value(t) for t in trials]
@@ -54,7 +54,7 @@ def history(record: StudyRecord) -> Plot | None:
     lost = [t for t in record.trials if t.state in LOST]
     if lost:
         axes.scatter([t.number for t in lost], [top] * len(lost), s=16, marker="x", c=INK, linewidths=0.9, label="failed or diverged")
-    path = tables.best_so_far(record)
+    path = tables.running_best(record)
     axes.step(range(len(path)), [v if math.isfinite(v) else math.nan for v in path], where="post", color=BEST, label="best so far")
     if found.default:
         axes.axhline(min(value(found.default), top), color=INK, dashes=(5, 3), linewidth=1, label="default")
@@ -89,10 +89,10 @@ def history(record: StudyRecord) -> Plot | None:
 @matplotlib.rc_context(STYLE)
 def parallel(records: Sequence[StudyRecord]) -> Plot | None:
     """Every configuration a line through its hyperparameters to its loss; a panel per study, one colour scale."""
-    shown = [r for r in records if scored(r) and tables.searched(r)]
+    shown = [r for r in records if finished_trials(r) and tables.searched(r)]
     if not shown:
         return None
-    everything = [value(t) for r in shown for t in scored(r)]
+    everything = [value(t) for r in shown for t in finished_trials(r)]
     scale = Scale.of(everything)
     figure = Figure(figsize=(WIDTH, 2.75 * len(shown) + 0.25), layout="constrained")
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
@@ -100,7 +100,7 @@ def parallel(records: Sequence[StudyRecord]) -> Plot | None:
         _parallel_panel(panel, record, scale, title=f"{literal(record.name)} ({tables.sampler_of(record)})" if len(records) > 1 else "")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper left", ncols=3)
-    tops = [(r, found.best) for r in shown if (found := answer(r)).best]
+    tops = [(r, found.best) for r in shown if (found := headline(r)).best]
     sentences = [
         (f"{r.name}: " if len(records) > 1 else "") + f"the best is trial {t.number}, {loss(value(t))}, with " + tables.settings(r, t)
         for r, t in tops
@@ -121,9 +121,9 @@ def parallel(records: Sequence[StudyRecord]) -> Plot | None:
 def _parallel_panel(axes: Any, record: StudyRecord, scale: Scale, title: str) -> None:
     parameters = tables.space_of(record).parameters
     columns = [axis_of(name, parameters[name]) for name in tables.searched(record)]
-    trials = sorted(scored(record), key=lambda t: (-value(t), -t.number))  # best last, on top
+    trials = sorted(finished_trials(record), key=lambda t: (-value(t), -t.number))  # best last, on top
     last = len(columns)
-    found = answer(record)
+    found = headline(record)
 
     def heights(trial: Trial) -> list[float]:
         return [c.place(trial.params.get(c.name)) for c in columns] + [scale.place(value(trial))]
@@ -134,10 +134,10 @@ def _parallel_panel(axes: Any, record: StudyRecord, scale: Scale, title: str) ->
     axes.add_collection(PathCollection(curves, facecolors="none", edgecolors=colors, linewidths=0.9, alpha=faint, zorder=2))
     # Legend proxies are the highlighted curves themselves, drawn point by point.
     if found.default:
-        xs, ys = trace(heights(found.default))
+        xs, ys = smooth_points(heights(found.default))
         axes.plot(xs, ys, color=INK, dashes=(4, 2.5), linewidth=1.4, zorder=4, label="default")
     if found.best:
-        xs, ys = trace(heights(found.best))
+        xs, ys = smooth_points(heights(found.best))
         axes.plot(xs, ys, color=BEST, linewidth=2.2, zorder=5, label="best")
     missing = False
     for x, column in enumerate(columns):
@@ -167,8 +167,8 @@ def _parallel_panel(axes: Any, record: StudyRecord, scale: Scale, title: str) ->
 def curves(record: StudyRecord) -> Plot | None:
     """Validation loss over training tokens. All curves start at the base model, since an adapter starts at zero."""
     trials = [t for t in record.trials if t.state not in LOST and t.value is not None and math.isfinite(t.value) and _measured(t)]
-    ends = [t for t in trials if any(t.number == s.number for s in scored(record))]
-    base = answer(record).base
+    ends = [t for t in trials if any(t.number == s.number for s in finished_trials(record))]
+    base = headline(record).base
     lines = {t.number: _from_base(_measured(t), base) for t in trials}
     if not ends or max(sum(tokens > 0 for tokens, _ in _measured(t)) for t in trials) < 2:
         return None
@@ -188,7 +188,7 @@ def curves(record: StudyRecord) -> Plot | None:
     if kept:
         marks = [scale.shade(value(t)) if t.number in done else SOFT for t in trials if t.number in kept]
         axes.scatter(*zip(*kept.values(), strict=True), s=22, facecolors="none", edgecolors=marks, linewidths=0.9, zorder=3, label="kept")
-    found = answer(record)
+    found = headline(record)
     for marked, color, dashes, text in ((found.default, INK, (4, 2.5), "default"), (found.best, BEST, (None, None), "best")):
         if marked and marked.number in lines:
             xs, ys = zip(*lines[marked.number], strict=True)

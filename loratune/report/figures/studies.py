@@ -14,7 +14,7 @@ from loratune.system.formatting import loss
 @matplotlib.rc_context(STYLE)
 def best_so_far(records: Sequence[StudyRecord]) -> Plot | None:
     """The best loss so far of several studies, at equal numbers of evaluations."""
-    paths = [tables.best_so_far(r) for r in records]
+    paths = [tables.running_best(r) for r in records]
     finite = [v for path in paths for v in path if math.isfinite(v)]
     if not finite:
         return None
