@@ -9,7 +9,7 @@ Arrays in, decisions out:
     race          their repeats with fresh seeds: the clearly worse drop out; its test is in sequential.py
     rule          a rule over criteria, run over resamples
     confidence    how sure that is: the interval to the next best
-    constraints   `adapter_mb <= 50`
+    trial_metrics the metrics of a choice, and constraints on them: `adapter_mb <= 50`
 
 A study in, selection.json out:
     candidates    what the study measured of its trials
@@ -20,12 +20,12 @@ A study in, selection.json out:
 """
 
 from loratune.selection.confidence import Gap
-from loratune.selection.constraints import METRICS, Constraint, parse_constraint
 from loratune.selection.finalists import Finalists, Noise, finalists, noise_from_twins, scaled
 from loratune.selection.race import Dropped, Race, Standing
 from loratune.selection.rerun import Note, RerunFinished
 from loratune.selection.rule import Candidate, Choice, Rule, choose
 from loratune.selection.selected import Finalist, SelectionRecord, Shipped, read_selection
+from loratune.selection.trial_metrics import METRICS, Constraint, parse_constraint
 from loratune.selection.workflow import Planned, Selected, SelectEvent, select
 
 __all__ = [

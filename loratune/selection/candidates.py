@@ -8,13 +8,12 @@ import numpy as np
 from loratune.downstream.results.scores import Result, read_results
 from loratune.errors import SpecError
 from loratune.record import StudyRecord, Trial
-from loratune.selection.constraints import METRICS, Constraint, parse_constraint
 from loratune.selection.finalists import Noise, noise_from_twins, scaled
 from loratune.selection.rule import Candidate, Rule
+from loratune.selection.trial_metrics import METRICS, Constraint, parse_constraint
 from loratune.system.names import nearest
 from loratune.work import Hyperparameters
 
-_BYTES = 4  # of an adapter's parameter: float32
 ALIASES = {"loss": "validation_loss"}
 
 Scores = Mapping[int, Mapping[str, Result]]  # trial -> benchmark -> its scores
@@ -63,10 +62,7 @@ def candidates(trials: Sequence[Trial], losses: Mapping[int, Sequence[float]], s
             name=candidate_name(trial),
             losses=list(losses[trial.number]),
             scores={name: [scores[trial.number][name].scores[item] for item in items[name]] for name in names},
-            adapter_bytes=metric_of(trial, "adapter_mb", scores) * 1e6,
-            seconds=metric_of(trial, "seconds", scores),
-            tokens=metric_of(trial, "tokens", scores),
-            peak_memory_bytes=metric_of(trial, "peak_memory_gib", scores) * 2**30,
+            measured=measured(trial),
         )
         for trial in trials
     ]
@@ -76,17 +72,16 @@ def metric_of(trial: Trial, name: str, scores: Scores) -> float:
     """One number, in the metric's unit (see METRICS); NaN where it was not measured."""
     own = scores.get(trial.number, {})
     means = {benchmark: result.interval().value for benchmark, result in own.items()}  # over groups, where the benchmark is
-    peak = max((o.peak_memory_bytes for o in trial.outcomes), default=0)
-    parameters = max((o.trainable_parameters for o in trial.outcomes), default=0)
-    plain = {
-        "validation_loss": loss_of(trial),
-        "score": float(np.mean(list(means.values()))) if means else math.nan,
-        "adapter_mb": parameters * _BYTES / 1e6 if parameters else math.nan,
-        "seconds": trial.device_seconds,
-        "tokens": float(trial.tokens),
-        "peak_memory_gib": peak / 2**30 if peak else math.nan,
-    }
-    return plain[name] if name in plain else means.get(name, math.nan)
+    if name == "validation_loss":
+        return loss_of(trial)
+    if name == "score":
+        return float(np.mean(list(means.values()))) if means else math.nan
+    return {**means, **measured(trial)}.get(name, math.nan)
+
+
+def measured(trial: Trial) -> dict[str, float]:
+    """The metrics that are one number of a trial, in their units."""
+    return {name: metric.read(trial) for name, metric in METRICS.items() if metric.read is not None}
 
 
 def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial], scores: Scores) -> Rule:

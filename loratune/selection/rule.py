@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from loratune.errors import SpecError
 from loratune.selection.confidence import Gap, confidence, gap
-from loratune.selection.constraints import Constraint, higher_is_better, known, parse_constraint
+from loratune.selection.trial_metrics import Constraint, higher_is_better, known, parse_constraint
 
 Floats = NDArray[np.float64]
 
@@ -29,10 +29,7 @@ class Candidate:
     name: str
     losses: ArrayLike  # (repeats,) losses, or (repeats, items) mean losses per validation item
     scores: Mapping[str, ArrayLike] = field(default_factory=dict)  # benchmark -> (items,) scores in [0, 1]
-    adapter_bytes: float = float("nan")
-    seconds: float = float("nan")
-    tokens: float = float("nan")
-    peak_memory_bytes: float = float("nan")
+    measured: Mapping[str, float] = field(default_factory=dict)  # the other METRICS, in their units; NaN where not measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,13 +227,7 @@ def _measured(metric: str, candidates: Sequence[Candidate]) -> bool:
         return bool(candidates) and all(c.scores and set(c.scores) == set(candidates[0].scores) for c in candidates)
     if higher_is_better(metric):
         return all(metric in c.scores for c in candidates)
-    return bool(np.isfinite([_plain(metric, c) for c in candidates]).all())
-
-
-def _plain(metric: str, candidate: Candidate) -> float:
-    scale = {"adapter_mb": ("adapter_bytes", 1e6), "peak_memory_gib": ("peak_memory_bytes", 2.0**30)}
-    name, unit = scale.get(metric, (metric, 1.0))
-    return float(getattr(candidate, name)) / unit
+    return bool(np.isfinite([c.measured.get(metric, np.nan) for c in candidates]).all())
 
 
 def _resampled(metric: str, candidates: Sequence[Candidate], rng: np.random.Generator, resamples: int, noise_sd: float | None) -> Floats:
@@ -247,7 +238,7 @@ def _resampled(metric: str, candidates: Sequence[Candidate], rng: np.random.Gene
         return np.mean([_scores(name, candidates, rng, resamples) for name in sorted(candidates[0].scores)], axis=0)
     if higher_is_better(metric):
         return _scores(metric, candidates, rng, resamples)
-    return np.tile([_plain(metric, c) for c in candidates], (1 + resamples, 1))
+    return np.tile([c.measured[metric] for c in candidates], (1 + resamples, 1))
 
 
 def _scores(name: str, candidates: Sequence[Candidate], rng: np.random.Generator, resamples: int) -> Floats:

@@ -27,12 +27,12 @@ from loratune.record.adapters import find_adapter
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
 from loratune.selection.candidates import allowed, candidate_name, candidates, loss_of, noise_of, ranked_trials, rule_of, scores_of
-from loratune.selection.constraints import METRICS
 from loratune.selection.finalists import Finalists, Noise, finalists
 from loratune.selection.race import Race
 from loratune.selection.rerun import AGAIN, CHECK, RACE, Event, Note, Rerun, RerunCost, Stopped, expected_cost, fresh_seed, run_name
 from loratune.selection.rule import Choice, Rule, choose
 from loratune.selection.selected import SelectionRecord, Shipped, UnbiasedLoss
+from loratune.selection.trial_metrics import METRICS
 from loratune.statistics import student_mean
 from loratune.system.files import AnyPath
 

@@ -91,4 +91,4 @@ def test_races_and_choices_of_one() -> None:
     for name, repeat in race.next():
         race.tell(name, repeat, math.nan if name == "b" else 1.0)
     assert not NAN.search(race.explain())
-    assert not NAN.search(str(choose([Candidate(name="a", losses=[1.0], adapter_bytes=1.0)], seed=0)))
+    assert not NAN.search(str(choose([Candidate(name="a", losses=[1.0], measured={"adapter_mb": 1.0})], seed=0)))

@@ -81,7 +81,9 @@ def test_a_choice_between_few_seeds_says_its_interval(seeds: int) -> None:
     """However clear: resamples of two residuals all pick the same one."""
     rng = np.random.default_rng(1)
     losses = {name: mean + rng.normal(0, 0.001, seeds) for name, mean in (("a", 1.0), ("b", 1.1))}
-    choice = choose([Candidate(name=name, losses=own, adapter_bytes=1.0) for name, own in losses.items()], seed=0, noise_sd=0.001)
+    choice = choose(
+        [Candidate(name=name, losses=own, measured={"adapter_mb": 1.0}) for name, own in losses.items()], seed=0, noise_sd=0.001
+    )
     assert (choice.winner, choice.share) == ("a", 1.0)
     told = str(choice)
     assert "100" not in told.splitlines()[0]

@@ -13,7 +13,7 @@ SHARED = RNG.normal(0, 0.003, 5)
 def candidate(name: str, loss: float, score: float = 0.5, mb: float = 10.0) -> Candidate:
     losses = loss + SHARED + 0.001 * np.random.default_rng(ord(name[0])).standard_normal(5)
     answers = (np.arange(400) < 400 * score).astype(float)
-    return Candidate(name=name, losses=losses, scores={"mmlu": answers}, adapter_bytes=mb * 1e6)
+    return Candidate(name=name, losses=losses, scores={"mmlu": answers}, measured={"adapter_mb": mb})
 
 
 def test_a_clear_winner_is_sure() -> None:
@@ -30,7 +30,9 @@ def test_a_tie_is_broken_by_the_score_then_by_size() -> None:
     ]
     assert choose(by_score, seed=0).winner == "b"
     scores = {"mmlu": [1.0, 0.0] * 50}
-    by_size = [Candidate(name=n, losses=same, scores=scores, adapter_bytes=size) for n, size in (("a", 3e6), ("b", 1e6), ("c", 2e6))]
+    by_size = [
+        Candidate(name=n, losses=same, scores=scores, measured={"adapter_mb": size}) for n, size in (("a", 3.0), ("b", 1.0), ("c", 2.0))
+    ]
     assert choose(by_size, seed=0).winner == "b"
 
 

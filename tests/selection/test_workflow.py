@@ -167,7 +167,7 @@ def test_scores_of_the_items_that_all_answered(tmp_path: Path) -> None:
     assert shared_benchmarks(study.trials[:2], scores_of(study)) == []  # not all of its items are answered yet
     two = candidates(study.trials[:2], {0: [1.0], 1: [1.1]}, scores)
     assert [list(np.asarray(c.scores["mmlu"])) for c in two] == [[1, 0, 1], [0, 0, 1]]
-    assert [(c.adapter_bytes, c.seconds, c.tokens, c.peak_memory_bytes) for c in two] == [(32000, 2.0, 1000, 2**30)] * 2
+    assert [c.measured for c in two] == [{"adapter_mb": 0.032, "seconds": 2.0, "tokens": 1000, "peak_memory_gib": 1.0}] * 2
 
 
 def test_the_same_hyperparameters_race_once(tmp_path: Path) -> None:
