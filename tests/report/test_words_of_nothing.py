@@ -18,7 +18,7 @@ from loratune.preference.analysis import PositionBias, Tally, summarise_judge, s
 from loratune.preference.summary_lines import summary_text
 from loratune.report.figures.post_search import votes
 from loratune.report.preferences import rows_of, sentences
-from loratune.selection import Candidate, Gap, Race, UnbiasedLoss, choose
+from loratune.selection import Candidate, Gap, Race, choose
 from loratune.statistics import Interval
 from loratune.system import formatting
 
@@ -58,7 +58,6 @@ def test_intervals() -> None:
     assert f"{unknown:.3f}" == "unknown (no interval: one value tells nothing about noise)"
     assert f"{Interval(1.0, math.nan, math.nan):.1f}" == "1.0 (no interval)"
     assert not NAN.search(str(Gap(other="b", seeds=1, behind=Interval(0.1, math.nan, math.nan))))
-    assert not NAN.search(str(UnbiasedLoss(raw=1.0, loss=Interval(1.1, math.nan, math.nan, why="one seed"), source="with 1 seed")))
 
 
 def test_votes_of_nobody(study, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
