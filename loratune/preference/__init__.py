@@ -13,8 +13,8 @@ votes.py        Votes: the SQLite file
 server.py       create_app: the page and its four requests; guard.py: who may send them; connections.py: for how long
 judge.py        ask_judge: any OpenAI-compatible endpoint, both orders
 analysis.py     win rate, sign test, agreement, position bias: votes in, numbers out
-record.py       Comparison, PreferenceRecord, read, find: the folder as data; needs no web framework
-words.py        the same as text
+comparison.py   Comparison, PreferenceRecord, read_preferences, find_comparisons: the folder as data; needs no web framework
+summary_lines.py  the same as text
 """
 
 from loratune.preference.comparison import Comparison, PreferenceRecord, find_comparisons, read_preferences

@@ -61,7 +61,8 @@ def test_identical_answers_are_asked_of_nobody(tmp_path: Path) -> None:
 def test_reading_needs_neither_web_framework_nor_torch(tmp_path: Path) -> None:
     folder = voted(tmp_path / "c")
     code = (
-        "import sys; from pathlib import Path; from loratune.preference import read_preferences; assert read_preferences(Path(sys.argv[1])).people;"
+        "import sys; from pathlib import Path; from loratune.preference import read_preferences;"
+        "assert read_preferences(Path(sys.argv[1])).people;"
         "print(sorted({'fastapi', 'uvicorn', 'starlette', 'torch', 'transformers', 'optuna'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True).stdout == "[]\n"
