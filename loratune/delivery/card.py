@@ -165,7 +165,7 @@ def _scores(record: StudyRecord, trial: Trial, selection: SelectionRecord | None
         if model in found.cells or model == this
     ]
     lacks = [] if this in found.cells else ["This adapter has not been scored itself; `loratune evaluate` does."]
-    protocols = dict.fromkeys(str(said) for r in found.results if r.benchmark in names and (said := r.facts.get("protocol")))
+    protocols = dict.fromkeys(str(r.facts["protocol"]) for r in found.results if r.benchmark in names and r.facts.get("protocol"))
     return [
         "## Downstream scores",
         "In %, with 95 % intervals over items. Each row is of the adapter that it names, of no other seed.",

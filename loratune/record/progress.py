@@ -47,7 +47,8 @@ class ProgressTracker:
             return
         self._speed.append((time.monotonic(), max(0, progress.tokens - row["tokens"])))
         row |= {"step": progress.step, "tokens": progress.tokens}
-        row |= {k: v for k in ("train_loss", "validation_loss") if (v := getattr(progress, k)) is not None}
+        losses = {"train_loss": progress.train_loss, "validation_loss": progress.validation_loss}
+        row |= {name: loss for name, loss in losses.items() if loss is not None}
 
     def scoring(self, trial: int, done: int, total: int) -> None:
         """So many of the answers that guide the search are there."""

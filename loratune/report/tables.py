@@ -222,7 +222,8 @@ def repeats(rows: Sequence[Compared]) -> dict[str, dict[int, tuple[float, int]]]
     for sampler in dict.fromkeys(row.sampler for row in rows):
         group = [row for row in rows if row.sampler == sampler]
         if len(group) > 1:
-            reached = {n: [b for row in group if (b := row.best_after[n]) is not None] for n in group[0].best_after}
+            after = {n: [row.best_after[n] for row in group] for n in group[0].best_after}
+            reached = {n: [best for best in values if best is not None] for n, values in after.items()}
             found[sampler] = {n: (statistics.median(b), len(b)) for n, b in reached.items() if b}
     return found
 

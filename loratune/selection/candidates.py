@@ -132,7 +132,7 @@ def allowed(trials: Sequence[Trial], rule: Rule, scores: Scores) -> list[Trial]:
 def _nearest_to(constraints: Sequence[Constraint], trials: Sequence[Trial], scores: Scores) -> list[str]:
     lines = []
     for constraint in constraints:
-        values = [value for t in trials if math.isfinite(value := metric_of(t, constraint.metric, scores))]
+        values = [value for value in (metric_of(t, constraint.metric, scores) for t in trials) if math.isfinite(value)]
         keep = sum(constraint.holds(value) for value in values)
         span = f"from {min(values):.4g} to {max(values):.4g}" if values else "measured for none"
         lines.append(f"  {constraint}: kept by {keep}; {constraint.metric} is {span}")

@@ -136,7 +136,8 @@ class Rerun:
         Returns their losses, infinite where one diverged or ran out of memory. Raises Stopped, and TrainingError, or the error that
         names the bad input, when a run cannot be trained here; another start tries it again.
         """
-        trials = {(segment := self._segment(trial, run)).key: (trial, segment) for trial, run in wanted}
+        segments = [(trial, self._segment(trial, run)) for trial, run in wanted]
+        trials = {segment.key: (trial, segment) for trial, segment in segments}
         done = {
             key: known
             for key, (_, segment) in trials.items()

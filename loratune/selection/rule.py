@@ -206,7 +206,8 @@ class _Judge:
             ]
             tried += [(f"with ties within {w:g} standard errors", replace(rule, tie_width=w), allowed) for w in (0.0, 2.0)]
         tried += [one for one in less if len(rule.metrics) > 1]
-        found = [f"{text}: {self.names[n]}" for text, other, those in tried if (n := self.pick(other, those, 0)) != winner]
+        picks = [(text, self.pick(other, those, 0)) for text, other, those in tried]
+        found = [f"{text}: {self.names[n]}" for text, n in picks if n != winner]
         first = rule.metrics[0]
         if second is not None and second in allowed:
             kept = self.table[first]

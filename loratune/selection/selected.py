@@ -154,8 +154,9 @@ class SelectionRecord(Json):
         """The chosen one against the runner-up, else against the next lowest loss; None when no other has a seed in common with it."""
         if self.runner_up is not None:
             return self.gap_to(self.runner_up)
-        gaps = [(finalist.loss, found) for finalist in self.candidates if (found := self.gap_to(finalist.trial)) is not None]
-        return min(gaps, key=lambda pair: pair[0])[1] if gaps else None
+        gaps = ((finalist.loss, self.gap_to(finalist.trial)) for finalist in self.candidates)
+        found = [(loss, gap) for loss, gap in gaps if gap is not None]
+        return min(found, key=lambda pair: pair[0])[1] if found else None
 
     @property
     def confidence(self) -> str:

@@ -229,7 +229,8 @@ class _Selection:
                 losses = yield from self.trainer.train([(trials[name], run_name(RACE, repeat)) for name, repeat in asked])
                 for (name, repeat), loss in zip(asked, losses, strict=True):
                     race.tell(name, repeat, loss)
-                self.trainer.keep_adapters(RACE, {(t.number, min(own := _runs(t, race), key=own.__getitem__)) for t in trials.values()})
+                lowest = {t.number: _runs(t, race) for t in trials.values()}
+                self.trainer.keep_adapters(RACE, {(number, min(own, key=own.__getitem__)) for number, own in lowest.items()})
                 if first and race.noise.known:
                     wider = self._finalists(Noise(sd=race.noise.value, source=f"from {FIRST} fresh seeds of {len(trials)} trials"))
                     if len(self._trials_of(wider)) > len(trials):

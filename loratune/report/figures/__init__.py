@@ -33,4 +33,4 @@ def of_one(evidence: Evidence) -> Iterator[Plot]:
 def of_several(records: Sequence[StudyRecord]) -> Iterator[Plot]:
     """The figures of several studies together; none of a single one."""
     if len(records) > 1:
-        yield from (plot for draw in OF_SEVERAL if (plot := draw(records)) is not None)
+        yield from (plot for plot in (draw(records) for draw in OF_SEVERAL) if plot is not None)

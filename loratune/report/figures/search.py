@@ -100,11 +100,12 @@ def parallel(records: Sequence[StudyRecord]) -> Plot | None:
         _parallel_panel(panel, record, scale, title=f"{literal(record.name)} ({tables.sampler_of(record)})" if len(records) > 1 else "")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper left", ncols=3)
-    tops = [(r, found.best) for r in shown if (found := headline(r)).best]
+    tops = [(r, best) for r, best in ((r, headline(r).best) for r in shown) if best]
     sentences = [
         (f"{r.name}: " if len(records) > 1 else "") + f"the best is trial {t.number}, {loss(value(t))}, with " + tables.settings(r, t)
         for r, t in tops
     ]
+    regions = [(r, tables.where_good(r)) for r in shown]
     beyond = scale.beyond(everything)
     clipped = f" {plural(beyond, 'configuration')} above {loss(scale.high)} end at the top." if beyond else ""
     return Plot(
@@ -113,7 +114,7 @@ def parallel(records: Sequence[StudyRecord]) -> Plot | None:
         figure=figure,
         alt=f"Parallel coordinates of {plural(len(everything), 'configuration')}, one line each over its hyperparameters "
         f"to its loss, {loss(min(everything))} to {loss(max(everything))}. "
-        + " ".join(f"{r.name + ': ' if len(records) > 1 else ''}{good}" for r in shown if (good := tables.where_good(r))),
+        + " ".join(f"{r.name + ': ' if len(records) > 1 else ''}{good}" for r, good in regions if good),
         caption="One line per configuration, coloured by its validation loss as on the right axis; " + "; ".join(sentences) + "." + clipped,
     )
 
@@ -184,7 +185,7 @@ def curves(record: StudyRecord) -> Plot | None:
         shades.append(scale.shade(value(trial)) if trial.number in done else SOFT)
         widths.append(0.9 if trial.number in done else 0.5)
     axes.add_collection(LineCollection(paths, colors=shades, linewidths=widths, alpha=0.75))
-    kept = {t.number: at for t in trials if (at := _kept(t)) is not None}
+    kept = {number: at for number, at in ((t.number, _kept(t)) for t in trials) if at is not None}
     if kept:
         marks = [scale.shade(value(t)) if t.number in done else SOFT for t in trials if t.number in kept]
         axes.scatter(*zip(*kept.values(), strict=True), s=22, facecolors="none", edgecolors=marks, linewidths=0.9, zorder=3, label="kept")
