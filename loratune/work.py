@@ -1,8 +1,8 @@
 """What crosses a process border: plain dataclasses that turn into JSON and back.
 
 A `Recipe` is all that a study's trials share; `Hyperparameters` is what a trial varies. A `Segment`
-asks for one stretch of one trial's training, "train trial 7 from step 120 to step 240, then
-validate"; segments that run together on one device are a `Pack`; an `Outcome` answers each segment.
+asks for one part of one trial's training, "train trial 7 from step 120 to step 240, then validate";
+an `Outcome` answers each segment.
 
 Vocabulary: a *run* is one training from step 0 to `total_steps`, the span of its learning-rate
 schedule. A trial has one run, `main`, unless a schedule trains it several times at different
@@ -14,6 +14,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
@@ -22,12 +23,21 @@ from typing import Any, Self
 class Json:
     """Mixin: a dataclass to and from JSON. Tuples travel as lists, non-finite floats as strings."""
 
+    def to_plain(self) -> dict[str, Any]:
+        """What JSON has of it: dicts, lists, texts, numbers."""
+        return _plain(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """The dataclass of which `to_plain` gave this. Unknown fields are dropped: an older loratune can read a newer study's record."""
+        return _typed(cls, plain)
+
     def to_json(self) -> str:
-        return json.dumps(_plain(self), allow_nan=False)
+        return json.dumps(self.to_plain(), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return _typed(cls, json.loads(text))
+        return cls.from_plain(json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +126,6 @@ class Segment(Json):
         return f"trials/{self.trial:04d}/{self.run}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pack(Json):
-    """Segments that run together on one device (a group of devices when `devices_per_trial` > 1)."""
-
-    segments: tuple[Segment, ...]
-
-
 class State(StrEnum):
     """How a segment ended. Every kind but the first has its own remedy, see docs/design.md, Laws."""
 
@@ -168,7 +171,7 @@ class Outcome(Json):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Json):
-    """A sign of life from a running segment. Lost ones do no harm."""
+    """The heartbeat of a running segment. A lost one does no harm."""
 
     key: str
     step: int
@@ -176,6 +179,13 @@ class Progress(Json):
     tokens: int
     train_loss: float | None = None
     validation_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message(Json):
+    """A line for the user from where trials are trained."""
+
+    text: str
 
 
 def _plain(value: Any) -> Any:
@@ -206,7 +216,6 @@ def _typed(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
-        # Unknown fields are dropped so that an older loratune can read a newer study's record.
         return kind(**{name: _typed(hints[name], item) for name, item in value.items() if name in known})
     if kind is float:
         return float(value)

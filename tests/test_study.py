@@ -23,7 +23,7 @@ from loratune.record.progress import Meter
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec
 from loratune.study.loop import Asked, Event, Loop, Settled
-from loratune.work import CurvePoint, Hyperparameters, Outcome, Pack, Progress, Segment, State
+from loratune.work import CurvePoint, Hyperparameters, Outcome, Progress, Segment, State
 
 EXAMPLES, VALIDATION = 640, 60
 
@@ -35,22 +35,22 @@ class Formula(Executor):
         super().__init__(max_retries=0)
         self.capacity = capacity
         self.trained: list[str] = []
-        self._packs: list[Pack] = []
+        self._waiting: list[Segment] = []
         self._random = random.Random(seed)
 
-    def _start(self, pack: Pack) -> None:
-        self._packs.append(pack)
+    def _start(self, segment: Segment) -> None:
+        self._waiting.append(segment)
 
     def _poll(self, timeout: float) -> list[Progress | Outcome]:
-        self._random.shuffle(self._packs)
-        return [self._answer(segment) for segment in self._packs.pop().segments] if self._packs else []
+        self._random.shuffle(self._waiting)
+        return [self._answer(self._waiting.pop())] if self._waiting else []
 
     def _answer(self, segment: Segment) -> Outcome:
         self.trained.append(segment.key)
         return answer(segment)
 
     def close(self, grace: float = 60.0) -> None:
-        self._packs.clear()
+        self._waiting.clear()
 
 
 def answer(segment: Segment) -> Outcome:
@@ -197,17 +197,16 @@ class Machine(Formula):
 
     now = busy = 0.0
 
-    def _start(self, pack: Pack) -> None:
-        super()._start(pack)
-        (segment,) = pack.segments
+    def _start(self, segment: Segment) -> None:
+        super()._start(segment)
         work = 3 * segment.stop_step * segment.hyperparameters.batch_size + (len(segment.validate_at) + 1) * VALIDATION
         work *= self._random.uniform(0.9, 1.1)
         self.busy += work
         self._ends = {**getattr(self, "_ends", {}), segment.key: self.now + work}
 
     def _poll(self, timeout: float) -> list[Progress | Outcome]:
-        self._packs.sort(key=lambda pack: -self._ends[pack.segments[0].key])
-        (segment,) = self._packs.pop().segments
+        self._waiting.sort(key=lambda segment: -self._ends[segment.key])
+        segment = self._waiting.pop()
         self.now = max(self.now, self._ends[segment.key])
         return [self._answer(segment)]
 

@@ -150,7 +150,7 @@ def test_two_days_two_hashes(home: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             spec = described(home, template)
             tokenizer_files(home / "model", template)
             names[template, day] = preparing.prepare(
-                preparing.DataRecipe.from_json(spec.data_recipe_json()), tokenizer=str(home / "model"), cache=home / "cache"
+                preparing.DataRecipe.from_plain(spec.data_recipe_dict()), tokenizer=str(home / "model"), cache=home / "cache"
             ).folder.name
     assert len(set(names.values())) == 3  # the template without a date does not care
 

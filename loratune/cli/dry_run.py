@@ -107,7 +107,7 @@ def _data(spec: "StudySpec") -> tuple[int, int, float] | None:
     """(training examples, validation examples, mean tokens of one), roughly; None where the data are no files of usual size."""
     from loratune.data.sources import DataRecipe, read
 
-    recipe = DataRecipe.from_json(json.dumps(spec.data_recipe_dict()))
+    recipe = DataRecipe.from_plain(spec.data_recipe_dict())
     found: list[tuple[int, int]] = []  # examples, characters
     for source in (*recipe.train, *recipe.validation):
         path = Path(source.path).expanduser()

@@ -1,6 +1,5 @@
 """A study's prepared data, from the cache where it is there."""
 
-import json
 import os
 from pathlib import Path
 
@@ -18,7 +17,7 @@ def prepare_data(spec: StudySpec, notes: list[str], date: str = "") -> Prepared:
     """
     hub.refuse_adapter(spec.model.name_or_path, spec.model.revision)
     return prepare(
-        DataRecipe.from_json(json.dumps(spec.data_recipe_dict())),
+        DataRecipe.from_plain(spec.data_recipe_dict()),
         tokenizer=spec.model.name_or_path,
         revision=spec.model.revision,
         trust_remote_code=spec.model.trust_remote_code,

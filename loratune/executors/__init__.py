@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from loratune.executors.base import Executor, Notice
+from loratune.executors.base import Executor
 from loratune.executors.devices import seen_as
 from loratune.executors.inline import InlineExecutor
 from loratune.executors.local import LocalExecutor
 from loratune.work import Recipe
 
-__all__ = ["Executor", "InlineExecutor", "LocalExecutor", "Notice", "build"]
+__all__ = ["Executor", "InlineExecutor", "LocalExecutor", "build"]
 
 
 def build(

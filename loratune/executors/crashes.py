@@ -7,7 +7,7 @@ from pathlib import Path
 from loratune.errors import TrainingError
 
 _HOPELESS = 3  # trials
-LAST_WORDS = "Its last words are in"
+LOG = "Worker log:"
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception))\b")
 _OF_THE_PROGRAM = {
     *("ArithmeticError", "AssertionError", "AttributeError", "ImportError", "IndexError", "KeyError", "LookupError"),
@@ -21,7 +21,7 @@ def cause(message: str) -> str:
     """One line: the exception's own, or how the process ended. Raises nothing; "" for an empty message."""
     lines = [line.strip() for line in message.strip().splitlines()] or [""]
     exceptions = [line for line in lines if _EXCEPTION.match(line)]
-    return (exceptions or lines)[-1].partition(LAST_WORDS)[0].strip()
+    return (exceptions or lines)[-1].partition(LOG)[0].strip()
 
 
 def common_cause(messages: Sequence[str]) -> str:

@@ -2,11 +2,11 @@
 
     python -m loratune.executors.worker STUDY_FOLDER SOCKET
 
-It speaks JSON, one message at a time, over a Unix socket: in come {"segment": ...} and {"stop": true}; out
-go {"progress": ...}, {"notice": ...} and {"outcome": ...}, one outcome per segment. The loss of the socket
+It reads and writes JSON, one object at a time, over a Unix socket: in come {"segment": ...} and {"stop": true};
+out go {"progress": ...}, {"message": ...} and {"outcome": ...}, one outcome per segment. The loss of the socket
 means that the driver is gone: the worker then ends at once, since nobody would record what it finished, and
 a checkpoint is on the disk. Under torchrun every process of the group trains; the one of rank 0 alone
-speaks, and passes the segments on to the others.
+holds the socket, and passes the segments on to the others.
 """
 
 import json
@@ -20,10 +20,10 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 from loratune.errors import DeviceLostError, LoratuneError, kind_of
-from loratune.executors.base import News, Notice
+from loratune.executors.base import News
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import DEVICE_LOST, ON_GPU
-from loratune.work import Outcome, Recipe, Segment, State
+from loratune.work import Message, Outcome, Recipe, Segment, State
 
 
 def main(root: Path, address: str) -> None:
@@ -64,7 +64,7 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
             _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=kind_of(error)))
         return
     if engine.notice:
-        _send(driver, Notice(text=engine.notice))
+        _send(driver, Message(text=engine.notice))
     engine.run(lambda wait: _share(inbox(wait)), lambda item: _send(driver, item), stop)
     engine.close()
 
@@ -98,7 +98,7 @@ def _listen(driver: Connection, inbox: QueueInbox, stop: threading.Event) -> Non
         while True:
             message = json.loads(driver.recv_bytes())
             if "segment" in message:
-                inbox.put(Segment.from_json(json.dumps(message["segment"])))
+                inbox.put(Segment.from_plain(message["segment"]))
             else:
                 stop.set()
                 inbox.end()
@@ -108,7 +108,7 @@ def _listen(driver: Connection, inbox: QueueInbox, stop: threading.Event) -> Non
 
 def _send(driver: Connection, item: News) -> None:
     try:
-        driver.send_bytes(json.dumps({type(item).__name__.lower(): json.loads(item.to_json())}).encode())
+        driver.send_bytes(json.dumps({type(item).__name__.lower(): item.to_plain()}).encode())
     except OSError:
         os._exit(3)
 

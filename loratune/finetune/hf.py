@@ -29,7 +29,7 @@ from loratune.finetune.validation import validate
 from loratune.system.files import write_atomically
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
-_LAST_WORDS = "last-words.json"
+_GROUP_OUTCOME = "group-outcome.json"
 
 
 class HfEngine:
@@ -67,7 +67,7 @@ class HfEngine:
 
     def _outcome(self, wanted: Segment, report: Callable[[Progress], None], stop: threading.Event) -> Outcome:
         folder = self.root / wanted.folder
-        if (words := self._last_words(folder, wanted)) is not None:
+        if (words := self._group_outcome(folder, wanted)) is not None:
             return words
         if distributed.agree(stop.is_set()):
             return Outcome(key=wanted.key, state=State.CANCELLED, message="asked to stop before it began")
@@ -86,7 +86,7 @@ class HfEngine:
         if self.world > 1 and outcome.state in (State.OUT_OF_MEMORY, State.CRASHED):
             # The other processes wait for this one in a collective operation: the whole group has to start again.
             if outcome.state is State.OUT_OF_MEMORY:
-                write_atomically(folder / _LAST_WORDS, outcome.to_json())
+                write_atomically(folder / _GROUP_OUTCOME, outcome.to_json())
             raise TrainingError(f"process {self.rank} of {self.world}: {outcome.message}")
         return outcome
 
@@ -216,11 +216,11 @@ class HfEngine:
             self._base_loss = loss
         run.add_point(loss, seconds)
 
-    def _last_words(self, folder: Path, wanted: Segment) -> Outcome | None:
+    def _group_outcome(self, folder: Path, wanted: Segment) -> Outcome | None:
         """The outcome that a process of a group left when it ran out of memory, and the group had to start again."""
         if self.world == 1:
             return None
-        path = folder / _LAST_WORDS
+        path = folder / _GROUP_OUTCOME
         text = distributed.broadcast(path.read_text() if self.rank == 0 and path.exists() else None)
         outcome = Outcome.from_json(text) if text is not None else None
         if outcome is None or outcome.key != wanted.key:

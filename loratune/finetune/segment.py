@@ -65,7 +65,7 @@ class SegmentRun:
         self._age = 0.0 if training.checkpoint_steps else _YOUNG
         self._saved_at = self._reported_at = time.monotonic()
         self._pace = (time.monotonic(), 0)  # when the log's last line was written, tokens then
-        self._identity = json.dumps([json.loads(h.to_json()), segment.seed, segment.total_steps], sort_keys=True)
+        self._identity = json.dumps([h.to_plain(), segment.seed, segment.total_steps], sort_keys=True)
 
     def examples(self, step: int) -> np.ndarray:
         """The examples that step `step` (from 0) trains on; their places here are their slots."""

@@ -259,9 +259,9 @@ def _cached(path: Path) -> dict[str, Any]:
 
 def _read_trial(number: int, path: Path) -> Trial:
     outcomes = read_outcomes(path.parent)
-    plain = [json.loads(o.to_json()) for o in outcomes]
+    plain = [o.to_plain() for o in outcomes]
     remedy = "Remove the file; the same `loratune run` command writes it again from the trial's outcomes."
-    trial = parsed(path, lambda text: Trial.from_json(json.dumps(_mapping(json.loads(text)) | {"outcomes": plain})), remedy)
+    trial = parsed(path, lambda text: Trial.from_plain(_mapping(json.loads(text)) | {"outcomes": plain}), remedy)
     if trial.number != number:
         raise StorageError(f"{path} is damaged (it is of trial {trial.number}). {remedy}")
     return trial
@@ -282,7 +282,7 @@ def read_outcomes(trial: Path) -> list[Outcome]:
 
 
 def _outcome(text: str) -> Outcome:
-    return Outcome.from_json(json.dumps(_mapping(json.loads(text))))
+    return Outcome.from_plain(_mapping(json.loads(text)))
 
 
 def outcome_path(folder: Path, key: str) -> Path:

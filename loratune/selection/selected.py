@@ -183,7 +183,7 @@ class SelectionRecord(Json):
 
 
 def write(record: SelectionRecord, folder: AnyPath) -> None:
-    write_atomically(Path(folder) / NAME, json.dumps(json.loads(record.to_json()), indent=1) + "\n")
+    write_atomically(Path(folder) / NAME, json.dumps(record.to_plain(), indent=1) + "\n")
 
 
 def read(folder: AnyPath) -> SelectionRecord | None:

@@ -4,7 +4,6 @@
 field means. Paths are relative to the current directory, as on every command line.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -188,10 +187,6 @@ class StudySpec(Section):
     def data_recipe_dict(self) -> dict[str, Any]:
         """The data section with the study's seed, as plain values."""
         return {**self.data.model_dump(mode="json"), "seed": self.seed}
-
-    def data_recipe_json(self) -> str:
-        """`data_recipe_dict` as JSON, for `finetune.data.DataRecipe.from_json`."""
-        return json.dumps(self.data_recipe_dict())
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from loratune import samplers, schedules
 from loratune.data.order import total_steps
 from loratune.errors import SearchSpentError, error_of
-from loratune.executors import Executor, Notice
+from loratune.executors import Executor
 from loratune.executors.crashes import stop_for_common_cause
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
 from loratune.record.progress import Meter
@@ -29,7 +29,7 @@ from loratune.samplers.distinct import Distinct
 from loratune.schedules import Fate, Stretch
 from loratune.spec import StudySpec
 from loratune.study.objectives import Goals, Sizes
-from loratune.work import Outcome, Pack, Progress, Segment, State
+from loratune.work import Message, Outcome, Progress, Segment, State
 
 if TYPE_CHECKING:
     from loratune.downstream.scoring import Scored
@@ -144,7 +144,7 @@ class Loop:
                 self._arrived[segment.key] = known
             else:
                 self._meter.began(segment.key, segment.total_steps, segment.start_step)
-                self._executor.submit(Pack(segments=(segment,)))
+                self._executor.submit(segment)
 
     def _may_start(self) -> bool:
         """Whether a new trial may begin now. A trial of the record begins exactly where it began the first time."""
@@ -228,7 +228,7 @@ class Loop:
             if isinstance(item, Progress):
                 self._meter.progressed(item)
                 yield item
-            elif isinstance(item, Notice):
+            elif isinstance(item, Message):
                 yield Note(item.text)
             elif item.state is State.BAD_INPUT:
                 raise error_of(item.error, item.message)

@@ -176,7 +176,7 @@ def test_duplicates_are_the_number_that_the_summary_says(tmp_path: Path) -> None
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     recipe = DataRecipe(train=tuple(Source(path=str(tmp_path / f"{name}.json")) for name in "ab"), validation_fraction=0.3)
     prepared = prepare(recipe, tokenizer=str(demo.model_folder()), cache=tmp_path / "cache")
-    record: Any = SimpleNamespace(manifest=json.loads(prepared.manifest.to_json()))
+    record: Any = SimpleNamespace(manifest=prepared.manifest.to_plain())
     head, rows = sources(record)
     at = head.index("duplicates")
     assert [row[at] for row in rows] == ["1", "2", "3"]

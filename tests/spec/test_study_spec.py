@@ -112,7 +112,7 @@ def test_data_recipe_is_what_finetune_reads() -> None:
             "on_bad_rows": "skip",
         },
     )
-    assert DataRecipe.from_json(spec.data_recipe_json()) == DataRecipe(
+    assert DataRecipe.from_plain(spec.data_recipe_dict()) == DataRecipe(
         train=(Source(path="a.json"), Source(path="b", format="dolly", weight=2.0, count=5, validation_count=2)),
         train_count=50,
         validation_count=9,
