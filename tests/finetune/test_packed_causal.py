@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_engine import random_tokens
+from tiny_tokens import random_tokens
 from torch.nn import functional
 
 from loratune.data.shared_prefix import dropout_slots

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_engine import random_tokens
+from tiny_tokens import random_tokens
 
 from loratune.data.shared_prefix import dropout_slots
 from loratune.finetune.packed.layout import Flat, Share, Spread, flatten

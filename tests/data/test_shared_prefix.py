@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_engine import random_tokens
+from tiny_tokens import random_tokens
 
 from loratune.data.prepared import Tokens, pack
 from loratune.data.shared_prefix import beginnings, dropout_slots
