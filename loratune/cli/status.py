@@ -96,9 +96,7 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
 def _finished(record: "StudyRecord") -> bool:
     """Whether the last start ran to the end of its budget: trials, or hours, after which the hand-over was written."""
 
-    from loratune.record import PAUSED, RUNNING
-
-    ended = sum(trial.state not in (RUNNING, PAUSED) for trial in record.trials)
+    ended = sum(trial.state.ended for trial in record.trials)
     handed_over = record.folder / "best.yaml"
     return ended >= record.spec.get("budget", {}).get("trials", 0) or (
         handed_over.is_file() and handed_over.stat().st_mtime >= record.progress.get("updated", 0.0)

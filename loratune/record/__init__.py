@@ -21,7 +21,7 @@
 
 There is one writer, the driver (`Record`); workers write inside their run's folder alone.
 
-    goals.py     Goals: what the objectives and constraints make of a trial
+    states.py    TrialState
     adapters.py  a trial by its number, and where its adapter lies
     trials.py    Trial, StudyRecord, read: the folder as data
     writer.py    Record, open_record: the writer and its lock
@@ -30,7 +30,8 @@ There is one writer, the driver (`Record`); workers write inside their run's fol
     database.py  the same in a database server that may go away for a while
 """
 
-from loratune.record.trials import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial, read
+from loratune.record.states import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, RUNNING, TrialState
+from loratune.record.trials import StudyRecord, Trial, read
 from loratune.record.writer import Record, open_record
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Record",
     "StudyRecord",
     "Trial",
+    "TrialState",
     "open_record",
     "read",
 ]

@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratune.record.trials import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, Trial
+from loratune.record.states import TrialState
+from loratune.record.trials import Trial
 from loratune.work import Outcome, Progress
 
 _WINDOW = 30.0  # seconds over which tokens per second are averaged
@@ -70,8 +71,8 @@ class Meter:
             self._speed.popleft()
         span = min(_WINDOW, now - self._started)
         trials = list(self._trials.values())
-        ended = [t for t in trials if t.state in (COMPLETE, PRUNED, FAILED, DIVERGED, INFEASIBLE)]
-        finished = [t for t in trials if t.state == COMPLETE]
+        ended = [t for t in trials if t.state.ended]
+        finished = [t for t in trials if t.state is TrialState.COMPLETE]
         best = min(finished, key=lambda t: (t.value, t.number), default=None)
         per_trial = self.device_seconds / max(1, len(trials))
         left = per_trial * (self.budget_trials - len(ended)) / max(1, self.workers)

@@ -12,12 +12,9 @@ from typing import Any
 import yaml
 
 from loratune.errors import ModelError, StorageError
+from loratune.record.states import TrialState
 from loratune.system.files import AnyPath, parsed
 from loratune.work import CurvePoint, Hyperparameters, Json, ModelRecipe, Outcome
-
-# What a trial's `state` says, beyond the states of one segment.
-RUNNING, PAUSED, COMPLETE, PRUNED = "running", "paused", "complete", "pruned"
-FAILED, DIVERGED, INFEASIBLE = "failed", "diverged", "infeasible"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +24,7 @@ class Trial(Json):
     number: int
     hyperparameters: Hyperparameters
     params: dict[str, Any]  # searched values only, by the search space's own names (alpha_ratio, ...)
-    state: str = RUNNING
+    state: TrialState = TrialState.RUNNING
     # Validation loss, the latest or the lowest (training.keep); the worst seen of a trial that diverged or did not fit; None: not trained.
     value: float | None = None
     values: tuple[float, ...] = ()  # as Optuna is told them, in the order of the spec's objectives
@@ -88,7 +85,7 @@ class StudyRecord:
     @property
     def finished(self) -> list[Trial]:
         """Trials trained to the end of the full run and within every constraint, in order of number."""
-        return [t for t in self.trials if t.state == COMPLETE]
+        return [t for t in self.trials if t.state is TrialState.COMPLETE]
 
     @property
     def best(self) -> Trial | None:

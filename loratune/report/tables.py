@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
+from loratune.record import COMPLETE, StudyRecord, Trial, TrialState
 from loratune.spec.space import SearchSpace
 from loratune.system.formatting import in_order, label, show
 from loratune.work import Hyperparameters
-
-STATES = (COMPLETE, RUNNING, PAUSED, PRUNED, FAILED, DIVERGED, INFEASIBLE)
 
 NEAR = 0.002  # nats: configurations this close to the best are counted as about as good
 
@@ -123,7 +121,7 @@ class Cost:
 
 def cost(record: StudyRecord) -> Cost:
     counted = Counter(t.state for t in record.trials)
-    states = {state: counted[state] for state in (*STATES, *sorted(set(counted) - set(STATES))) if counted[state]}
+    states = {state.value: counted[state] for state in TrialState if counted[state]}
     return Cost(
         trials=len(record.trials),
         states=states,

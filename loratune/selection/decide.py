@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.errors import SpecError, StorageError, TrainingError
-from loratune.record import PAUSED, RUNNING, StudyRecord, Trial, open_record, read
+from loratune.record import StudyRecord, Trial, open_record, read
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
 from loratune.selection.candidates import allowed, candidates, loss_of, name_of, noise_of, rule_of, scored, scores_of
@@ -329,7 +329,7 @@ def _runs(trial: Trial, race: Race | None) -> dict[str, float]:
 
 def _check_finished(study: StudyRecord) -> None:
     """A study is over when its trials are, or when its hours are, after which it handed over. Raises StorageError."""
-    ended = sum(trial.state not in (RUNNING, PAUSED) for trial in study.trials)
+    ended = sum(trial.state.ended for trial in study.trials)
     asked = int(study.spec["budget"]["trials"])
     handed_over = study.folder / "best.yaml"
     by_hours = handed_over.is_file() and handed_over.stat().st_mtime >= study.progress.get("updated", 0.0)

@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from loratune.record.trials import DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Trial
+from loratune.record import DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Trial
 from loratune.samplers.base import SO_FAR
 from loratune.spec import StudySpec
 from loratune.spec.limits import Constraint
@@ -109,10 +109,10 @@ class Goals:
         for name, violation in constraints.items():
             if name not in stored.constraints:  # by a start that was killed right here
                 handle.set_constraint(name, violation)
-        handle.set_user_attr("state", trial.state)
+        handle.set_user_attr("state", trial.state.value)
         handle.set_user_attr("device_seconds", trial.device_seconds)
         told = None if trial.state in (FAILED, PRUNED) else list(trial.values)
-        study.tell(handle, told, _TOLD.get(trial.state, TrialState.COMPLETE))
+        study.tell(handle, told, TrialState[trial.state.optuna])
 
     def _broken(self, measured: Mapping[str, float], counts: Callable[[Constraint], bool]) -> str:
         broken = [limit for limit in self._limits if counts(limit) and not limit.holds(measured[limit.metric])]
@@ -146,6 +146,3 @@ class Goals:
             seen = [sign * t.values[place] for t in trials if t.values and math.isfinite(t.values[place])]
             found.append(sign * max(seen, default=math.inf))
         return found
-
-
-_TOLD = {FAILED: TrialState.FAIL, PRUNED: TrialState.PRUNED}

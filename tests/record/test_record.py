@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loratune.errors import StorageError
-from loratune.record import COMPLETE, DIVERGED, Trial, open_record, read
+from loratune.record import COMPLETE, DIVERGED, Trial, TrialState, open_record, read
 from loratune.work import CurvePoint, Hyperparameters, Outcome, Segment, State
 
 HYPERPARAMETERS = Hyperparameters(lora_r=16, learning_rate=3e-4, target_modules=("q_proj", "v_proj"))
@@ -172,3 +172,26 @@ def test_a_folder_from_before_there_were_objectives_is_read(tmp_path: Path) -> N
     assert back.trials[0].values == ()
     assert back.objectives == {"validation_loss": "minimize"}
     assert [t.number for t in back.front] == [0]
+
+
+def test_a_state_nobody_knows_is_a_damaged_file(tmp_path: Path) -> None:
+    study(tmp_path)
+    with open_record(tmp_path) as record:
+        record.trial(Trial(number=0, hyperparameters=HYPERPARAMETERS, params={}, state=COMPLETE, value=1.0))
+    path = tmp_path / "trials/0000/trial.json"
+    path.write_text(path.read_text().replace('"complete"', '"completely"'))
+    with pytest.raises(StorageError, match=r"trial\.json is damaged .*completely"):
+        read(tmp_path)
+
+
+def test_every_state_has_a_state_of_optuna() -> None:
+    assert {state: state.optuna for state in TrialState} == {
+        TrialState.COMPLETE: "COMPLETE",
+        TrialState.RUNNING: "RUNNING",
+        TrialState.PAUSED: "RUNNING",
+        TrialState.PRUNED: "PRUNED",
+        TrialState.FAILED: "FAIL",
+        TrialState.DIVERGED: "COMPLETE",
+        TrialState.INFEASIBLE: "COMPLETE",
+    }
+    assert [state for state in TrialState if not state.ended] == [TrialState.RUNNING, TrialState.PAUSED]
