@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy as np
 
 from loratune.data import records, split
 from loratune.data.prepared import Manifest, Prepared, PromptUsed, SetCounts, SourceCounts, Tokens, discard, pack, write
-from loratune.data.prompts import KINDS, Prompt, UnfitError, choose, has_reasoning
-from loratune.data.sources import BadRow, DataRecipe, Source, fields_of, read
+from loratune.data.prompts import KINDS, Encoded, UnfitError, choose, has_reasoning
+from loratune.data.sources import BadRow, DataRecipe, Example, Source, fields_of, read
 from loratune.data.split_report import compare, linked
+from loratune.data.tasks import SFT, Task
 from loratune.errors import DataError, ModelError, StorageError
 from loratune.system import hub
 
@@ -45,6 +47,7 @@ def prepare(
     trust_remote_code: bool = False,
     cache: Path,
     date: str = "",
+    task: Task = SFT,
     report: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
     """The recipe's examples, split and tokenised, from `cache` if they lie there, else made and put there.
@@ -59,7 +62,7 @@ def prepare(
     check(recipe)
     files, dated = _tokenizer_fingerprint(tokenizer, revision, trust_remote_code)
     date = (date or datetime.date.today().isoformat()) if dated and recipe.prompt != "alpaca" else ""
-    name = _content_hash(recipe, files, date)
+    name = _content_hash(recipe, files, date, task)
     folder = Path(cache) / name
     if folder.exists():
         try:
@@ -69,7 +72,7 @@ def prepare(
             discard(folder)
     loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
     prompt = choose(loaded, recipe.prompt, date=date, score_reasoning=recipe.score_reasoning)
-    train, held_out = ([_tokenise(s, role, recipe, prompt, report) for s in ss] for role, ss in _roles(recipe))
+    train, held_out = ([_tokenise(s, role, recipe, partial(task.encode, prompt), report) for s in ss] for role, ss in _roles(recipe))
     _spell_alike([*train, *held_out])
     notes: list[str] = []
     if held_out:
@@ -219,7 +222,9 @@ def _roles(recipe: DataRecipe) -> tuple[tuple[str, tuple[Source, ...]], ...]:
     return ("train", recipe.train), ("validation", recipe.validation)
 
 
-def _tokenise(source: Source, role: str, recipe: DataRecipe, prompt: Prompt, report: Callable[[str], None]) -> _Rows:
+def _tokenise(
+    source: Source, role: str, recipe: DataRecipe, encode: Callable[[Example, int], Encoded | None], report: Callable[[str], None]
+) -> _Rows:
     report(f"reading {source.path}")
     examples, bad = read(source, recipe.on_bad_rows)
     rows = _Rows(source=source, role=role, rows=len(examples) + len(bad), bad=bad, fields=fields_of(examples))
@@ -227,7 +232,7 @@ def _tokenise(source: Source, role: str, recipe: DataRecipe, prompt: Prompt, rep
         if number and number % 10_000 == 0:
             report(f"tokenised {number:,} of {len(examples):,} rows of {source.path}")
         try:
-            encoded = prompt.encode(example, recipe.max_length)
+            encoded = encode(example, recipe.max_length)
         except UnfitError as error:
             rows.bad.append(BadRow(example.source, example.place, error.problem))
             if recipe.on_bad_rows != "skip":
@@ -343,13 +348,14 @@ def _weights(rows: Sequence[_Rows]) -> list[float] | None:
 # ---- the cache's name ----
 
 
-def _content_hash(recipe: DataRecipe, tokenizer_files: list[tuple[str, str]], date: str) -> str:
+def _content_hash(recipe: DataRecipe, tokenizer_files: list[tuple[str, str]], date: str, task: Task) -> str:
     parts = [
         _FORMAT,
         dataclasses.asdict(recipe),
         [records.fingerprint(s.path, s.split) for s in (*recipe.train, *recipe.validation)],
         tokenizer_files,
         date,
+        *([] if task is SFT else [task.name]),  # so that older caches stay what they are
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

@@ -76,7 +76,7 @@ def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], opti
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def kept(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def kept_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What `capture` was given as `best`; empty of a checkpoint without."""
     return {name.removeprefix("best/"): tensor for name, tensor in checkpoint.tensors.items() if name.startswith("best/")}
 

@@ -1,4 +1,4 @@
-"""What a failure of an engine means: for the trial, for the process, in words."""
+"""What a failure of an engine means: for the trial, for the process, as text."""
 
 import traceback
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def state_of(error: Exception) -> State:
     return State.OUT_OF_MEMORY if memory.is_out_of_memory(error) else State.CRASHED
 
 
-def words(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The error's text, or the end of its traceback where it is a fault of the program or the device."""
     if isinstance(error, _BAD_INPUT):
         return str(error)
@@ -37,7 +37,7 @@ def too_large(segment: Segment, device: torch.device) -> str:
 def ran_out(error: Exception, device: torch.device) -> bool:
     """Whether memory ran out. Raises DeviceLostError where this process cannot use the device any more, whatever it does."""
     if memory.is_device_lost(error, device):
-        raise DeviceLostError(str(device), words(error)) from error
+        raise DeviceLostError(str(device), error_text(error)) from error
     return memory.is_out_of_memory(error)
 
 

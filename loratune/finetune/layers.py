@@ -112,7 +112,7 @@ def decoder_name(model: Any) -> str:
     return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
-def in_words(unfit: Mapping[str, str], fit: Sequence[str]) -> str:
+def explained(unfit: Mapping[str, str], fit: Sequence[str]) -> str:
     """Where the layers are and why no adapter goes there, a phrase for each reason."""
     phrases = []
     for reason in dict.fromkeys(unfit.values()):

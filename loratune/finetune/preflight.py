@@ -11,7 +11,8 @@ from loratune.data.prepare import load_tokenizer
 from loratune.data.prepared import Prepared
 from loratune.data.sources import Example, Source, read
 from loratune.errors import ModelError
-from loratune.finetune import layers, lora
+from loratune.finetune import layers
+from loratune.finetune.targets import left_out
 from loratune.work import ModelRecipe
 
 _MADE_FOR = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # of config.json: what the model was made for
@@ -27,7 +28,7 @@ def check(model: Any, recipe: ModelRecipe, data: Prepared, wanted: Sequence[str 
     wrong, notes = [], []
     for choice in dict.fromkeys(wanted):
         try:
-            notes += lora.left_out(model, choice)
+            notes += left_out(model, choice)
         except ModelError as error:
             wrong.append(str(error))
     wrong.append(_tokens_without_embedding(model, recipe, data))

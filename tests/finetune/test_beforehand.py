@@ -16,8 +16,8 @@ from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe, Source
 from loratune.errors import ModelError
-from loratune.finetune.lora import chosen_layers, linear_layers, targets
 from loratune.finetune.preflight import check, position_limit
+from loratune.finetune.targets import chosen_layers, linear_layers, target_endings
 from loratune.work import ModelRecipe
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
@@ -181,7 +181,7 @@ def test_a_name_stands_for_the_layers_of_the_text() -> None:
     assert len(chosen) == 4
     assert all(layer.startswith("model.language_model.layers.") for layer in chosen)
     modules = [name for name, _ in model.named_modules()]
-    endings = targets(model, ("q_proj", "v_proj"))
+    endings = target_endings(model, ("q_proj", "v_proj"))
     assert {name for name in modules if any(name.endswith("." + ending) for ending in endings)} == set(chosen)
 
 

@@ -16,11 +16,12 @@ from tiny_engine import adapter, recipe, run, segment
 
 from loratune.data.batches import collate, response_tokens
 from loratune.data.order import order
-from loratune.data.shared_prefix import dropout_slots
+from loratune.data.shared_prefix import dropout_owners
 from loratune.finetune import optimisation
 from loratune.finetune.engines import load_engine, run_all
 from loratune.finetune.hf import HfEngine
-from loratune.finetune.lora import adapter_parameters, attach, detach
+from loratune.finetune.lora import adapter_parameters, attach
+from loratune.finetune.peft_layers import detach
 from loratune.finetune.validation import token_nll
 from loratune.work import Outcome, State
 
@@ -50,9 +51,9 @@ def test_agrees_with_a_bare_loop(engine) -> None:  # type: ignore[no-untyped-def
     wrapped.train()
     for step, batch_examples in enumerate(order(0, len(engine.train), 6 * 7).reshape(6, 7)):
         optimizer.zero_grad()
-        total, slots = 0.0, dropout_slots(engine.train, batch_examples)
+        total, slots = 0.0, dropout_owners(engine.train, batch_examples)
         for slot, example in enumerate(batch_examples):
-            batch = collate(engine.train, [example], slots=[slots[slot]], pad_id=0)
+            batch = collate(engine.train, [example], owners=[slots[slot]], pad_id=0)
             key.set(step, batch.slots, torch.arange(batch.ids.shape[1]))
             total = total + token_nll(wrapped, None, batch).sum() / response_tokens(engine.train, batch_examples)
         total.backward()

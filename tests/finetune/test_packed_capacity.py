@@ -57,7 +57,7 @@ def test_what_does_not_fit_waits_for_a_slot(engine: PackedEngine) -> None:
 
     def counted(lanes) -> None:  # type: ignore[no-untyped-def]
         nonlocal most
-        most = max(most, len(engine._lanes))
+        most = max(most, len(engine._occupied))
         train(lanes)
 
     engine._train = counted  # type: ignore[method-assign]
@@ -68,6 +68,7 @@ def test_what_does_not_fit_waits_for_a_slot(engine: PackedEngine) -> None:
 
 
 def _qv(engine: PackedEngine) -> list[str]:
-    from loratune.finetune import lora
 
-    return lora.chosen_layers(engine.base.model, "qv")
+    from loratune.finetune.targets import chosen_layers
+
+    return chosen_layers(engine.base.model, "qv")

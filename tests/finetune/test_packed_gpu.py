@@ -21,7 +21,7 @@ from tiny_engine import adapter, recipe, segment
 from torch.nn import functional
 
 from loratune.finetune import memory
-from loratune.finetune.dropout import kept, row_hashes
+from loratune.finetune.dropout import keep_mask, row_hashes
 from loratune.finetune.engines import load_engine, run_all
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed import varlen
@@ -58,8 +58,8 @@ def wide(tmp_path: Path) -> Path:
 
 def test_dropout_masks_are_the_same_on_both_devices() -> None:
     slots, positions = torch.arange(50).view(-1, 1), torch.arange(40)
-    on_cpu = kept(row_hashes(slots, positions), 12345, 64, 0.3, torch.float32)
-    on_gpu = kept(row_hashes(slots.cuda(), positions.cuda()), 12345, 64, 0.3, torch.float32)
+    on_cpu = keep_mask(row_hashes(slots, positions), 12345, 64, 0.3, torch.float32)
+    on_gpu = keep_mask(row_hashes(slots.cuda(), positions.cuda()), 12345, 64, 0.3, torch.float32)
     assert torch.equal(on_cpu.bool(), on_gpu.cpu())
 
 

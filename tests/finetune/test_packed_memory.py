@@ -22,7 +22,7 @@ from loratune.finetune.engines import load_engine, run_all
 from loratune.finetune.packed import capacity, validation_pass
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.engine import PackedEngine
-from loratune.finetune.packed.slot import Lane
+from loratune.finetune.packed.slot import Slot
 from loratune.work import Outcome, Segment, State
 
 TRIALS = [{"lora_r": 4}, {"lora_r": 6, "lora_dropout": 0.1, "batch_size": 3}, {"lora_r": 3, "target_modules": "all-linear"}]
@@ -57,7 +57,7 @@ def as_it_was(engine: PackedEngine) -> Iterator[None]:
     engine.room, engine.validation_room = rooms
     engine._limit, engine.device = engine.slots, torch.device("cpu")
     engine._base_loss = None
-    assert not engine._lanes
+    assert not engine._occupied
     assert not engine._returned
 
 
@@ -65,7 +65,7 @@ def when_crowded(engine: PackedEngine, action: Callable[..., object], *, most: i
     """The action, for which there is no memory while more than `most` lanes are there."""
 
     def limited(*given: object, **options: object) -> object:
-        if len(engine._lanes) > most:
+        if len(engine._occupied) > most:
             raise FULL
         return action(*given, **options)
 
@@ -81,7 +81,7 @@ PLACES = {
     "a checkpoint": (checkpoint, "capture"),
     "saving the adapter": (Adapter, "save"),
     "a pass": (capacity.PackedBase, "nll"),
-    "anything else": (Lane, "offer"),
+    "anything else": (Slot, "offer"),
 }
 
 
@@ -115,10 +115,10 @@ def test_only_what_does_not_fit_alone_is_infeasible(
         if place == "saving the adapter":
             layers = len(first.layers)
         elif place == "a checkpoint":
-            layers = len([lane for lane in engine._lanes if lane.adapter.parameters is first and len(lane.adapter.layers) > 4])
+            layers = len([lane for lane in engine._occupied if lane.adapter.parameters is first and len(lane.adapter.layers) > 4])
             layers = 14 if layers else 4
         else:
-            layers = 14 if any(lane.adapter.optimizer is first and len(lane.adapter.layers) > 4 for lane in engine._lanes) else 4
+            layers = 14 if any(lane.adapter.optimizer is first and len(lane.adapter.layers) > 4 for lane in engine._occupied) else 4
         if layers > 4:
             raise FULL
         return action(first, *given, **options)
@@ -138,7 +138,7 @@ def test_a_validation_is_halved_before_anybody_leaves(
 
     def small(base, adapters, tokens, *, room: int, interrupted):  # type: ignore[no-untyped-def]
         rooms.append(room)
-        most.append(len(engine._lanes))
+        most.append(len(engine._occupied))
         if room > 100:
             raise FULL
         return together(base, adapters, tokens, room=room, interrupted=interrupted)
@@ -212,7 +212,7 @@ def test_a_lost_device_ends_the_engine(engine: PackedEngine, error: RuntimeError
     with pytest.raises(DeviceLostError, match="Run the same command again"):
         engine.run(lambda wait: next(waiting, None), told.append, threading.Event())
     assert not told
-    engine._lanes.clear()
+    engine._occupied.clear()
 
 
 def test_an_error_of_another_kind_asks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

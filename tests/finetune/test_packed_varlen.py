@@ -7,6 +7,7 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_packed_causal import TOKENS, inputs, one_by_one
@@ -14,7 +15,7 @@ from tiny_engine import recipe, segment
 from torch.nn import functional
 from torch.nn.attention import varlen as torch_varlen
 
-from loratune.data.shared_prefix import dropout_slots
+from loratune.data.shared_prefix import dropout_owners
 from loratune.finetune.engines import run_all
 from loratune.finetune.packed import attention, varlen
 from loratune.finetune.packed.engine import PackedEngine
@@ -68,9 +69,7 @@ EVERY = pytest.mark.parametrize("kernel", [torch_2_10, torch_2_11, torch_2_13], 
 @pytest.fixture(scope="module", params=["no beginning shared", "beginnings shared"])
 def flat(request: pytest.FixtureRequest) -> Flat:
     chosen = [range(1), range(4, 5)] if request.param == "no beginning shared" else [range(7), range(4, 12)]
-    shares = [
-        Share(owner=k, examples=(own := torch.tensor(list(one)).numpy()), slots=dropout_slots(TOKENS, own)) for k, one in enumerate(chosen)
-    ]
+    shares = [Share(adapter=k, examples=np.asarray(one), owners=dropout_owners(TOKENS, np.asarray(one))) for k, one in enumerate(chosen)]
     return flatten(TOKENS, shares, CPU)
 
 
@@ -95,7 +94,7 @@ def test_it_is_attention(flat: Flat, kernel, shape, scaling: float | None, monke
 
     def ours() -> torch.Tensor:
         q, k, v = (one.transpose(0, 1).unsqueeze(0) for one in x)
-        return attention.attention(torch.nn.Module(), q, k, v, None, flat=flat, scaling=scaling)[0][0]
+        return attention.flat_attention(torch.nn.Module(), q, k, v, None, flat=flat, scaling=scaling)[0][0]
 
     whole = flat if flat.line is not None else replace(flat, line=flat.buckets)
     got = ours()

@@ -171,12 +171,12 @@ def test_attention_in_chunks_is_tried_beyond_a_chunk(longest: int, packable: boo
 
 
 def test_chunks_too_long_to_be_tried_are_refused() -> None:
-    from loratune.finetune.packed.base import _lengths
+    from loratune.finetune.packed.loading_check import lengths_to_try
 
     config = transformers.Llama4TextConfig(attention_chunk_size=8192)
-    assert _lengths(config, 8192) == [7, 12, 5]
+    assert lengths_to_try(config, 8192) == [7, 12, 5]
     with pytest.raises(NotPackableError, match="chunks of 8192 tokens"):
-        _lengths(config, 8193)
-    assert _lengths(transformers.MistralConfig(sliding_window=8), 20) == [7, 12, 5, 13]
-    assert _lengths(transformers.MistralConfig(sliding_window=4096), 20) == [7, 12, 5]
-    assert _lengths(CONFIGS["longrope"], 15) == [7, 12, 5, 15]
+        lengths_to_try(config, 8193)
+    assert lengths_to_try(transformers.MistralConfig(sliding_window=8), 20) == [7, 12, 5, 13]
+    assert lengths_to_try(transformers.MistralConfig(sliding_window=4096), 20) == [7, 12, 5]
+    assert lengths_to_try(CONFIGS["longrope"], 15) == [7, 12, 5, 15]
