@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from loratune.data.prepared import Tokens, pack
+from loratune.data.prepared import PreparedTokens, pack_tokens
 
 VOCABULARY = 96
 TEMPLATES = ([], [7, 11, 13, 17], [7, 11, 13, 17, 19, 23, 29])  # what prompts begin with
 
 
-def random_tokens(n: int, seed: int, longest: int = 24) -> Tokens:
+def random_tokens(n: int, seed: int, longest: int = 24) -> PreparedTokens:
     """`n` examples of random lengths; tokens follow one another with a pattern that can be learnt; many begin alike."""
     generator = np.random.default_rng(seed)
     examples = []
@@ -20,4 +20,4 @@ def random_tokens(n: int, seed: int, longest: int = 24) -> Tokens:
         ids[: len(template)] = template
         mask = np.arange(length) >= generator.integers(0, length - 1)
         examples.append((ids.astype(np.int32), mask))
-    return pack(examples)
+    return pack_tokens(examples)

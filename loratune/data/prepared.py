@@ -109,7 +109,7 @@ class Manifest(Json):
 
 
 @dataclass(frozen=True)
-class Tokens:
+class PreparedTokens:
     """A memory-mapped sequence of tokenised examples."""
 
     ids: np.ndarray  # int32 [tokens]
@@ -138,8 +138,8 @@ class Prepared:
 
     folder: Path
     manifest: Manifest
-    train: Tokens
-    validation: Tokens
+    train: PreparedTokens
+    validation: PreparedTokens
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -188,14 +188,16 @@ class Prepared:
         return "\n".join(lines)
 
 
-def pack(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tokens:
+def pack_tokens(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> PreparedTokens:
     """Flat arrays of (ids, response_mask) pairs, at least one."""
     ids, masks = zip(*examples, strict=True)
     offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
-    return Tokens(ids=np.concatenate(ids).astype(np.int32), offsets=offsets.astype(np.int64), mask=np.concatenate(masks).astype(np.bool_))
+    return PreparedTokens(
+        ids=np.concatenate(ids).astype(np.int32), offsets=offsets.astype(np.int64), mask=np.concatenate(masks).astype(np.bool_)
+    )
 
 
-def write(folder: Path, manifest: Manifest, sets: Mapping[str, Tokens]) -> None:
+def write_prepared(folder: Path, manifest: Manifest, sets: Mapping[str, PreparedTokens]) -> None:
     """Write a prepared folder aside and rename it into place; one that stands there already, stays.
 
     Raises StorageError when the disk is full, the folder is read-only, and the like.
@@ -245,10 +247,10 @@ def _flush(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _open(folder: Path, name: str, counts: SetCounts) -> Tokens:
+def _open(folder: Path, name: str, counts: SetCounts) -> PreparedTokens:
     arrays = {array: np.load(folder / f"{name}.{array}.npy", mmap_mode="r") for array in ARRAYS}
     wanted = {"ids": counts.tokens, "offsets": counts.examples + 1, "mask": counts.tokens}
     for array, data in arrays.items():
         if data.shape != (wanted[array],) or data.dtype != ARRAYS[array]:
             raise ValueError(f"{name}.{array}.npy holds {data.dtype} {data.shape}, expected {wanted[array]} entries")
-    return Tokens(**arrays)
+    return PreparedTokens(**arrays)

@@ -20,7 +20,7 @@ class Common(NamedTuple):
     examples: tuple[str, ...]
 
 
-def compare(train: Sequence[Questions], validation: Sequence[Questions]) -> Common:
+def common_questions(train: Sequence[Questions], validation: Sequence[Questions]) -> Common:
     """Compare the questions of the rows on both sides. Near is defined in `overlap.near_duplicates`."""
     both = on_both_sides(train, validation)
     examples = []

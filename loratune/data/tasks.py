@@ -15,7 +15,7 @@ from loratune.errors import ModelError
 Tensor = Any  # torch's, which is not imported here
 
 
-class Task:
+class TrainingTask:
     """Supervised fine-tuning (SFT): the responses are learnt, and the metric is their mean NLL. Others override its methods."""
 
     name = "sft"
@@ -33,11 +33,11 @@ class Task:
         return nll
 
 
-SFT = Task()
+SFT = TrainingTask()
 TASKS = {SFT.name: SFT}
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str) -> TrainingTask:
     """Raises ModelError for a name that is not in `TASKS`."""
     if name not in TASKS:
         raise ModelError(f"task: {name!r} is not known; allowed: {', '.join(TASKS)}.")

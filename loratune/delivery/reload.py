@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loratune.data.batches import Tokens
-from loratune.data.prepared import Prepared, pack
+from loratune.data.prepared import Prepared, pack_tokens
 from loratune.errors import ModelError, StorageError
 from loratune.finetune import lora, memory, model
 from loratune.finetune.peft_layers import ADAPTER, lora_layers
@@ -53,9 +53,9 @@ def sample(data: Path | None, vocabulary: int) -> Sample:
         with contextlib.suppress(StorageError):  # the cache was emptied: two losses can be compared on any text
             found = Prepared.load(data).validation
             chosen = [found[i] for i in range(min(EXAMPLES, len(found)))]
-            return Sample(tokens=pack(chosen), whole=len(found) <= EXAMPLES)
+            return Sample(tokens=pack_tokens(chosen), whole=len(found) <= EXAMPLES)
     made_up = [((np.arange(24) * 7 + i * 5) % vocabulary, np.arange(24) >= 8) for i in range(4)]
-    return Sample(tokens=pack(made_up), whole=False)
+    return Sample(tokens=pack_tokens(made_up), whole=False)
 
 
 def check(

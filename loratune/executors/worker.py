@@ -19,7 +19,7 @@ from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
-from loratune.errors import DeviceLostError, LoratuneError, kind_of
+from loratune.errors import DeviceLostError, LoratuneError, error_kind
 from loratune.executors.base import News
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import DEVICE_LOST, ON_GPU
@@ -61,7 +61,7 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
         raise
     except LoratuneError as error:  # a model that cannot be loaded: every segment gets the same clear answer
         while (segment := inbox(wait=True)) is not None:
-            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=kind_of(error)))
+            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=error_kind(error)))
         return
     if engine.notice:
         _send(driver, Message(text=engine.notice))
@@ -87,7 +87,7 @@ def _share(segment: Segment | None) -> Segment | None:
     """Rank 0's segment, or its None, in every process of the group."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return segment
-    from loratune.finetune.engines import broadcast
+    from loratune.finetune.distributed import broadcast
 
     text = broadcast(segment.to_json() if segment is not None else None)
     return Segment.from_json(text) if text is not None else None

@@ -81,7 +81,7 @@ def kept_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name.removeprefix("best/"): tensor for name, tensor in checkpoint.tensors.items() if name.startswith("best/")}
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write the checkpoint, then remove what it supersedes. Raises StorageError."""
     path = folder / f"checkpoint-{checkpoint.step:07d}.safetensors"
     aside = folder / f".{path.name}.{os.getpid()}"
@@ -97,11 +97,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         raise StorageError(
             f"cannot write {path}: {error}. The checkpoint before it is kept; free the disk, then run the same command."
         ) from error
-    clean(folder, keep=path)
+    remove_leftovers(folder, keep=path)
     return path
 
 
-def newest(folder: Path, *, run: str, at_most: int, moments_below: int) -> Checkpoint | None:
+def newest_checkpoint(folder: Path, *, run: str, at_most: int, moments_below: int) -> Checkpoint | None:
     """The newest readable checkpoint of `run` up to step `at_most`; below step `moments_below` it must hold moments."""
     for step, path in sorted(_found(folder), reverse=True):
         if step > at_most:
@@ -120,7 +120,7 @@ def newest(folder: Path, *, run: str, at_most: int, moments_below: int) -> Check
     return None
 
 
-def clean(folder: Path, keep: Path | None = None) -> None:
+def remove_leftovers(folder: Path, keep: Path | None = None) -> None:
     """Remove what killed writers left behind and, given `keep`, every other checkpoint."""
     for path in folder.glob(".checkpoint-*"):
         path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import torch
 from loratune.data.batches import Tokens
 from loratune.data.prepared import Prepared
 from loratune.data.tasks import task_named
-from loratune.errors import DataError, ModelError, StorageError, TrainingError, kind_of
+from loratune.errors import DataError, ModelError, StorageError, TrainingError, error_kind
 from loratune.finetune import distributed, memory, model, segment
 from loratune.finetune.failures import ran_out
 from loratune.finetune.lora import adapter_parameters
@@ -51,7 +51,7 @@ class HfEngine:
         self.recipe, self.root = recipe, root
         self.task, self.method = task_named(recipe.task), method_named(recipe.method)
         self.device = model.choose_device(recipe.device)
-        self.rank, self.world = distributed.join(self.device)
+        self.rank, self.world = distributed.join_group(self.device)
         prepared = Prepared.load(root / recipe.data)
         self.train: Tokens = prepared.train
         self.validation: Tokens = prepared.validation
@@ -124,7 +124,7 @@ class HfEngine:
         except DivergedError as error:
             state, message = State.DIVERGED, f"diverged at {error}; lower learning rates are safer"
         except (ModelError, DataError, StorageError) as error:
-            state, message, kind = State.BAD_INPUT, str(error), kind_of(error)
+            state, message, kind = State.BAD_INPUT, str(error), error_kind(error)
         except Exception as error:
             details = traceback.format_exc()
             if ran_out(error, self.device):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import MissingExtraError, ModelError
 from loratune.finetune.rope import forget_lengths
 from loratune.system import hub
@@ -69,7 +70,7 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
     Raises ModelError, saying what is missing, for a folder or hub id that does not hold a causal language model.
     """
     _config(recipe)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.name_or_path, recipe.revision, recipe.trust_remote_code)
     model = load_network(recipe, device, silent=silent)
     if device.type != "meta" and not is_causal(model):
         raise ModelError(
@@ -120,16 +121,6 @@ def is_causal(model: transformers.PreTrainedModel) -> bool:
         one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     rounding = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.02
     return not bool((one - other).abs().max() > rounding * one.abs().max())
-
-
-def load_tokenizer(recipe: ModelRecipe) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer beside the model. Raises ModelError."""
-    _check_folder(recipe)
-    with _explained(recipe, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.name_or_path, **_common(recipe))
-    if not len(tokenizer):
-        raise ModelError(f"model {recipe.name_or_path!r}: no tokenizer files. Put tokenizer.json or tokenizer.model beside config.json.")
-    return tokenizer
 
 
 def autocast(base: BaseModel) -> contextlib.AbstractContextManager[Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from loratune.data.prepare import load_tokenizer
 from loratune.data.prepared import Prepared
-from loratune.data.sources import Example, Source, read
+from loratune.data.sources import Example, Source, read_source
+from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import ModelError
 from loratune.finetune import layers
 from loratune.finetune.targets import left_out
@@ -19,7 +19,7 @@ _MADE_FOR = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  
 _LISTED = 5
 
 
-def check(model: Any, recipe: ModelRecipe, data: Prepared, wanted: Sequence[str | tuple[str, ...]]) -> list[str]:
+def check_fit(model: Any, recipe: ModelRecipe, data: Prepared, wanted: Sequence[str | tuple[str, ...]]) -> list[str]:
     """Lines for the user on what training `wanted`, values of `target_modules`, will leave out, and on examples that are long.
 
     `model` is the recipe's, also one on torch's meta device. Raises one ModelError with all that cannot work: layers that it
@@ -92,7 +92,7 @@ def _too_long(model: Any, data: Prepared) -> tuple[str, str]:
 
 def _runs(model: Any, tokens: int) -> bool:
     """Whether the model takes so many tokens, as far as shapes tell."""
-    return layers.trace(model, tokens) is not None or layers.trace(model) is None
+    return layers.trace_text(model, tokens) is not None or layers.trace_text(model) is None
 
 
 def _tokens_without_embedding(model: Any, recipe: ModelRecipe, data: Prepared) -> str:
@@ -128,7 +128,7 @@ def _described(token: int, tokenizer: Any, data: Prepared) -> str:
 
 
 def _first_place(token: int, text: str, tokenizer: Any, source: Source, on_bad_rows: str) -> str:
-    for example in read(source, on_bad_rows)[0]:
+    for example in read_source(source, on_bad_rows)[0]:
         for part in _texts(example):
             if text in part and token in tokenizer(part, add_special_tokens=False)["input_ids"]:
                 return f"{example.source}, {example.place}"

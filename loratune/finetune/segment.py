@@ -77,9 +77,9 @@ class SegmentRun:
     def resume(self) -> None:
         """Go on from the run's newest checkpoint that this segment can use; from step 0 when there is none."""
         stop = self.segment.stop_step
-        found = checkpoint.newest(self.folder, run=self._identity, at_most=stop, moments_below=stop)
+        found = checkpoint.newest_checkpoint(self.folder, run=self._identity, at_most=stop, moments_below=stop)
         if self.writes:
-            checkpoint.clean(self.folder)
+            checkpoint.remove_leftovers(self.folder)
         if found is None:
             if self.segment.start_step:
                 self.log(f"no checkpoint for step {self.segment.start_step}: training again from step 0, to the same result")
@@ -159,7 +159,7 @@ class SegmentRun:
             "best_step": self._best_step,
         }
         tensors = checkpoint.capture(self._parameters, None if complete else self._optimizer, self._best)
-        checkpoint.save(self.folder, checkpoint.Checkpoint(step=self.step, run=self._identity, tensors=tensors, facts=facts))
+        checkpoint.save_checkpoint(self.folder, checkpoint.Checkpoint(step=self.step, run=self._identity, tensors=tensors, facts=facts))
 
     def settle(self) -> None:
         """The last validation is on the curve: bring the weights to those of the point that is kept, so that they can be saved.

@@ -69,11 +69,11 @@ def left_out(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
 
     Raises ModelError as `chosen_layers` does.
     """
-    chosen, known = set(chosen_layers(model, wanted)), layers.layers_of(model)
+    chosen, known = set(chosen_layers(model, wanted)), layers.model_layers(model)
     endings = _listed(wanted)
     asked = {layer for layer in (*known.fit, *known.unfit) if (wanted in _sets(layer) if wanted in NAMED_SETS else _ends(layer, endings))}
     unfit = {layer: why for layer, why in known.unfit.items() if layer in asked}
-    phrases = [layers.explained(unfit, known.fit)] if unfit else []
+    phrases = [layers.explain_unfit(unfit, known.fit)] if unfit else []
     if known.experts and wanted in ("mlp", "all-linear"):
         share, where = known.experts_share, layers.pattern(known.experts)
         phrases.append(f"the experts, {share:.0%} of the parameters ({where}: Transformers keeps them in tensors, not in linear layers)")
@@ -84,7 +84,7 @@ def left_out(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
 
 def _check_names(model: nn.Module, endings: tuple[str, ...]) -> None:
     """Refuse names of no linear layer, and of layers that no adapter can go on."""
-    known = layers.layers_of(model)
+    known = layers.model_layers(model)
     wrong: dict[str, str] = {}
     for ending in endings:
         fit = [layer for layer in known.fit if _ends(layer, (ending,))]
@@ -95,7 +95,7 @@ def _check_names(model: nn.Module, endings: tuple[str, ...]) -> None:
     if wrong:
         names = ", ".join(sorted({_leaf(layer) for layer in known.fit}))
         raise ModelError(
-            f"target_modules: no adapter can go on {layers.explained(wrong, known.fit)}. "
+            f"target_modules: no adapter can go on {layers.explain_unfit(wrong, known.fit)}. "
             f"Give others of its linear layers: {names or 'none'}; or one of {', '.join(NAMED_SETS)}."
         )
 
@@ -124,7 +124,7 @@ def _sets(layer: str) -> set[str]:
 
 def linear_layers(model: nn.Module) -> list[str]:
     """The names of all linear layers that an adapter can go on, in the model's order; never the output head."""
-    return list(layers.layers_of(model).fit)
+    return list(layers.model_layers(model).fit)
 
 
 def _endings(chosen: list[str], everything: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from loratune.data.batches import Batch, Sides, Tokens, collate, cut, micro_batch_count, response_tokens
 from loratune.data.shared_prefix import dropout_owners
-from loratune.data.tasks import Task
+from loratune.data.tasks import TrainingTask
 from loratune.finetune import memory
 from loratune.finetune import model as base_model
 from loratune.finetune.dropout import DropoutKey
@@ -84,7 +84,7 @@ class SegmentTrainer(transformers.Trainer):
         training: TrainingRecipe,
         *,
         hooks: "StepHooks",
-        task: Task,
+        task: TrainingTask,
         rank: int,
         world: int,
     ) -> None:

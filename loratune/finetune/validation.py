@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from loratune.data.batches import Batch, Tokens, validation_batches
-from loratune.data.tasks import SFT, Task
+from loratune.data.tasks import SFT, TrainingTask
 from loratune.errors import DataError
 from loratune.finetune.rope import sides_of
 
@@ -55,7 +55,7 @@ def validate(
     device: torch.device | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     interrupted: Callable[[], bool] = lambda: False,
-    task: Task = SFT,
+    task: TrainingTask = SFT,
     rank: int = 0,
     world: int = 1,
 ) -> tuple[float, float]:

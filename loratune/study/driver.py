@@ -19,7 +19,7 @@ from optuna.samplers import BaseSampler
 
 from loratune import executors, samplers
 from loratune.data.cache import prepare_data
-from loratune.data.prepare import Prepared
+from loratune.data.prepared import Prepared
 from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
@@ -126,7 +126,7 @@ def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
         model = sizes.bare_model(recipe)
     except ModelError:
         return []  # what cannot be built without weights, is loaded with them, or refused there in better words
-    return preflight.check(model, recipe, data, _targets(spec))
+    return preflight.check_fit(model, recipe, data, _targets(spec))
 
 
 def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loratune.data.fields import BadError
-from loratune.data.formats import detect, parse
+from loratune.data.formats import detect_format, parse_record
 from loratune.data.prepared import SourceCounts
 from loratune.data.sources import Example, Exchange, fields_of
 
@@ -19,7 +19,7 @@ def conversation(*answers, **more):
 
 
 def read(record):
-    return parse(record, detect(record))
+    return parse_record(record, detect_format(record))
 
 
 # ---- what is read ----

@@ -17,9 +17,10 @@ import tiny_tokenizer
 from loratune import demo
 from loratune.data import prepare as module
 from loratune.data import prepared as prepared_module
-from loratune.data.prepare import check, load_tokenizer, prepare
+from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe, Source
+from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import DataError, ModelError, StorageError
 
 
@@ -400,14 +401,14 @@ def test_killed_while_writing(tmp_path, tokenizer, survived):
 
 def test_the_loser_of_a_race_leaves_the_winner_alone(tmp_path, tokenizer, monkeypatch):
     recipe = simple(tmp_path)
-    real = module.pack
+    real = module.pack_tokens
 
     def slow(examples):
-        monkeypatch.setattr(module, "pack", real)
+        monkeypatch.setattr(module, "pack_tokens", real)
         prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")  # the other process finishes meanwhile
         return real(examples)
 
-    monkeypatch.setattr(module, "pack", slow)
+    monkeypatch.setattr(module, "pack_tokens", slow)
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert len(prepared.train) == 15
     assert os.listdir(tmp_path / "cache") == [prepared.folder.name]
@@ -433,37 +434,6 @@ def test_a_warm_start_imports_neither_torch_nor_transformers(tmp_path, tokenizer
 
 
 # ---- what is refused ----
-
-A, B = Source(path="a.json"), Source(path="b.json")
-WRONG = {
-    "no validation": ({}, "no validation data asked for: .*Write validation_fraction: 0.2, or"),
-    "no sources": ({"train": (), "validation_fraction": 0.2}, "train: name at least one source"),
-    "two ways": ({"validation": (B,), "validation_fraction": 0.2}, "validation and validation_fraction exclude each other"),
-    "two other ways": ({"validation_count": 3, "validation_fraction": 0.2}, "validation_fraction and validation_count exclude each other"),
-    "fraction of 1": ({"validation_fraction": 1.0}, "expected a number between 0 and 1, got 1.0"),
-    "fraction in percent": ({"validation_fraction": 20}, "expected a number between 0 and 1, got 20"),
-    "prompt": ({"validation_fraction": 0.2, "prompt": "vicuna"}, "prompt: expected auto, alpaca or chat, got vicuna"),
-    "on_bad_rows": ({"validation_fraction": 0.2, "on_bad_rows": "ignore"}, "on_bad_rows: expected error or skip"),
-    "max_length": ({"validation_fraction": 0.2, "max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
-    "count": ({"validation_fraction": 0.2, "train_count": 0}, "train_count: expected at least 1, got 0"),
-    "weight": ({"validation_fraction": 0.2, "train": (Source(path="a", weight=-1.0),)}, "a: weight: expected a number above 0, got -1.0"),
-    "some weights": ({"validation_fraction": 0.2, "train": (A, Source(path="b", weight=1.0))}, "give every source a weight, or none"),
-    "count of validation": ({"validation": (Source(path="b", validation_count=3),)}, "a validation source takes count"),
-    "held out twice": ({"validation": (B,), "train": (Source(path="a", validation_count=3),)}, "exclude each other"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_recipes_that_contradict_themselves(name):
-    options, message = WRONG[name]
-    with pytest.raises(DataError, match=message):
-        check(DataRecipe(**({"train": (A,)} | options)))
-
-
-def test_all_mistakes_at_once():
-    with pytest.raises(DataError) as caught:
-        check(DataRecipe(train=(A,), validation_fraction=2.0, prompt="x", max_length=0))
-    assert len(str(caught.value).splitlines()) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokens import random_tokens
 
-from loratune.data.prepared import Tokens, pack
+from loratune.data.prepared import PreparedTokens, pack_tokens
 from loratune.data.shared_prefix import dropout_owners, shared_prefixes
 
 TOKENS = random_tokens(60, 5)
 
 
-def written(*examples: tuple[list[int], int]) -> Tokens:
+def written(*examples: tuple[list[int], int]) -> PreparedTokens:
     """Examples of (tokens, where the response begins)."""
-    return pack([(np.asarray(ids, dtype=np.int32), np.arange(len(ids)) >= start) for ids, start in examples])
+    return pack_tokens([(np.asarray(ids, dtype=np.int32), np.arange(len(ids)) >= start) for ids, start in examples])
 
 
 def test_a_template_belongs_to_the_first_in_order() -> None:

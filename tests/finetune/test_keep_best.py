@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from tiny_engine import adapter, recipe, run, segment
 
-from loratune.finetune.checkpoint import Checkpoint, newest
+from loratune.finetune.checkpoint import Checkpoint, newest_checkpoint
 from loratune.finetune.engines import Engine, load_engine
 from loratune.work import Outcome, Recipe, Segment, State
 
@@ -64,7 +64,7 @@ def losses(outcome: Outcome) -> dict[int, float]:
 def checkpoint_of(folder: Path) -> Checkpoint:
     (path,) = folder.glob("checkpoint-*")
     with safe_open(path, "pt") as file:
-        found = newest(folder, run=file.metadata()["run"], at_most=STEPS, moments_below=STEPS)
+        found = newest_checkpoint(folder, run=file.metadata()["run"], at_most=STEPS, moments_below=STEPS)
     assert found is not None
     return found
 

@@ -81,7 +81,7 @@ def test_a_folder_with_a_model_and_an_adapter(mixed: Path) -> None:
     """Refused, wherever a model is loaded or its config read: Transformers would put the adapter on without a word."""
     both = r"holds a model AND an adapter \(adapter_config\.json, made for someone/llama\).*merge the adapter first"
     recipe = ModelRecipe(name_or_path=str(mixed))
-    for refused in (lambda: load(mixed), lambda: model.load_tokenizer(recipe), lambda: adapter_sizes(recipe)):
+    for refused in (lambda: load(mixed), lambda: adapter_sizes(recipe)):
         with pytest.raises(ModelError, match=both):
             refused()
     (mixed / "adapter_config.json").write_text("not JSON")

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.attention import varlen as torch_varlen
 
 from loratune.data.shared_prefix import dropout_owners
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.finetune.packed import attention, varlen
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.finetune.packed.layout import Flat, Share, flatten
@@ -118,7 +118,7 @@ def test_training_through_it_is_the_same(kernel, tmp_path: Path, monkeypatch: py
             monkeypatch.setattr(torch_varlen, "varlen_attn", kernel)
             monkeypatch.setattr(varlen, "takes", lambda q, k, v: True)
         engine = PackedEngine(replace(recipe(tmp_path), engine="packed", slots=2), tmp_path)
-        outcomes = run_all(engine, [replace(segment(4, trial=k, lora_r=4 + k), run=f"run-{by_kernel}") for k in range(2)])
+        outcomes = run_segments(engine, [replace(segment(4, trial=k, lora_r=4 + k), run=f"run-{by_kernel}") for k in range(2)])
         losses.append([o.validation_loss for o in outcomes])
         engine.close()
     assert losses[0] == pytest.approx(losses[1], abs=1e-7)  # norms are float32
@@ -172,5 +172,5 @@ def test_never_on_a_cpu() -> None:
 def test_half_precision_without_the_kernel_is_packed(tmp_path: Path) -> None:
     """Rectangles: what a device below Ampere takes."""
     engine = PackedEngine(replace(recipe(tmp_path, dtype="bfloat16"), engine="packed", slots=2), tmp_path)
-    outcomes = run_all(engine, [segment(3, trial=k, learning_rate=1e-3) for k in range(2)])
+    outcomes = run_segments(engine, [segment(3, trial=k, learning_rate=1e-3) for k in range(2)])
     assert all(o.validation_loss is not None for o in outcomes), outcomes[0].message

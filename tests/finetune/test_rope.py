@@ -14,7 +14,7 @@ from tiny_engine import VOCABULARY, adapter, recipe, segment
 from loratune.data import batches
 from loratune.errors import NotPackableError
 from loratune.finetune import model
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.engine import PackedEngine
@@ -89,7 +89,7 @@ def test_both_engines_train_each_example_as_it_is_alone(kind: str, tmp_path: Pat
     found = {}
     for name, engine in runs.items():
         own = replace(wanted, run=name)
-        (outcome,) = run_all(engine, [own])
+        (outcome,) = run_segments(engine, [own])
         assert outcome.state is State.COMPLETED, outcome.message
         found[name] = (outcome, adapter(tmp_path, own))
     reference, weights = found["hf-1"]
@@ -107,8 +107,8 @@ def test_two_lanes_of_one_pass_are_of_one_side(tmp_path: Path) -> None:
     tiny_engine.build_model(tmp_path / "model", CONFIGS["longrope"])
     base = recipe(tmp_path)
     wanted = [segment(3, trial=k, lora_r=r, batch_size=size) for k, (r, size) in enumerate(((2, 2), (3, 3), (4, 2)))]
-    together = run_all(PackedEngine(replace(base, engine="packed", slots=3), tmp_path), wanted)
-    alone = run_all(HfEngine(base, tmp_path), [replace(one, run="hf") for one in wanted])
+    together = run_segments(PackedEngine(replace(base, engine="packed", slots=3), tmp_path), wanted)
+    alone = run_segments(HfEngine(base, tmp_path), [replace(one, run="hf") for one in wanted])
     for mine, other in zip(together, alone, strict=True):
         assert mine.validation_loss == pytest.approx(other.validation_loss, abs=1e-6)
 

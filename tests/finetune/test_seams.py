@@ -14,7 +14,7 @@ from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
 from loratune.data.prompts import Encoded, Prompt
 from loratune.data.sources import DataRecipe, Example, Source
-from loratune.data.tasks import TASKS, Task
+from loratune.data.tasks import TASKS, TrainingTask
 from loratune.errors import ModelError
 from loratune.finetune import lora
 from loratune.finetune.dropout import DropoutKey
@@ -27,7 +27,7 @@ from loratune.work import Hyperparameters, Outcome, Recipe
 ENGINES = ("packed", "hf")
 
 
-class Focal(Task):
+class Focal(TrainingTask):
     """The prompt is learnt too; what the model knows already counts less (focal loss); the metric is the share of surprises."""
 
     name = "focal"

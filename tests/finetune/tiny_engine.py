@@ -8,9 +8,9 @@ import torch
 import transformers
 from tiny_tokens import VOCABULARY, random_tokens
 
-from loratune.data.prepared import Manifest, SetCounts, write
+from loratune.data.prepared import Manifest, SetCounts, write_prepared
 from loratune.data.sources import DataRecipe
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.work import Hyperparameters, ModelRecipe, Outcome, Recipe, Segment, State, TrainingRecipe
 
 
@@ -44,7 +44,7 @@ def build_data(folder: Path, train: int = 40, validation: int = 20) -> Path:
         sources=(),
         **counts,
     )
-    write(folder, manifest, sets)
+    write_prepared(folder, manifest, sets)
     return folder
 
 
@@ -80,7 +80,7 @@ def segment(
 def run(
     engine, wanted: Segment, *, report=lambda progress: None, stop: threading.Event | None = None, state: State | None = State.COMPLETED
 ) -> Outcome:  # type: ignore[no-untyped-def]
-    (outcome,) = run_all(engine, [wanted], tell=report, stop=stop)
+    (outcome,) = run_segments(engine, [wanted], tell=report, stop=stop)
     assert state is None or outcome.state is state, outcome.message
     return outcome
 

@@ -22,7 +22,7 @@ import numpy as np
 from loratune.data.batches import Tokens
 from loratune.data.prepared import Prepared
 from loratune.data.tasks import task_named
-from loratune.errors import DataError, DeviceLostError, ModelError, NotPackableError, StorageError, kind_of
+from loratune.errors import DataError, DeviceLostError, ModelError, NotPackableError, StorageError, error_kind
 from loratune.finetune import memory, model, segment
 from loratune.finetune.failures import error_text, fits, ran_out, state_of, too_large
 from loratune.finetune.methods import method_named
@@ -112,7 +112,7 @@ class PackedEngine:
                 wanted, base=self.base, recipe=self.recipe, root=self.root, tokens=self.train, method=self.method, report=self._tell
             )
         except (ModelError, DataError, StorageError) as error:
-            self._tell(Outcome(key=wanted.key, state=State.BAD_INPUT, message=str(error), error=kind_of(error)))
+            self._tell(Outcome(key=wanted.key, state=State.BAD_INPUT, message=str(error), error=error_kind(error)))
         except Exception as error:
             lost = ran_out(error, self.device)
             if not lost:
@@ -140,7 +140,7 @@ class PackedEngine:
                 self._occupied, self._limit = [], 1
                 return
             for slot in list(self._occupied):
-                self._leave(slot, state_of(error), error_text(error), traceback.format_exc(), kind_of(error))
+                self._leave(slot, state_of(error), error_text(error), traceback.format_exc(), error_kind(error))
 
     def _advance(self, stop: threading.Event) -> None:
         if not self._validate([slot for slot in self._occupied if slot.run.validation_due()], stop):
@@ -283,7 +283,7 @@ class PackedEngine:
                 else:
                     self._set_aside(slot)
             except StorageError as error:
-                self._leave(slot, State.BAD_INPUT, str(error), kind=kind_of(error))
+                self._leave(slot, State.BAD_INPUT, str(error), kind=error_kind(error))
 
     def _cancel(self) -> None:
         for slot in list(self._occupied):

@@ -13,7 +13,7 @@ from torch import nn
 
 from loratune.data.batches import Tokens, response_tokens
 from loratune.data.shared_prefix import dropout_owners
-from loratune.data.tasks import Task
+from loratune.data.tasks import TrainingTask
 from loratune.finetune import memory
 from loratune.finetune.methods import Method
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, learning_rate_factor, warmup_steps
@@ -161,7 +161,7 @@ def _leading(true: np.ndarray) -> int:
 
 
 def run_pass(
-    base: PackedBase, tokens: Tokens, slots: Sequence[Slot], shares: Sequence[Share], task: Task
+    base: PackedBase, tokens: Tokens, slots: Sequence[Slot], shares: Sequence[Share], task: TrainingTask
 ) -> tuple[Flat, list[torch.Tensor]]:
     """One pass, forward and backward: (the flat batch, each share's summed loss). Gradients are added to the adapters'."""
     flat = flatten(tokens, shares, base.device)

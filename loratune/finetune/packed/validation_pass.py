@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from loratune.data.batches import Tokens
-from loratune.data.tasks import SFT, Task
+from loratune.data.tasks import SFT, TrainingTask
 from loratune.errors import DataError
 from loratune.finetune import memory
 from loratune.finetune.failures import ran_out
@@ -23,7 +23,7 @@ def validate_together(
     *,
     room: int,
     interrupted: Callable[[], bool] = lambda: False,
-    task: Task = SFT,
+    task: TrainingTask = SFT,
 ) -> tuple[list[float], float]:
     """The task's metric (as finetune/validation.py) of each adapter over all of `tokens`, and the seconds that took in all.
 
@@ -48,7 +48,7 @@ def validate_together(
 
 
 def validate_within(
-    base: PackedBase, adapters: Sequence[Adapter], tokens: Tokens, room: int, interrupted: Callable[[], bool], task: Task = SFT
+    base: PackedBase, adapters: Sequence[Adapter], tokens: Tokens, room: int, interrupted: Callable[[], bool], task: TrainingTask = SFT
 ) -> tuple[tuple[list[float], float] | None, int]:
     """What `validate_together` gives, None where there is no memory for one example of each adapter; and the room that was left."""
     least = int(np.max(tokens.lengths)) * len(adapters)
