@@ -61,7 +61,7 @@ class DeviceLostError(TrainingError):
     def __init__(self, device: str, cause: str) -> None:
         super().__init__(
             f"{device} reported an error after which this process cannot use it any more:\n{cause}\n"
-            "Run the same command again: it goes on from the checkpoints. If that repeats, look for the device's faults in dmesg."
+            "Run the same command again: it continues from the checkpoints. If this happens again, look for hardware faults in dmesg."
         )
 
 

@@ -124,7 +124,7 @@ def test_training_on_the_cpu_beside_a_gpu_is_told_first(tmp_path: Path, monkeypa
     first = next(events)
     events.close()
     assert isinstance(first, Note)
-    assert first.text.startswith("warning: a GPU is here (/dev/nvidia0), but trials train on the CPU: the driver is too old.")
+    assert first.text.startswith("warning: this machine has a GPU (/dev/nvidia0), but trials train on the CPU: the driver is too old.")
 
 
 def test_bad_input_keeps_its_kind_across_a_border() -> None:

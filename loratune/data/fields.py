@@ -65,9 +65,10 @@ def list_field(fields: Fields, name: str, wanted: str) -> list[Any]:
 
 def agreed(fields: Fields, names: tuple[str, ...], read: Callable[[Fields, str], str]) -> str:
     """The text of several spellings of one field. Raises BadError where two say different things."""
-    found = {text: name for name in reversed(names) if (text := read(fields, name))}
+    found = {read(fields, name): name for name in reversed(names)}
+    found.pop("", None)
     if len(found) > 1:
-        raise BadError(f"{fields.where}{' and '.join(reversed(found.values()))}: mean the same and hold different texts; keep one")
+        raise BadError(f"{fields.where}{' and '.join(reversed(found.values()))}: mean the same but hold different texts; keep one")
     return next(iter(found), "")
 
 

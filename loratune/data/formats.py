@@ -59,8 +59,9 @@ def detect_format(record: dict[str, Any]) -> str:
             return name
     fields = [str(field) for field in record]
     wanted = {field for known in FORMATS.values() for field in known.required}
-    near = [(f, m[0]) for f in fields if f not in wanted and (m := difflib.get_close_matches(f, sorted(wanted), n=1, cutoff=0.75))]
-    hint = " " + "; ".join(f"{given} looks like {meant}" for given, meant in near) + "." if near else ""
+    near = {field: difflib.get_close_matches(field, sorted(wanted), n=1, cutoff=0.75) for field in fields if field not in wanted}
+    looks = "; ".join(f"{given} looks like {meant[0]}" for given, meant in near.items() if meant)
+    hint = f" {looks}." if looks else ""
     if "chosen" in record and "rejected" in record:
         hint += " chosen and rejected are preference data, which is not trained on; keep one answer, under the name of its format."
     formats = "; ".join(f"{name} ({', '.join(known.required)})" for name, known in FORMATS.items())
@@ -219,7 +220,7 @@ def _usable(fields: Fields) -> None:
         raise BadError("the row is marked as not to be trained on (weight: 0, train: false); expected an answer to learn from")
     for name in ("label", "kto_tag"):  # TRL's and LLaMA-Factory's unpaired preferences; a label of another type is the user's own
         if isinstance(fields.values.get(name), bool) and not fields.get(name):
-            raise BadError(f"field {name}: false marks an answer that is not wanted; expected an answer to learn from")
+            raise BadError(f"field {name}: false marks a rejected answer; expected an answer to learn from")
     if not empty(fields.get("functions")):
         raise BadError("field functions: OpenAI's earlier spelling is not read; write the functions as tools")
 

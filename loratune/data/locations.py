@@ -18,7 +18,7 @@ def local(path: str, split: str | None) -> list[Path] | Path | None:
     place = Path(path).expanduser()
     if place.is_file():
         if split is not None:
-            raise DataError(f"{path}: split: {split} was asked of a single file; split applies to folders and hub data sets. Leave it out.")
+            raise DataError(f"{path}: split: {split}: a single file has no splits, only folders and hub data sets have. Leave it out.")
         if not data_suffix(place):
             raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}, each also with .gz (not Parquet).")
         return [place]

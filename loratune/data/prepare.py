@@ -170,7 +170,7 @@ def _tokenise(
         except UnfitError as error:
             rows.bad.append(BadRow(example.source, example.place, error.problem))
             if recipe.on_bad_rows != "skip":
-                raise DataError(f"{rows.bad[-1]}. Mend the row, or leave such rows out with data.on_bad_rows: skip.") from error
+                raise DataError(f"{rows.bad[-1]}. Fix the row, or leave such rows out with data.on_bad_rows: skip.") from error
             continue
         if encoded is None:
             rows.dropped += 1
@@ -247,7 +247,7 @@ def _draw_training(recipe: DataRecipe, train: Sequence[_Rows]) -> None:
     wanted = split.quotas([len(r.pool) for r in train], [r.source.count for r in train], _weights(train), recipe.train_count)
     for rows, count in zip(train, wanted, strict=True):
         if count and not rows.pool:
-            raise DataError(f"{rows.source.path}: {count:,} training examples asked for, but validation leaves none.")
+            raise DataError(f"{rows.source.path}: {count:,} training examples requested, but validation leaves none.")
         if count:
             drawn = split.draw([rows.texts[i] for i in rows.pool], count, recipe.seed)
             rows.train = [rows.pool[i] for i in drawn]
@@ -270,7 +270,7 @@ def _count_duplicates(sources: Sequence[_Rows], keys: Sequence[str]) -> None:
 def _enough(rows: _Rows, count: int) -> None:
     if count > len(rows.questions):
         raise DataError(
-            f"{rows.source.path}: {count:,} validation examples asked for of {len(rows.questions):,} usable rows; validation never repeats."
+            f"{rows.source.path}: {count:,} validation examples requested of {len(rows.questions):,} usable rows; validation never repeats."
         )
 
 

@@ -54,7 +54,7 @@ class SourceCounts(Json):
     def fields(self) -> list[str]:
         """What was made of the rows' fields beyond question and answer, in words."""
         told = [
-            (self.history, f"{self.history:,} rows with history: its exchanges stand before the question, their answers are scored too"),
+            (self.history, f"{self.history:,} rows with history: its exchanges come before the question, and their answers are scored too"),
             (self.unscored, f"{self.unscored:,} answers are context only, not scored (weight: 0, train: false)"),
             (self.reasoning, f"{self.reasoning:,} answers with a reasoning part"),
             (self.tools, f"{self.tools:,} rows with tools"),
@@ -161,12 +161,12 @@ class Prepared:
         cut, dropped, bad, over, left_out = (sum(getattr(s, name) for s in m.sources) for name in names)
         notes = [
             (m.duplicates, f"{m.duplicates:,} rows that repeat an earlier row's question, kept on its side of the split"),
-            (over, f"{over:,} training rows left out because validation asks the same"),
+            (over, f"{over:,} training rows left out because validation has the same question"),
             (cut, f"{cut:,} cut at {m.recipe.max_length:,} tokens"),
             (dropped, f"{dropped:,} dropped (the prompt alone fills {m.recipe.max_length:,} tokens)"),
             (bad, f"{bad:,} bad rows skipped"),
-            (m.shared, f"{m.shared:,} validation examples ask something that training asks too"),
-            (m.near_duplicates, f"{m.near_duplicates:,} validation examples ask nearly what training asks"),
+            (m.shared, f"{m.shared:,} validation examples share a question with training"),
+            (m.near_duplicates, f"{m.near_duplicates:,} validation examples have a question nearly the same as one in training"),
             (left_out, f"{left_out:,} thinking parts of earlier answers left out, as the chat template does"),
         ]
         lines = [
@@ -180,7 +180,7 @@ class Prepared:
             if len(m.sources) > 1:
                 lines.append(f"{s.path}: {s.rows:,} rows; {s.train:,} train, {s.validation:,} validation")
             if s.repeats:
-                lines.append(f"{s.path}: {s.train:,} training examples were asked of {s.train - s.repeats:,}: {s.repeats:,} are repeats")
+                lines.append(f"{s.path}: {s.train:,} training examples drawn from {s.train - s.repeats:,}: {s.repeats:,} are repeats")
             before = f"{s.path}: " if len(m.sources) > 1 else ""
             lines += [before + line for line in s.fields()]
             if s.bad:

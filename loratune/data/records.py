@@ -159,7 +159,7 @@ def _repeated(value: Any) -> str:
     while waiting:
         value = waiting.pop()
         if isinstance(value, _Repeated):
-            return f"the key {value.key} stands twice in an object; keep one"
+            return f"the key {value.key} appears twice in an object; keep one"
         if isinstance(value, dict | list):
             waiting += reversed(list(value.values()) if isinstance(value, dict) else value)
     return ""
@@ -184,7 +184,7 @@ def _json(file: Path, text: str) -> Iterator[RawRecord]:
         raise DataError(f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}.{cut}") from error
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         if isinstance(whole, _Repeated):
-            raise DataError(f"{file}: the key {whole.key} stands twice in the outermost object; keep one.")
+            raise DataError(f"{file}: the key {whole.key} appears twice in the outermost object; keep one.")
         whole = whole["data"]
     if isinstance(whole, dict):
         whole = [whole]
@@ -236,7 +236,7 @@ def _csv(file: Path, text: str, delimiter: str) -> Iterator[RawRecord]:
 def _once(file: Path, names: list[str]) -> None:
     for place, name in enumerate(names):
         if name and name in names[:place]:
-            raise DataError(f"{file}: the column {name} stands there twice. Keep one, or give them different names.")
+            raise DataError(f"{file}: the column {name} appears twice. Keep one, or give them different names.")
 
 
 def _parquet(file: Path) -> Iterator[RawRecord]:

@@ -116,7 +116,7 @@ def read_source(source: Source, on_bad_rows: str = "error") -> tuple[list[Exampl
         except BadError as error:
             bad.append(BadRow(file, place, str(error)))
             if on_bad_rows != "skip":
-                raise DataError(f"{bad[-1]}. Mend the row, or leave such rows out with data.on_bad_rows: skip.") from None
+                raise DataError(f"{bad[-1]}. Fix the row, or leave such rows out with data.on_bad_rows: skip.") from None
     if not examples:
         raise DataError(
             f"{source.path}: no usable row among {len(bad)}. The first: {bad[0]}." if bad else f"{source.path}: holds no records."

@@ -10,11 +10,11 @@ holds the socket, and passes the segments on to the others.
 """
 
 import json
+import logging
 import os
 import signal
 import sys
 import threading
-import traceback
 from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -34,9 +34,9 @@ def main(root: Path, address: str) -> None:
     try:
         _work(recipe, root, address)
     except DeviceLostError:
-        # No outcome is told: the driver sees the process end, and sends what it had to a new one. Leaving in order
+        # No outcome is sent: the driver sees the process end, and sends its segments to a new one. An orderly exit
         # would ask the device to free its memory, which may hang.
-        traceback.print_exc()
+        logging.getLogger("loratune").exception("this process lost its device")
         sys.stderr.flush()
         os._exit(DEVICE_LOST)
 

@@ -133,4 +133,5 @@ def remove_leftovers(folder: Path, keep: Path | None = None) -> None:
 def _found(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
-    return [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    names = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return [(int(match[1]), path) for match, path in names if match]

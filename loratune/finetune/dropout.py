@@ -67,7 +67,7 @@ class KeyedDropout(nn.Module):
         if rows is None or rows.numel() != x.shape[:-1].numel():
             raise ModelError(
                 f"module {self.module} does not see the batch's tokens one by one, so its LoRA dropout cannot be keyed to them. "
-                "Leave it out of target_modules, or fix lora_dropout to 0."
+                "Leave it out of target_modules, or set lora_dropout to 0."
             )
         keep = keep_mask(rows.view(x.shape[:-1]), self.key.of(self.module), x.shape[-1], self.p, x.dtype)
         return x * keep * (1 / (1 - self.p))

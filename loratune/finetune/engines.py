@@ -63,10 +63,10 @@ def load_engine(recipe: Recipe, root: Path) -> Engine:
         if not ran_out(error, device):
             raise
     memory.free(device)
-    free = f", {memory.available(device) / 2**30:.1f} GiB of which this process may take" if device.type == "cuda" else ""
+    free = f", {memory.available(device) / 2**30:.1f} GiB available to this process" if device.type == "cuda" else ""
     raise ModelError(
         f"model {recipe.model.name_or_path!r}: out of memory while loading it on {memory.device_name(device)}{free}. "
-        "load_in_4bit or a smaller model need less; end what else takes the device's memory."
+        "Use load_in_4bit or a smaller model, or stop other programs that use the device's memory."
     )
 
 

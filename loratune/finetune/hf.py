@@ -21,9 +21,9 @@ import torch
 from loratune.data.batches import Tokens
 from loratune.data.prepared import Prepared
 from loratune.data.tasks import task_named
-from loratune.errors import DataError, ModelError, StorageError, TrainingError, error_kind
+from loratune.errors import TrainingError, error_kind
 from loratune.finetune import distributed, memory, model, segment
-from loratune.finetune.failures import ran_out
+from loratune.finetune.failures import error_text, ran_out, state_of
 from loratune.finetune.lora import adapter_parameters
 from loratune.finetune.methods import method_named
 from loratune.finetune.optimisation import make_optimizer
@@ -77,7 +77,7 @@ class HfEngine:
         if (words := self._group_outcome(folder, wanted)) is not None:
             return words
         if distributed.agree(stop.is_set()):
-            return Outcome(key=wanted.key, state=State.CANCELLED, message="asked to stop before it began")
+            return Outcome(key=wanted.key, state=State.CANCELLED, message="stopped before it began")
         memory.reset_peak(self.device)
         with _global_randomness_kept():
             outcome = self._attempt(wanted, folder, report, stop)
@@ -120,23 +120,18 @@ class HfEngine:
             for line in lines:
                 run.log(line)
             state = self._train(run, adapter, key, parameters, optimizer, stop)
-            message = "asked to stop; a checkpoint is written" if state is State.CANCELLED else ""
+            message = "stopped; a checkpoint was written" if state is State.CANCELLED else ""
         except DivergedError as error:
             state, message = State.DIVERGED, f"diverged at {error}; lower learning rates are safer"
-        except (ModelError, DataError, StorageError) as error:
-            state, message, kind = State.BAD_INPUT, str(error), error_kind(error)
         except Exception as error:
-            details = traceback.format_exc()
+            state, message, kind = state_of(error), error_text(error), error_kind(error)
             if ran_out(error, self.device):
-                state = State.OUT_OF_MEMORY
                 message = (
                     f"out of memory on {memory.device_name(self.device)} with lora_r {wanted.hyperparameters.lora_r}, "
-                    f"micro_batch_size {self.training.micro_batch_size}; a smaller micro_batch_size, "
-                    "gradient_checkpointing or load_in_4bit need less"
+                    f"micro_batch_size {self.training.micro_batch_size}; "
+                    "use a smaller micro_batch_size, gradient_checkpointing or load_in_4bit"
                 )
-            else:
-                state, message = State.CRASHED, "".join(details.strip().splitlines(keepends=True)[-6:])
-            del error
+            details = "" if kind else traceback.format_exc()
         facts: dict[str, Any] = {
             "peak_memory_bytes": memory.peak_bytes(self.device),
             "devices": self.world,

@@ -132,7 +132,8 @@ def _tops(layers: Iterable[str], fit: Sequence[str]) -> Iterator[str]:
     taken = {layer[:end] for layer in fit for end in [i for i, c in enumerate(layer) if c == "."] + [len(layer)]}
     for layer in layers:
         parts = layer.split(".")
-        yield next(name for length in range(1, len(parts) + 1) if (name := ".".join(parts[:length])) not in taken)
+        names = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        yield next(name for name in names if name not in taken)
 
 
 def _expert_counts(model: Any) -> set[int]:
@@ -140,8 +141,8 @@ def _expert_counts(model: Any) -> set[int]:
     if config is None:
         return set()
     text = config.get_text_config()
-    places = [text, getattr(text, "ffn_config", None)]
-    return {value for place in places for key in _EXPERTS if isinstance(value := getattr(place, key, None), int)}
+    found = {getattr(part, key, None) for part in (text, getattr(text, "ffn_config", None)) for key in _EXPERTS}
+    return {value for value in found if isinstance(value, int)}
 
 
 def _routes(name: str, module: Any, counts: set[int]) -> bool:

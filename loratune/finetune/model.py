@@ -74,9 +74,9 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
     model = load_network(recipe, device, silent=silent)
     if device.type != "meta" and not is_causal(model):
         raise ModelError(
-            f"model {recipe.name_or_path!r}: {type(model).__name__} is not a causal language model as it is configured: a later token "
-            "changes what it predicts before it, so it would be trained on the answers that it is to predict. Give a decoder-only model "
-            "(Llama, Qwen, Mistral, GPT-2, ...); BERT and its kin are decoders with is_decoder: true in config.json."
+            f"model {recipe.name_or_path!r}: {type(model).__name__} is not a causal language model in this configuration: a later token "
+            "changes earlier predictions, so training would show it the answers that it has to predict. Use a decoder-only model "
+            "(Llama, Qwen, Mistral, GPT-2, ...); BERT-like models are decoders with is_decoder: true in config.json."
         )
     return BaseModel(model=model, tokenizer=tokenizer, device=device, dtype=choose_dtype(recipe.dtype, device))
 
@@ -110,6 +110,13 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
     forget_lengths(model)
     model.eval()
     return model
+
+
+def bare_model(recipe: ModelRecipe) -> Any:
+    """The recipe's model without weights, on torch's meta device. Raises ModelError for one that cannot be built."""
+    config = _config(recipe)
+    with _explained(recipe, "layers"), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
 
 
 def is_causal(model: transformers.PreTrainedModel) -> bool:

@@ -37,14 +37,14 @@ def addressable(model: nn.Module, layers: Sequence[str]) -> list[str]:
 def refuse_lost(wanted: str, lost: Sequence[str]) -> None:
     """Raise the ModelError for layers that were asked for and of which none, or not all, are addressable."""
     raise ModelError(
-        f"target_modules: {wanted!r}: PEFT does not load adapters of {_leaves(lost)} on this model. Of a mixture of experts it takes "
-        "such names for the fused experts. Choose other layers: qv, qkvo, or the attention's own names."
+        f"target_modules: {wanted!r}: PEFT does not load adapters of {_leaves(lost)} on this model. In a mixture of experts it maps "
+        "such names to the fused experts. Choose other layers: qv, qkvo, or the attention's own names."
     )
 
 
 def lost_line(wanted: str, lost: Sequence[str]) -> str:
     """A line on the layers that a named set leaves out."""
-    return f"target_modules {wanted}: without {_leaves(lost)} ({len(lost)} layers), whose adapters PEFT does not load on this model"
+    return f"target_modules {wanted}: {_leaves(lost)} ({len(lost)} layers) left out: PEFT does not load their adapters on this model"
 
 
 def detach(model: nn.Module) -> None:

@@ -69,7 +69,8 @@ def _too_long(model: Any, data: Prepared) -> tuple[str, str]:
     lengths = np.concatenate([data.train.lengths, data.validation.lengths])
     longest = int(lengths.max())
     config = model.config.get_text_config()
-    made_for = next((value for key in _MADE_FOR if isinstance(value := getattr(config, key, None), int) and value > 0), None)
+    told = (getattr(config, key, None) for key in _MADE_FOR)
+    made_for = next((value for value in told if isinstance(value, int) and value > 0), None)
     table = position_limit(model)
     if table is None and made_for is not None and longest > made_for and not _runs(model, longest):
         table = made_for, "config.json"
@@ -85,7 +86,7 @@ def _too_long(model: Any, data: Prepared) -> tuple[str, str]:
         over = int((lengths > made_for).sum())
         return "", (
             f"{over:,} of {len(lengths):,} examples are longer than the {made_for:,} positions that the model was made for, the longest "
-            f"{longest:,} tokens; it takes them, how well is not known. A max_length of {made_for} cuts them"
+            f"{longest:,} tokens; it accepts them, but how well it handles them is unknown. max_length: {made_for} cuts them"
         )
     return "", ""
 

@@ -92,7 +92,7 @@ class SegmentRun:
         if facts["start_step"] == self.segment.start_step and facts["stop_step"] == stop:
             self._nll, self._items = facts["nll"], facts["items"]
             self.train_seconds, self.validation_seconds = facts["train_seconds"], facts["validation_seconds"]
-        self.log(f"going on from step {self.step}")
+        self.log(f"continuing from step {self.step}")
 
     def stepped(self, nll: float, items: int, learning_rate: float) -> None:
         """A step is done: `nll` summed over the global batch's `items` response tokens."""

@@ -96,7 +96,7 @@ def _check_names(model: nn.Module, endings: tuple[str, ...]) -> None:
         names = ", ".join(sorted({_leaf(layer) for layer in known.fit}))
         raise ModelError(
             f"target_modules: no adapter can go on {layers.explain_unfit(wrong, known.fit)}. "
-            f"Give others of its linear layers: {names or 'none'}; or one of {', '.join(NAMED_SETS)}."
+            f"Its other linear layers: {names or 'none'}; or use one of {', '.join(NAMED_SETS)}."
         )
 
 
@@ -149,5 +149,5 @@ def _refuse(wanted: str, linear: list[str]) -> None:
     hint = f" Did you mean {near[0]!r}?" if near and near[0] != wanted else ""
     raise ModelError(
         f"target_modules: this model has no linear layers for {wanted!r}.{hint} Its linear layers: {', '.join(leaves) or 'none'}; "
-        f"allowed: those names, or one of {', '.join(NAMED_SETS)}."
+        f"allowed: these names, or one of {', '.join(NAMED_SETS)}."
     )

@@ -116,14 +116,12 @@ def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
 
     Raises one ModelError for tokens without an embedding, examples beyond the model's positions, layers that it has not.
     """
-    from loratune.finetune import (
-        preflight,  # torch
-        sizes,
-    )
+    from loratune.finetune import preflight  # torch
+    from loratune.finetune.model import bare_model
 
     recipe = spec.recipe("").model
     try:
-        model = sizes.bare_model(recipe)
+        model = bare_model(recipe)
     except ModelError:
         return []  # what cannot be built without weights, is loaded with them, or refused there in better words
     return preflight.check_fit(model, recipe, data, _targets(spec))

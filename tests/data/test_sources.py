@@ -193,15 +193,15 @@ BAD = {
     "key twice": (
         "a.jsonl",
         lines(ALPACA) + '{"instruction": "a", "output": "b", "output": "c"}',
-        ", line 2: the key output stands twice in an object; keep one",
+        ", line 2: the key output appears twice in an object; keep one",
     ),
     "key twice within": (
         "a.json",
         '[{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}]',
-        ", record 1: the key content stands twice",
+        ", record 1: the key content appears twice",
     ),
-    "data twice": ("a.json", '{"data": [], "data": []}', ": the key data stands twice in the outermost object"),
-    "csv column twice": ("a.csv", "instruction,output,output\na,b,c\n", ": the column output stands there twice"),
+    "data twice": ("a.json", '{"data": [], "data": []}', ": the key data appears twice in the outermost object"),
+    "csv column twice": ("a.csv", "instruction,output,output\na,b,c\n", ": the column output appears twice"),
     "surrogate": ("a.jsonl", lines(ALPACA | {"output": "\ud83d"}), ", line 1: field output: holds half of a surrogate pair"),
     "no messages": ("a.jsonl", lines({"messages": []}), r", line 1: field messages: expected a list of messages, found a list \[\]"),
     "unknown role": (
@@ -263,7 +263,7 @@ def test_rows_with_a_key_twice_are_skipped_on_request(tmp_path):
     examples, bad = read_source(Source(path=str(tmp_path / "a.json")), "skip")
     assert (len(examples), [(row.place, row.problem) for row in bad]) == (
         1,
-        [("record 2", "the key output stands twice in an object; keep one")],
+        [("record 2", "the key output appears twice in an object; keep one")],
     )
 
 

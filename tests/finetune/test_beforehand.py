@@ -164,8 +164,8 @@ def test_what_gets_no_adapter_is_told(tmp_path: Path, family: str, wanted: str |
 @pytest.mark.parametrize(
     ("family", "names", "told"),
     [
-        ("llama4", ("q_proj", "router"), "feed_forward.router.*routers.*Give others.*gate_proj"),
-        ("mamba", ("in_proj", "out_proj"), "mixer.out_proj.*without calling.*Give others of its linear layers: in_proj;"),
+        ("llama4", ("q_proj", "router"), "feed_forward.router.*routers.*Its other linear layers.*gate_proj"),
+        ("mamba", ("in_proj", "out_proj"), "mixer.out_proj.*without calling.*Its other linear layers: in_proj;"),
         ("gemma3", ("fc1",), "vision_tower.*text does not run.*q_proj"),
     ],
 )

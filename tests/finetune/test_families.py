@@ -21,7 +21,8 @@ from loratune.delivery.merge import export_adapter, merge
 from loratune.errors import ModelError
 from loratune.finetune import layers, preflight
 from loratune.finetune.engines import Engine, load_engine, run_segments
-from loratune.finetune.sizes import adapter_sizes, bare_model
+from loratune.finetune.model import bare_model
+from loratune.finetune.sizes import adapter_sizes
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, Segment, State, TrainingRecipe
 
 CORE = ("llama tied, biased", "mixtral", "gemma3", "gpt2", "phi3 longrope", "llama4")

@@ -51,10 +51,10 @@ def test_agrees_with_a_bare_loop(engine) -> None:  # type: ignore[no-untyped-def
     wrapped.train()
     for step, batch_examples in enumerate(order(0, len(engine.train), 6 * 7).reshape(6, 7)):
         optimizer.zero_grad()
-        total, slots = 0.0, dropout_owners(engine.train, batch_examples)
-        for slot, example in enumerate(batch_examples):
-            batch = collate(engine.train, [example], owners=[slots[slot]], pad_id=0)
-            key.set(step, batch.slots, torch.arange(batch.ids.shape[1]))
+        total, owners = 0.0, dropout_owners(engine.train, batch_examples)
+        for index, example in enumerate(batch_examples):
+            batch = collate(engine.train, [example], owners=[owners[index]], pad_id=0)
+            key.set(step, batch.owners, torch.arange(batch.ids.shape[1]))
             total = total + token_nll(wrapped, None, batch).sum() / response_tokens(engine.train, batch_examples)
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)

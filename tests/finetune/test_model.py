@@ -154,7 +154,7 @@ def test_a_model_that_sees_what_comes_after_is_refused(tmp_path: Path, kind: str
         transformers.XLNetLMHeadModel(
             transformers.XLNetConfig(vocab_size=320, d_model=16, n_layer=1, n_head=2, d_inner=16)
         ).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"LMHeadModel is not a causal language model as it is configured: a later token"):
+    with pytest.raises(ModelError, match=r"LMHeadModel is not a causal language model in this configuration: a later token"):
         load(tmp_path)
     if kind == "bert":
         transformers.BertLMHeadModel(transformers.BertConfig(**shape, is_decoder=True)).save_pretrained(tmp_path)

@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_the_examples_one_by_one(kind: str, tmp_path: Path) 
         assert validate(loaded.model, tokens, batch_size=size, pad_id=0)[0] == pytest.approx(expected, abs=1e-6)
     mixed = batches.collate(tokens, range(12), pad_id=0)
     with torch.no_grad():
-        logits = loaded.model(input_ids=mixed.ids, use_cache=False).logits.flatten(0, 1)[mixed.places]
+        logits = loaded.model(input_ids=mixed.ids, use_cache=False).logits.flatten(0, 1)[mixed.predictors]
     assert abs(float(torch.nn.functional.cross_entropy(logits, mixed.labels)) - expected) > 1e-3, "in one pass it is another"
 
 

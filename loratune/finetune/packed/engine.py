@@ -22,7 +22,7 @@ import numpy as np
 from loratune.data.batches import Tokens
 from loratune.data.prepared import Prepared
 from loratune.data.tasks import task_named
-from loratune.errors import DataError, DeviceLostError, ModelError, NotPackableError, StorageError, error_kind
+from loratune.errors import DeviceLostError, NotPackableError, StorageError, error_kind
 from loratune.finetune import memory, model, segment
 from loratune.finetune.failures import error_text, fits, ran_out, state_of, too_large
 from loratune.finetune.methods import method_named
@@ -102,7 +102,7 @@ class PackedEngine:
 
     def _enter(self, wanted: Segment, stop: threading.Event) -> None:
         if stop.is_set():
-            self._tell(Outcome(key=wanted.key, state=State.CANCELLED, message="asked to stop before it began"))
+            self._tell(Outcome(key=wanted.key, state=State.CANCELLED, message="stopped before it began"))
             return
         self._note_peak(self._occupied)
         memory.reset_peak(self.device)
@@ -111,12 +111,10 @@ class PackedEngine:
             slot = Slot(
                 wanted, base=self.base, recipe=self.recipe, root=self.root, tokens=self.train, method=self.method, report=self._tell
             )
-        except (ModelError, DataError, StorageError) as error:
-            self._tell(Outcome(key=wanted.key, state=State.BAD_INPUT, message=str(error), error=error_kind(error)))
         except Exception as error:
             lost = ran_out(error, self.device)
             if not lost:
-                self._tell(Outcome(key=wanted.key, state=State.CRASHED, message=error_text(error)))
+                self._tell(Outcome(key=wanted.key, state=state_of(error), message=error_text(error), error=error_kind(error)))
         else:
             self._occupied.append(slot)
         if lost:
@@ -193,7 +191,7 @@ class PackedEngine:
     def _set_aside(self, slot: Slot, *, whole: bool = True) -> None:
         """Out of memory: the slot's segment waits for another one to end; alone on the device, it is too large.
 
-        `whole`: its state is that after a step, and worth a checkpoint; else it goes back to the one before.
+        whole: its state is that after a step, and worth a checkpoint; else it goes back to the one before.
         """
         if len(self._occupied) == 1:
             self._leave(slot, State.OUT_OF_MEMORY, too_large(slot.segment, self.device))
@@ -258,9 +256,8 @@ class PackedEngine:
         for slot, loss in zip(slots, losses, strict=True):
             self._used(slot, used)
             if not np.isfinite(loss):
-                self._leave(
-                    slot, State.DIVERGED, f"diverged at step {slot.run.step}: validation loss {loss}; lower learning rates are safer"
-                )
+                why = f"diverged at step {slot.run.step}: validation loss {loss}; lower learning rates are safer"
+                self._leave(slot, State.DIVERGED, why)
                 continue
             if slot.run.step == 0:
                 self._base_loss = loss
@@ -290,9 +287,10 @@ class PackedEngine:
             if not slot.done:
                 slot.again()  # a step half seen is seen again
                 slot.run.save()
-            self._leave(slot, State.CANCELLED, "asked to stop; a checkpoint is written")
-        while self._returned:
-            self._tell(Outcome(key=self._returned.popleft().key, state=State.CANCELLED, message="asked to stop; a checkpoint is written"))
+            self._leave(slot, State.CANCELLED, "stopped; a checkpoint was written")
+        for wanted in self._returned:
+            self._tell(Outcome(key=wanted.key, state=State.CANCELLED, message="stopped; a checkpoint was written"))
+        self._returned.clear()
 
     def _leave(self, slot: Slot, state: State, message: str = "", details: str = "", kind: str = "") -> None:
         if message:
