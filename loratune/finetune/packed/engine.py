@@ -120,7 +120,8 @@ class PackedEngine:
         if lost:
             memory.free(self.device)
             if self._occupied:
-                self._wait_for_slot(wanted)
+                self._limit = len(self._occupied)
+                self._returned.append(wanted)
             else:
                 self._tell(Outcome(key=wanted.key, state=State.OUT_OF_MEMORY, message=too_large(wanted, self.device)))
 
@@ -183,8 +184,7 @@ class PackedEngine:
         """A pass of these shares ran out of memory: smaller passes; when one example is too many, fewer slots."""
         memory.free(self.device)
         if len(shares) > 1 or len(shares[0].examples) > 1:
-            lengths = np.asarray(self.train.lengths)
-            self.room = max(1, sum(int(lengths[share.examples].sum()) for share in shares) // 2)
+            self.room = max(1, sum(int(np.asarray(self.train.lengths)[share.examples].sum()) for share in shares) // 2)
         else:
             self._set_aside(self._occupied[-1])
 
@@ -197,16 +197,13 @@ class PackedEngine:
             self._leave(slot, State.OUT_OF_MEMORY, too_large(slot.segment, self.device))
         else:
             self._occupied.remove(slot)
-            self._wait_for_slot(slot.segment)
+            self._limit = len(self._occupied)
+            self._returned.append(slot.segment)
             if whole:
                 fits(slot.run.save, self.device)
             slot.run.log("out of memory: waits for a free slot")
         slot.adapter.release()
         memory.free(self.device)
-
-    def _wait_for_slot(self, wanted: Segment) -> None:
-        self._limit = len(self._occupied)
-        self._returned.append(wanted)
 
     def _used(self, slot: Slot, working: float) -> None:
         """On a GPU, note what a slot takes by itself: the model, its training state, its part of what was computed."""
@@ -233,19 +230,18 @@ class PackedEngine:
         if slot.run.checkpoint_due() and not slot.run.validation_due() and not fits(slot.run.save, self.device):
             self._set_aside(slot, whole=False)
 
-    def _validate(self, slots: Sequence[Slot], stop: threading.Event | None = None) -> bool:
+    def _validate(self, slots: Sequence[Slot], stop: threading.Event) -> bool:
         """Put a point on each slot's curve. False where memory ran out: a slot was set aside, and all may be tried again."""
         for slot in [slot for slot in slots if slot.run.step == 0 and self._base_loss is not None]:
             slot.run.add_point(self._base_loss or 0.0, 0.0)
         slots = [slot for slot in slots if slot.run.step not in slot.run.curve]
         if not slots:
             return True
-        interrupted = stop.is_set if stop is not None else lambda: False
         if self.device.type == "cpu" and len(slots) > 1:  # as fast, and the same to the last bit whoever else is due
             return all(self._validate([slot], stop) for slot in slots if slot in self._occupied)
         before = memory.mark(self.device)
         adapters = [slot.adapter for slot in slots]
-        found, self.validation_room = validate_within(self.base, adapters, self.validation, self.validation_room, interrupted, self.task)
+        found, self.validation_room = validate_within(self.base, adapters, self.validation, self.validation_room, stop.is_set, self.task)
         if found is None and len(slots) > 1:
             return all(self._validate([slot], stop) for slot in slots if slot in self._occupied)
         if found is None:
@@ -299,5 +295,5 @@ class PackedEngine:
         self._occupied.remove(slot)
         self._limit = min(self.slots, self._limit + (1 if not self._returned else 0))
         self._note_peak([slot])
-        name = memory.device_name(self.device)
-        self._tell(slot.run.outcome(state, message, peak_memory_bytes=slot.peak, devices=1, device=name, error=kind))
+        facts = {"peak_memory_bytes": slot.peak, "devices": 1, "device": memory.device_name(self.device), "error": kind}
+        self._tell(slot.run.outcome(state, message, **facts))
