@@ -54,7 +54,7 @@ class Hyperparameters(Json):
     batch_size: int = 128  # examples per optimiser step, over all devices
     epochs: float = 2.0  # passes over the training set
     loraplus_lr_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A's
-    target_modules: str | tuple[str, ...] = "qv"  # a named set (see finetune/lora.py) or module names
+    target_modules: str | tuple[str, ...] = "qv"  # a named set (see finetune/targets.py) or module names
 
 
 @dataclass(frozen=True, kw_only=True)
