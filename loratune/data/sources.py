@@ -1,4 +1,4 @@
-"""Instruction data: what the user names (`Source`, `DataRecipe`) and what is read from it (`Example`).
+"""Instruction data: what the user names (`DataSource`, `DataRecipe`) and what is read from it (`Example`).
 
 What the fields of a record mean is in `formats.py`. Every bad row has one message that says the file, the place in it,
 the field, what was expected and what was found.
@@ -18,7 +18,7 @@ from loratune.work import Json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(Json):
+class DataSource(Json):
     """Where instruction data comes from and how much of it is used: a source of `data` in the description (spec/sections.py)."""
 
     path: str
@@ -40,8 +40,8 @@ class DataRecipe(Json):
     then a random rest. Validation never repeats. `seed` is that of the split and of the draws, not of training.
     """
 
-    train: tuple[Source, ...]
-    validation: tuple[Source, ...] = ()
+    train: tuple[DataSource, ...]
+    validation: tuple[DataSource, ...] = ()
     validation_fraction: float | None = None
     train_count: int | None = None
     validation_count: int | None = None
@@ -77,7 +77,7 @@ class BadRow(NamedTuple):
         return f"{self.source}, {self.place}: {self.problem}"
 
 
-def read_source(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], list[BadRow]]:
+def read_source(source: DataSource, on_bad_rows: str = "error") -> tuple[list[Example], list[BadRow]]:
     """All usable examples of a source, in file order, and the bad rows.
 
     Raises DataError for a source that cannot be read, whose format is unknown or that holds no usable

@@ -100,7 +100,7 @@ def test_hyperparameters_join_constants_searched_and_derived_values() -> None:
 
 
 def test_data_recipe_is_what_finetune_reads() -> None:
-    from loratune.data.sources import DataRecipe, Source
+    from loratune.data.sources import DataRecipe, DataSource
 
     spec = minimal(
         seed=3,
@@ -117,7 +117,7 @@ def test_data_recipe_is_what_finetune_reads() -> None:
         },
     )
     assert DataRecipe.from_plain(spec.data_recipe_dict()) == DataRecipe(
-        train=(Source(path="a.json", weight=1.0), Source(path="b", format="dolly", weight=2.0, count=5, validation_count=2)),
+        train=(DataSource(path="a.json", weight=1.0), DataSource(path="b", format="dolly", weight=2.0, count=5, validation_count=2)),
         train_count=50,
         validation_count=9,
         prompt="chat",
@@ -166,7 +166,7 @@ def test_sections_and_recipes_have_the_same_defaults() -> None:
     """What a worker is given repeats fields of the description; their meaning is told there alone."""
     from loratune.data import sources
 
-    pairs = [(sections.Model, ModelRecipe), (sections.Source, sources.Source), (sections.Data, sources.DataRecipe)]
+    pairs = [(sections.Model, ModelRecipe), (sections.Source, sources.DataSource), (sections.Data, sources.DataRecipe)]
     for section, recipe in [*pairs, (sections.Training, TrainingRecipe), (sections.Training, Hyperparameters)]:
         shared = [field for field in fields(recipe) if field.name in section.model_fields and field.default is not MISSING]
         assert {f.name: f.default for f in shared} == {f.name: section.model_fields[f.name].default for f in shared}
