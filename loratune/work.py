@@ -85,7 +85,6 @@ class TrainingRecipe(Json):
     gradient_checkpointing: bool = False
     checkpoint_steps: int | None = None  # steps between crash checkpoints; None: a tenth of the run
     keep: str = "last"  # last | best: which validated point of a run gives its value and its adapter
-    report_to: tuple[str, ...] = ()  # Transformers' trackers: tensorboard, wandb, ...
 
 
 @dataclass(frozen=True, kw_only=True)

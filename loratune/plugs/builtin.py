@@ -103,7 +103,12 @@ TRACKERS = Registry(
     "tracker",
     TrackerPlug,
     (
-        TrackerPlug(name="tensorboard", make="loratune.trackers.tensorboard_files:TensorBoardTracker", package="tensorboardX"),
+        TrackerPlug(
+            name="tensorboard",
+            make="loratune.trackers.tensorboard_files:TensorBoardTracker",
+            package="tensorboardX",
+            modules=("tensorboardX", "tensorboard"),
+        ),
         TrackerPlug(name="wandb", make="loratune.trackers.weights_and_biases:WandbTracker", package="wandb"),
         TrackerPlug(name="mlflow", make="loratune.trackers.mlflow_runs:MlflowTracker", package="mlflow"),
         TrackerPlug(name="trackio", make="loratune.trackers.trackio_runs:TrackioTracker", package="trackio"),

@@ -56,11 +56,11 @@ class ExecutorPlug(Plug):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerPlug(Plug):
-    """Makes a `loratune.trackers.Tracker`. The study gives `name`, `folder`."""
+    """Makes a `loratune.trackers.Tracker`. The study gives `name`, `id` (its own, drawn once), `folder`."""
 
-    given: ClassVar[tuple[str, ...]] = ("name", "folder")
-    package: str = ""  # pip's name of what it needs
-    module: str = ""  # the module that must be there; "": that of `package`
+    given: ClassVar[tuple[str, ...]] = ("name", "id", "folder")
+    package: str = ""  # what it needs, by pip's name
+    modules: tuple[str, ...] = ()  # one of which must be there; empty: that of `package`
 
 
 @dataclass(frozen=True, kw_only=True)

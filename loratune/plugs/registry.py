@@ -135,7 +135,8 @@ class Registry(Generic[P]):
             if not any(isinstance(value, _SCALARS[kind]) and (isinstance(value, bool) <= (kind == "bool")) for kind in kinds):
                 about = f" ({plug.options[option]})" if option in plug.options else ""
                 raise SpecError(f"{self.noun} {name}: option {option} = {value!r} must be {' or '.join(kinds)}{about}")
-        return {**{key: value for key, value in given.items() if key in parameters}, **options}
+        everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return {**{key: value for key, value in given.items() if everything or key in parameters}, **options}
 
     def make(self, name: str, kind: type, given: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
         """Call the plug's factory, which makes a `kind`. Raises as `keywords`, and SpecError where it makes something else."""

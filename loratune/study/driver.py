@@ -28,12 +28,13 @@ from loratune.record.progress import Meter
 from loratune.record.storage import explained, open_study, until_free
 from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
-from loratune.study.loop import Event, Loop
+from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
 from loratune.study.plan import slots_for, workers_for
 from loratune.system.files import AnyPath, text_of, write_atomically
 from loratune.system.machine import environment
 from loratune.system.masking import masked_command
-from loratune.work import Message
+from loratune.trackers import Feed, check
+from loratune.work import Message, Progress
 
 if TYPE_CHECKING:
     from loratune.downstream.scoring import Scorer
@@ -59,6 +60,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
     _sampler(spec, workers=1)  # a mistake in a plug's options is told before the data are read
     schedules.of_study(spec)
+    check(spec.training.report_to)
     with open_record(spec.folder) as record:
         _adopt(spec, record)
         yield from _messages(until_free(spec.storage, record.folder, stop))
@@ -105,9 +107,16 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                 score=scorer.score if scorer is not None else None,
             )
             with explained(spec.storage, record.folder):
-                for event in loop.run():
-                    session.tick()
-                    yield event
+                feed, over = Feed(spec, record.folder), False
+                try:
+                    for event in loop.run():
+                        session.tick()
+                        yield event
+                        yield from _tracked(feed, event)
+                    over = not stop.is_set()
+                finally:
+                    last = list(feed.close(over=over))
+                yield from last
         finally:
             executor.close()
             session.end()
@@ -148,6 +157,16 @@ def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:
     report = write_report([record], folder / "report.html")
     best, adapter = hand_over(record, folder) if record.best is not None else (None, None)
     return Delivery(record=record, report=report, best=best, adapter=adapter)
+
+
+def _tracked(feed: Feed, event: Event) -> Iterator[Message]:
+    match event:
+        case TrialStarted(trial):
+            feed.started(trial)
+        case SegmentFinished(trial, outcome):
+            yield from feed.finished(trial, outcome)
+        case Progress():
+            yield from feed.progressed(event)
 
 
 def _messages(texts: Iterable[str]) -> Iterator[Message]:
