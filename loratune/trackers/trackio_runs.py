@@ -1,9 +1,16 @@
 """trackio: a project per study, on this machine; TRACKIO_SPACE_ID sends it to a Space."""
 
+import contextlib
+import io
 from collections.abc import Mapping
 from typing import Any
 
 from loratune.trackers.base import Tracker
+
+
+def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
+    """Keeps what trackio prints from the study's live view."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 class TrackioTracker(Tracker):
@@ -17,16 +24,18 @@ class TrackioTracker(Tracker):
         self._open: dict[str, Any] = {}
 
     def begin(self, run: str, config: Mapping[str, Any]) -> None:
-        self._open[run] = self._trackio.init(
-            project=self.name,
-            name=f"{run}-{self.id}",
-            group=self.id,
-            config=dict(config),
-            resume="allow",
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
+        with _quiet():
+            self._open[run] = self._trackio.init(
+                project=self.name,
+                name=f"{run}-{self.id}",
+                group=self.id,
+                config=dict(config),
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        self._trackio.context_vars.current_run.set(None)  # else the next `init` ends this run: trials train side by side
 
     def log(self, run: str, step: int, values: Mapping[str, float]) -> None:
         self._open[run].log(dict(values), step=step)
@@ -34,9 +43,11 @@ class TrackioTracker(Tracker):
     def finish(self, run: str, summary: Mapping[str, Any], *, failed: bool) -> None:
         opened = self._open.pop(run)
         opened.log({f"final_{name}": value for name, value in summary.items()} | {"failed": int(failed)})
-        opened.finish()
+        with _quiet():
+            opened.finish()
 
     def close(self) -> None:
-        for opened in self._open.values():
-            opened.finish()
+        with _quiet():
+            for opened in self._open.values():
+                opened.finish()
         self._open.clear()

@@ -255,7 +255,10 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio")
     id = twice("trackio", tmp_path)
-    runs = {run.name: run for run in trackio.Api().runs("colours")}
-    assert runs.keys() == {f"{run}-{id}" for run in ("trial-0000", "trial-0001", "trial-0002", "study")}
-    history = runs[f"trial-0000-{id}"].history("validation_loss")
-    assert len(history) == 5
+    assert {run.name for run in trackio.Api().runs("colours")} == {
+        f"{run}-{id}" for run in ("trial-0000", "trial-0001", "trial-0002", "study")
+    }
+    from trackio.sqlite_storage import SQLiteStorage
+
+    points = [row for row in SQLiteStorage.get_logs("colours", f"trial-0000-{id}") if "validation_loss" in row]
+    assert [(row["step"], row["validation_loss"]) for row in points] == [(s, pytest.approx(2.0 - s / 100)) for s in (0, 5, 10, 15, 20)]
