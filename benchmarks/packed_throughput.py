@@ -46,7 +46,7 @@ from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe, Source
 from loratune.finetune import model as base_model
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.system.machine import environment
@@ -122,7 +122,7 @@ class Trains:
 
     def __call__(self, wanted: list[Segment]) -> tuple[int, float]:
         """(tokens, seconds) of training, validation left out."""
-        outcomes = run_all(self._engine, wanted)
+        outcomes = run_segments(self._engine, wanted)
         bad = [o.message for o in outcomes if o.state is not State.COMPLETED]
         if bad:
             raise SystemExit(bad[0])

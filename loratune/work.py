@@ -95,6 +95,8 @@ class Recipe(Json):
     training: TrainingRecipe
     data: str  # folder of the prepared (tokenised, split) data, see data/prepare.py
     engine: str = "packed"  # packed where the model allows it | hf
+    task: str = "sft"  # of data/tasks.py
+    method: str = "lora"  # of finetune/methods.py
     slots: int = 1  # trials that one process of the packed engine trains at the same time
     devices_per_trial: int = 1
     device: str = "auto"  # auto | cpu | cuda

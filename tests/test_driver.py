@@ -9,7 +9,7 @@ import transformers
 import yaml
 
 from loratune import demo
-from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_of, kind_of
+from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_kind, error_of
 from loratune.executors import devices
 from loratune.executors.devices import seen_as
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial, read
@@ -123,14 +123,14 @@ def test_training_on_the_cpu_beside_a_gpu_is_told_first(tmp_path: Path, monkeypa
     first = next(events)
     events.close()
     assert isinstance(first, Message)
-    assert first.text.startswith("warning: a GPU is here (/dev/nvidia0), but trials train on the CPU: the driver is too old.")
+    assert first.text.startswith("warning: this machine has a GPU (/dev/nvidia0), but trials train on the CPU: the driver is too old.")
 
 
 def test_bad_input_keeps_its_kind_across_a_border() -> None:
     for error in (ModelError("m"), DataError("d"), NotPackableError("n")):
-        found = error_of(kind_of(error), str(error))
+        found = error_of(error_kind(error), str(error))
         assert (found.exit_code, str(found)) == (error.exit_code, str(error))
-    assert kind_of(ValueError()) == ""
+    assert error_kind(ValueError()) == ""
     assert type(error_of("", "x")) is TrainingError
 
 

@@ -16,7 +16,7 @@ import yaml
 from loratune.cli import compare
 from loratune.data import prepare as preparing
 from loratune.data.prepared import Prepared
-from loratune.data.prompts import choose
+from loratune.data.prompts import choose_prompt
 from loratune.delivery.exporting import export
 from loratune.downstream.answering.adapter_stack import Adapters
 from loratune.downstream.answering.answerer import Answerer
@@ -161,7 +161,7 @@ def test_after_alpaca_the_merged_model_chats_in_alpaca(home: Path) -> None:
     merged = export(home / "study", home / "merged", merged=True)
     assert "alpaca, as asked: the tokenizer's own chat template is not what is trained" in (merged / "README.md").read_text()
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
-    prompt = choose(transformers.AutoTokenizer.from_pretrained(home / "model"), "alpaca")
+    prompt = choose_prompt(transformers.AutoTokenizer.from_pretrained(home / "model"), "alpaca")
     turns = [{"role": "user", "content": "Say 3"}]
     ask = {"add_generation_prompt": True, "return_dict": False}
     assert tokenizer.apply_chat_template(turns, **ask) == prompt.question("Say 3")

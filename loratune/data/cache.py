@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from loratune.data.prepare import Prepared, prepare
+from loratune.data.prepare import prepare
+from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe
 from loratune.spec import StudySpec
 from loratune.system import hub

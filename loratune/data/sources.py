@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from loratune.data.fields import BadError
-from loratune.data.formats import FORMATS, Exchange, detect, parse
+from loratune.data.formats import FORMATS, Exchange, detect_format, parse_record
 from loratune.data.records import described, records
 from loratune.errors import DataError
 from loratune.work import Json
-
-__all__ = ["BadRow", "DataRecipe", "Example", "Exchange", "Source", "fields_of", "read"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ class BadRow(NamedTuple):
         return f"{self.source}, {self.place}: {self.problem}"
 
 
-def read(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], list[BadRow]]:
+def read_source(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], list[BadRow]]:
     """All usable examples of a source, in file order, and the bad rows.
 
     Raises DataError for a source that cannot be read, whose format is unknown or that holds no usable
@@ -100,8 +98,8 @@ def read(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], lis
             if not isinstance(value, dict):
                 raise BadError(f"expected an object with fields, found {described(value)}")
             if name == "auto":
-                name = detect(value)
-            found = parse(value, name)
+                name = detect_format(value)
+            found = parse_record(value, name)
             category = value.get("category")
             examples.append(
                 Example(
@@ -118,7 +116,7 @@ def read(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], lis
         except BadError as error:
             bad.append(BadRow(file, place, str(error)))
             if on_bad_rows != "skip":
-                raise DataError(f"{bad[-1]}. Mend the row, or leave such rows out with data.on_bad_rows: skip.") from None
+                raise DataError(f"{bad[-1]}. Fix the row, or leave such rows out with data.on_bad_rows: skip.") from None
     if not examples:
         raise DataError(
             f"{source.path}: no usable row among {len(bad)}. The first: {bad[0]}." if bad else f"{source.path}: holds no records."

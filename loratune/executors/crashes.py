@@ -35,8 +35,8 @@ def stop_for_common_cause(messages: Sequence[str], logs: Path) -> None:
     why = common_cause(messages)
     if why and len(messages) == _HOPELESS:
         raise TrainingError(
-            f"the first {_HOPELESS} trials failed for the same reason, and so would the others: {why}\n"
-            f"Their logs are in {logs}. Mend the cause, then begin anew with another --output.folder."
+            f"the first {_HOPELESS} trials failed for the same reason, so the others would too: {why}\n"
+            f"Logs: {logs}. Fix the cause, then start again with another --output.folder."
         )
 
 

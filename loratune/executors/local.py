@@ -114,8 +114,8 @@ class _Worker:
 
 def _in_words(code: int | None) -> str:
     if code == DEVICE_LOST:
-        return ", since its device reported an error that no process survives"
+        return ", because its device reported an unrecoverable error"
     if code is None or code >= 0:
         return f" with exit status {code}" if code else ""
-    hint = ", perhaps by the system for want of memory" if -code == signal.SIGKILL else ""
+    hint = ", probably by the system because memory ran out" if -code == signal.SIGKILL else ""
     return f", killed by {signal.Signals(-code).name}{hint}"

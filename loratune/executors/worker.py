@@ -10,16 +10,16 @@ holds the socket, and passes the segments on to the others.
 """
 
 import json
+import logging
 import os
 import signal
 import sys
 import threading
-import traceback
 from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
-from loratune.errors import DeviceLostError, LoratuneError, kind_of
+from loratune.errors import DeviceLostError, LoratuneError, error_kind
 from loratune.executors.base import News
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import DEVICE_LOST, ON_GPU
@@ -34,9 +34,9 @@ def main(root: Path, address: str) -> None:
     try:
         _work(recipe, root, address)
     except DeviceLostError:
-        # No outcome is told: the driver sees the process end, and sends what it had to a new one. Leaving in order
+        # No outcome is sent: the driver sees the process end, and sends its segments to a new one. An orderly exit
         # would ask the device to free its memory, which may hang.
-        traceback.print_exc()
+        logging.getLogger("loratune").exception("this process lost its device")
         sys.stderr.flush()
         os._exit(DEVICE_LOST)
 
@@ -61,7 +61,7 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
         raise
     except LoratuneError as error:  # a model that cannot be loaded: every segment gets the same clear answer
         while (segment := inbox(wait=True)) is not None:
-            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=kind_of(error)))
+            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=error_kind(error)))
         return
     if engine.notice:
         _send(driver, Message(text=engine.notice))
@@ -87,7 +87,7 @@ def _share(segment: Segment | None) -> Segment | None:
     """Rank 0's segment, or its None, in every process of the group."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return segment
-    from loratune.finetune.engines import broadcast
+    from loratune.finetune.distributed import broadcast
 
     text = broadcast(segment.to_json() if segment is not None else None)
     return Segment.from_json(text) if text is not None else None

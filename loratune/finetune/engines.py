@@ -12,7 +12,6 @@ import numpy as np
 
 from loratune.data.batches import Tokens
 from loratune.errors import LoratuneError, ModelError, NotPackableError
-from loratune.finetune.distributed import broadcast
 from loratune.finetune.segment import Inbox
 from loratune.system import files
 from loratune.system.machine import threads_for
@@ -20,8 +19,6 @@ from loratune.work import Hyperparameters, Outcome, Progress, Recipe, Segment, S
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["Engine", "Probe", "broadcast", "limit_threads", "load_engine", "probe", "run_all"]
 
 
 class Engine(Protocol):
@@ -66,10 +63,10 @@ def load_engine(recipe: Recipe, root: Path) -> Engine:
         if not ran_out(error, device):
             raise
     memory.free(device)
-    free = f", {memory.available(device) / 2**30:.1f} GiB of which this process may take" if device.type == "cuda" else ""
+    free = f", {memory.available(device) / 2**30:.1f} GiB available to this process" if device.type == "cuda" else ""
     raise ModelError(
         f"model {recipe.model.name_or_path!r}: out of memory while loading it on {memory.device_name(device)}{free}. "
-        "load_in_4bit or a smaller model need less; end what else takes the device's memory."
+        "Use load_in_4bit or a smaller model, or stop other programs that use the device's memory."
     )
 
 
@@ -99,7 +96,7 @@ def limit_threads(threads: int | None) -> None:
     torch.set_num_threads(threads or min(torch.get_num_threads(), threads_for(1)))
 
 
-def run_all(
+def run_segments(
     engine: Engine, segments: Sequence[Segment], *, tell: Callable[[Progress], None] = lambda _: None, stop: threading.Event | None = None
 ) -> list[Outcome]:
     """Train `segments` with as many at a time as there are slots; their outcomes, in the segments' order."""
@@ -195,7 +192,7 @@ def _probe(recipe: Recipe, root: Path, scratch: Path, hyperparameters: Hyperpara
             total_steps=count,
             stop_step=count,
         )
-        outcomes = run_all(engine, [replace(wanted, trial=slot) for slot in range(engine.slots)])
+        outcomes = run_segments(engine, [replace(wanted, trial=slot) for slot in range(engine.slots)])
         # An outcome's memory is its trial's; what all of them need together is what the process holds of a GPU by now.
         return replace(
             min(outcomes, key=lambda outcome: outcome.state is State.COMPLETED),

@@ -132,6 +132,11 @@ class Data(Section):
             raise ValueError("no validation data; write validation_fraction: 0.1, or validation_count, or validation: [path]")
         if len(ways) > 1 and ways != list(given)[2:]:  # a source may have its own part of validation_count
             raise ValueError(f"validation data comes from one place; given: {', '.join(ways)}")
+        if any(source.validation_count for source in self.validation):
+            raise ValueError("validation_count belongs to training sources; a validation source takes count")
+        for name, sources in (("train", self.train), ("validation", self.validation)):
+            if len({source.weight is None for source in sources}) > 1:
+                raise ValueError(f"{name}: give every source a weight, or none")
         return self
 
 

@@ -19,7 +19,7 @@ from optuna.samplers import BaseSampler
 
 from loratune import executors, samplers, schedules
 from loratune.data.cache import prepare_data
-from loratune.data.prepare import Prepared
+from loratune.data.prepared import Prepared
 from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
 from loratune.plugs import EXECUTORS
@@ -129,17 +129,15 @@ def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
 
     Raises one ModelError for tokens without an embedding, examples beyond the model's positions, layers that it has not.
     """
-    from loratune.finetune import (
-        preflight,  # torch
-        sizes,
-    )
+    from loratune.finetune import preflight  # torch
+    from loratune.finetune.model import bare_model
 
     recipe = spec.recipe("").model
     try:
-        model = sizes.bare_model(recipe)
+        model = bare_model(recipe)
     except ModelError:
         return []  # what cannot be built without weights, is loaded with them, or refused there in better words
-    return preflight.check(model, recipe, data, _targets(spec))
+    return preflight.check_fit(model, recipe, data, _targets(spec))
 
 
 def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:

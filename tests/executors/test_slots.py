@@ -122,7 +122,7 @@ def test_a_device_that_is_lost_every_time_is_told(tmp_path: Path) -> None:
     with executor("local", tmp_path, max_retries=0) as made:
         (outcome,) = finish(made, [segment(1, 20, seed=LOST)]).values()
     assert outcome.state is State.CRASHED
-    assert "the worker process died, since its device reported an error that no process survives" in outcome.message
+    assert "the worker process died, because its device reported an unrecoverable error" in outcome.message
 
 
 def test_this_process_cannot_be_replaced(tmp_path: Path) -> None:

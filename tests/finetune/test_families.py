@@ -20,8 +20,9 @@ from loratune.data.sources import DataRecipe, Source
 from loratune.delivery.merge import export_adapter, merge
 from loratune.errors import ModelError
 from loratune.finetune import layers, preflight
-from loratune.finetune.engines import Engine, load_engine, run_all
-from loratune.finetune.sizes import adapter_sizes, bare_model
+from loratune.finetune.engines import Engine, load_engine, run_segments
+from loratune.finetune.model import bare_model
+from loratune.finetune.sizes import adapter_sizes
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, Segment, State, TrainingRecipe
 
 CORE = ("llama tied, biased", "mixtral", "gemma3", "gpt2", "phi3 longrope", "llama4")
@@ -73,9 +74,9 @@ def test_what_is_recorded_is_what_plain_peft_and_the_merged_model_give(tmp_path:
     wanted = list(WANTED)
     if family in WITHOUT_QV:
         with pytest.raises(ModelError, match=f"no linear layers for 'qv'.*{WITHOUT_QV[family]}"):
-            preflight.check(bare_model(recipe.model), recipe.model, data, ["qv"])
+            preflight.check_fit(bare_model(recipe.model), recipe.model, data, ["qv"])
         wanted.remove("qv")
-    preflight.check(bare_model(recipe.model), recipe.model, data, wanted)
+    preflight.check_fit(bare_model(recipe.model), recipe.model, data, wanted)
     base = independent_loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
     engine = load_engine(recipe, tmp_path)
     check(engine, recipe, tmp_path, wanted, "packed", base)
@@ -89,7 +90,7 @@ def check(engine: Engine, recipe: Recipe, root: Path, wanted: list[str], run: st
         Segment(trial=i, run=run, hyperparameters=h, seed=0, total_steps=3, stop_step=3, validate_at=(0,))
         for i, h in enumerate(hyperparameters)
     ]
-    outcomes = run_all(engine, segments)
+    outcomes = run_segments(engine, segments)
     engine.close()
     told, folder = adapter_sizes(recipe.model), Path(recipe.model.name_or_path)
     for outcome, segment in zip(outcomes, segments, strict=True):
@@ -112,6 +113,6 @@ def check(engine: Engine, recipe: Recipe, root: Path, wanted: list[str], run: st
 @pytest.mark.parametrize("family", EACH)
 def test_a_trace_and_the_parts_of_a_model_say_the_same(family: str) -> None:
     model = families.bare(families.FAMILIES[family]())
-    traced = layers.trace(model)
+    traced = layers.trace_text(model)
     assert (traced is None) == (family in ("qwen3-next", "mamba2", "jamba"))
     assert layers.sort_layers(model, traced) == layers.sort_layers(model, None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_engine import recipe, segment
 
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.finetune.packed import capacity
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.work import State
@@ -57,17 +57,18 @@ def test_what_does_not_fit_waits_for_a_slot(engine: PackedEngine) -> None:
 
     def counted(lanes) -> None:  # type: ignore[no-untyped-def]
         nonlocal most
-        most = max(most, len(engine._lanes))
+        most = max(most, len(engine._occupied))
         train(lanes)
 
     engine._train = counted  # type: ignore[method-assign]
-    outcomes = run_all(engine, [segment(3, trial=k) for k in range(3)])
+    outcomes = run_segments(engine, [segment(3, trial=k) for k in range(3)])
     engine._train, engine.capacity = train, before  # type: ignore[method-assign]
     assert [o.state for o in outcomes] == [State.COMPLETED] * 3
     assert most == 1
 
 
 def _qv(engine: PackedEngine) -> list[str]:
-    from loratune.finetune import lora
 
-    return lora.chosen_layers(engine.base.model, "qv")
+    from loratune.finetune.targets import chosen_layers
+
+    return chosen_layers(engine.base.model, "qv")

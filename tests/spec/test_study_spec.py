@@ -104,7 +104,10 @@ def test_data_recipe_is_what_finetune_reads() -> None:
     spec = minimal(
         seed=3,
         data={
-            "train": ["a.json", {"path": "b", "format": "dolly", "weight": 2.0, "count": 5, "validation_count": 2}],
+            "train": [
+                {"path": "a.json", "weight": 1.0},
+                {"path": "b", "format": "dolly", "weight": 2.0, "count": 5, "validation_count": 2},
+            ],
             "train_count": 50,
             "validation_count": 9,
             "prompt": "chat",
@@ -113,7 +116,7 @@ def test_data_recipe_is_what_finetune_reads() -> None:
         },
     )
     assert DataRecipe.from_plain(spec.data_recipe_dict()) == DataRecipe(
-        train=(Source(path="a.json"), Source(path="b", format="dolly", weight=2.0, count=5, validation_count=2)),
+        train=(Source(path="a.json", weight=1.0), Source(path="b", format="dolly", weight=2.0, count=5, validation_count=2)),
         train_count=50,
         validation_count=9,
         prompt="chat",
@@ -162,7 +165,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     spec = minimal(
         name="n-1",
         seed=4,
-        data={"train": [{"path": "a", "weight": 3.0}, "ü.jsonl"], "validation": "v.json", "validation_count": 5},
+        data={"train": [{"path": "a", "weight": 3.0}, {"path": "ü.jsonl", "weight": 1.0}], "validation": "v.json", "validation_count": 5},
         training={"target_modules": ["q", "v"], "adam_epsilon": 1e-9, "report_to": ["wandb"]},
         search_space={
             "use_rslora": [True, False],
@@ -275,6 +278,14 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
         (
             {"data": {"train": "a", "validation_count": 5, "val_size": 0.1}},
             "data: validation data comes from one place; given: validation_fraction, validation_count",
+        ),
+        (
+            {"data": {"train": "a", "validation": {"path": "b", "validation_count": 3}}},
+            "data: validation_count belongs to training sources; a validation source takes count",
+        ),
+        (
+            {"data": {"train": ["a", {"path": "b", "weight": 1.0}], "val_size": 0.1}},
+            "data: train: give every source a weight, or none",
         ),
         (
             {"data": {"train": {"path": "a", "formt": "dolly"}, "val_size": 0.1}},
