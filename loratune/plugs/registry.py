@@ -1,6 +1,5 @@
 """Registries: names -> plugs, those of other packages included, without importing what a plug makes."""
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -11,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Generic, TypeVar
 
 from loratune.errors import SpecError
+from loratune.system.names import nearest
 
 _SCALARS: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "None": type(None)}
 
@@ -78,7 +78,7 @@ class Registry(Generic[P]):
         if len(owners) > 1:
             raise SpecError(f"{self.noun} {name!r} is declared twice: by {' and by '.join(owners)}. Uninstall or rename one of them.")
         if not owners:
-            raise SpecError(f"unknown {self.noun} {name!r}{hint(name, self.names)}")
+            raise SpecError(f"unknown {self.noun} {name!r}; allowed: {', '.join(self.names)}{nearest(name, self.names)}")
         return self._from(points[0]) if points else self._own.get(name) or self._registered[name]
 
     def register(self, plug: P) -> None:
@@ -129,8 +129,8 @@ class Registry(Generic[P]):
         allowed = self.options(name)
         for option, value in options.items():
             if option not in allowed:
-                near = hint(option, allowed) if allowed else "; it has none"
-                raise SpecError(f"{self.noun} {name} has no option {option!r}{near}")
+                these = f"allowed: {', '.join(allowed)}{nearest(option, allowed)}" if allowed else "it has none"
+                raise SpecError(f"{self.noun} {name} has no option {option!r}; {these}")
             kinds = allowed[option]
             if not any(isinstance(value, _SCALARS[kind]) and (isinstance(value, bool) <= (kind == "bool")) for kind in kinds):
                 about = f" ({plug.options[option]})" if option in plug.options else ""
@@ -178,13 +178,6 @@ class Registry(Generic[P]):
         owner = next((_owner(point) for point in self._points if point.name == name), "")
         whose = f" of the distribution {owner}" if owner else ""
         return SpecError(f"{self.noun} {name!r}{whose} cannot be used: {why}.{f' Repair or uninstall {owner}.' if owner else ''}")
-
-
-def hint(name: object, known: Iterable[str]) -> str:
-    """`; did you mean 'x'? allowed: ...`."""
-    names = list(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"; {f'did you mean {near[0]!r}? ' if near else ''}allowed: {', '.join(names)}"
 
 
 def _owner(point: EntryPoint) -> str:

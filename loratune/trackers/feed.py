@@ -42,8 +42,8 @@ class Feed:
         check(spec.training.report_to)
         self._config, self._path = spec.masked().model_dump(mode="json"), folder / "trackers.json"
         remedy = "Remove it: the trackers are then told the whole study again, in new runs."
-        state = parsed(self._path, json.loads, remedy) if self._path.exists() else {"id": secrets.token_hex(6), "trackers": {}}
-        self._state: dict[str, Any] = state
+        state: dict[str, Any] = {"id": secrets.token_hex(6), "trackers": {}}
+        self._state = state = parsed(self._path, json.loads, remedy) if self._path.exists() else state
         given = {"name": spec.name, "id": state["id"], "folder": folder.resolve()}
         self._streams = [
             _Stream(TRACKERS.make(name, Tracker, given), state["trackers"].setdefault(name, {"curves": {}, "finished": []}))
@@ -71,7 +71,7 @@ class Feed:
         self._trials[trial.number] = trial
         points = [(p.step, {"train_loss": p.train_loss, "validation_loss": p.validation_loss}) for p in outcome.curve]
         for number, stream in enumerate(self._streams):
-            yield from self._guarded(number, lambda stream=stream: stream.log(trial, outcome.key, points))  # type: ignore[misc]
+            yield from self._guarded(number, lambda stream=stream: stream.log(trial, outcome.key, points))
         if trial.state.ended:
             yield from self._end(trial)
         self._save()
@@ -84,7 +84,7 @@ class Feed:
                 if trial.state is TrialState.PAUSED:
                     yield from self._end(trial)
         for number, stream in enumerate(self._streams):
-            yield from self._guarded(number, lambda stream=stream: stream.close(self._config, over))  # type: ignore[misc]
+            yield from self._guarded(number, lambda stream=stream: stream.close(self._config, over))
         self._save()
 
     def _end(self, trial: Trial) -> Iterator[Message]:
@@ -93,12 +93,12 @@ class Feed:
             self._best = trial.value if self._best is None else min(self._best, trial.value)
         numbers = {"trial": trial.number, "value": trial.value, "best_value": self._best, "device_seconds": trial.device_seconds}
         for number, stream in enumerate(self._streams):
-            yield from self._guarded(number, lambda stream=stream: stream.end(trial, self._ended, numbers, self._config))  # type: ignore[misc]
+            yield from self._guarded(number, lambda stream=stream: stream.end(trial, self._ended, numbers, self._config))
 
     def _pass_points(self) -> Iterator[Message]:
         points, self._points, self._passed_on = self._points, [], time.monotonic()
         for number, stream in enumerate(self._streams):
-            yield from self._guarded(number, lambda stream=stream: stream.pass_on(points, self._trials))  # type: ignore[misc]
+            yield from self._guarded(number, lambda stream=stream: stream.pass_on(points, self._trials))
         if points:
             self._save()
 
