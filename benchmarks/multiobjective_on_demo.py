@@ -30,7 +30,8 @@ from loratune import demo, samplers
 from loratune.data.cache import prepare_data
 from loratune.data.order import total_steps
 from loratune.data.prepared import Prepared
-from loratune.executors import Executor, InlineExecutor
+from loratune.executors import Executor
+from loratune.executors.inline import InlineExecutor
 from loratune.finetune.sizes import adapter_sizes
 from loratune.record import INFEASIBLE, StudyRecord, open_record, read
 from loratune.record.progress import Meter

@@ -44,9 +44,11 @@ class MissingExtraError(LoratuneError):
 
     exit_code = 6
 
-    def __init__(self, what: str, extra: str, cause: str = "") -> None:
+    def __init__(self, what: str, extra: str = "", cause: str = "", *, command: str = "") -> None:
+        """extra: of loratune's own; command: where it is none of these."""
         because = f" ({cause})" if cause else ""
-        super().__init__(f"{what} is not installed{because}. Install it with: pip install 'loratune[{extra}]'")
+        command = command or f"pip install 'loratune[{extra}]'"
+        super().__init__(f"{what} is not installed{because}. Install it with: {command}")
 
 
 class TrainingError(LoratuneError):

@@ -88,7 +88,6 @@ class TrainingRecipe(Json):
     gradient_checkpointing: bool = False
     checkpoint_steps: int | None = None
     keep: str = "last"
-    report_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

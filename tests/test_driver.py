@@ -16,8 +16,7 @@ from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial, read
 from loratune.report.spec_summary import asked
 from loratune.spec import StudySpec
 from loratune.study.driver import _tidy, tune
-from loratune.study.loop import Note
-from loratune.work import Hyperparameters
+from loratune.work import Hyperparameters, Message
 
 TRIALS = [  # state, loss, size
     (COMPLETE, 2.0, 5.0),
@@ -108,10 +107,10 @@ def test_layers_without_an_adapter_are_told_once_in_a_study(tmp_path: Path) -> N
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = transformers.MixtralConfig(vocab_size=vocabulary, num_local_experts=2, **shape)
     spec = _study(tmp_path, config, target_modules="all-linear")
-    told = [event.text for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
+    told = [event.text for event in tune(spec) if isinstance(event, Message) and "the experts, " in event.text]
     assert len(told) == 1
     assert dict(asked(read(tmp_path / "study")))["Notes"] == told[0]
-    assert not [event for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
+    assert not [event for event in tune(spec) if isinstance(event, Message) and "the experts, " in event.text]
 
 
 def test_training_on_the_cpu_beside_a_gpu_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +122,7 @@ def test_training_on_the_cpu_beside_a_gpu_is_told_first(tmp_path: Path, monkeypa
     events = tune(StudySpec.load(base=given | {"output": {"folder": str(tmp_path / "study")}}))
     first = next(events)
     events.close()
-    assert isinstance(first, Note)
+    assert isinstance(first, Message)
     assert first.text.startswith("warning: this machine has a GPU (/dev/nvidia0), but trials train on the CPU: the driver is too old.")
 
 

@@ -17,12 +17,13 @@ import pytest
 
 from loratune import samplers
 from loratune.executors import Executor
+from loratune.plugs import SAMPLERS
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, StudyRecord, Trial, open_record, read
 from loratune.record import writer as record_writer
 from loratune.record.progress import Meter
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec
-from loratune.study.loop import Asked, Event, Loop, Settled
+from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
 from loratune.work import CurvePoint, Hyperparameters, Outcome, Progress, Segment, State
 
 EXAMPLES, VALIDATION = 640, 60
@@ -130,7 +131,7 @@ SCHEDULES = {
     "steps": {"name": "halving", "fidelity": "steps"},
     "budget": {"name": "halving", "fidelity": "budget"},
 }
-CASES = [(sampler, "full", width) for sampler, width in zip(samplers.NAMES, itertools.cycle([1, 3]), strict=False)]
+CASES = [(sampler, "full", width) for sampler, width in zip(SAMPLERS.names, itertools.cycle([1, 3]), strict=False)]
 CASES += [("nomad", "full", 3), ("nomad", "steps", 1), ("nomad", "budget", 3), ("tpe", "steps", 3), ("random", "budget", 4)]
 
 
@@ -238,7 +239,7 @@ def test_a_short_trial_that_diverges_beside_the_first_is_told_the_untuned_models
 def test_the_first_trial_is_the_default_and_measures_the_base_model(tmp_path: Path) -> None:
     spec = spec_of(tmp_path / "s", "random")
     happened = list(events(spec, Formula(1, seed=1)))
-    assert isinstance(happened[0], Asked)
+    assert isinstance(happened[0], TrialStarted)
     record = read(spec.folder)
     assert record.default is not None
     default = record.default.hyperparameters
@@ -277,7 +278,7 @@ def test_failures_have_kinds_and_the_study_goes_on(tmp_path: Path) -> None:
         assert study.trials[trial.number].constraints == {"fits_in_memory": 1.0}
 
 
-@pytest.mark.parametrize("sampler", samplers.NAMES)
+@pytest.mark.parametrize("sampler", SAMPLERS.names)
 def test_every_sampler_survives_a_study_where_much_fails(sampler: str, tmp_path: Path) -> None:
     if sampler == "nni_tpe":
         pytest.importorskip("nni")
@@ -309,7 +310,7 @@ def test_halving_leaves_paused_trials_pruned_in_optuna(tmp_path: Path) -> None:
     states = {n: state for n, state, _, _, _ in stored(spec)}
     assert all(states[t.number] == "PRUNED" for t in pruned)
     assert all(t.value is not None for t in pruned)
-    assert sum(isinstance(e, Settled) for e in happened) == sum(len(t.outcomes) for t in trials)
+    assert sum(isinstance(e, SegmentFinished) for e in happened) == sum(len(t.outcomes) for t in trials)
 
 
 def test_time_budgets_end_the_study(tmp_path: Path) -> None:

@@ -31,8 +31,7 @@ from loratune.record import read
 from loratune.spec import StudySpec
 from loratune.study import evaluation
 from loratune.study.driver import deliver, tune
-from loratune.study.loop import Note
-from loratune.work import ModelRecipe
+from loratune.work import Message, ModelRecipe
 
 DATED = (
     "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n"
@@ -94,7 +93,7 @@ def described(home: Path, template: str | None, trials: int = 1, **data: Any) ->
 
 
 def notes(spec: StudySpec) -> str:
-    return "\n".join(event.text for event in tune(spec) if isinstance(event, Note))
+    return "\n".join(event.text for event in tune(spec) if isinstance(event, Message))
 
 
 @pytest.fixture

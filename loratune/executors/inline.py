@@ -2,17 +2,23 @@
 
 import queue
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loratune.executors.base import Executor, News
+from loratune.executors.devices import seen_as
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.placement import dispatch
 from loratune.work import Message, Outcome, Recipe, Segment
 
 
 class InlineExecutor(Executor):
-    def __init__(self, *, recipe: Recipe, root: Path, max_retries: int, threads: int | None = None) -> None:
+    def __init__(self, *, recipe: Recipe, root: Path, max_retries: int, threads: int | None = None, devices: Sequence[int] = ()) -> None:
+        """`devices`: CUDA indices, of which the first is used; empty: as `recipe.device` says."""
         super().__init__(max_retries=max_retries)
+        if devices:
+            recipe = replace(recipe, device=seen_as(devices[0]))
         self.capacity = recipe.slots
         self._recipe, self._root, self._threads = recipe, root, threads
         self._waiting: list[Segment] = []

@@ -163,7 +163,7 @@ def probe(
 
 
 def _probe(recipe: Recipe, root: Path, scratch: Path, hyperparameters: Hyperparameters, steps: int, validation_examples: int) -> Probe:
-    recipe = replace(recipe, data=str((root / recipe.data).resolve()), training=replace(recipe.training, report_to=()))
+    recipe = replace(recipe, data=str((root / recipe.data).resolve()))
     began = time.perf_counter()
     engine = load_engine(recipe, scratch)
     loading = time.perf_counter() - began

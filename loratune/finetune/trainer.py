@@ -120,11 +120,8 @@ class SegmentTrainer(transformers.Trainer):
             max_grad_norm=0.0,  # clipped by StepHooks
             seed=segment.seed % 2**32,
             use_cpu=base.device.type == "cpu",
-            report_to=list(training.report_to) or "none",
-            run_name=f"{run.folder.parent.name}-{run.folder.name}",
-            logging_strategy="steps" if training.report_to else "no",
-            logging_steps=max(1, segment.total_steps // 200),
-            logging_nan_inf_filter=False,
+            report_to="none",
+            logging_strategy="no",
             save_strategy="no",
             eval_strategy="no",
             disable_tqdm=True,

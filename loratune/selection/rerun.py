@@ -231,5 +231,6 @@ class Rerun:
                 threads=chosen["threads"],
                 max_retries=chosen["max_retries"],
                 hang_timeout=chosen["hang_timeout"],
+                options=chosen.get("options"),
             )
         return self._executor

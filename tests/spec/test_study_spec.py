@@ -80,7 +80,7 @@ def test_recipe_carries_every_field() -> None:
     spec = minimal(seed=5, model=model, training={**own, "report_to": "wandb", "devices_per_trial": 2}, executor={"device": "cuda"})
     assert spec.recipe("d") == Recipe(
         model=ModelRecipe(**model),
-        training=TrainingRecipe(seed=5, report_to=("wandb",), **own),
+        training=TrainingRecipe(seed=5, **own),
         data="d",
         engine="hf",  # what trains on several devices
         devices_per_trial=2,

@@ -48,8 +48,6 @@ class PackedEngine:
     def __init__(self, recipe: Recipe, root: Path) -> None:
         if recipe.devices_per_trial > 1:
             raise NotPackableError("a trial takes several devices")
-        if recipe.training.report_to:
-            raise NotPackableError("report_to names trackers, which Transformers' Trainer feeds")
         self.recipe, self.root, self.slots, self.notice = recipe, root, recipe.slots, ""
         self.task, self.method = task_named(recipe.task), method_named(recipe.method)
         self.device = model.choose_device(recipe.device)
