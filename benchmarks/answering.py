@@ -51,6 +51,7 @@ from loratune.downstream.tasks.embedded import DemoChoice, DemoCode, DemoMatch
 from loratune.downstream.tasks.mmlu import MmluLoglikelihood
 from loratune.finetune import lora
 from loratune.finetune.model import BaseModel, load
+from loratune.finetune.peft_layers import ADAPTER, detach, lora_layers
 from loratune.system.hub import weights_on_disk
 from loratune.system.machine import cpu_processes, environment
 from loratune.work import Hyperparameters, ModelRecipe
@@ -111,11 +112,11 @@ def write_adapters(base: BaseModel, folder: Path) -> list[Path]:
         h = Hyperparameters(lora_r=rank, lora_alpha=2 * rank, lora_dropout=0, target_modules="all-linear")
         wrapped, _ = lora.attach(base.model, h, seed=number)
         generator = torch.Generator().manual_seed(number)
-        for _, layer in lora.lora_layers(wrapped):
-            weight = layer.lora_B[lora.ADAPTER].weight
+        for _, layer in lora_layers(wrapped):
+            weight = layer.lora_B[ADAPTER].weight
             weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
         wrapped.save_pretrained(str(folder / str(number)))
-        lora.detach(base.model)
+        detach(base.model)
     return [folder / str(number) for number in range(len(RANKS))]
 
 
@@ -206,7 +207,7 @@ def with_peft(base: BaseModel, folders: list[Path], benchmark: Any, items: list[
             own = one_with_peft(base, model, benchmark, items, rows)
         found |= {(place, item): text for item, text in own.items()}
         model.unload()
-        lora.detach(base.model)
+        detach(base.model)
     return found
 
 

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from loratune import demo, samplers
 from loratune.data.cache import prepare_data
 from loratune.data.order import total_steps
 from loratune.data.prepared import Prepared
-from loratune.executors import Executor, InlineExecutor
+from loratune.executors import Executor
+from loratune.executors.inline import InlineExecutor
 from loratune.finetune.sizes import adapter_sizes
 from loratune.record import INFEASIBLE, StudyRecord, open_record, read
 from loratune.record.progress import ProgressTracker
@@ -40,7 +42,7 @@ from loratune.statistics import paired_difference, student_mean
 from loratune.study.loop import Loop
 from loratune.system.files import write_atomically
 from loratune.system.machine import environment
-from loratune.work import Hyperparameters, Outcome, Pack, Progress, Segment
+from loratune.work import Hyperparameters, Outcome, Progress, Segment
 
 FEW = 5  # seeds that are also summarised by themselves
 COLOURS = {"nomad": "#0072b2", "nsga2": "#cc79a7", "tpe": "#009e73", "random": "#5e6670"}
@@ -108,7 +110,7 @@ class Table:
             segment = Segment(
                 trial=index, hyperparameters=h, seed=0, total_steps=steps, stop_step=steps, validate_at=(0,) if index == 0 else ()
             )
-            executor.submit(Pack(segments=(segment,)))
+            executor.submit(segment)
         left = set(missing)
         while left:
             for item in executor.collect(timeout=1.0):
@@ -134,10 +136,8 @@ class FromTable(Executor):
         self._table = table
         self._ready: list[Progress | Outcome] = []
 
-    def _start(self, pack: Pack) -> None:
-        for segment in pack.segments:
-            found = json.loads(self._table.outcomes[segment.hyperparameters].to_json())
-            self._ready.append(Outcome.from_json(json.dumps({**found, "key": segment.key})))
+    def _start(self, segment: Segment) -> None:
+        self._ready.append(replace(self._table.outcomes[segment.hyperparameters], key=segment.key))
 
     def _poll(self, timeout: float) -> list[Any]:
         ready, self._ready = self._ready, []

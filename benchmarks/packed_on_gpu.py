@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import transformers
 
-from loratune.data.prepared import Manifest, SetCounts, Tokens, pack, write
+from loratune.data.prepared import Manifest, PreparedTokens, SetCounts, pack_tokens, write_prepared
 from loratune.data.sources import DataRecipe
 from loratune.finetune import memory
 from loratune.finetune import model as base_model
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.model import BaseModel
 from loratune.finetune.packed.engine import PackedEngine
@@ -70,18 +70,18 @@ def random_model(shape: str, device: torch.device) -> BaseModel:
     return BaseModel(model=model, tokenizer=NoTokenizer(), device=device, dtype=dtype)  # type: ignore[arg-type]
 
 
-def alpaca_like(vocabulary: int, count: int, seed: int) -> Tokens:
+def alpaca_like(vocabulary: int, count: int, seed: int) -> PreparedTokens:
     """Random tokens with Alpaca's spread of lengths: median about 125 tokens, 5 % over 300, half of them the response."""
     generator = np.random.default_rng(seed)
     lengths = np.clip(np.exp(generator.normal(4.85, 0.5, count)), 30, 512).astype(int)
-    return pack([(generator.integers(1, vocabulary, n).astype(np.int32), np.arange(n) >= n // 2) for n in lengths])
+    return pack_tokens([(generator.integers(1, vocabulary, n).astype(np.int32), np.arange(n) >= n // 2) for n in lengths])
 
 
 def prepared(folder: Path, vocabulary: int) -> Path:
     sets = {"train": alpaca_like(vocabulary, 1024, 1), "validation": alpaca_like(vocabulary, 8, 2)}
     counts = {n: SetCounts(examples=len(t), tokens=len(t.ids), response_tokens=int(t.mask.sum())) for n, t in sets.items()}
     facts: dict[str, Any] = {"tokenizer": "", "revision": None, "pad_token_id": 0, "eos_token_id": 0, "duplicates": 0, "sources": ()}
-    write(folder, Manifest(hash="random", recipe=DataRecipe(train=()), **facts, **counts), sets)
+    write_prepared(folder, Manifest(hash="random", recipe=DataRecipe(train=()), **facts, **counts), sets)
     return folder
 
 
@@ -128,7 +128,7 @@ def measure(engine: Any, count: int, name: str) -> tuple[float, int]:
     ]
     memory.free(engine.device)
     before = memory.reserved(engine.device)
-    outcomes = run_all(engine, segments)
+    outcomes = run_segments(engine, segments)
     taken = memory.reserved(engine.device) - before
     bad = [o.message for o in outcomes if o.state is not State.COMPLETED]
     if bad:

@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 
 from loratune import schedules
-from loratune.schedules import Stretch
+from loratune.schedules import Slice, SliceResult
 from loratune.statistics import spearman
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learning_curves"
@@ -70,26 +70,26 @@ def simulate(table: Table, axis: str, smallest: float, seed: int) -> tuple[float
     schedule = schedules.build(
         name,
         trials=len(order),
-        yardstick=False,
+        baseline=False,
         fidelity=axis if axis != "full" else "budget",
         reduction_factor=3,
         min_resource=smallest,
     )
     tokens, best = 0, float("inf")
-    while (stretch := schedule.next(may_start=True)) is not None:
-        loss, spent = answer(table, int(order[stretch.trial]), stretch)
+    while (slice := schedule.next(may_start=True)) is not None:
+        loss, spent = answer(table, int(order[slice.trial]), slice)
         tokens += spent
-        schedule.tell(stretch, loss)
-        if loss is not None and stretch.length * stretch.stop == 1:
+        schedule.tell(slice, SliceResult(loss=loss))
+        if loss is not None and slice.length * slice.stop == 1:
             best = min(best, loss)
     return best, tokens
 
 
-def answer(table: Table, row: int, stretch: Stretch) -> tuple[float | None, int]:
-    if stretch.run != "main":
-        return table.look_up(row, stretch.run, 1.0)
-    loss, end = table.look_up(row, "main", float(stretch.stop))
-    return loss, end - (table.look_up(row, "main", float(stretch.start))[1] if stretch.start else 0)
+def answer(table: Table, row: int, slice: Slice) -> tuple[float | None, int]:
+    if slice.run != "main":
+        return table.look_up(row, slice.run, 1.0)
+    loss, end = table.look_up(row, "main", float(slice.stop))
+    return loss, end - (table.look_up(row, "main", float(slice.start))[1] if slice.start else 0)
 
 
 def random_search(table: Table, tokens: float, seed: int) -> float:

@@ -44,9 +44,11 @@ class MissingExtraError(LoratuneError):
 
     exit_code = 6
 
-    def __init__(self, what: str, extra: str, cause: str = "") -> None:
+    def __init__(self, what: str, extra: str = "", cause: str = "", *, command: str = "") -> None:
+        """extra: of loratune's own; command: where it is none of these."""
         because = f" ({cause})" if cause else ""
-        super().__init__(f"{what} is not installed{because}. Install it with: pip install 'loratune[{extra}]'")
+        command = command or f"pip install 'loratune[{extra}]'"
+        super().__init__(f"{what} is not installed{because}. Install it with: {command}")
 
 
 class TrainingError(LoratuneError):
@@ -61,7 +63,7 @@ class DeviceLostError(TrainingError):
     def __init__(self, device: str, cause: str) -> None:
         super().__init__(
             f"{device} reported an error after which this process cannot use it any more:\n{cause}\n"
-            "Run the same command again: it goes on from the checkpoints. If that repeats, look for the device's faults in dmesg."
+            "Run the same command again: it continues from the checkpoints. If this happens again, look for hardware faults in dmesg."
         )
 
 
@@ -86,11 +88,11 @@ class SandboxError(LoratuneError):
 _OF_BAD_INPUT: tuple[type[LoratuneError], ...] = (ModelError, DataError, StorageError)
 
 
-def kind_of(error: Exception) -> str:
+def error_kind(error: Exception) -> str:
     """The name by which an error of the user's input crosses a process border; "" for one that is none."""
     return next((kind.__name__ for kind in _OF_BAD_INPUT if isinstance(error, kind)), "")
 
 
 def error_of(kind: str, message: str) -> LoratuneError:
-    """The error that `kind_of` named; TrainingError for no name."""
+    """The error that `error_kind` named; TrainingError for no name."""
     return next((known for known in _OF_BAD_INPUT if known.__name__ == kind), TrainingError)(message)

@@ -1,8 +1,8 @@
 """What crosses a process border: plain dataclasses that turn into JSON and back.
 
 A `Recipe` is all that a study's trials share; `Hyperparameters` is what a trial varies. A `Segment`
-asks for one stretch of one trial's training, "train trial 7 from step 120 to step 240, then
-validate"; segments that run together on one device are a `Pack`; an `Outcome` answers each segment.
+asks for one part of one trial's training, "train trial 7 from step 120 to step 240, then validate";
+an `Outcome` answers each segment.
 
 Vocabulary: a *run* is one training from step 0 to `total_steps`, the span of its learning-rate
 schedule. A trial has one run, `main`, unless a schedule trains it several times at different
@@ -14,6 +14,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
@@ -22,12 +23,21 @@ from typing import Any, Self
 class Json:
     """Mixin: a dataclass to and from JSON. Tuples travel as lists, non-finite floats as strings."""
 
+    def to_plain(self) -> dict[str, Any]:
+        """What JSON has of it: dicts, lists, texts, numbers."""
+        return _plain(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """The dataclass of which `to_plain` gave this. Unknown fields are dropped: an older loratune can read a newer study's record."""
+        return _typed(cls, plain)
+
     def to_json(self) -> str:
-        return json.dumps(_plain(self), allow_nan=False)
+        return json.dumps(self.to_plain(), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return _typed(cls, json.loads(text))
+        return cls.from_plain(json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,38 +54,40 @@ class Hyperparameters(Json):
     batch_size: int = 128  # examples per optimiser step, over all devices
     epochs: float = 2.0  # passes over the training set
     loraplus_lr_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A's
-    target_modules: str | tuple[str, ...] = "qv"  # a named set (see finetune/lora.py) or module names
+    target_modules: str | tuple[str, ...] = "qv"  # a named set (see finetune/targets.py) or module names
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe(Json):
-    """Which base model, and how it is held in memory."""
+    """Which base model, and how it is held in memory: `model` of the description (spec/sections.py says what each field means)."""
 
-    name_or_path: str  # local folder or hub id
-    revision: str | None = None  # hub branch, tag or commit
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | float64; auto: bfloat16 on GPU, float32 on CPU
-    load_in_4bit: bool = False  # NF4 through bitsandbytes, GPU only
-    attn_implementation: str | None = None  # Transformers' name; None lets Transformers choose
+    name_or_path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe(Json):
-    """How every trial of a study is trained."""
+    """How every trial of a study is trained: the part of `training` in the description that no trial varies (spec/sections.py).
 
-    seed: int = 0  # of initialisation, data order and dropout, shared by all trials (common random numbers)
-    micro_batch_size: int = 4  # examples per forward pass and device; changes memory and speed, never results
-    validation_batch_size: int = 8  # likewise
-    lr_scheduler_type: str = "cosine"  # cosine | linear | constant, each after linear warmup
+    `seed` is that of initialisation, data order and dropout, shared by all trials (common random numbers).
+    """
+
+    seed: int = 0
+    micro_batch_size: int = 4
+    validation_batch_size: int = 8
+    lr_scheduler_type: str = "cosine"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-    max_grad_norm: float | None = 1.0  # clip each adapter's global gradient norm; None: no clipping
-    tokens_per_pass: int | None = None  # of the packed engine: in one forward pass, at most; None: by the device. Never changes results
+    max_grad_norm: float | None = 1.0
+    tokens_per_pass: int | None = None
     gradient_checkpointing: bool = False
-    checkpoint_steps: int | None = None  # steps between crash checkpoints; None: a tenth of the run
-    keep: str = "last"  # last | best: which validated point of a run gives its value and its adapter
-    report_to: tuple[str, ...] = ()  # Transformers' trackers: tensorboard, wandb, ...
+    checkpoint_steps: int | None = None
+    keep: str = "last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +98,8 @@ class Recipe(Json):
     training: TrainingRecipe
     data: str  # folder of the prepared (tokenised, split) data, see data/prepare.py
     engine: str = "packed"  # packed where the model allows it | hf
+    task: str = "sft"  # of data/tasks.py
+    method: str = "lora"  # of finetune/methods.py
     slots: int = 1  # trials that one process of the packed engine trains at the same time
     devices_per_trial: int = 1
     device: str = "auto"  # auto | cpu | cuda
@@ -109,13 +123,6 @@ class Segment(Json):
     def key(self) -> str:
         """Unique within a study: `<trial>/<run>/<stop_step>`."""
         return f"{self.trial:04d}/{self.run}/{self.stop_step:07d}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pack(Json):
-    """Segments that run together on one device (a group of devices when `devices_per_trial` > 1)."""
-
-    segments: tuple[Segment, ...]
 
 
 class State(StrEnum):
@@ -172,7 +179,7 @@ class Outcome(Json):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Json):
-    """A sign of life from a running segment. Lost ones do no harm."""
+    """The heartbeat of a running segment. A lost one does no harm."""
 
     key: str
     step: int
@@ -180,6 +187,13 @@ class Progress(Json):
     tokens: int
     train_loss: float | None = None
     validation_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message(Json):
+    """A line for the user from where trials are trained."""
+
+    text: str
 
 
 def _plain(value: Any) -> Any:
@@ -210,7 +224,6 @@ def _typed(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
-        # Unknown fields are dropped so that an older loratune can read a newer study's record.
         return kind(**{name: _typed(hints[name], item) for name, item in value.items() if name in known})
     if kind is float:
         return float(value)

@@ -9,15 +9,14 @@ import transformers
 import yaml
 
 from loratune import demo
-from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_of, kind_of
+from loratune.errors import DataError, ModelError, NotPackableError, TrainingError, error_kind, error_of
 from loratune.executors import devices
 from loratune.executors.devices import seen_as
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial, read
 from loratune.report.spec_summary import spec_rows
 from loratune.spec import StudySpec
 from loratune.study.driver import _tidy, tune
-from loratune.study.loop import Note
-from loratune.work import Hyperparameters
+from loratune.work import Hyperparameters, Message
 
 TRIALS = [  # state, loss, size
     (COMPLETE, 2.0, 5.0),
@@ -108,10 +107,10 @@ def test_layers_without_an_adapter_are_told_once_in_a_study(tmp_path: Path) -> N
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = transformers.MixtralConfig(vocab_size=vocabulary, num_local_experts=2, **shape)
     spec = _study(tmp_path, config, target_modules="all-linear")
-    told = [event.text for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
+    told = [event.text for event in tune(spec) if isinstance(event, Message) and "the experts, " in event.text]
     assert len(told) == 1
     assert dict(spec_rows(read(tmp_path / "study")))["Notes"] == told[0]
-    assert not [event for event in tune(spec) if isinstance(event, Note) and "the experts, " in event.text]
+    assert not [event for event in tune(spec) if isinstance(event, Message) and "the experts, " in event.text]
 
 
 def test_training_on_the_cpu_beside_a_gpu_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,15 +122,15 @@ def test_training_on_the_cpu_beside_a_gpu_is_told_first(tmp_path: Path, monkeypa
     events = tune(StudySpec.load(base=given | {"output": {"folder": str(tmp_path / "study")}}))
     first = next(events)
     events.close()
-    assert isinstance(first, Note)
-    assert first.text.startswith("warning: a GPU is here (/dev/nvidia0), but trials train on the CPU: the driver is too old.")
+    assert isinstance(first, Message)
+    assert first.text.startswith("warning: this machine has a GPU (/dev/nvidia0), but trials train on the CPU: the driver is too old.")
 
 
 def test_bad_input_keeps_its_kind_across_a_border() -> None:
     for error in (ModelError("m"), DataError("d"), NotPackableError("n")):
-        found = error_of(kind_of(error), str(error))
+        found = error_of(error_kind(error), str(error))
         assert (found.exit_code, str(found)) == (error.exit_code, str(error))
-    assert kind_of(ValueError()) == ""
+    assert error_kind(ValueError()) == ""
     assert type(error_of("", "x")) is TrainingError
 
 

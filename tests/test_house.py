@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
 FLOORS = [
-    {"errors", "work", "system", "spec", "statistics"},
+    {"errors", "work", "plugs", "system", "spec", "statistics"},
     {"samplers", "schedules", "data", "demo", "record"},
-    {"finetune"},
+    {"finetune", "trackers"},
     {"executors", "downstream"},
     {"selection", "preference"},
     {"report"},

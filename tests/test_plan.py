@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from loratune import demo
-from loratune.data.prepared import Prepared, pack
+from loratune.data.prepared import Prepared, pack_tokens
 from loratune.errors import SpecError
 from loratune.finetune.sizes import adapter_sizes
 from loratune.record import open_record
@@ -133,7 +133,7 @@ def test_slots_share_a_process_and_its_speed() -> None:
     ],
 )
 def test_as_few_slots_as_fill_the_device(training: dict[str, object], trials: int, executor: dict[str, object], slots: int) -> None:
-    tokens = pack([(np.zeros(length, np.int32), np.ones(length, bool)) for length in (12, 38)])
+    tokens = pack_tokens([(np.zeros(length, np.int32), np.ones(length, bool)) for length in (12, 38)])
     data = Prepared(folder=Path(), manifest=None, train=tokens, validation=tokens)  # type: ignore[arg-type]
     described = spec(training=training, budget={"trials": trials}, executor={"device": "cpu", **executor})
     assert slots_for(described, data) == slots

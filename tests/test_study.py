@@ -17,13 +17,14 @@ import pytest
 
 from loratune import samplers
 from loratune.executors import Executor
+from loratune.plugs import SAMPLERS
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, StudyRecord, Trial, open_record, read
 from loratune.record import writer as record_writer
 from loratune.record.progress import ProgressTracker
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec
-from loratune.study.loop import Asked, Event, Loop, Settled
-from loratune.work import CurvePoint, Hyperparameters, Outcome, Pack, Progress, Segment, State
+from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
+from loratune.work import CurvePoint, Hyperparameters, Outcome, Progress, Segment, State
 
 EXAMPLES, VALIDATION = 640, 60
 
@@ -35,22 +36,22 @@ class Formula(Executor):
         super().__init__(max_retries=0)
         self.capacity = capacity
         self.trained: list[str] = []
-        self._packs: list[Pack] = []
+        self._waiting: list[Segment] = []
         self._random = random.Random(seed)
 
-    def _start(self, pack: Pack) -> None:
-        self._packs.append(pack)
+    def _start(self, segment: Segment) -> None:
+        self._waiting.append(segment)
 
     def _poll(self, timeout: float) -> list[Progress | Outcome]:
-        self._random.shuffle(self._packs)
-        return [self._answer(segment) for segment in self._packs.pop().segments] if self._packs else []
+        self._random.shuffle(self._waiting)
+        return [self._answer(self._waiting.pop())] if self._waiting else []
 
     def _answer(self, segment: Segment) -> Outcome:
         self.trained.append(segment.key)
         return answer(segment)
 
     def close(self, grace: float = 60.0) -> None:
-        self._packs.clear()
+        self._waiting.clear()
 
 
 def answer(segment: Segment) -> Outcome:
@@ -130,7 +131,7 @@ SCHEDULES = {
     "steps": {"name": "halving", "fidelity": "steps"},
     "budget": {"name": "halving", "fidelity": "budget"},
 }
-CASES = [(sampler, "full", width) for sampler, width in zip(samplers.NAMES, itertools.cycle([1, 3]), strict=False)]
+CASES = [(sampler, "full", width) for sampler, width in zip(SAMPLERS.names, itertools.cycle([1, 3]), strict=False)]
 CASES += [("nomad", "full", 3), ("nomad", "steps", 1), ("nomad", "budget", 3), ("tpe", "steps", 3), ("random", "budget", 4)]
 
 
@@ -197,17 +198,16 @@ class Machine(Formula):
 
     now = busy = 0.0
 
-    def _start(self, pack: Pack) -> None:
-        super()._start(pack)
-        (segment,) = pack.segments
+    def _start(self, segment: Segment) -> None:
+        super()._start(segment)
         work = 3 * segment.stop_step * segment.hyperparameters.batch_size + (len(segment.validate_at) + 1) * VALIDATION
         work *= self._random.uniform(0.9, 1.1)
         self.busy += work
         self._ends = {**getattr(self, "_ends", {}), segment.key: self.now + work}
 
     def _poll(self, timeout: float) -> list[Progress | Outcome]:
-        self._packs.sort(key=lambda pack: -self._ends[pack.segments[0].key])
-        (segment,) = self._packs.pop().segments
+        self._waiting.sort(key=lambda segment: -self._ends[segment.key])
+        segment = self._waiting.pop()
         self.now = max(self.now, self._ends[segment.key])
         return [self._answer(segment)]
 
@@ -239,7 +239,7 @@ def test_a_short_trial_that_diverges_beside_the_first_is_told_the_untuned_models
 def test_the_first_trial_is_the_default_and_measures_the_base_model(tmp_path: Path) -> None:
     spec = spec_of(tmp_path / "s", "random")
     happened = list(events(spec, Formula(1, seed=1)))
-    assert isinstance(happened[0], Asked)
+    assert isinstance(happened[0], TrialStarted)
     record = read(spec.folder)
     assert record.default is not None
     default = record.default.hyperparameters
@@ -278,7 +278,7 @@ def test_failures_have_kinds_and_the_study_goes_on(tmp_path: Path) -> None:
         assert study.trials[trial.number].constraints == {"fits_in_memory": 1.0}
 
 
-@pytest.mark.parametrize("sampler", samplers.NAMES)
+@pytest.mark.parametrize("sampler", SAMPLERS.names)
 def test_every_sampler_survives_a_study_where_much_fails(sampler: str, tmp_path: Path) -> None:
     if sampler == "nni_tpe":
         pytest.importorskip("nni")
@@ -310,7 +310,7 @@ def test_halving_leaves_paused_trials_pruned_in_optuna(tmp_path: Path) -> None:
     states = {n: state for n, state, _, _, _ in stored(spec)}
     assert all(states[t.number] == "PRUNED" for t in pruned)
     assert all(t.value is not None for t in pruned)
-    assert sum(isinstance(e, Settled) for e in happened) == sum(len(t.outcomes) for t in trials)
+    assert sum(isinstance(e, SegmentFinished) for e in happened) == sum(len(t.outcomes) for t in trials)
 
 
 def test_time_budgets_end_the_study(tmp_path: Path) -> None:

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 from test_study import Formula, events, outline, spec_of, until_it_ends
 
-from loratune import samplers
 from loratune.errors import TrainingError
+from loratune.plugs import SAMPLERS
 from loratune.record import COMPLETE, FAILED, INFEASIBLE, read
 from loratune.spec import StudySpec
-from loratune.study.loop import Note
-from loratune.work import Outcome, Segment, State
+from loratune.work import Message, Outcome, Segment, State
 
 TWO = {"lora_r": [4, 8], "learning_rate": 1e-4}
 SIX = {"lora_r": [4, 8, 16], "use_rslora": [True, False], "learning_rate": 1e-4}
@@ -30,11 +29,11 @@ def needs(sampler: str) -> None:
 
 
 def noted(spec: StudySpec, executor: Formula) -> list[str]:
-    return [event.text for event in events(spec, executor) if isinstance(event, Note)]
+    return [event.text for event in events(spec, executor) if isinstance(event, Message)]
 
 
 @pytest.mark.parametrize(("space", "size", "first"), [(TWO, 2, True), (SIX, 6, False)], ids=["two", "six"])
-@pytest.mark.parametrize("sampler", samplers.NAMES)
+@pytest.mark.parametrize("sampler", SAMPLERS.names)
 def test_a_space_that_is_used_up_ends_the_study(sampler: str, space: dict[str, Any], size: int, first: bool, tmp_path: Path) -> None:
     needs(sampler)
     spec = spec_of(tmp_path / "s", {"name": sampler, "defaults_first": first}, trials=size + 4, search_space=space)
@@ -46,7 +45,7 @@ def test_a_space_that_is_used_up_ends_the_study(sampler: str, space: dict[str, A
     assert {t.state for t in trials} == {COMPLETE}
 
 
-@pytest.mark.parametrize("sampler", [name for name in samplers.NAMES if name not in ("nomad", "nni_tpe")])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS.names if name not in ("nomad", "nni_tpe")])
 def test_parameters_that_are_not_active_make_no_other_configuration(sampler: str, tmp_path: Path) -> None:
     spec = spec_of(tmp_path / "s", sampler, trials=20, search_space=CONDITIONAL)
     last = noted(spec, Formula(1, seed=1))[-1]
@@ -54,7 +53,7 @@ def test_parameters_that_are_not_active_make_no_other_configuration(sampler: str
     assert len({t.hyperparameters for t in read(spec.folder).trials}) == 6
 
 
-@pytest.mark.parametrize("sampler", samplers.NAMES)
+@pytest.mark.parametrize("sampler", SAMPLERS.names)
 def test_in_most_of_a_space_nothing_is_trained_twice(sampler: str, tmp_path: Path) -> None:
     needs(sampler)
     spec = spec_of(tmp_path / "s", sampler, trials=9, search_space={**STEPPED, "learning_rate": 1e-4})  # of 12

@@ -10,7 +10,7 @@ from test_study import SCHEDULES, Formula, answer, events, load, spec_of
 from loratune.errors import SpecError
 from loratune.record import COMPLETE, PRUNED, read
 from loratune.spec import StudySpec
-from loratune.study.loop import Settled
+from loratune.study.loop import SegmentFinished
 from loratune.work import CurvePoint, Outcome, Segment, State
 
 
@@ -42,7 +42,7 @@ def studied(folder: Path, schedule: str, keep: str) -> tuple[StudySpec, Rising, 
     training = {"batch_size": 16, "epochs": 1, "validations": 4, "keep": keep}
     spec = spec_of(folder, "random", SCHEDULES[schedule], trials=9, training=training)
     executor = Rising(2, 0, best=keep == "best")
-    told = [event.outcome.key for event in events(spec, executor) if isinstance(event, Settled)]
+    told = [event.outcome.key for event in events(spec, executor) if isinstance(event, SegmentFinished)]
     return spec, executor, told
 
 

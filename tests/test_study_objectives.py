@@ -12,8 +12,8 @@ from test_study import Formula, answer, events, load, outline, spec_of, until_it
 
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, StudyRecord, read
 from loratune.spec import StudySpec
-from loratune.study.loop import Asked, Event, Note, Settled
-from loratune.work import Hyperparameters, Outcome, Segment, State
+from loratune.study.loop import Event, SegmentFinished, TrialStarted
+from loratune.work import Hyperparameters, Message, Outcome, Segment, State
 
 OBJECTIVES = ["validation_loss", "adapter_mb"]
 WIDTH = 1000  # of the layers: parameters per rank
@@ -96,10 +96,10 @@ def test_a_known_constraint_costs_no_training(tmp_path: Path) -> None:
         told = study.trials[trial.number]
         assert told.state.name == "COMPLETE"
         assert told.constraints == {"adapter_mb <= 0.1": pytest.approx(megabytes(trial.hyperparameters) / 0.1 - 1)}
-    assert sum(isinstance(e, Note) and "is infeasible and not trained: it breaks adapter_mb" in e.text for e in happened) == len(large)
+    assert sum(isinstance(e, Message) and "is infeasible and not trained: it breaks adapter_mb" in e.text for e in happened) == len(large)
     again = list(events(spec, Measured(2, seed=2), sizes=parameters))
-    assert not any(isinstance(e, Note) for e in again), "what was told in an earlier start is not told again"
-    assert sum(isinstance(e, Settled) for e in again) == 20 - len(large)
+    assert not any(isinstance(e, Message) for e in again), "what was told in an earlier start is not told again"
+    assert sum(isinstance(e, SegmentFinished) for e in again) == 20 - len(large)
 
 
 def test_the_first_trained_trial_measures_the_base_model_when_the_default_cannot_be_trained(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_the_first_trained_trial_measures_the_base_model_when_the_default_cannot
 def test_nothing_feasible_ends(tmp_path: Path) -> None:
     spec = spec_of(tmp_path / "s", "tpe", constraints="adapter_mb < 0.001", trials=8)
     happened = list(run(spec))
-    assert [type(e) for e in happened] == [Asked, Note] * 8
+    assert [type(e) for e in happened] == [TrialStarted, Message] * 8
     assert read(spec.folder).best is None
 
 
@@ -226,7 +226,7 @@ def test_a_real_study_of_loss_and_size(tmp_path: Path, monkeypatch: pytest.Monke
     for trial in trained:
         assert trial.state == COMPLETE
         assert trial.values == (trial.outcomes[-1].validation_loss, trial.outcomes[-1].trainable_parameters * 4 / 1e6)
-    assert sum(isinstance(e, Note) and "not trained" in e.text for e in happened) == len(record.trials) - len(trained)
+    assert sum(isinstance(e, Message) and "not trained" in e.text for e in happened) == len(record.trials) - len(trained)
     capsys.readouterr()
     assert main(["status", str(tmp_path / "study")]) == 0
     shown = capsys.readouterr().out

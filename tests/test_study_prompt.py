@@ -16,7 +16,7 @@ import yaml
 from loratune.cli import compare
 from loratune.data import prepare as preparing
 from loratune.data.prepared import Prepared
-from loratune.data.prompts import choose
+from loratune.data.prompts import choose_prompt
 from loratune.delivery.exporting import export
 from loratune.downstream.answering.adapter_stack import Adapters
 from loratune.downstream.answering.answerer import Answerer
@@ -31,8 +31,7 @@ from loratune.record import read
 from loratune.spec import StudySpec
 from loratune.study import evaluation
 from loratune.study.driver import deliver, tune
-from loratune.study.loop import Note
-from loratune.work import ModelRecipe
+from loratune.work import Message, ModelRecipe
 
 DATED = (
     "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n"
@@ -94,7 +93,7 @@ def described(home: Path, template: str | None, trials: int = 1, **data: Any) ->
 
 
 def notes(spec: StudySpec) -> str:
-    return "\n".join(event.text for event in tune(spec) if isinstance(event, Note))
+    return "\n".join(event.text for event in tune(spec) if isinstance(event, Message))
 
 
 @pytest.fixture
@@ -150,7 +149,7 @@ def test_two_days_two_hashes(home: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             spec = described(home, template)
             tokenizer_files(home / "model", template)
             names[template, day] = preparing.prepare(
-                preparing.DataRecipe.from_json(spec.data_recipe_json()), tokenizer=str(home / "model"), cache=home / "cache"
+                preparing.DataRecipe.from_plain(spec.data_recipe_dict()), tokenizer=str(home / "model"), cache=home / "cache"
             ).folder.name
     assert len(set(names.values())) == 3  # the template without a date does not care
 
@@ -162,7 +161,7 @@ def test_after_alpaca_the_merged_model_chats_in_alpaca(home: Path) -> None:
     merged = export(home / "study", home / "merged", merged=True)
     assert "alpaca, as asked: the tokenizer's own chat template is not what is trained" in (merged / "README.md").read_text()
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
-    prompt = choose(transformers.AutoTokenizer.from_pretrained(home / "model"), "alpaca")
+    prompt = choose_prompt(transformers.AutoTokenizer.from_pretrained(home / "model"), "alpaca")
     turns = [{"role": "user", "content": "Say 3"}]
     ask = {"add_generation_prompt": True, "return_dict": False}
     assert tokenizer.apply_chat_template(turns, **ask) == prompt.question("Say 3")

@@ -105,15 +105,15 @@ def first_estimate(spec: "StudySpec") -> list[str]:
 
 def _data(spec: "StudySpec") -> tuple[int, int, float] | None:
     """(training examples, validation examples, mean tokens of one), roughly; None where the data are no files of usual size."""
-    from loratune.data.sources import DataRecipe, read
+    from loratune.data.sources import DataRecipe, read_source
 
-    recipe = DataRecipe.from_json(json.dumps(spec.data_recipe_dict()))
+    recipe = DataRecipe.from_plain(spec.data_recipe_dict())
     found: list[tuple[int, int]] = []  # examples, characters
     for source in (*recipe.train, *recipe.validation):
         path = Path(source.path).expanduser()
         if not path.is_file() or path.stat().st_size > _LARGEST:
             return None
-        examples, _ = read(source, recipe.on_bad_rows)
+        examples, _ = read_source(source, recipe.on_bad_rows)
         limit = recipe.max_length * _CHARACTERS
         found.append((len(examples), sum(min(limit, _length(example) + _TEMPLATE * _CHARACTERS) for example in examples)))
     rows = [number for number, _ in found]

@@ -41,16 +41,16 @@ class View(ABC):
 
     def show(self, event: "Event") -> None:
         """Take one event. What was told in an earlier start of the study is summed up in a line."""
-        from loratune.study.loop import Asked, Note, Settled
+        from loratune.study.loop import Message, SegmentFinished, TrialStarted
 
         match event:
-            case Note(text):
+            case Message(text=text):
                 self.note(text)
-            case Asked(trial):
+            case TrialStarted(trial):
                 self.trials[trial.number] = trial
                 if trial.number not in self._numbers:
                     self.asked(trial)
-            case Settled(trial, outcome):
+            case SegmentFinished(trial, outcome):
                 self.trials[trial.number] = trial
                 improved = trial.state == COMPLETE and (self._best is None or _rank(trial) < _rank(self._best))
                 if improved:

@@ -1,7 +1,7 @@
 """From token sequences to the tensors of a forward pass.
 
 A split of the data (`tokens` below) is anything with `len()`, `[i] -> (ids int32 [T], response_mask bool [T])`
-and `.lengths`; see prepare.py. Batches are padded on the right and carry no attention mask: in a causal model
+and `.lengths`; see prepared.py. Batches are padded on the right and carry no attention mask: in a causal model
 no real token can see what comes after it. Position 0 is never a target, for nothing predicts it. Examples of different
 sides (`Sides`) never stand in one batch.
 
@@ -42,8 +42,8 @@ class Batch:
     """What one forward pass sees, and which of its predictions are scored."""
 
     ids: torch.Tensor  # int64 [B, T]
-    slots: torch.Tensor  # int64 [B, T]; whose each token is for dropout (beginnings.py)
-    places: torch.Tensor  # int64 [N]; b * T + t of the hidden state that predicts a response token
+    owners: torch.Tensor  # int64 [B, T]; the example that owns each token, for dropout (shared_prefix.py)
+    predictors: torch.Tensor  # int64 [N]; b * T + t of the hidden state that predicts a response token
     labels: torch.Tensor  # int64 [N]; that token
 
     def to(self, device: torch.device) -> "Batch":
@@ -56,27 +56,27 @@ def collate(
     examples: Sequence[int] | np.ndarray,
     *,
     pad_id: int,
-    slots: Sequence[np.ndarray] | None = None,
+    owners: Sequence[np.ndarray] | None = None,
     scored: bool = True,
 ) -> Batch:
     """Pad some examples into one batch; unless `scored`, none of their tokens counts in the loss.
 
-    `slots`: for each example, int64 [its tokens] (beginnings.dropout_slots); only dropout needs them.
+    `owners`: for each example, int64 [its tokens] (shared_prefix.dropout_owners); only dropout needs them.
     """
     rows = [tokens[int(i)] for i in examples]
     length = max(len(ids) for ids, _ in rows)
     ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     targets = np.zeros((len(rows), length), dtype=bool)
-    owners = np.zeros((len(rows), length), dtype=np.int64)
+    owned = np.zeros((len(rows), length), dtype=np.int64)
     for row, (tokens_of, mask) in enumerate(rows):
         ids[row, : len(tokens_of)] = tokens_of
         targets[row, 1 : len(tokens_of)] = mask[1:]
-        owners[row, : len(tokens_of)] = slots[row] if slots is not None else 0
+        owned[row, : len(tokens_of)] = owners[row] if owners is not None else 0
     b, t = np.nonzero(targets if scored else targets & False)
     return Batch(
         ids=torch.from_numpy(ids),
-        slots=torch.from_numpy(owners),
-        places=torch.from_numpy(b * length + t - 1),
+        owners=torch.from_numpy(owned),
+        predictors=torch.from_numpy(b * length + t - 1),
         labels=torch.from_numpy(ids[b, t]),
     )
 
@@ -94,10 +94,10 @@ def micro_batch_count(batch_size: int, micro_batch_size: int, world: int) -> int
 def cut(
     lengths: np.ndarray, micro_batch_size: int, rank: int = 0, world: int = 1, sides: Sides = one_side, count: int | None = None
 ) -> list[np.ndarray]:
-    """Deal a global batch out: the slots of each of this process's micro-batches, at most `micro_batch_size` each.
+    """Deal a global batch out: the indices in it of each of this process's micro-batches, at most `micro_batch_size` each.
 
-    `lengths` [batch_size] are the examples' tokens. Slots are sorted by length first, so that little is padded and
-    every process gets its share of the long ones; since dropout is keyed by slot and the loss is a sum, the
+    `lengths` [batch_size] are the examples' tokens. Examples are sorted by length first, so that little is padded and
+    every process gets its share of the long ones; since dropout is keyed by owner and the loss is a sum, the
     cut changes no result. Some micro-batches are empty where there are too few examples for all processes, or for `count`.
     """
     lengths = np.asarray(lengths)

@@ -1,10 +1,10 @@
 """A study's prepared data, from the cache where it is there."""
 
-import json
 import os
 from pathlib import Path
 
-from loratune.data.prepare import Prepared, prepare
+from loratune.data.prepare import prepare
+from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe
 from loratune.spec import StudySpec
 from loratune.system import hub
@@ -18,7 +18,7 @@ def prepare_data(spec: StudySpec, notes: list[str], date: str = "") -> Prepared:
     """
     hub.refuse_adapter(spec.model.name_or_path, spec.model.revision)
     return prepare(
-        DataRecipe.from_json(json.dumps(spec.data_recipe_dict())),
+        DataRecipe.from_plain(spec.data_recipe_dict()),
         tokenizer=spec.model.name_or_path,
         revision=spec.model.revision,
         trust_remote_code=spec.model.trust_remote_code,

@@ -48,7 +48,7 @@ def flag_of(fields: Fields, names: tuple[str, ...]) -> bool | None:
     return next(iter(found.values()), None)
 
 
-def listed(fields: Fields, name: str, wanted: str) -> list[Any]:
+def list_field(fields: Fields, name: str, wanted: str) -> list[Any]:
     """A list that may also be given as JSON text, as in a CSV file; empty where there is nothing."""
     value = fields.get(name)
     if isinstance(value, str) and value.strip():
@@ -65,13 +65,14 @@ def listed(fields: Fields, name: str, wanted: str) -> list[Any]:
 
 def agreed(fields: Fields, names: tuple[str, ...], read: Callable[[Fields, str], str]) -> str:
     """The text of several spellings of one field. Raises BadError where two say different things."""
-    found = {text: name for name in reversed(names) if (text := read(fields, name))}
+    found = {read(fields, name): name for name in reversed(names)}
+    found.pop("", None)
     if len(found) > 1:
-        raise BadError(f"{fields.where}{' and '.join(reversed(found.values()))}: mean the same and hold different texts; keep one")
+        raise BadError(f"{fields.where}{' and '.join(reversed(found.values()))}: mean the same but hold different texts; keep one")
     return next(iter(found), "")
 
 
-def text_of(fields: Fields, name: str) -> str:
+def text_field(fields: Fields, name: str) -> str:
     if name not in fields.values:
         raise BadError(
             f"field {name} is missing: expected text, found only the fields {', '.join(map(str, fields.values))[:200] or '(none)'}"
@@ -79,14 +80,14 @@ def text_of(fields: Fields, name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str):
         raise BadError(f"{fields.where}{name}: expected text, found {described(value)}")
-    return clean(value, f"{fields.where}{name}")
+    return checked_text(value, f"{fields.where}{name}")
 
 
-def optional(fields: Fields, name: str) -> str:
-    return "" if fields.get(name) is None else text_of(fields, name)
+def optional_text(fields: Fields, name: str) -> str:
+    return "" if fields.get(name) is None else text_field(fields, name)
 
 
-def clean(text: str, where: str) -> str:
+def checked_text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:

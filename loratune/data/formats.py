@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from loratune.data.fields import BadError, Fields, agreed, clean, empty, flag_of, listed, optional, text_of
+from loratune.data.fields import BadError, Fields, agreed, checked_text, empty, flag_of, list_field, optional_text, text_field
 from loratune.data.records import described
 from loratune.system.names import close_names
 
@@ -52,7 +52,7 @@ class _Turns(NamedTuple):
     history: int = 0
 
 
-def detect(record: dict[str, Any]) -> str:
+def detect_format(record: dict[str, Any]) -> str:
     """The format that a record's fields fit. Raises BadError."""
     for name, known in FORMATS.items():
         if all(field in record for field in known.required):
@@ -69,13 +69,13 @@ def detect(record: dict[str, Any]) -> str:
     raise BadError(f"the fields {named} fit no known format: {formats}.{hint}".rstrip("."))
 
 
-def parse(record: dict[str, Any], name: str) -> Conversation:
+def parse_record(record: dict[str, Any], name: str) -> Conversation:
     """A record of format `name`. Raises BadError."""
     fields = Fields(record)
     fields.get("category")  # kept with the example
     _usable(fields)
     turns = FORMATS[name].parse(fields)
-    beside = agreed(fields, ("system", "system_prompt"), optional)
+    beside = agreed(fields, ("system", "system_prompt"), optional_text)
     if beside and turns.system and beside != turns.system:
         raise BadError(f"field system and the first message are two different system messages: {described(beside)}; keep one")
     if not any(exchange.scored for exchange in turns.exchanges):
@@ -88,13 +88,13 @@ def parse(record: dict[str, Any], name: str) -> Conversation:
 
 def _single(instruction: str, contexts: tuple[str, ...], response: str) -> Callable[[Fields], _Turns]:
     def parse(fields: Fields) -> _Turns:
-        asked, about, answer = text_of(fields, instruction), agreed(fields, contexts, optional), text_of(fields, response)
+        asked, about, answer = text_field(fields, instruction), agreed(fields, contexts, optional_text), text_field(fields, response)
         if not asked.strip() and not about.strip():
             raise BadError(f"field {instruction}: is empty; expected at least one word")
         if not answer.strip():
             raise BadError(f"field {response}: is empty; expected a response to learn from")
         earlier = _history(fields)
-        last = Exchange(asked, about, answer, reasoning=optional(fields, "reasoning_content"))
+        last = Exchange(asked, about, answer, reasoning=optional_text(fields, "reasoning_content"))
         return _Turns([*earlier, last], history=len(earlier))
 
     return parse
@@ -102,12 +102,12 @@ def _single(instruction: str, contexts: tuple[str, ...], response: str) -> Calla
 
 def _history(fields: Fields) -> list[Exchange]:
     """LLaMA-Factory's earlier exchanges, a list of [question, answer]. They are scored, as there unless mask_history is set."""
-    value = listed(fields, "history", "a list of pairs [question, answer]")
+    value = list_field(fields, "history", "a list of pairs [question, answer]")
     found = []
     for number, pair in enumerate(value, 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) and text.strip() for text in pair):
             raise BadError(f"history[{number}]: expected a pair of texts [question, answer], found {described(pair)}")
-        asked, answer = (clean(text, f"history[{number}]") for text in pair)
+        asked, answer = (checked_text(text, f"history[{number}]") for text in pair)
         found.append(Exchange(asked, "", answer))
     return found
 
@@ -115,15 +115,9 @@ def _history(fields: Fields) -> list[Exchange]:
 # ---- conversations ----
 
 _ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
 }
 _TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_calls", "tool_response", "observation", "ipython"}
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id", "tools")
@@ -133,7 +127,7 @@ _NO_TOOL_CALLS = "conversations with calls of tools are not trained yet; leave s
 def _conversation(field: str) -> Callable[[Fields], _Turns]:
     def parse(fields: Fields) -> _Turns:
         if field not in fields.values:
-            text_of(fields, field)  # raises: missing
+            text_field(fields, field)  # raises: missing
         return _turns(fields, field, fields.get(field))
 
     return parse
@@ -194,11 +188,11 @@ def _message(given: Any, where: str, record: Fields, field: str) -> tuple[str, s
         raise BadError(f"{where}: a message of the {role} is marked to be trained on; only the assistant's answers are scored")
     if not empty(message.get("train_detail")) or not empty(message.get("training_detail")):
         raise BadError(f"{where}.train_detail: an answer is scored as a whole or not at all; use train: true or false")
-    reasoning = agreed(message, ("reasoning_content", "reasoning", "thinking"), optional)
+    reasoning = agreed(message, ("reasoning_content", "reasoning", "thinking"), optional_text)
     if reasoning.strip() and role != "assistant":
         raise BadError(f"{where}: a message of the {role} has a reasoning part; only the assistant's answers may")
     record.inner |= dict.fromkeys(f"{field}[].{name}" for name in message.unread())
-    return role, clean(text, f"{where}.{what}"), scored is not False, reasoning if reasoning.strip() else ""
+    return role, checked_text(text, f"{where}.{what}"), scored is not False, reasoning if reasoning.strip() else ""
 
 
 FORMATS = {
@@ -219,17 +213,17 @@ def _usable(fields: Fields) -> None:
         raise BadError("the row is marked as not to be trained on (weight: 0, train: false); expected an answer to learn from")
     for name in ("label", "kto_tag"):  # TRL's and LLaMA-Factory's unpaired preferences; a label of another type is the user's own
         if isinstance(fields.values.get(name), bool) and not fields.get(name):
-            raise BadError(f"field {name}: false marks an answer that is not wanted; expected an answer to learn from")
+            raise BadError(f"field {name}: false marks a rejected answer; expected an answer to learn from")
     if not empty(fields.get("functions")):
         raise BadError("field functions: OpenAI's earlier spelling is not read; write the functions as tools")
 
 
 def _tools(fields: Fields) -> str:
-    tools = listed(fields, "tools", "a list of objects")
+    tools = list_field(fields, "tools", "a list of objects")
     for number, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
             raise BadError(f"tools[{number}]: expected an object that describes a function, found {described(tool)}")
     try:
-        return clean(json.dumps(tools, ensure_ascii=False), "field tools") if tools else ""
+        return checked_text(json.dumps(tools, ensure_ascii=False), "field tools") if tools else ""
     except TypeError as error:
         raise BadError(f"field tools: is not JSON: {error}") from None

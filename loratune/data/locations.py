@@ -18,19 +18,19 @@ def local(path: str, split: str | None) -> list[Path] | Path | None:
     place = Path(path).expanduser()
     if place.is_file():
         if split is not None:
-            raise DataError(f"{path}: split: {split} was asked of a single file; split applies to folders and hub data sets. Leave it out.")
-        if not kind_of(place):
+            raise DataError(f"{path}: split: {split}: a single file has no splits, only folders and hub data sets have. Leave it out.")
+        if not data_suffix(place):
             raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}, each also with .gz (not Parquet).")
         return [place]
     if place.is_dir():
         saved = any((place / name).is_file() for name in ("dataset_dict.json", "state.json"))
         return place if saved else _folder(place, split)
-    if kind_of(place) or path.startswith((".", "/", "~")) or path.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    if data_suffix(place) or path.startswith((".", "/", "~")) or path.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise DataError(_missing(place, path))
     return None
 
 
-def kind_of(file: Path) -> str:
+def data_suffix(file: Path) -> str:
     suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
     return suffix if suffix in SUFFIXES else ""
 
@@ -44,7 +44,7 @@ def _missing(place: Path, path: str) -> str:
 
 
 def _folder(folder: Path, split: str | None) -> list[Path]:
-    inside = [p for p in folder.rglob("*") if p.is_file() and kind_of(p) and p.name not in _NOT_DATA]
+    inside = [p for p in folder.rglob("*") if p.is_file() and data_suffix(p) and p.name not in _NOT_DATA]
     files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     if not files:
         raise DataError(f"{folder}: the folder holds no data files. Known: {', '.join(SUFFIXES)}.")

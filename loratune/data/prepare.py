@@ -4,36 +4,33 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loratune.data import records, split
-from loratune.data.prepared import Manifest, Prepared, PromptUsed, SetCounts, SourceCounts, Tokens, discard, pack, write
-from loratune.data.prompts import KINDS, Prompt, UnfitError, choose, has_reasoning
-from loratune.data.sources import BadRow, DataRecipe, Source, fields_of, read
-from loratune.data.split_report import compare, linked
-from loratune.errors import DataError, ModelError, StorageError
-from loratune.system import hub
-
-__all__ = ["Prepared", "Tokens", "check", "load_tokenizer", "prepare"]
+from loratune.data.prepared import (
+    Manifest,
+    Prepared,
+    PromptUsed,
+    SetCounts,
+    SourceCounts,
+    discard,
+    pack_tokens,
+    write_prepared,
+)
+from loratune.data.prompts import Encoded, UnfitError, choose_prompt, has_reasoning
+from loratune.data.sources import BadRow, DataRecipe, DataSource, Example, fields_of, read_source
+from loratune.data.split_report import common_questions, linked
+from loratune.data.tasks import SFT, TrainingTask
+from loratune.data.tokenizers import load_tokenizer, tokenizer_fingerprint
+from loratune.errors import DataError, StorageError
 
 _FORMAT = 2  # raise when the arrays, the prompts or the split change meaning, so that old caches are not used
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
-_TOKENIZER_CHOICE = ("config.json", "*.py")  # what tells Transformers which class of tokenizer it is
 _LISTED = 5  # bad rows quoted per source
 
 
@@ -45,6 +42,7 @@ def prepare(
     trust_remote_code: bool = False,
     cache: Path,
     date: str = "",
+    task: TrainingTask = SFT,
     report: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
     """The recipe's examples, split and tokenised, from `cache` if they lie there, else made and put there.
@@ -54,12 +52,12 @@ def prepare(
     aside and renamed, so a crash leaves nothing half done and of two processes that prepare at once one result
     stands.
 
-    Raises DataError for a recipe or data that cannot be used, ModelError for the tokenizer.
+    The recipe is one that a description may hold (spec.sections.Data). Raises DataError for data that cannot be used, ModelError
+    for the tokenizer.
     """
-    check(recipe)
-    files, dated = _tokenizer_fingerprint(tokenizer, revision, trust_remote_code)
+    files, dated = tokenizer_fingerprint(tokenizer, revision, trust_remote_code)
     date = (date or datetime.date.today().isoformat()) if dated and recipe.prompt != "alpaca" else ""
-    name = _content_hash(recipe, files, date)
+    name = _content_hash(recipe, files, date, task)
     folder = Path(cache) / name
     if folder.exists():
         try:
@@ -68,8 +66,10 @@ def prepare(
             report(f"{folder} is damaged; preparing the data again")
             discard(folder)
     loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
-    prompt = choose(loaded, recipe.prompt, date=date, score_reasoning=recipe.score_reasoning)
-    train, held_out = ([_tokenise(s, role, recipe, prompt, report) for s in ss] for role, ss in _roles(recipe))
+    prompt = choose_prompt(loaded, recipe.prompt, date=date, score_reasoning=recipe.score_reasoning)
+    encode = partial(task.encode, prompt)
+    train = [_tokenise(source, "train", recipe, encode, report) for source in recipe.train]
+    held_out = [_tokenise(source, "validation", recipe, encode, report) for source in recipe.validation]
     _spell_alike([*train, *held_out])
     notes: list[str] = []
     if held_out:
@@ -80,10 +80,10 @@ def prepare(
     everything = [*train, *held_out]
     report("comparing validation with training")
     trained = [r.questions[i] for r in everything for i in sorted(set(r.train))]
-    common = compare(trained, [r.questions[i] for r in everything for i in r.validation])
+    common = common_questions(trained, [r.questions[i] for r in everything for i in r.validation])
     sets = {
-        "train": pack([r.encoded[i] for r in train for i in r.train]),
-        "validation": pack([r.encoded[i] for r in everything for i in r.validation]),
+        "train": pack_tokens([r.encoded[i] for r in train for i in r.train]),
+        "validation": pack_tokens([r.encoded[i] for r in everything for i in r.validation]),
     }
     manifest = Manifest(
         hash=name,
@@ -106,69 +106,8 @@ def prepare(
         sources=tuple(r.counts() for r in everything),
         **{n: SetCounts(examples=len(t), tokens=len(t.ids), response_tokens=int(t.mask.sum())) for n, t in sets.items()},
     )
-    write(folder, manifest, sets)
+    write_prepared(folder, manifest, sets)
     return Prepared.load(folder)
-
-
-def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Transformers' tokenizer of a local folder or hub id. Raises ModelError."""
-    from transformers import AutoTokenizer
-
-    folder = Path(name).expanduser()
-    try:
-        with hub.asked_once(name):
-            return AutoTokenizer.from_pretrained(
-                str(folder) if folder.is_dir() else name, revision=revision, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # missing, offline, gated, unknown class, a broken file: each with its own class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason[:300]}") from error
-
-
-def check(recipe: DataRecipe) -> None:
-    """Raise one DataError with everything in the recipe that contradicts itself or cannot be."""
-    wrong = []
-    everywhere = (*recipe.train, *recipe.validation)
-    if not recipe.train:
-        wrong.append("train: name at least one source.")
-    ways = {
-        "validation": bool(recipe.validation),
-        "validation_fraction": recipe.validation_fraction is not None,
-        "validation_count": not recipe.validation and (recipe.validation_count or any(s.validation_count for s in recipe.train)),
-    }
-    given = [way for way, is_given in ways.items() if is_given]
-    if not given:
-        wrong.append(
-            "no validation data asked for: hyperparameters can only be compared on examples that did not train. "
-            "Write validation_fraction: 0.2, or validation_count, or a validation source."
-        )
-    if len(given) > 1:
-        wrong.append(f"{' and '.join(given)} exclude each other; keep one.")
-    if any(s.validation_count for s in recipe.validation):
-        wrong.append("validation_count belongs to training sources; a validation source takes count.")
-    if recipe.validation and any(s.validation_count for s in recipe.train):
-        wrong.append("validation_count of a training source and validation sources exclude each other; keep one.")
-    if recipe.validation_fraction is not None and not 0 < recipe.validation_fraction < 1:
-        wrong.append(f"validation_fraction: expected a number between 0 and 1, got {recipe.validation_fraction}.")
-    if recipe.prompt not in KINDS:
-        wrong.append(f"prompt: expected {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {recipe.prompt}.")
-    if recipe.on_bad_rows not in ("error", "skip"):
-        wrong.append(f"on_bad_rows: expected error or skip, got {recipe.on_bad_rows}.")
-    if recipe.max_length < 2:
-        wrong.append(f"max_length: expected at least 2 tokens, got {recipe.max_length}.")
-    counts = [("train_count", recipe.train_count), ("validation_count", recipe.validation_count)]
-    counts += [(f"{s.path}: {name}", getattr(s, name)) for s in everywhere for name in ("count", "validation_count")]
-    wrong += [f"{name}: expected at least 1, got {count}." for name, count in counts if count is not None and count < 1]
-    wrong += [
-        f"{s.path}: weight: expected a number above 0, got {s.weight}."
-        for s in everywhere
-        if s.weight is not None and not 0 < s.weight < float("inf")
-    ]
-    for name, sources in (("train", recipe.train), ("validation", recipe.validation)):
-        if len({s.weight is None for s in sources}) > 1:
-            wrong.append(f"{name}: give every source a weight, or none.")
-    if wrong:
-        raise DataError("\n".join(wrong))
 
 
 # ---- the steps, each on all rows of a source ----
@@ -178,7 +117,7 @@ def check(recipe: DataRecipe) -> None:
 class _Rows:
     """One source's usable examples. `questions`, `texts`, `encoded`, `truncated` and `left_out` run in parallel."""
 
-    source: Source
+    source: DataSource
     role: str  # train | validation
     rows: int
     bad: list[BadRow]
@@ -215,23 +154,21 @@ class _Rows:
         )
 
 
-def _roles(recipe: DataRecipe) -> tuple[tuple[str, tuple[Source, ...]], ...]:
-    return ("train", recipe.train), ("validation", recipe.validation)
-
-
-def _tokenise(source: Source, role: str, recipe: DataRecipe, prompt: Prompt, report: Callable[[str], None]) -> _Rows:
+def _tokenise(
+    source: DataSource, role: str, recipe: DataRecipe, encode: Callable[[Example, int], Encoded | None], report: Callable[[str], None]
+) -> _Rows:
     report(f"reading {source.path}")
-    examples, bad = read(source, recipe.on_bad_rows)
+    examples, bad = read_source(source, recipe.on_bad_rows)
     rows = _Rows(source=source, role=role, rows=len(examples) + len(bad), bad=bad, fields=fields_of(examples))
     for number, example in enumerate(examples):
         if number and number % 10_000 == 0:
             report(f"tokenised {number:,} of {len(examples):,} rows of {source.path}")
         try:
-            encoded = prompt.encode(example, recipe.max_length)
+            encoded = encode(example, recipe.max_length)
         except UnfitError as error:
             rows.bad.append(BadRow(example.source, example.place, error.problem))
             if recipe.on_bad_rows != "skip":
-                raise DataError(f"{rows.bad[-1]}. Mend the row, or leave such rows out with data.on_bad_rows: skip.") from error
+                raise DataError(f"{rows.bad[-1]}. Fix the row, or leave such rows out with data.on_bad_rows: skip.") from error
             continue
         if encoded is None:
             rows.dropped += 1
@@ -308,7 +245,7 @@ def _draw_training(recipe: DataRecipe, train: Sequence[_Rows]) -> None:
     wanted = split.quotas([len(r.pool) for r in train], [r.source.count for r in train], _weights(train), recipe.train_count)
     for rows, count in zip(train, wanted, strict=True):
         if count and not rows.pool:
-            raise DataError(f"{rows.source.path}: {count:,} training examples asked for, but validation leaves none.")
+            raise DataError(f"{rows.source.path}: {count:,} training examples requested, but validation leaves none.")
         if count:
             drawn = split.draw([rows.texts[i] for i in rows.pool], count, recipe.seed)
             rows.train = [rows.pool[i] for i in drawn]
@@ -331,7 +268,7 @@ def _count_duplicates(sources: Sequence[_Rows], keys: Sequence[str]) -> None:
 def _enough(rows: _Rows, count: int) -> None:
     if count > len(rows.questions):
         raise DataError(
-            f"{rows.source.path}: {count:,} validation examples asked for of {len(rows.questions):,} usable rows; validation never repeats."
+            f"{rows.source.path}: {count:,} validation examples requested of {len(rows.questions):,} usable rows; validation never repeats."
         )
 
 
@@ -343,30 +280,13 @@ def _weights(rows: Sequence[_Rows]) -> list[float] | None:
 # ---- the cache's name ----
 
 
-def _content_hash(recipe: DataRecipe, tokenizer_files: list[tuple[str, str]], date: str) -> str:
+def _content_hash(recipe: DataRecipe, tokenizer_files: list[tuple[str, str]], date: str, task: TrainingTask) -> str:
     parts = [
         _FORMAT,
         dataclasses.asdict(recipe),
-        [records.fingerprint(s.path, s.split) for s in (*recipe.train, *recipe.validation)],
+        [records.source_digests(s.path, s.split) for s in (*recipe.train, *recipe.validation)],
         tokenizer_files,
         date,
+        *([] if task is SFT else [task.name]),  # so that older caches stay what they are
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> tuple[list[tuple[str, str]], bool]:
-    """(names and digests of a tokenizer's files, those of a hub tokenizer as it would be saved; whether they ask for the date)."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")):
-            raise ModelError(f"{name}: no such folder; expected a model's folder, with its tokenizer, or a hub id.")
-        with tempfile.TemporaryDirectory() as saved:
-            load_tokenizer(name, revision, trust_remote_code).save_pretrained(saved)
-            return _tokenizer_fingerprint(saved, None, False)
-    found = {patterns: [f for p in patterns for f in folder.glob(p) if f.is_file()] for patterns in (_TOKENIZER_FILES, _TOKENIZER_CHOICE)}
-    files = sorted({file for some in found.values() for file in some})
-    if not found[_TOKENIZER_FILES]:
-        raise ModelError(f"{name}: the folder holds no tokenizer files (tokenizer.json, tokenizer_config.json, ...).")
-    contents = {str(file.relative_to(folder)): file.read_bytes() for file in files}
-    dated = any(b"strftime_now" in content for content in contents.values())
-    return [(file, hashlib.sha256(content).hexdigest()) for file, content in contents.items()], dated

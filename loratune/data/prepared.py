@@ -53,7 +53,7 @@ class SourceCounts(Json):
     def fields(self) -> list[str]:
         """What was made of the rows' fields beyond question and answer, in words."""
         told = [
-            (self.history, f"{self.history:,} rows with history: its exchanges stand before the question, their answers are scored too"),
+            (self.history, f"{self.history:,} rows with history: its exchanges come before the question, and their answers are scored too"),
             (self.unscored, f"{self.unscored:,} answers are context only, not scored (weight: 0, train: false)"),
             (self.reasoning, f"{self.reasoning:,} answers with a reasoning part"),
             (self.tools, f"{self.tools:,} rows with tools"),
@@ -108,7 +108,7 @@ class Manifest(Json):
 
 
 @dataclass(frozen=True)
-class Tokens:
+class PreparedTokens:
     """A memory-mapped sequence of tokenised examples."""
 
     ids: np.ndarray  # int32 [tokens]
@@ -137,8 +137,8 @@ class Prepared:
 
     folder: Path
     manifest: Manifest
-    train: Tokens
-    validation: Tokens
+    train: PreparedTokens
+    validation: PreparedTokens
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -160,12 +160,12 @@ class Prepared:
         cut, dropped, bad, over, left_out = (sum(getattr(s, name) for s in m.sources) for name in names)
         notes = [
             (m.duplicates, f"{m.duplicates:,} rows that repeat an earlier row's question, kept on its side of the split"),
-            (over, f"{over:,} training rows left out because validation asks the same"),
+            (over, f"{over:,} training rows left out because validation has the same question"),
             (cut, f"{cut:,} cut at {m.recipe.max_length:,} tokens"),
             (dropped, f"{dropped:,} dropped (the prompt alone fills {m.recipe.max_length:,} tokens)"),
             (bad, f"{bad:,} bad rows skipped"),
-            (m.shared, f"{m.shared:,} validation examples ask something that training asks too"),
-            (m.near_duplicates, f"{m.near_duplicates:,} validation examples ask nearly what training asks"),
+            (m.shared, f"{m.shared:,} validation examples share a question with training"),
+            (m.near_duplicates, f"{m.near_duplicates:,} validation examples have a question nearly the same as one in training"),
             (left_out, f"{left_out:,} thinking parts of earlier answers left out, as the chat template does"),
         ]
         lines = [
@@ -179,7 +179,7 @@ class Prepared:
             if len(m.sources) > 1:
                 lines.append(f"{s.path}: {s.rows:,} rows; {s.train:,} train, {s.validation:,} validation")
             if s.repeats:
-                lines.append(f"{s.path}: {s.train:,} training examples were asked of {s.train - s.repeats:,}: {s.repeats:,} are repeats")
+                lines.append(f"{s.path}: {s.train:,} training examples drawn from {s.train - s.repeats:,}: {s.repeats:,} are repeats")
             before = f"{s.path}: " if len(m.sources) > 1 else ""
             lines += [before + line for line in s.fields()]
             if s.bad:
@@ -187,14 +187,16 @@ class Prepared:
         return "\n".join(lines)
 
 
-def pack(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tokens:
+def pack_tokens(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> PreparedTokens:
     """Flat arrays of (ids, response_mask) pairs, at least one."""
     ids, masks = zip(*examples, strict=True)
     offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
-    return Tokens(ids=np.concatenate(ids).astype(np.int32), offsets=offsets.astype(np.int64), mask=np.concatenate(masks).astype(np.bool_))
+    return PreparedTokens(
+        ids=np.concatenate(ids).astype(np.int32), offsets=offsets.astype(np.int64), mask=np.concatenate(masks).astype(np.bool_)
+    )
 
 
-def write(folder: Path, manifest: Manifest, sets: Mapping[str, Tokens]) -> None:
+def write_prepared(folder: Path, manifest: Manifest, sets: Mapping[str, PreparedTokens]) -> None:
     """Write a prepared folder aside and rename it into place; one that stands there already, stays.
 
     Raises StorageError when the disk is full, the folder is read-only, and the like.
@@ -218,10 +220,10 @@ def discard(folder: Path) -> None:
         raise StorageError(f"cannot remove the damaged folder {folder}: {error.strerror or error}. Remove it by hand.") from error
 
 
-def _open(folder: Path, name: str, counts: SetCounts) -> Tokens:
+def _open(folder: Path, name: str, counts: SetCounts) -> PreparedTokens:
     arrays = {array: np.load(folder / f"{name}.{array}.npy", mmap_mode="r") for array in ARRAYS}
     wanted = {"ids": counts.tokens, "offsets": counts.examples + 1, "mask": counts.tokens}
     for array, data in arrays.items():
         if data.shape != (wanted[array],) or data.dtype != ARRAYS[array]:
             raise ValueError(f"{name}.{array}.npy holds {data.dtype} {data.shape}, expected {wanted[array]} entries")
-    return Tokens(**arrays)
+    return PreparedTokens(**arrays)

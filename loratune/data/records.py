@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loratune.data.locations import kind_of, local
+from loratune.data.locations import data_suffix, local
 from loratune.errors import DataError
 from loratune.system import hub
 
 
-class Record(NamedTuple):
+class RawRecord(NamedTuple):
     """One record as found, or the problem that kept it from being parsed."""
 
     file: str  # path as the user would find it, or hub id
@@ -29,10 +29,10 @@ class Record(NamedTuple):
     problem: str = ""
 
 
-def records(path: str, split: str | None = None) -> Iterator[Record]:
+def records(path: str, split: str | None = None) -> Iterator[RawRecord]:
     """All records of a local file, a local folder or a hub data set. Raises DataError."""
     if (found := local(path, split)) is None:
-        yield from _hub(path, split)
+        yield from _rows(path, _load_hub(path, split))
     elif isinstance(found, Path):
         yield from _saved(found, split)
     else:
@@ -40,7 +40,7 @@ def records(path: str, split: str | None = None) -> Iterator[Record]:
             yield from _file(file)
 
 
-def fingerprint(path: str, split: str | None = None) -> list[str]:
+def source_digests(path: str, split: str | None = None) -> list[str]:
     """SHA-256 of each file behind a source, in reading order; for a hub data set, `datasets`' own fingerprint."""
     found = local(path, split)
     if found is None:
@@ -59,7 +59,7 @@ def fingerprint(path: str, split: str | None = None) -> list[str]:
 # ---- datasets ----
 
 
-def _saved(folder: Path, split: str | None) -> Iterator[Record]:
+def _saved(folder: Path, split: str | None) -> Iterator[RawRecord]:
     import datasets
 
     try:
@@ -69,10 +69,6 @@ def _saved(folder: Path, split: str | None) -> Iterator[Record]:
     if isinstance(data, datasets.DatasetDict):
         data = data[_choose(str(folder), list(data), split)]
     yield from _rows(str(folder), data)
-
-
-def _hub(path: str, split: str | None) -> Iterator[Record]:
-    yield from _rows(path, _load_hub(path, split))
 
 
 def _load_hub(path: str, split: str | None) -> Any:
@@ -95,16 +91,16 @@ def _choose(path: str, names: list[str], split: str | None) -> str:
     return split
 
 
-def _rows(name: str, data: Any) -> Iterator[Record]:
+def _rows(name: str, data: Any) -> Iterator[RawRecord]:
     for number, row in enumerate(data, 1):
-        yield Record(name, f"row {number}", _unfilled(row))
+        yield RawRecord(name, f"row {number}", _unfilled(row))
 
 
 # ---- reading one file ----
 
 
-def _file(file: Path) -> Iterator[Record]:
-    kind = kind_of(file)
+def _file(file: Path) -> Iterator[RawRecord]:
+    kind = data_suffix(file)
     if kind == ".parquet":
         return _parquet(file)
     text = _text(file)
@@ -159,13 +155,13 @@ def _repeated(value: Any) -> str:
     while waiting:
         value = waiting.pop()
         if isinstance(value, _Repeated):
-            return f"the key {value.key} stands twice in an object; keep one"
+            return f"the key {value.key} appears twice in an object; keep one"
         if isinstance(value, dict | list):
             waiting += reversed(list(value.values()) if isinstance(value, dict) else value)
     return ""
 
 
-def _json(file: Path, text: str) -> Iterator[Record]:
+def _json(file: Path, text: str) -> Iterator[RawRecord]:
     try:
         whole = json.loads(text, object_pairs_hook=_object)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -184,28 +180,28 @@ def _json(file: Path, text: str) -> Iterator[Record]:
         raise DataError(f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}.{cut}") from error
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         if isinstance(whole, _Repeated):
-            raise DataError(f"{file}: the key {whole.key} stands twice in the outermost object; keep one.")
+            raise DataError(f"{file}: the key {whole.key} appears twice in the outermost object; keep one.")
         whole = whole["data"]
     if isinstance(whole, dict):
         whole = [whole]
     if not isinstance(whole, list):
         raise DataError(f"{file}: expected an array of records, found {described(whole)}.")
     for number, value in enumerate(whole, 1):
-        yield Record(str(file), f"record {number}", value, _repeated(value))
+        yield RawRecord(str(file), f"record {number}", value, _repeated(value))
 
 
-def _jsonl(file: Path, text: str) -> Iterator[Record]:
+def _jsonl(file: Path, text: str) -> Iterator[RawRecord]:
     lines = text.rstrip().split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line, object_pairs_hook=_object)
-            yield Record(str(file), f"line {number}", value, _repeated(value))
+            yield RawRecord(str(file), f"line {number}", value, _repeated(value))
         except (json.JSONDecodeError, RecursionError) as error:
             cut = " (the last line; is the file cut off?)" if number == len(lines) > 1 else ""
             why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            yield Record(str(file), f"line {number}", problem=f"not valid JSON: {why}{cut}: {described(line)}")
+            yield RawRecord(str(file), f"line {number}", problem=f"not valid JSON: {why}{cut}: {described(line)}")
 
 
 def _parsed(line: str) -> Any:
@@ -215,7 +211,7 @@ def _parsed(line: str) -> Any:
         return None
 
 
-def _csv(file: Path, text: str, delimiter: str) -> Iterator[Record]:
+def _csv(file: Path, text: str, delimiter: str) -> Iterator[RawRecord]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is below a long document
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
@@ -226,9 +222,9 @@ def _csv(file: Path, text: str, delimiter: str) -> Iterator[Record]:
             if None in row:
                 fields = len(reader.fieldnames or ())
                 problem = f"{fields + len(row[None])} fields, but the header has {fields}; is a quote missing?"
-                yield Record(str(file), f"line {line}", problem=problem)
+                yield RawRecord(str(file), f"line {line}", problem=problem)
             else:
-                yield Record(str(file), f"line {line}", {name: value for name, value in row.items() if value is not None})
+                yield RawRecord(str(file), f"line {line}", {name: value for name, value in row.items() if value is not None})
     except csv.Error as error:
         raise DataError(f"{file}, the row after line {line}: not valid CSV: {error}. Is a quote missing?") from error
 
@@ -236,10 +232,10 @@ def _csv(file: Path, text: str, delimiter: str) -> Iterator[Record]:
 def _once(file: Path, names: list[str]) -> None:
     for place, name in enumerate(names):
         if name and name in names[:place]:
-            raise DataError(f"{file}: the column {name} stands there twice. Keep one, or give them different names.")
+            raise DataError(f"{file}: the column {name} appears twice. Keep one, or give them different names.")
 
 
-def _parquet(file: Path) -> Iterator[Record]:
+def _parquet(file: Path) -> Iterator[RawRecord]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
@@ -250,7 +246,7 @@ def _parquet(file: Path) -> Iterator[Record]:
     for batch in table.to_batches(max_chunksize=1000):
         for row in batch.to_pylist():
             number += 1
-            yield Record(str(file), f"row {number}", _unfilled(row))
+            yield RawRecord(str(file), f"row {number}", _unfilled(row))
 
 
 def _unfilled(row: dict[str, Any]) -> dict[str, Any]:

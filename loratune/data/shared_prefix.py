@@ -1,9 +1,9 @@
-"""Prompts of a batch that begin alike: most of them open with the same template.
+"""Prefixes that prompts of a batch share: most of them open with the same template.
 
-In a causal model a token's activations follow from the tokens up to it. So where prompts share a beginning, one
+In a causal model a token's activations follow from the tokens up to it. So where prompts share a prefix, one
 adapter computes the same for each of them, and the packed engine computes it once (packed/layout.py). That holds under
 dropout too if the shared tokens share a mask: dropout knows a token by the example that owns it, which is the first, in
-lexicographic order of the prompts, of the examples of the global batch that begin so. Each example's own distribution
+lexicographic order of the prompts, of the examples of the global batch that have the prefix. Each example's own distribution
 of masks is what it always is, and so is the expected gradient.
 
 Notation: an example's prompt here is what stands before the token that predicts its first response token, so a
@@ -18,26 +18,25 @@ import numpy as np
 from loratune.data.batches import Tokens
 
 
-def beginnings(tokens: Tokens, examples: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:
-    """The examples' places in order of their prompts, each with how many tokens its prompt shares with the one before it.
+def shared_prefixes(tokens: Tokens, examples: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:
+    """(index in `examples`, tokens that its prompt shares with the one before it), in the order of the prompts.
 
-    Of any examples between two that share n tokens, each shares them too. So the order of a part of a batch tells of
-    the same sharing as the order of the whole.
+    Of any examples between two that share n tokens, each shares them too. So a part of a batch
+    shares what it shares in the whole.
     """
     prompts = [_prompt(*tokens[int(example)]) for example in examples]
-    order = sorted(range(len(prompts)), key=lambda place: (prompts[place].tobytes(), place))
+    order = sorted(range(len(prompts)), key=lambda index: (prompts[index].tobytes(), index))
     shared = [0] + [_common(prompts[a], prompts[b]) for a, b in pairwise(order)]
     return list(zip(order, shared, strict=True))
 
 
-def dropout_slots(tokens: Tokens, examples: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-    """For each example of a global batch, int64 [its tokens]: the place of the example that owns the token."""
+def dropout_owners(tokens: Tokens, examples: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """For each example of a global batch, int64 [its tokens]: the index of the example that owns the token."""
     lengths = np.asarray(tokens.lengths)[np.asarray(examples)]
-    slots = [np.full(length, place) for place, length in enumerate(lengths)]
-    order = beginnings(tokens, examples)
-    for (before, _), (place, shared) in pairwise(order):
-        slots[place][:shared] = slots[before][:shared]
-    return slots
+    owners = [np.full(length, index) for index, length in enumerate(lengths)]
+    for (before, _), (index, shared) in pairwise(shared_prefixes(tokens, examples)):
+        owners[index][:shared] = owners[before][:shared]
+    return owners
 
 
 def _prompt(ids: np.ndarray, response: np.ndarray) -> np.ndarray:

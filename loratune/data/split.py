@@ -197,7 +197,7 @@ def quotas(sizes: Sequence[int], counts: Sequence[int | None], weights: Sequence
         scale = min((sizes[s] / weights[s] for s in free), default=0.0) if weights else 0.0
         shares = [int(scale * weights[s] + 1e-9) if weights else sizes[s] for s in free]
     elif fixed > total or (fixed < total and not any(sizes[s] for s in free)):
-        raise DataError(f"the sources' own counts give {fixed:,} of the {total:,} asked for in all. Make them agree, or leave one out.")
+        raise DataError(f"the sources' own counts give {fixed:,} of the {total:,} requested in all. Make them agree, or leave one out.")
     else:
         shares = apportion(total - fixed, [weights[s] if weights else sizes[s] for s in free]) if free else []
     by_source = dict(zip(free, shares, strict=True))

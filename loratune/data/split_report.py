@@ -20,13 +20,13 @@ class Common(NamedTuple):
     examples: tuple[str, ...]
 
 
-def compare(train: Sequence[Questions], validation: Sequence[Questions]) -> Common:
+def common_questions(train: Sequence[Questions], validation: Sequence[Questions]) -> Common:
     """Compare the questions of the rows on both sides. Near is defined in `overlap.near_duplicates`."""
     both = on_both_sides(train, validation)
     examples = []
     if both:
         most = ", ".join(f"{_quoted(question)} ({rows:,} rows)" for question, rows in both.most_common(3))
-        examples.append(f"in validation and in training, because they link too many conversations to keep those together: {most}")
+        examples.append(f"in validation and in training, because they link too many conversations to keep these together: {most}")
     asked, others = (sorted({question for row in rows for question in row}) for rows in (validation, train))
     pairs = sorted(near_duplicates(asked, others), key=lambda pair: -pair.similarity)
     examples += [
@@ -48,8 +48,8 @@ def linked(questions: Sequence[Questions], keys: Sequence[str]) -> list[str]:
         return []
     linking, times = Counter(question for row in members for question in row).most_common(1)[0]
     return [
-        f"{size:,} of {len(keys):,} rows form one group and stand on one side: they are linked by questions that they share, "
-        f"most of all {_quoted(linking)} ({times:,} rows)"
+        f"{size:,} of {len(keys):,} rows form one group on one side of the split: they are linked by shared questions, "
+        f"above all {_quoted(linking)} ({times:,} rows)"
     ]
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratune.data.prompts import alpaca_chat_template, answer_ends, listed
+from loratune.data.prompts import alpaca_chat_template, answer_ends, end_ids
 from loratune.errors import ModelError
 from loratune.record.paths import ADAPTER_CONFIG, ADAPTER_FILES
 from loratune.system.files import new_folder
@@ -87,7 +87,7 @@ def _fit(model: Any, tokenizer: Any, prompt: str) -> None:
     if prompt == "alpaca" and tokenizer.chat_template:
         tokenizer.chat_template = alpaca_chat_template(tokenizer)
     elif prompt == "chat" and tokenizer.chat_template and model.generation_config is not None:
-        model.generation_config.eos_token_id = sorted(answer_ends(tokenizer) | listed(model.generation_config.eos_token_id))
+        model.generation_config.eos_token_id = sorted(answer_ends(tokenizer) | end_ids(model.generation_config.eos_token_id))
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:

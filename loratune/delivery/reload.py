@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loratune.data.batches import Tokens
-from loratune.data.prepared import Prepared, pack
+from loratune.data.prepared import Prepared, pack_tokens
 from loratune.errors import ModelError, StorageError
 from loratune.finetune import lora, memory, model
+from loratune.finetune.peft_layers import ADAPTER, lora_layers
 from loratune.finetune.validation import validate
 from loratune.record.paths import ADAPTER_WEIGHTS
 from loratune.work import Hyperparameters, ModelRecipe
@@ -53,9 +54,9 @@ def loss_sample(data: Path | None, vocabulary: int) -> LossSample:
         with contextlib.suppress(StorageError):  # the cache was emptied: two losses can be compared on any text
             found = Prepared.load(data).validation
             chosen = [found[i] for i in range(min(EXAMPLES, len(found)))]
-            return LossSample(tokens=pack(chosen), whole=len(found) <= EXAMPLES)
+            return LossSample(tokens=pack_tokens(chosen), whole=len(found) <= EXAMPLES)
     made_up = [((np.arange(24) * 7 + i * 5) % vocabulary, np.arange(24) >= 8) for i in range(4)]
-    return LossSample(tokens=pack(made_up), whole=False)
+    return LossSample(tokens=pack_tokens(made_up), whole=False)
 
 
 def check_adapter(
@@ -187,12 +188,12 @@ def compare_losses(folder: Path, found: float, how: str, expected: float, whose:
 
 
 def _compare_weights(folder: Path, wrapped: nn.Module, tensors: Mapping[str, torch.Tensor], scale: float) -> None:
-    loaded = {name.replace(f".{lora.ADAPTER}.", "."): p for name, p in wrapped.named_parameters() if ".lora_" in name}
+    loaded = {name.replace(f".{ADAPTER}.", "."): p for name, p in wrapped.named_parameters() if ".lora_" in name}
     wrong = [
         ("not in the file, so new in each loading", sorted(loaded.keys() - tensors.keys())),
         ("in the file, and not loaded", sorted(tensors.keys() - loaded.keys())),
         ("loaded with other values", [name for name in sorted(loaded.keys() & tensors.keys()) if not _same(loaded[name], tensors[name])]),
-        ("of another scale than the trial's", [n for n, layer in lora.lora_layers(wrapped) if layer.scaling[lora.ADAPTER] != scale]),
+        ("of another scale than the trial's", [n for n, layer in lora_layers(wrapped) if layer.scaling[ADAPTER] != scale]),
     ]
     told = [f"{what}: {_some(names)}" for what, names in wrong if names]
     if told:

@@ -1,20 +1,12 @@
 """What an executor is given and what it then holds."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from loratune.executors.crashes import cause, certain
-from loratune.work import Json, Outcome, Pack, Progress, Segment, State
+from loratune.work import Message, Outcome, Progress, Segment, State
 
-
-@dataclass(frozen=True, kw_only=True)
-class Notice(Json):
-    """A line for the user from where trials are trained."""
-
-    text: str
-
-
-News = Progress | Outcome | Notice
+News = Progress | Outcome | Message
 
 
 class Executor(ABC):
@@ -33,30 +25,29 @@ class Executor(ABC):
         self._tries: dict[str, int] = {}
         self._segments: dict[str, Segment] = {}
         self._crashes: dict[str, str] = {}  # the message of each segment's latest
-        self._notices: set[Notice] = set()
+        self._messages: set[Message] = set()
 
-    def submit(self, pack: Pack) -> None:
-        """Take segments that are sent together, and return at once."""
-        for segment in pack.segments:
-            self._tries[segment.key] = 1
-            self._segments[segment.key] = segment
-        self._start(pack)
+    def submit(self, segment: Segment) -> None:
+        """Take a segment, and return at once."""
+        self._tries[segment.key] = 1
+        self._segments[segment.key] = segment
+        self._start(segment)
 
     def collect(self, timeout: float) -> list[News]:
-        """What came in, waiting at most `timeout` seconds for the first of it. A notice comes once, not from every process."""
+        """What came in, waiting at most `timeout` seconds for the first of it. A message comes once, not from every process."""
         news: list[News] = []
         for item in self._poll(timeout):
-            if isinstance(item, Notice):
-                if item in self._notices:
+            if isinstance(item, Message):
+                if item in self._messages:
                     continue
-                self._notices.add(item)
-            if isinstance(item, Outcome) and item.key not in self._tries:
-                continue  # answered already: a worker that was given up spoke after all
-            if isinstance(item, Outcome) and item.state is State.CRASHED and self._may_retry(item):
-                self._tries[item.key] += 1
-                self._start(Pack(segments=(self._segments[item.key],)))
-                continue
+                self._messages.add(item)
             if isinstance(item, Outcome):
+                if item.key not in self._tries:
+                    continue  # answered already: a worker that was given up sent something after all
+                if item.state is State.CRASHED and self._may_retry(item):
+                    self._tries[item.key] += 1
+                    self._start(self._segments[item.key])
+                    continue
                 tries = self._tries.pop(item.key)
                 del self._segments[item.key]
                 self._crashes.pop(item.key, None)
@@ -77,8 +68,8 @@ class Executor(ABC):
         return self._tries[key] > 1
 
     @abstractmethod
-    def _start(self, pack: Pack) -> None:
-        """Train the pack's segments as soon as there are free slots."""
+    def _start(self, segment: Segment) -> None:
+        """Train the segment as soon as a slot is free."""
 
     @abstractmethod
     def _poll(self, timeout: float) -> list[News]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from loratune.errors import TrainingError
 
 _HOPELESS = 3  # trials
-LAST_WORDS = "Its last words are in"
+LOG = "Worker log:"
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception))\b")
 _OF_THE_PROGRAM = {
     *("ArithmeticError", "AssertionError", "AttributeError", "ImportError", "IndexError", "KeyError", "LookupError"),
@@ -21,7 +21,7 @@ def cause(message: str) -> str:
     """One line: the exception's own, or how the process ended. Raises nothing; "" for an empty message."""
     lines = [line.strip() for line in message.strip().splitlines()] or [""]
     exceptions = [line for line in lines if _EXCEPTION.match(line)]
-    return (exceptions or lines)[-1].partition(LAST_WORDS)[0].strip()
+    return (exceptions or lines)[-1].partition(LOG)[0].strip()
 
 
 def common_cause(messages: Sequence[str]) -> str:
@@ -35,8 +35,8 @@ def stop_for_common_cause(messages: Sequence[str], logs: Path) -> None:
     why = common_cause(messages)
     if why and len(messages) == _HOPELESS:
         raise TrainingError(
-            f"the first {_HOPELESS} trials failed for the same reason, and so would the others: {why}\n"
-            f"Their logs are in {logs}. Mend the cause, then begin anew with another --output.folder."
+            f"the first {_HOPELESS} trials failed for the same reason, so the others would too: {why}\n"
+            f"Logs: {logs}. Fix the cause, then start again with another --output.folder."
         )
 
 

@@ -72,7 +72,7 @@ def unused_gpu(device: Literal["auto", "cpu", "cuda"], devices: Sequence[int]) -
         return None
     why = _ask().why or "torch finds none that it can use"
     return (
-        f"warning: a GPU is here ({signs[0]}), but trials train on the CPU: {why}. Install a build of torch for it "
+        f"warning: this machine has a GPU ({signs[0]}), but trials train on the CPU: {why}. Install a build of torch for it "
         "(https://pytorch.org/get-started), or set executor.device: cpu."
     )
 

@@ -2,21 +2,27 @@
 
 import queue
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from loratune.executors.base import Executor, News, Notice
+from loratune.executors.base import Executor, News
+from loratune.executors.devices import seen_as
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.placement import dispatch
-from loratune.work import Outcome, Pack, Recipe, Segment
+from loratune.work import Message, Outcome, Recipe, Segment
 
 
 class InlineExecutor(Executor):
-    def __init__(self, *, recipe: Recipe, root: Path, max_retries: int, threads: int | None = None) -> None:
+    def __init__(self, *, recipe: Recipe, root: Path, max_retries: int, threads: int | None = None, devices: Sequence[int] = ()) -> None:
+        """`devices`: CUDA indices, of which the first is used; empty: as `recipe.device` says."""
         super().__init__(max_retries=max_retries)
+        if devices:
+            recipe = replace(recipe, device=seen_as(devices[0]))
         self.capacity = recipe.slots
         self._recipe, self._root, self._threads = recipe, root, threads
         self._waiting: list[Segment] = []
-        self.owed: set[str] = set()  # as the one place where segments train
+        self.owed: set[str] = set()  # as its own only worker
         self._inbox = QueueInbox()
         self._news: queue.SimpleQueue[News | BaseException] = queue.SimpleQueue()
         self._stop = threading.Event()
@@ -30,14 +36,14 @@ class InlineExecutor(Executor):
             limit_threads(self._threads)
             engine = load_engine(self._recipe, self._root)
             if engine.notice:
-                self._news.put(Notice(text=engine.notice))
+                self._news.put(Message(text=engine.notice))
             engine.run(self._inbox, self._news.put, self._stop)
             engine.close()
         except BaseException as error:
             self._news.put(error)  # raised in the caller's thread
 
-    def _start(self, pack: Pack) -> None:
-        self._waiting += pack.segments
+    def _start(self, segment: Segment) -> None:
+        self._waiting.append(segment)
         self._dispatch()
 
     def _dispatch(self) -> None:

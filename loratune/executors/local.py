@@ -1,7 +1,7 @@
 """One long-lived worker process per device (or per group of devices): the base model is loaded once.
 
 A segment goes to the worker with most free slots. A worker that dies is replaced when there is work for
-it; the segments that it had are answered as crashed. One that gives no sign of life for `hang_timeout`
+it; the segments that it had are answered as crashed. One that sends nothing for `hang_timeout`
 seconds is killed. A killed driver takes its workers along.
 """
 
@@ -12,11 +12,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from loratune.executors.base import Executor, News
-from loratune.executors.crashes import LAST_WORDS
+from loratune.executors.crashes import LOG
 from loratune.executors.placement import dispatch
 from loratune.executors.process import DEVICE_LOST, WorkerProcess
 from loratune.system.machine import threads_for
-from loratune.work import Outcome, Pack, Recipe, Segment, State
+from loratune.work import Outcome, Recipe, Segment, State
 
 
 class LocalExecutor(Executor):
@@ -37,59 +37,59 @@ class LocalExecutor(Executor):
         size = recipe.devices_per_trial
         groups = [list(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)] or [[]] * workers
         threads = threads or threads_for(len(groups) * size)
-        self._places = [
-            _Place(WorkerProcess(number=n, root=root, lock=lock, devices=group, size=size, threads=threads))
+        self._workers = [
+            _Worker(WorkerProcess(number=n, root=root, lock=lock, devices=group, size=size, threads=threads))
             for n, group in enumerate(groups)
         ]
         self._slots, self._hang_timeout = recipe.slots, hang_timeout
         self._waiting: list[Segment] = []
-        self.processes = len(self._places)
+        self.processes = len(self._workers)
         self.capacity = self.processes * self._slots
 
-    def _start(self, pack: Pack) -> None:
-        for place in self._places:  # all at the first segment: while one trains, the others import torch
-            place.process.launch()
-        self._waiting += pack.segments
+    def _start(self, segment: Segment) -> None:
+        for worker in self._workers:  # all at the first segment: while one trains, the others import torch
+            worker.process.launch()
+        self._waiting.append(segment)
         self._dispatch()
 
     def _dispatch(self) -> None:
-        dispatch(self._waiting, self._places, self._slots, self._again)
+        dispatch(self._waiting, self._workers, self._slots, self._again)
 
     def _poll(self, timeout: float) -> list[News]:
         deadline = time.monotonic() + timeout
         items: list[News] = []
         while not items and (left := deadline - time.monotonic()) > 0:
-            working = {place.process.connection: place for place in self._places if place.owed}
+            working = {worker.process.connection: worker for worker in self._workers if worker.owed}
             ready = wait([c for c in working if c is not None], min(left, 1.0))  # hangs are looked for every second
-            for connection, place in working.items():
+            for connection, worker in working.items():
                 if connection in ready:
                     try:
-                        items += place.hear()
+                        items += worker.hear()
                     except EOFError:
-                        place.process.end(5.0)
-                        items += self._lost(place, "the worker process died" + _in_words(place.process.returncode))
-                elif self._hang_timeout and time.monotonic() - place.heard > self._hang_timeout:
-                    place.process.kill()
-                    items += self._lost(place, f"no sign of life for {self._hang_timeout:g} s")
+                        worker.process.end(5.0)
+                        items += self._lost(worker, "the worker process died" + _in_words(worker.process.returncode))
+                elif self._hang_timeout and time.monotonic() - worker.heard > self._hang_timeout:
+                    worker.process.kill()
+                    items += self._lost(worker, f"no heartbeat for {self._hang_timeout:g} s")
             self._dispatch()
         return items
 
-    def _lost(self, place: "_Place", why: str) -> list[Outcome]:
+    def _lost(self, worker: "_Worker", why: str) -> list[Outcome]:
         """The answers that a dead worker owed."""
-        keys, place.owed = sorted(place.owed), set()
-        message = f"{why}. {LAST_WORDS} {place.process.log}"
+        keys, worker.owed = sorted(worker.owed), set()
+        message = f"{why}. {LOG} {worker.process.log}"
         return [Outcome(key=key, state=State.CRASHED, message=message) for key in keys]
 
     def close(self, grace: float = 60.0) -> None:
         self._waiting.clear()
         deadline = time.monotonic() + grace
-        for place in self._places:
-            place.process.say({"stop": True})
-        for place in self._places:
-            place.process.end(deadline - time.monotonic())
+        for worker in self._workers:
+            worker.process.send(None)
+        for worker in self._workers:
+            worker.process.end(deadline - time.monotonic())
 
 
-class _Place:
+class _Worker:
     """A worker process and the segments it still owes an answer for."""
 
     def __init__(self, process: WorkerProcess) -> None:
@@ -102,7 +102,7 @@ class _Place:
         if not self.owed:
             self.heard = time.monotonic()
         self.owed.add(segment.key)
-        self.process.say({"segment": segment})
+        self.process.send(segment)
 
     def hear(self) -> list[News]:
         """What came in. Raises EOFError when the process is gone."""
@@ -114,8 +114,8 @@ class _Place:
 
 def _in_words(code: int | None) -> str:
     if code == DEVICE_LOST:
-        return ", since its device reported an error that no process survives"
+        return ", because its device reported an unrecoverable error"
     if code is None or code >= 0:
         return f" with exit status {code}" if code else ""
-    hint = ", perhaps by the system for want of memory" if -code == signal.SIGKILL else ""
+    hint = ", probably by the system because memory ran out" if -code == signal.SIGKILL else ""
     return f", killed by {signal.Signals(-code).name}{hint}"

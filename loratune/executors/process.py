@@ -1,4 +1,4 @@
-"""The driver's end of one worker process: start it, talk JSON with it, see it die."""
+"""The driver's end of one worker process: start it, exchange JSON with it, notice its death."""
 
 import contextlib
 import os
@@ -13,16 +13,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from loratune.errors import TrainingError
-from loratune.executors.base import News, Notice
+from loratune.executors.base import News
 from loratune.executors.devices import only
 from loratune.record.paths import StudyPaths
 from loratune.system.files import scratch
 from loratune.system.machine import thread_variables
-from loratune.work import Json, Outcome, Progress
+from loratune.work import Message, Outcome, Progress, Segment
 
 ON_GPU = "LORATUNE_ON_GPU"  # set where a worker was given a GPU: should it see none, it must not train on the CPU instead
 DEVICE_LOST = 4  # exit status of a worker whose device reported an error that no process survives
-_KINDS: dict[str, type[News]] = {"progress": Progress, "outcome": Outcome, "notice": Notice}
+_KINDS: dict[str, type[News]] = {"progress": Progress, "outcome": Outcome, "message": Message}
 _SOCKET_PATH = 107  # bytes, without the zero at the end
 # What the allocator listens to. The first is obeyed by every torch; before 2.12 the others are not, on CUDA (pytorch issue 183387).
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -85,11 +85,12 @@ class WorkerProcess:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def say(self, message: dict[str, object]) -> None:
+    def send(self, segment: Segment | None) -> None:
+        """Give it a segment; None: stop."""
         if self.connection is not None:
-            plain = {key: loads(value.to_json()) if isinstance(value, Json) else value for key, value in message.items()}
+            message = {"stop": True} if segment is None else {"segment": segment.to_plain()}
             with contextlib.suppress(OSError):  # it died; whoever receives will see the end of the stream
-                self.connection.send_bytes(dumps(plain).encode())
+                self.connection.send_bytes(dumps(message).encode())
 
     def receive(self) -> list[News]:
         """Everything that came in, without waiting. Raises EOFError when the process is gone."""
@@ -97,12 +98,12 @@ class WorkerProcess:
         try:
             while self.connection is not None and self.connection.poll():
                 for kind, content in loads(self.connection.recv_bytes()).items():
-                    items.append(_KINDS[kind].from_json(dumps(content)))
+                    items.append(_KINDS[kind].from_plain(content))
         except OSError as error:  # EOFError is none of OSError; a reset is
             raise EOFError from error
         except EOFError:
             if not items:
-                raise  # otherwise what it said last counts first; the next call sees the end again
+                raise  # otherwise what it sent last counts first; the next call sees the end again
         return items
 
     def end(self, patience: float) -> None:

@@ -2,29 +2,29 @@
 
     python -m loratune.executors.worker STUDY_FOLDER SOCKET
 
-It speaks JSON, one message at a time, over a Unix socket: in come {"segment": ...} and {"stop": true}; out
-go {"progress": ...}, {"notice": ...} and {"outcome": ...}, one outcome per segment. The loss of the socket
+It reads and writes JSON, one object at a time, over a Unix socket: in come {"segment": ...} and {"stop": true};
+out go {"progress": ...}, {"message": ...} and {"outcome": ...}, one outcome per segment. The loss of the socket
 means that the driver is gone: the worker then ends at once, since nobody would record what it finished, and
 a checkpoint is on the disk. Under torchrun every process of the group trains; the one of rank 0 alone
-speaks, and passes the segments on to the others.
+holds the socket, and passes the segments on to the others.
 """
 
 import json
+import logging
 import os
 import signal
 import sys
 import threading
-import traceback
 from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
-from loratune.errors import DeviceLostError, LoratuneError, kind_of
-from loratune.executors.base import News, Notice
+from loratune.errors import DeviceLostError, LoratuneError, error_kind
+from loratune.executors.base import News
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import DEVICE_LOST, ON_GPU
 from loratune.record.paths import StudyPaths
-from loratune.work import Outcome, Recipe, Segment, State
+from loratune.work import Message, Outcome, Recipe, Segment, State
 
 
 def main(root: Path, address: str) -> None:
@@ -33,20 +33,16 @@ def main(root: Path, address: str) -> None:
     if ON_GPU in os.environ:
         recipe = replace(recipe, device="cuda")
     try:
-        _work(recipe, root, address)
+        if int(os.environ.get("RANK", "0")) == 0:
+            _lead(recipe, root, address)
+        else:
+            _follow(recipe, root)
     except DeviceLostError:
-        # No outcome is told: the driver sees the process end, and sends what it had to a new one. Leaving in order
+        # No outcome is sent: the driver sees the process end, and sends its segments to a new one. An orderly exit
         # would ask the device to free its memory, which may hang.
-        traceback.print_exc()
+        logging.getLogger("loratune").exception("this process lost its device")
         sys.stderr.flush()
         os._exit(DEVICE_LOST)
-
-
-def _work(recipe: Recipe, root: Path, address: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        _lead(recipe, root, address)
-    else:
-        _follow(recipe, root)
 
 
 def _lead(recipe: Recipe, root: Path, address: str) -> None:
@@ -62,10 +58,10 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
         raise
     except LoratuneError as error:  # a model that cannot be loaded: every segment gets the same clear answer
         while (segment := inbox(wait=True)) is not None:
-            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=kind_of(error)))
+            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=error_kind(error)))
         return
     if engine.notice:
-        _send(driver, Notice(text=engine.notice))
+        _send(driver, Message(text=engine.notice))
     engine.run(lambda wait: _share(inbox(wait)), lambda item: _send(driver, item), stop)
     engine.close()
 
@@ -88,7 +84,7 @@ def _share(segment: Segment | None) -> Segment | None:
     """Rank 0's segment, or its None, in every process of the group."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return segment
-    from loratune.finetune.engines import broadcast
+    from loratune.finetune.distributed import broadcast
 
     text = broadcast(segment.to_json() if segment is not None else None)
     return Segment.from_json(text) if text is not None else None
@@ -99,7 +95,7 @@ def _listen(driver: Connection, inbox: QueueInbox, stop: threading.Event) -> Non
         while True:
             message = json.loads(driver.recv_bytes())
             if "segment" in message:
-                inbox.put(Segment.from_json(json.dumps(message["segment"])))
+                inbox.put(Segment.from_plain(message["segment"]))
             else:
                 stop.set()
                 inbox.end()
@@ -109,7 +105,7 @@ def _listen(driver: Connection, inbox: QueueInbox, stop: threading.Event) -> Non
 
 def _send(driver: Connection, item: News) -> None:
     try:
-        driver.send_bytes(json.dumps({type(item).__name__.lower(): json.loads(item.to_json())}).encode())
+        driver.send_bytes(json.dumps({type(item).__name__.lower(): item.to_plain()}).encode())
     except OSError:
         os._exit(3)
 

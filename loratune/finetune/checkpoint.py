@@ -76,12 +76,12 @@ def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], opti
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def kept(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def kept_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What `capture` was given as `best`; empty of a checkpoint without."""
     return {name.removeprefix("best/"): tensor for name, tensor in checkpoint.tensors.items() if name.startswith("best/")}
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write the checkpoint, then remove what it supersedes. Raises StorageError."""
     path = folder / f"checkpoint-{checkpoint.step:07d}.safetensors"
     aside = folder / f".{path.name}.{os.getpid()}"
@@ -97,11 +97,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         raise StorageError(
             f"cannot write {path}: {error}. The checkpoint before it is kept; free the disk, then run the same command."
         ) from error
-    clean(folder, keep=path)
+    remove_leftovers(folder, keep=path)
     return path
 
 
-def newest(folder: Path, *, run: str, at_most: int, moments_below: int) -> Checkpoint | None:
+def newest_checkpoint(folder: Path, *, run: str, at_most: int, moments_below: int) -> Checkpoint | None:
     """The newest readable checkpoint of `run` up to step `at_most`; below step `moments_below` it must hold moments."""
     for step, path in sorted(_found(folder), reverse=True):
         if step > at_most:
@@ -120,7 +120,7 @@ def newest(folder: Path, *, run: str, at_most: int, moments_below: int) -> Check
     return None
 
 
-def clean(folder: Path, keep: Path | None = None) -> None:
+def remove_leftovers(folder: Path, keep: Path | None = None) -> None:
     """Remove what killed writers left behind and, given `keep`, every other checkpoint."""
     for path in folder.glob(".checkpoint-*"):
         path.unlink(missing_ok=True)
@@ -133,4 +133,5 @@ def clean(folder: Path, keep: Path | None = None) -> None:
 def _found(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
-    return [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    names = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return [(int(match[1]), path) for match, path in names if match]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 
-def join(device: torch.device) -> tuple[int, int]:
+def join_group(device: torch.device) -> tuple[int, int]:
     """Join the group that torchrun's environment describes, if any; returns this process's rank and their number."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

@@ -1,13 +1,13 @@
 """Dropout whose mask is a pure function of where it is applied, not of a generator's state.
 
-The mask's bit at one element is a hash of (trial seed, optimiser step, module name, slot of the token in the
-global batch, position of the token in the example, feature). The slot is the place of the example that owns the
-token: of those that share a beginning it is the same (beginnings.py). So it is the same on CPU and GPU, for every
+The mask's bit at one element is a hash of (trial seed, optimiser step, module name, owner of the token in the
+global batch, position of the token in the example, feature). The owner is the index of an example: where several share a
+prefix, the same one for all (data/shared_prefix.py). So it is the same on CPU and GPU, for every
 micro-batch size, padding and number of processes, and when activation checkpointing runs a layer again.
 
-Notation: B examples, T positions, D features; slot and position give a row its 32-bit row hash.
+Notation: B examples, T positions, D features; owner and position give a row its 32-bit row hash.
 
-    row[b, t]     = mix(mix(slot[b]) ^ position[t])                 once per micro-batch
+    row[b, t]     = mix(mix(owner[b, t]) ^ position[t])                 once per micro-batch
     hash[b, t, d] = mix(mix(row[b, t] ^ key) + d * 0x9E3779B9)      key = 32 bits of sha256(seed, step, module)
     keep[b, t, d] = hash / 2^32 >= p
 
@@ -36,10 +36,10 @@ class DropoutKey:
         self.step = 0
         self.rows: torch.Tensor | None = None  # int32 [B, T]
 
-    def set(self, step: int, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """`step` counts from 0; `slots` [B, T] or [B, 1] and `positions` [T] or [B, T] broadcast to a row per token."""
+    def set(self, step: int, owners: torch.Tensor, positions: torch.Tensor) -> None:
+        """`step` counts from 0; `owners` [B, T] or [B, 1] and `positions` [T] or [B, T] broadcast to a row per token."""
         self.step = step
-        self.rows = row_hashes(slots, positions)
+        self.rows = row_hashes(owners, positions)
 
     def of(self, module: str) -> int:
         """The key of one module at this step, as int32."""
@@ -67,21 +67,21 @@ class KeyedDropout(nn.Module):
         if rows is None or rows.numel() != x.shape[:-1].numel():
             raise ModelError(
                 f"module {self.module} does not see the batch's tokens one by one, so its LoRA dropout cannot be keyed to them. "
-                "Leave it out of target_modules, or fix lora_dropout to 0."
+                "Leave it out of target_modules, or set lora_dropout to 0."
             )
-        keep = kept(rows.view(x.shape[:-1]), self.key.of(self.module), x.shape[-1], self.p, x.dtype)
+        keep = keep_mask(rows.view(x.shape[:-1]), self.key.of(self.module), x.shape[-1], self.p, x.dtype)
         return x * keep * (1 / (1 - self.p))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def row_hashes(slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """A hash per token of (its slot, its position), int32, of the shape to which both broadcast."""
-    return _mix(_mix(slots.to(torch.int32)) ^ positions.to(torch.int32))
+def row_hashes(owners: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A hash per token of (its owner, its position), int32, of the shape to which both broadcast."""
+    return _mix(_mix(owners.to(torch.int32)) ^ positions.to(torch.int32))
 
 
-def kept(rows: torch.Tensor, key: int, features: int, p: float, dtype: torch.dtype) -> torch.Tensor:
+def keep_mask(rows: torch.Tensor, key: int, features: int, p: float, dtype: torch.dtype) -> torch.Tensor:
     """A mask to multiply by: [..., features] for row hashes [...]; 0 with probability p, to 2^-32, else 1.
 
     Bool on a GPU, where a product converts it on the way; of `dtype` on CPU, where that is five times faster.

@@ -6,22 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
 
 from loratune.data.batches import Tokens
 from loratune.errors import LoratuneError, ModelError, NotPackableError
-from loratune.finetune.distributed import broadcast
+from loratune.finetune import memory, model
+from loratune.finetune.failures import ran_out
+from loratune.finetune.hf import HfEngine
+from loratune.finetune.packed.engine import PackedEngine
 from loratune.finetune.segment import Inbox
 from loratune.system import files
 from loratune.system.machine import threads_for
 from loratune.work import Hyperparameters, Outcome, Progress, Recipe, Segment, State
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["Engine", "Probe", "broadcast", "limit_threads", "load_engine", "probe", "run_all"]
 
 
 class Engine(Protocol):
@@ -38,7 +37,7 @@ class Engine(Protocol):
 
     slots: int  # segments that it trains at the same time
     notice: str  # a line for the user, on what the engine is or does; usually empty
-    device: "torch.device"
+    device: torch.device
     train: Tokens
     validation: Tokens
 
@@ -52,9 +51,6 @@ def load_engine(recipe: Recipe, root: Path) -> Engine:
 
     Raises ModelError, also where the device has no memory for the model, DataError, StorageError, DeviceLostError.
     """
-    from loratune.finetune import memory, model
-    from loratune.finetune.failures import ran_out
-
     if recipe.engine not in ("packed", "hf"):
         raise ModelError(f"engine: {recipe.engine!r} is not known; allowed: hf, packed.")
     device = model.choose_device(recipe.device)
@@ -66,22 +62,17 @@ def load_engine(recipe: Recipe, root: Path) -> Engine:
         if not ran_out(error, device):
             raise
     memory.free(device)
-    free = f", {memory.available(device) / 2**30:.1f} GiB of which this process may take" if device.type == "cuda" else ""
+    free = f", {memory.available(device) / 2**30:.1f} GiB available to this process" if device.type == "cuda" else ""
     raise ModelError(
         f"model {recipe.model.name_or_path!r}: out of memory while loading it on {memory.device_name(device)}{free}. "
-        "load_in_4bit or a smaller model need less; end what else takes the device's memory."
+        "Use load_in_4bit or a smaller model, or stop other programs that use the device's memory."
     )
 
 
 def _loaded(recipe: Recipe, root: Path) -> Engine:
-    from loratune.finetune import memory, model
-    from loratune.finetune.hf import HfEngine
-
     if recipe.engine == "hf":
         return HfEngine(recipe, root)
     try:
-        from loratune.finetune.packed.engine import PackedEngine
-
         return PackedEngine(recipe, root)
     except NotPackableError as error:
         why = str(error)
@@ -93,13 +84,11 @@ def _loaded(recipe: Recipe, root: Path) -> Engine:
 
 
 def limit_threads(threads: int | None) -> None:
-    """Keep this process's torch to so many threads; where None, to what it may use (environment.threads_for), if that is fewer."""
-    import torch
-
+    """Keep this process's torch to so many threads; where None, to what it may use (machine.threads_for), if that is fewer."""
     torch.set_num_threads(threads or min(torch.get_num_threads(), threads_for(1)))
 
 
-def run_all(
+def run_segments(
     engine: Engine, segments: Sequence[Segment], *, tell: Callable[[Progress], None] = lambda _: None, stop: threading.Event | None = None
 ) -> list[Outcome]:
     """Train `segments` with as many at a time as there are slots; their outcomes, in the segments' order."""
@@ -163,8 +152,6 @@ def probe(
     threads: of a process that trains, where that is not torch's number; this process keeps its own.
     Writes nothing into `root`. Raises what `load_engine` raises; out of memory is a state of the answer.
     """
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     scratch = files.scratch("probe")
@@ -176,9 +163,7 @@ def probe(
 
 
 def _probe(recipe: Recipe, root: Path, scratch: Path, hyperparameters: Hyperparameters, steps: int, validation_examples: int) -> Probe:
-    from loratune.finetune import memory
-
-    recipe = replace(recipe, data=str((root / recipe.data).resolve()), training=replace(recipe.training, report_to=()))
+    recipe = replace(recipe, data=str((root / recipe.data).resolve()))
     began = time.perf_counter()
     engine = load_engine(recipe, scratch)
     loading = time.perf_counter() - began
@@ -195,7 +180,7 @@ def _probe(recipe: Recipe, root: Path, scratch: Path, hyperparameters: Hyperpara
             total_steps=count,
             stop_step=count,
         )
-        outcomes = run_all(engine, [replace(wanted, trial=slot) for slot in range(engine.slots)])
+        outcomes = run_segments(engine, [replace(wanted, trial=slot) for slot in range(engine.slots)])
         # An outcome's memory is its trial's; what all of them need together is what the process holds of a GPU by now.
         return replace(
             min(outcomes, key=lambda outcome: outcome.state is State.COMPLETED),

@@ -15,22 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 
 from loratune.data.batches import Tokens
 from loratune.data.prepared import Prepared
-from loratune.errors import DataError, ModelError, StorageError, TrainingError, kind_of
-from loratune.finetune import distributed, lora, memory, model, segment
-from loratune.finetune.failures import ran_out
+from loratune.data.tasks import task_named
+from loratune.errors import TrainingError, error_kind
+from loratune.finetune import distributed, memory, model, segment
+from loratune.finetune.failures import error_text, ran_out, state_of
+from loratune.finetune.lora import adapter_parameters
+from loratune.finetune.methods import method_named
 from loratune.finetune.optimisation import make_optimizer
+from loratune.finetune.peft_layers import ADAPTER, detach
 from loratune.finetune.segment import Inbox, SegmentRun
+from loratune.finetune.targets import left_out
 from loratune.finetune.trainer import DivergedError, SegmentTrainer, StepHooks
 from loratune.finetune.validation import validate
 from loratune.record.paths import RunPaths, StudyPaths
 from loratune.system.files import write_atomically
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
-_LAST_WORDS = "last-words.json"
+_GROUP_OUTCOME = "group-outcome.json"
 
 
 class HfEngine:
@@ -44,8 +50,9 @@ class HfEngine:
 
     def __init__(self, recipe: Recipe, root: Path) -> None:
         self.recipe, self.root = recipe, root
+        self.task, self.method = task_named(recipe.task), method_named(recipe.method)
         self.device = model.choose_device(recipe.device)
-        self.rank, self.world = distributed.join(self.device)
+        self.rank, self.world = distributed.join_group(self.device)
         prepared = Prepared.load(root / recipe.data)
         self.train: Tokens = prepared.train
         self.validation: Tokens = prepared.validation
@@ -68,10 +75,10 @@ class HfEngine:
 
     def _outcome(self, wanted: Segment, report: Callable[[Progress], None], stop: threading.Event) -> Outcome:
         folder = StudyPaths(self.root).of(wanted).folder
-        if (words := self._last_words(folder, wanted)) is not None:
+        if (words := self._group_outcome(folder, wanted)) is not None:
             return words
         if distributed.agree(stop.is_set()):
-            return Outcome(key=wanted.key, state=State.CANCELLED, message="asked to stop before it began")
+            return Outcome(key=wanted.key, state=State.CANCELLED, message="stopped before it began")
         memory.reset_peak(self.device)
         with _global_randomness_kept():
             outcome = self._attempt(wanted, folder, report, stop)
@@ -87,7 +94,7 @@ class HfEngine:
         if self.world > 1 and outcome.state in (State.OUT_OF_MEMORY, State.CRASHED):
             # The other processes wait for this one in a collective operation: the whole group has to start again.
             if outcome.state is State.OUT_OF_MEMORY:
-                write_atomically(folder / _LAST_WORDS, outcome.to_json())
+                write_atomically(folder / _GROUP_OUTCOME, outcome.to_json())
             raise TrainingError(f"process {self.rank} of {self.world}: {outcome.message}")
         return outcome
 
@@ -95,11 +102,11 @@ class HfEngine:
         run: SegmentRun | None = None
         state, message, details, kind = State.COMPLETED, "", "", ""
         try:
-            left_out = lora.left_out(self.base.model, wanted.hyperparameters.target_modules)
-            adapter, key = lora.attach(self.base.model, wanted.hyperparameters, wanted.seed)
+            lines = left_out(self.base.model, wanted.hyperparameters.target_modules)
+            adapter, key = self.method.attach(self.base.model, wanted.hyperparameters, wanted.seed)
             if self.recipe.training.gradient_checkpointing:
                 model.checkpoint_activations(self.base.model, True)
-            parameters = lora.adapter_parameters(adapter)
+            parameters = adapter_parameters(adapter)
             optimizer = make_optimizer(parameters, wanted.hyperparameters, self.recipe.training)
             run = SegmentRun(
                 wanted,
@@ -111,26 +118,21 @@ class HfEngine:
                 report=report,
                 writes=self.rank == 0,
             )
-            for line in left_out:
+            for line in lines:
                 run.log(line)
             state = self._train(run, adapter, key, parameters, optimizer, stop)
-            message = "asked to stop; a checkpoint is written" if state is State.CANCELLED else ""
+            message = "stopped; a checkpoint was written" if state is State.CANCELLED else ""
         except DivergedError as error:
             state, message = State.DIVERGED, f"diverged at {error}; lower learning rates are safer"
-        except (ModelError, DataError, StorageError) as error:
-            state, message, kind = State.BAD_INPUT, str(error), kind_of(error)
         except Exception as error:
-            details = traceback.format_exc()
+            state, message, kind = state_of(error), error_text(error), error_kind(error)
             if ran_out(error, self.device):
-                state = State.OUT_OF_MEMORY
                 message = (
                     f"out of memory on {memory.device_name(self.device)} with lora_r {wanted.hyperparameters.lora_r}, "
-                    f"micro_batch_size {self.training.micro_batch_size}; a smaller micro_batch_size, "
-                    "gradient_checkpointing or load_in_4bit need less"
+                    f"micro_batch_size {self.training.micro_batch_size}; "
+                    "use a smaller micro_batch_size, gradient_checkpointing or load_in_4bit"
                 )
-            else:
-                state, message = State.CRASHED, "".join(details.strip().splitlines(keepends=True)[-6:])
-            del error
+            details = "" if kind else traceback.format_exc()
         facts: dict[str, Any] = {
             "peak_memory_bytes": memory.peak_bytes(self.device),
             "devices": self.world,
@@ -143,7 +145,7 @@ class HfEngine:
                 segment.write_log(folder, f"{state}: {message}" + (f"\n{details}" if details else ""))
         if self.recipe.training.gradient_checkpointing:
             model.checkpoint_activations(self.base.model, False)
-        lora.detach(self.base.model)
+        detach(self.base.model)
         return outcome
 
     def _train(self, run: SegmentRun, adapter, key, parameters, optimizer, stop: threading.Event) -> State:  # type: ignore[no-untyped-def]
@@ -163,6 +165,7 @@ class HfEngine:
                 optimizer,
                 self.training,
                 hooks=hooks,
+                task=self.task,
                 rank=self.rank,
                 world=self.world,
             )
@@ -183,7 +186,8 @@ class HfEngine:
                 return State.CANCELLED
         run.settle()
         if self.rank == 0:
-            _save_adapter(adapter, RunPaths(run.folder).adapter)
+            weights = peft.get_peft_model_state_dict(adapter, adapter_name=ADAPTER, save_embedding_layers=False)
+            self.method.save(RunPaths(run.folder).adapter, copy.copy(adapter.peft_config[ADAPTER]), weights)
         return State.COMPLETED
 
     def _validate(self, run: SegmentRun, adapter: torch.nn.Module, stop: threading.Event | None = None) -> None:
@@ -201,6 +205,7 @@ class HfEngine:
                     device=self.device,
                     autocast=lambda: model.autocast(self.base),
                     interrupted=stop.is_set if stop is not None else lambda: False,
+                    task=self.task,
                     rank=self.rank,
                     world=self.world,
                 )
@@ -217,11 +222,11 @@ class HfEngine:
             self._base_loss = loss
         run.add_point(loss, seconds)
 
-    def _last_words(self, folder: Path, wanted: Segment) -> Outcome | None:
+    def _group_outcome(self, folder: Path, wanted: Segment) -> Outcome | None:
         """The outcome that a process of a group left when it ran out of memory, and the group had to start again."""
         if self.world == 1:
             return None
-        path = folder / _LAST_WORDS
+        path = folder / _GROUP_OUTCOME
         text = distributed.broadcast(path.read_text() if self.rank == 0 and path.exists() else None)
         outcome = Outcome.from_json(text) if text is not None else None
         if outcome is None or outcome.key != wanted.key:
@@ -229,16 +234,6 @@ class HfEngine:
         if self.rank == 0:
             path.unlink()
         return outcome
-
-
-def _save_adapter(adapter, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    """Write an ordinary PEFT folder. Raises StorageError."""
-    tensors = {
-        f"base_model.model.{name}.lora_{side}.weight": getattr(layer, f"lora_{side}")[lora.ADAPTER].weight
-        for name, layer in lora.lora_layers(adapter)
-        for side in "AB"
-    }
-    lora.write_folder(folder, copy.copy(adapter.peft_config[lora.ADAPTER]), tensors)
 
 
 @contextlib.contextmanager

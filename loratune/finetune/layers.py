@@ -45,15 +45,15 @@ class Trace:
 _known: "weakref.WeakKeyDictionary[nn.Module, Layers]" = weakref.WeakKeyDictionary()
 
 
-def layers_of(model: Any) -> Layers:
+def model_layers(model: Any) -> Layers:
     """Sort the model's linear layers; on whatever device it is, with or without memory. Asked once per model."""
     if model not in _known:
-        _known[model] = sort_layers(model, trace(model))
+        _known[model] = sort_layers(model, trace_text(model))
     return _known[model]
 
 
 def sort_layers(model: Any, traced: Trace | None) -> Layers:
-    """As `layers_of`, from what a trace showed; without one, from the model's parts."""
+    """As `model_layers`, from what a trace showed; without one, from the model's parts."""
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head}
     text = decoder_name(model)
@@ -80,7 +80,7 @@ def sort_layers(model: Any, traced: Trace | None) -> Layers:
     )
 
 
-def trace(model: Any, tokens: int = _TOKENS) -> Trace | None:
+def trace_text(model: Any, tokens: int = _TOKENS) -> Trace | None:
     """Run the model's twin on `tokens` tokens of text; None where that cannot be done without numbers."""
     called: dict[str, bool] = {}
 
@@ -112,7 +112,7 @@ def decoder_name(model: Any) -> str:
     return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
-def in_words(unfit: Mapping[str, str], fit: Sequence[str]) -> str:
+def explain_unfit(unfit: Mapping[str, str], fit: Sequence[str]) -> str:
     """Where the layers are and why no adapter goes there, a phrase for each reason."""
     phrases = []
     for reason in dict.fromkeys(unfit.values()):
@@ -132,7 +132,8 @@ def _tops(layers: Iterable[str], fit: Sequence[str]) -> Iterator[str]:
     taken = {layer[:end] for layer in fit for end in [i for i, c in enumerate(layer) if c == "."] + [len(layer)]}
     for layer in layers:
         parts = layer.split(".")
-        yield next(name for length in range(1, len(parts) + 1) if (name := ".".join(parts[:length])) not in taken)
+        names = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        yield next(name for name in names if name not in taken)
 
 
 def _expert_counts(model: Any) -> set[int]:
@@ -140,8 +141,8 @@ def _expert_counts(model: Any) -> set[int]:
     if config is None:
         return set()
     text = config.get_text_config()
-    places = [text, getattr(text, "ffn_config", None)]
-    return {value for place in places for key in _EXPERTS if isinstance(value := getattr(place, key, None), int)}
+    found = {getattr(part, key, None) for part in (text, getattr(text, "ffn_config", None)) for key in _EXPERTS}
+    return {value for value in found if isinstance(value, int)}
 
 
 def _routes(name: str, module: Any, counts: set[int]) -> bool:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import MissingExtraError, ModelError
 from loratune.finetune.rope import forget_lengths
 from loratune.system import hub
@@ -69,13 +70,13 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
     Raises ModelError, saying what is missing, for a folder or hub id that does not hold a causal language model.
     """
     _config(recipe)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.name_or_path, recipe.revision, recipe.trust_remote_code)
     model = load_network(recipe, device, silent=silent)
     if device.type != "meta" and not is_causal(model):
         raise ModelError(
-            f"model {recipe.name_or_path!r}: {type(model).__name__} is not a causal language model as it is configured: a later token "
-            "changes what it predicts before it, so it would be trained on the answers that it is to predict. Give a decoder-only model "
-            "(Llama, Qwen, Mistral, GPT-2, ...); BERT and its kin are decoders with is_decoder: true in config.json."
+            f"model {recipe.name_or_path!r}: {type(model).__name__} is not a causal language model in this configuration: a later token "
+            "changes earlier predictions, so training would show it the answers that it has to predict. Use a decoder-only model "
+            "(Llama, Qwen, Mistral, GPT-2, ...); BERT-like models are decoders with is_decoder: true in config.json."
         )
     return BaseModel(model=model, tokenizer=tokenizer, device=device, dtype=choose_dtype(recipe.dtype, device))
 
@@ -111,6 +112,13 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
     return model
 
 
+def bare_model(recipe: ModelRecipe) -> Any:
+    """The recipe's model without weights, on torch's meta device. Raises ModelError for one that cannot be built."""
+    config = _config(recipe)
+    with _explained(recipe, "layers"), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+
+
 def is_causal(model: transformers.PreTrainedModel) -> bool:
     """Whether a token changes no prediction before it. Asked of two short texts that differ in their last token."""
     length, vocabulary = 8, int(model.config.get_text_config().vocab_size)
@@ -120,16 +128,6 @@ def is_causal(model: transformers.PreTrainedModel) -> bool:
         one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     rounding = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.02
     return not bool((one - other).abs().max() > rounding * one.abs().max())
-
-
-def load_tokenizer(recipe: ModelRecipe) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer beside the model. Raises ModelError."""
-    _check_folder(recipe)
-    with _explained(recipe, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.name_or_path, **_common(recipe))
-    if not len(tokenizer):
-        raise ModelError(f"model {recipe.name_or_path!r}: no tokenizer files. Put tokenizer.json or tokenizer.model beside config.json.")
-    return tokenizer
 
 
 def autocast(base: BaseModel) -> contextlib.AbstractContextManager[Any]:

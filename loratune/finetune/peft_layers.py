@@ -12,11 +12,12 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from loratune.errors import ModelError
 
-_ADAPTER = "default"
+ADAPTER = "default"  # PEFT's name of the one adapter
 _known: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[str, ...]]]" = weakref.WeakKeyDictionary()
 
 
@@ -36,21 +37,21 @@ def addressable(model: nn.Module, layers: Sequence[str]) -> list[str]:
 def refuse_lost(wanted: str, lost: Sequence[str]) -> None:
     """Raise the ModelError for layers that were asked for and of which none, or not all, are addressable."""
     raise ModelError(
-        f"target_modules: {wanted!r}: PEFT does not load adapters of {_leaves(lost)} on this model. Of a mixture of experts it takes "
-        "such names for the fused experts. Choose other layers: qv, qkvo, or the attention's own names."
+        f"target_modules: {wanted!r}: PEFT does not load adapters of {_leaves(lost)} on this model. In a mixture of experts it maps "
+        "such names to the fused experts. Choose other layers: qv, qkvo, or the attention's own names."
     )
 
 
-def words_on_lost(wanted: str, lost: Sequence[str]) -> str:
+def lost_line(wanted: str, lost: Sequence[str]) -> str:
     """A line on the layers that a named set leaves out."""
-    return f"target_modules {wanted}: without {_leaves(lost)} ({len(lost)} layers), whose adapters PEFT does not load on this model"
+    return f"target_modules {wanted}: {_leaves(lost)} ({len(lost)} layers) left out: PEFT does not load their adapters on this model"
 
 
 def detach(model: nn.Module) -> None:
     """Take every adapter off the base model, in place, also one that `attach` left half attached."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, peft.tuners.lora.LoraLayer):
+            if isinstance(child, BaseTunerLayer):
                 setattr(parent, name, child.get_base_layer())
     model.__dict__.pop("peft_config", None)
     model.requires_grad_(False)
@@ -80,16 +81,16 @@ def _loads(model: nn.Module, layers: Sequence[str]) -> bool:
         return False
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=1, target_modules=list(layers))
     try:
-        peft.inject_adapter_in_model(config, model, _ADAPTER, low_cpu_mem_usage=True)
+        peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
         made = dict(lora_layers(model))
-        if set(made) != set(layers) or any(layer.scaling[_ADAPTER] != 1 or layer.r[_ADAPTER] != 1 for layer in made.values()):
+        if set(made) != set(layers) or any(layer.scaling[ADAPTER] != 1 or layer.r[ADAPTER] != 1 for layer in made.values()):
             return False
         weights = {
-            f"base_model.model.{name}.lora_{side}.weight": torch.empty_like(getattr(layer, f"lora_{side}")[_ADAPTER].weight)
+            f"base_model.model.{name}.lora_{side}.weight": torch.empty_like(getattr(layer, f"lora_{side}")[ADAPTER].weight)
             for name, layer in made.items()
             for side in "AB"
         }
-        result: Any = peft.set_peft_model_state_dict(model, weights, _ADAPTER, low_cpu_mem_usage=True)
+        result: Any = peft.set_peft_model_state_dict(model, weights, ADAPTER, low_cpu_mem_usage=True)
         return not result.unexpected_keys and not any(".lora_" in name for name in result.missing_keys)
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError):  # PEFT's ways to say no, and to fall over
         return False

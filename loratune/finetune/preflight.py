@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from loratune.data.prepare import load_tokenizer
 from loratune.data.prepared import Prepared
-from loratune.data.sources import Example, Source, read
+from loratune.data.sources import DataSource, read_source
+from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import ModelError
-from loratune.finetune import layers, lora
+from loratune.finetune import layers
+from loratune.finetune.targets import left_out
 from loratune.work import ModelRecipe
 
 _MADE_FOR = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # of config.json: what the model was made for
 _LISTED = 5
 
 
-def check(model: Any, recipe: ModelRecipe, data: Prepared, wanted: Sequence[str | tuple[str, ...]]) -> list[str]:
+def check_fit(model: Any, recipe: ModelRecipe, data: Prepared, wanted: Sequence[str | tuple[str, ...]]) -> list[str]:
     """Lines for the user on what training `wanted`, values of `target_modules`, will leave out, and on examples that are long.
 
     `model` is the recipe's, also one on torch's meta device. Raises one ModelError with all that cannot work: layers that it
@@ -27,7 +28,7 @@ def check(model: Any, recipe: ModelRecipe, data: Prepared, wanted: Sequence[str 
     wrong, notes = [], []
     for choice in dict.fromkeys(wanted):
         try:
-            notes += lora.left_out(model, choice)
+            notes += left_out(model, choice)
         except ModelError as error:
             wrong.append(str(error))
     wrong.append(_tokens_without_embedding(model, recipe, data))
@@ -68,10 +69,12 @@ def _too_long(model: Any, data: Prepared) -> tuple[str, str]:
     lengths = np.concatenate([data.train.lengths, data.validation.lengths])
     longest = int(lengths.max())
     config = model.config.get_text_config()
-    made_for = next((value for key in _MADE_FOR if isinstance(value := getattr(config, key, None), int) and value > 0), None)
+    told = (getattr(config, key, None) for key in _MADE_FOR)
+    made_for = next((value for value in told if isinstance(value, int) and value > 0), None)
     table = position_limit(model)
-    if table is None and made_for is not None and longest > made_for and not _runs(model, longest):
-        table = made_for, "config.json"
+    if table is None and made_for is not None and longest > made_for:
+        fails = layers.trace_text(model, longest) is None and layers.trace_text(model) is not None  # as far as shapes tell
+        table = (made_for, "config.json") if fails else None
     if table is not None and longest > table[0]:
         limit, name = table
         return (
@@ -84,14 +87,9 @@ def _too_long(model: Any, data: Prepared) -> tuple[str, str]:
         over = int((lengths > made_for).sum())
         return "", (
             f"{over:,} of {len(lengths):,} examples are longer than the {made_for:,} positions that the model was made for, the longest "
-            f"{longest:,} tokens; it takes them, how well is not known. A max_length of {made_for} cuts them"
+            f"{longest:,} tokens; it accepts them, but how well it handles them is unknown. max_length: {made_for} cuts them"
         )
     return "", ""
-
-
-def _runs(model: Any, tokens: int) -> bool:
-    """Whether the model takes so many tokens, as far as shapes tell."""
-    return layers.trace(model, tokens) is not None or layers.trace(model) is None
 
 
 def _tokens_without_embedding(model: Any, recipe: ModelRecipe, data: Prepared) -> str:
@@ -126,14 +124,10 @@ def _described(token: int, tokenizer: Any, data: Prepared) -> str:
     return f"token id {token} ({text!r}, which the prompt adds)"
 
 
-def _first_place(token: int, text: str, tokenizer: Any, source: Source, on_bad_rows: str) -> str:
-    for example in read(source, on_bad_rows)[0]:
-        for part in _texts(example):
+def _first_place(token: int, text: str, tokenizer: Any, source: DataSource, on_bad_rows: str) -> str:
+    for example in read_source(source, on_bad_rows)[0]:
+        parts = [example.system, *(part for exchange in example.exchanges for part in exchange if isinstance(part, str))]
+        for part in filter(None, parts):
             if text in part and token in tokenizer(part, add_special_tokens=False)["input_ids"]:
                 return f"{example.source}, {example.place}"
     return ""
-
-
-def _texts(example: Example) -> list[str]:
-    parts = [part for exchange in example.exchanges for part in exchange if isinstance(part, str)]
-    return [part for part in [example.system, *parts] if part]

@@ -59,17 +59,16 @@ class SegmentRun:
         self._nll, self._items = 0.0, 0  # since the curve's last point
         self._parameters, self._optimizer, self._report = parameters, optimizer, report
         h = segment.hyperparameters
-        places = order(segment.seed, len(tokens), segment.total_steps * h.batch_size).reshape(-1, h.batch_size)
-        self._examples = places
-        self._tokens = np.concatenate([[0], np.cumsum(np.asarray(tokens.lengths)[places].sum(axis=1))])
+        self._examples = order(segment.seed, len(tokens), segment.total_steps * h.batch_size).reshape(-1, h.batch_size)
+        self._tokens = np.concatenate([[0], np.cumsum(np.asarray(tokens.lengths)[self._examples].sum(axis=1))])
         self._every = training.checkpoint_steps or max(1, segment.total_steps // 10)
         self._age = 0.0 if training.checkpoint_steps else _YOUNG
         self._saved_at = self._reported_at = time.monotonic()
         self._pace = (time.monotonic(), 0)  # when the log's last line was written, tokens then
-        self._identity = json.dumps([json.loads(h.to_json()), segment.seed, segment.total_steps], sort_keys=True)
+        self._identity = json.dumps([h.to_plain(), segment.seed, segment.total_steps], sort_keys=True)
 
     def examples(self, step: int) -> np.ndarray:
-        """The examples that step `step` (from 0) trains on; their places here are their slots."""
+        """The examples that step `step` (from 0) trains on."""
         return self._examples[step]
 
     def tokens(self, step: int) -> int:
@@ -79,9 +78,9 @@ class SegmentRun:
     def resume(self) -> None:
         """Go on from the run's newest checkpoint that this segment can use; from step 0 when there is none."""
         stop = self.segment.stop_step
-        found = checkpoint.newest(self.folder, run=self._identity, at_most=stop, moments_below=stop)
+        found = checkpoint.newest_checkpoint(self.folder, run=self._identity, at_most=stop, moments_below=stop)
         if self.writes:
-            checkpoint.clean(self.folder)
+            checkpoint.remove_leftovers(self.folder)
         if found is None:
             if self.segment.start_step:
                 self.log(f"no checkpoint for step {self.segment.start_step}: training again from step 0, to the same result")
@@ -90,11 +89,11 @@ class SegmentRun:
         facts = found.facts
         self.step = found.step
         self.curve = {p["step"]: CurvePoint(**p) for p in facts["curve"]}
-        self._best_step, self._best = facts.get("best_step"), checkpoint.kept(found)
+        self._best_step, self._best = facts.get("best_step"), checkpoint.kept_weights(found)
         if facts["start_step"] == self.segment.start_step and facts["stop_step"] == stop:
             self._nll, self._items = facts["nll"], facts["items"]
             self.train_seconds, self.validation_seconds = facts["train_seconds"], facts["validation_seconds"]
-        self.log(f"going on from step {self.step}")
+        self.log(f"continuing from step {self.step}")
 
     def stepped(self, nll: float, items: int, learning_rate: float) -> None:
         """A step is done: `nll` summed over the global batch's `items` response tokens."""
@@ -161,7 +160,7 @@ class SegmentRun:
             "best_step": self._best_step,
         }
         tensors = checkpoint.capture(self._parameters, None if complete else self._optimizer, self._best)
-        checkpoint.save(self.folder, checkpoint.Checkpoint(step=self.step, run=self._identity, tensors=tensors, facts=facts))
+        checkpoint.save_checkpoint(self.folder, checkpoint.Checkpoint(step=self.step, run=self._identity, tensors=tensors, facts=facts))
 
     def settle(self) -> None:
         """The last validation is on the curve: bring the weights to those of the point that is kept, so that they can be saved.

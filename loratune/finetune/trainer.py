@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from loratune.data.batches import Batch, Sides, Tokens, collate, cut, micro_batch_count, response_tokens
-from loratune.data.shared_prefix import dropout_slots
+from loratune.data.shared_prefix import dropout_owners
+from loratune.data.tasks import TrainingTask
 from loratune.finetune import memory
 from loratune.finetune import model as base_model
 from loratune.finetune.dropout import DropoutKey
@@ -54,12 +55,12 @@ class MicroBatches(Dataset[dict[str, Any]]):
         if micro == 0:
             self._pieces = self._cut(examples, self.rank, self.count)
             self._items = response_tokens(self.tokens, examples)
-            self._slots = dropout_slots(self.tokens, examples)
-        slots = self._pieces[micro]
+            self._owners = dropout_owners(self.tokens, examples)
+        members = self._pieces[micro]
         # A process without examples left still takes part in DDP's reduction, with an example that is not scored.
-        seen = slots if len(slots) else [0]
-        own = [self._slots[slot] for slot in seen]
-        batch = collate(self.tokens, examples[seen], slots=own, pad_id=self.pad_id, scored=len(slots) > 0)
+        seen = members if len(members) else [0]
+        owners = [self._owners[index] for index in seen]
+        batch = collate(self.tokens, examples[seen], owners=owners, pad_id=self.pad_id, scored=len(members) > 0)
         return {"batch": batch, "items": self._items, "step": step}
 
     def _cut(self, examples: np.ndarray, rank: int, count: int | None = None) -> list[np.ndarray]:
@@ -83,10 +84,11 @@ class SegmentTrainer(transformers.Trainer):
         training: TrainingRecipe,
         *,
         hooks: "StepHooks",
+        task: TrainingTask,
         rank: int,
         world: int,
     ) -> None:
-        self.key, self.base, self.run, self.world = key, base, run, world
+        self.key, self.base, self.run, self.task, self.world = key, base, run, task, world
         self.head = base_model.output_head(base.model)
         self.adamw = optimizer
         self.scale = HALF_PRECISION_SCALE if base.dtype == torch.float16 else 1.0
@@ -118,11 +120,8 @@ class SegmentTrainer(transformers.Trainer):
             max_grad_norm=0.0,  # clipped by StepHooks
             seed=segment.seed % 2**32,
             use_cpu=base.device.type == "cpu",
-            report_to=list(training.report_to) or "none",
-            run_name=f"{run.folder.parent.name}-{run.folder.name}",
-            logging_strategy="steps" if training.report_to else "no",
-            logging_steps=max(1, segment.total_steps // 200),
-            logging_nan_inf_filter=False,
+            report_to="none",
+            logging_strategy="no",
             save_strategy="no",
             eval_strategy="no",
             disable_tqdm=True,
@@ -132,7 +131,7 @@ class SegmentTrainer(transformers.Trainer):
             remove_unused_columns=False,
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # never DataParallel: several GPUs mean torchrun
-        self.step_nll = torch.zeros((), device=base.device, dtype=torch.float64)
+        self.step_loss = torch.zeros((), device=base.device, dtype=torch.float64)
         super().__init__(model=wrapped, args=arguments, optimizers=(optimizer, scheduler), callbacks=[hooks])
         self.remove_callback(transformers.PrinterCallback)
         hooks.trainer = self
@@ -147,13 +146,13 @@ class SegmentTrainer(transformers.Trainer):
         if not model.training:
             model.train()
         positions = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        self.key.set(inputs["step"], batch.slots, positions)
+        self.key.set(inputs["step"], batch.owners, positions)
         with base_model.autocast(self.base):
-            nll = token_nll(model, self.head, batch).sum()
+            summed = self.task.loss(token_nll(model, self.head, batch), batch.labels).sum()
         # DDP averages gradients over processes; the loss is a sum.
-        loss = nll * (self.world * self.scale / inputs["items"])
+        loss = summed * (self.world * self.scale / inputs["items"])
         self.accelerator.backward(loss)
-        self.step_nll += nll.detach()
+        self.step_loss += summed.detach()
         self.step_items = inputs["items"]
         return loss.detach() / self.scale
 
@@ -182,12 +181,12 @@ class StepHooks(transformers.TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         norm = clip(self.parameters, self.max_norm, trainer.scale)
-        word = torch.stack([trainer.step_nll, norm.double(), torch.full_like(trainer.step_nll, float(self.stop.is_set()))])
+        word = torch.stack([trainer.step_loss, norm.double(), torch.full_like(trainer.step_loss, float(self.stop.is_set()))])
         if trainer.world > 1:
             word[1] /= trainer.world  # equal in all processes
             dist.all_reduce(word)
         self.nll, norm_value, stopped = word.tolist()
-        trainer.step_nll.zero_()
+        trainer.step_loss.zero_()
         self.cancelled = stopped > 0
         self.learning_rate = float(trainer.adamw.param_groups[0]["lr"])
         if not (abs(self.nll) < float("inf") and norm_value < float("inf")):

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from loratune.data.batches import Batch, Tokens, validation_batches
+from loratune.data.tasks import SFT, TrainingTask
 from loratune.errors import DataError
 from loratune.finetune.rope import sides_of
 
@@ -29,10 +30,10 @@ def token_nll(model: nn.Module, head: nn.Module | None, batch: Batch) -> torch.T
     the model does to logits afterwards (soft capping, scaling) stays the model's own. Where the model does not
     pass through `head`, all logits are computed and then cut.
     """
-    with _only(batch.places, head) as cut:
+    with _only(batch.predictors, head) as cut:
         logits = model(input_ids=batch.ids, use_cache=False).logits
     logits = logits.flatten(0, -2)
-    return logits_nll(logits if cut else logits[batch.places], batch.labels)
+    return logits_nll(logits if cut else logits[batch.predictors], batch.labels)
 
 
 def logits_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -54,10 +55,11 @@ def validate(
     device: torch.device | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     interrupted: Callable[[], bool] = lambda: False,
+    task: TrainingTask = SFT,
     rank: int = 0,
     world: int = 1,
 ) -> tuple[float, float]:
-    """The loss of `model` over all of `tokens`, and the seconds it took; independent of `batch_size`.
+    """The task's metric of `model` over all of `tokens`, and the seconds it took; independent of `batch_size`.
 
     With `world` processes each scores a part and all return the same. Between batches `interrupted` is asked whether
     to give up, with InterruptedError. Raises DataError when there is no response token to score.
@@ -71,9 +73,9 @@ def validate(
         for batch in validation_batches(tokens, batch_size, pad_id, rank, world, sides_of(model.config)):
             if interrupted():
                 raise InterruptedError
-            nll = token_nll(model, head, batch.to(device))
-            sums[0] += nll.sum(dtype=torch.float64)
-            sums[1] += len(nll)
+            batch = batch.to(device)
+            sums[0] += task.metric(token_nll(model, head, batch), batch.labels).sum(dtype=torch.float64)
+            sums[1] += len(batch.labels)
     model.train(was_training)
     if world > 1:
         dist.all_reduce(sums)
@@ -90,8 +92,8 @@ def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _only(places: torch.Tensor, head: nn.Module | None) -> Iterator[list[bool]]:
-    """While open, `head` sees the rows `places` of its flattened input; the list is non-empty once that happened."""
+def _only(predictors: torch.Tensor, head: nn.Module | None) -> Iterator[list[bool]]:
+    """While open, `head` sees the rows `predictors` of its flattened input; the list is non-empty once that happened."""
     seen: list[bool] = []
 
     def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -99,7 +101,7 @@ def _only(places: torch.Tensor, head: nn.Module | None) -> Iterator[list[bool]]:
             return None
         seen.append(True)
         hidden = arguments[0]
-        return (hidden.reshape(1, -1, hidden.shape[-1])[:, places],)
+        return (hidden.reshape(1, -1, hidden.shape[-1])[:, predictors],)
 
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:

@@ -63,12 +63,12 @@ def write_answers(comparison: "Comparison", folder: Path, *, device: str = "auto
     todo = [(side, n, batch) for side in SIDES for n, batch in enumerate(batches) if any((side, q.id) not in have for q in batch)]
     if not todo:
         return
-    from loratune.data.prompts import choose
+    from loratune.data.prompts import choose_prompt
     from loratune.finetune import model  # torch
 
     tell(f"Generating answers to {len(comparison.questions)} questions, {comparison.generation.max_new_tokens} tokens at most ...")
     base = model.load(comparison.model, model.choose_device(device))
-    prompt = choose(base.tokenizer, comparison.prompt, date=comparison.date)
+    prompt = choose_prompt(base.tokenizer, comparison.prompt, date=comparison.date)
     tell(f"Prompt: {prompt.note}")
     if base.tokenizer.pad_token_id is None:
         base.tokenizer.pad_token = base.tokenizer.eos_token  # masked: which token fills a batch never matters
@@ -129,10 +129,10 @@ def _answer(ids: list[int], question: Question, side: str, tokenizer: Any, ends:
 
 def _ends(base: "BaseModel", prompt: "Prompt") -> set[int]:
     """The tokens that end an answer: the one that training puts there, and the model's own (a chat model may have several)."""
-    from loratune.data.prompts import listed
+    from loratune.data.prompts import end_ids
 
     own = base.model.generation_config.eos_token_id if base.model.generation_config else None
-    return {int(base.tokenizer.eos_token_id), *prompt.ends, *listed(own)}
+    return {int(base.tokenizer.eos_token_id), *prompt.ends, *end_ids(own)}
 
 
 @contextlib.contextmanager

@@ -267,9 +267,9 @@ def _cached(path: Path) -> dict[str, Any]:
 
 def _read_trial(paths: TrialPaths) -> Trial:
     outcomes, path = read_outcomes(paths), paths.record
-    plain = [json.loads(o.to_json()) for o in outcomes]
+    plain = [o.to_plain() for o in outcomes]
     remedy = "Remove the file; the same `loratune run` command writes it again from the trial's outcomes."
-    trial = parsed(path, lambda text: Trial.from_json(json.dumps(_mapping(json.loads(text)) | {"outcomes": plain})), remedy)
+    trial = parsed(path, lambda text: Trial.from_plain(_mapping(json.loads(text)) | {"outcomes": plain}), remedy)
     if trial.number != paths.number:
         raise StorageError(f"{path} is damaged (it is of trial {trial.number}). {remedy}")
     return trial
@@ -289,4 +289,4 @@ def read_outcomes(trial: TrialPaths) -> list[Outcome]:
 
 
 def _outcome(text: str) -> Outcome:
-    return Outcome.from_json(json.dumps(_mapping(json.loads(text))))
+    return Outcome.from_plain(_mapping(json.loads(text)))

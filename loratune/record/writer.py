@@ -42,7 +42,7 @@ class Record:
     def trial(self, trial: Trial) -> None:
         """Write `trial.json`, unless what stands there knows of more segments: then this is a replay."""
         path = self.paths.trial(trial.number).record
-        content = json.loads(replace(trial, message=masked(trial.message)).to_json())
+        content = replace(trial, message=masked(trial.message)).to_plain()
         content["segments"] = len(content.pop("outcomes"))  # each has a file of its own
         text = json.dumps(content, indent=1)
         old, known = _standing(path)

@@ -1,13 +1,13 @@
 """Samplers: names -> Optuna samplers that propose hyperparameters.
 
-`build` makes any of `NAMES` from a study's options. NOMAD and NNI's TPE are ours and serve plain
+`build` makes any that is declared (`loratune.plugs.SAMPLERS`) from a study's options. NOMAD and NNI's TPE are ours and serve plain
 Optuna studies too (`optuna.create_study(sampler=NomadSampler())`); the rest is Optuna's own, made
 resumable by `SeededSampler`. Importing this package imports none of them.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from loratune.samplers.registry import NAMES, build, ordinals, ready
+from loratune.samplers.registry import build, ordinals, ready
 
 if TYPE_CHECKING:
     from loratune.samplers.nni_tpe import NniTpeSampler
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from loratune.samplers.seeded import SeededSampler, StudyView, ViewSampler
 
 __all__ = [
-    "NAMES",
     "NniTpeSampler",
     "NomadSampler",
     "SeededSampler",

@@ -1,34 +1,15 @@
-"""Names -> samplers. A new sampler is one file and one line of `_CLASSES`."""
+"""A study's sampler, by name. Which there are, with their capabilities, is declared in `loratune/plugs/builtin.py`."""
 
-import importlib
-import inspect
-from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratune.errors import SpecError
-from loratune.system.names import nearest
+from loratune.plugs import SAMPLERS
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
     from optuna.study import Study
-
-_CLASSES = {
-    "nomad": "loratune.samplers.nomad:NomadSampler",
-    "nni_tpe": "loratune.samplers.nni_tpe:NniTpeSampler",
-    "tpe": "optuna.samplers:TPESampler",
-    "gp": "optuna.samplers:GPSampler",
-    "cmaes": "optuna.samplers:CmaEsSampler",
-    "qmc": "loratune.samplers.qmc:NumberedQmcSampler",
-    "random": "optuna.samplers:RandomSampler",
-    "nsga2": "optuna.samplers:NSGAIISampler",
-}
-NAMES: tuple[str, ...] = tuple(_CLASSES)
-_NUMERIC = ("tpe", "gp", "cmaes", "qmc")  # model an ordinal better as a number
-_UNCONDITIONAL = ("nomad", "nni_tpe")
-_NOT_OPTIONS = ("seed", "sequence_seed", "search_space", "when_spent")  # the study's to decide
-_SCALARS: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "None": type(None)}
 
 
 def build(
@@ -44,44 +25,38 @@ def build(
     """The sampler of a study; what it proposes depends on the stored trials and the trial's number alone.
 
     options: the sampler's own keyword arguments, as in the study's YAML.
-    x0: NOMAD's starting point, in the values of `search_space`. Not CMA-ES's: from the published default,
-        a poor point, its first population stays too near (worse than random search after 45 trials).
+    x0: the starting point, in the values of `search_space`.
     workers: trials that train at the same time.
     conditional: whether some parameters of the space exist only for some values of others.
 
     Raises SpecError for an unknown name, an unknown option or one of a wrong type, a conditional
     space where the sampler cannot search one; MissingExtraError for nni_tpe without nni.
     """
-    _known(name)
-    if conditional and name in _UNCONDITIONAL:
-        able = ", ".join(other for other in NAMES if other not in _UNCONDITIONAL)
+    plug = SAMPLERS[name]
+    if conditional and not plug.conditional:
+        able = ", ".join(SAMPLERS.those(lambda other: other.conditional))
         raise SpecError(f"sampler {name} cannot search a space with conditional parameters ('when'); these can: {able}")
-    sampler_class = _sampler_class(name)
-    _check_options(name, sampler_class, options)
-    options = dict(options)
-    # After the checks and the lookup, so that a mistake costs no import of Optuna.
+    study = {"seed": seed, "search_space": search_space, "x0": x0, "workers": workers}
+    keywords = SAMPLERS.keywords(name, study, options)  # before what follows, so that a mistake costs no import of Optuna
+    keywords = {**keywords, **plug.settings({**study, "conditional": conditional}), **options}
     from loratune.samplers.seeded import SeededSampler, ViewSampler
 
+    make = partial(_made, name, keywords)
     try:
-        if name == "nomad":
-            options.setdefault("block_size", workers)
-            return ViewSampler(sampler_class(search_space=search_space, x0=x0, seed=seed, **options))
-        if name == "nni_tpe":
-            return ViewSampler(sampler_class(search_space=search_space, seed=seed, **options))
-        if name == "tpe" and conditional:
-            options.setdefault("group", True)
-        if name == "tpe":
-            options.setdefault("constant_liar", workers > 1)
-        if name == "qmc":  # one scrambled sequence for the whole study
-            options = {"scramble": True, **options, "sequence_seed": seed, "search_space": None if conditional else search_space}
-        return SeededSampler(partial(_seeded, sampler_class, options), seed)
+        return ViewSampler(make(seed)) if plug.remembers else SeededSampler(make, seed)
     except ValueError as error:
         raise SpecError(f"sampler {name}: {error}") from error
 
 
+def _made(name: str, keywords: dict[str, Any], seed: int) -> "BaseSampler":
+    from optuna.samplers import BaseSampler
+
+    return SAMPLERS.made(name, BaseSampler, {**keywords, "seed": seed} if "seed" in keywords else keywords)
+
+
 def ordinals(name: str) -> Literal["index", "choice"]:
     """Whether the sampler wants an ordinal parameter as an integer index or as a categorical of its values."""
-    return "index" if _known(name) in _NUMERIC else "choice"
+    return SAMPLERS[name].ordinals
 
 
 def ready(study: "Study") -> bool:
@@ -91,47 +66,3 @@ def ready(study: "Study") -> bool:
     """
     sampler = study.sampler
     return not hasattr(sampler, "ready") or bool(sampler.ready(study))
-
-
-def _seeded(sampler_class: type, options: dict[str, Any], seed: int) -> Any:
-    return sampler_class(**options, seed=seed)
-
-
-def _known(name: str) -> str:
-    if name not in _CLASSES:
-        raise SpecError(f"unknown sampler {name!r}{_near(name, NAMES)}")
-    return name
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    return f"; allowed: {', '.join(names)}{nearest(name, names)}"
-
-
-def _sampler_class(name: str) -> Any:
-    module, attribute = _CLASSES[name].split(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def _check_options(name: str, sampler_class: type, options: dict[str, Any]) -> None:
-    """Raise SpecError unless every option is a keyword argument of the sampler, of its type."""
-    allowed = _options(sampler_class)
-    for option, value in options.items():
-        if option not in allowed:
-            raise SpecError(f"sampler {name} has no option {option!r}{_near(option, allowed) if allowed else '; it has none'}")
-        kinds = allowed[option]
-        fits = any(isinstance(value, _SCALARS[kind]) and (isinstance(value, bool) <= (kind == "bool")) for kind in kinds)
-        if not fits:
-            raise SpecError(f"sampler {name}: option {option} = {value!r} must be {' or '.join(kinds)}")
-
-
-def _options(sampler_class: type) -> dict[str, list[str]]:
-    """Names and types of the keyword arguments that a YAML scalar can give."""
-    found = {}
-    for option, parameter in inspect.signature(sampler_class).parameters.items():
-        annotation = parameter.annotation
-        text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-        kinds = ["str"] if "Literal[" in text else [kind.strip() for kind in text.split("|")]
-        if option not in _NOT_OPTIONS and all(kind in _SCALARS for kind in kinds):
-            found[option] = kinds
-    return found

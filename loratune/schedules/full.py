@@ -1,8 +1,6 @@
 """Everyone to the end: each configuration is one full training, as in the published study."""
 
-from collections.abc import Sequence
-
-from loratune.schedules.base import Fate, Schedule, Stretch
+from loratune.schedules.base import Decision, Schedule, Slice, SliceResult
 
 
 class FullSchedule(Schedule):
@@ -10,11 +8,11 @@ class FullSchedule(Schedule):
         self._trials = trials
         self._started = 0
 
-    def next(self, may_start: bool) -> Stretch | None:
+    def next(self, may_start: bool) -> Slice | None:
         if not may_start or self._started == self._trials:
             return None
         self._started += 1
-        return Stretch(trial=self._started - 1)
+        return Slice(trial=self._started - 1)
 
-    def tell(self, stretch: Stretch, value: float | None, values: Sequence[float] = ()) -> Fate:
-        return Fate.DROPPED if value is None else Fate.COMPLETE
+    def tell(self, slice: Slice, result: SliceResult) -> Decision:
+        return Decision.DROPPED if result.loss is None else Decision.COMPLETE

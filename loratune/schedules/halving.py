@@ -13,30 +13,32 @@ With several objectives the results at a rung are ranked by non-dominated sortin
 "Multi-objective Asynchronous Successive Halving" (arXiv 2106.12639); within a front by the validation loss, where the
 paper spreads its choice over the front.
 
-Beyond the papers: the yardstick (the defaults, trial 0) is always promoted, since everything is compared
+Beyond the papers: the baseline (the defaults, trial 0) is always promoted, since everything is compared
 with it at full length; and when all is done and nobody else reached the top, the best of the highest rung goes on.
 """
 
 from collections.abc import Sequence
 from fractions import Fraction
 
-from loratune.schedules.base import Fate, Schedule, Stretch
+from loratune.schedules.base import Decision, Schedule, Slice, SliceResult
 
 
 class HalvingSchedule(Schedule):
-    def __init__(self, *, trials: int, yardstick: bool, fidelity: str, reduction_factor: int, min_resource: Fraction) -> None:
+    def __init__(self, *, trials: int, baseline: bool, fidelity: str, reduction_factor: int, min_resource: float) -> None:
         self._trials = trials
-        self._yardstick = yardstick
+        self._baseline = baseline
         self._fidelity = fidelity
         self._eta = reduction_factor
-        self.rungs = _rungs(min_resource, reduction_factor)  # ascending shares of the full run; the last is 1
+        self.rungs = _rungs(
+            Fraction(min_resource).limit_denominator(10_000), reduction_factor
+        )  # ascending shares of the full run; the last is 1
         self._started = 0
-        self._flying = 0  # stretches handed out and not yet told
+        self._flying = 0  # slicees handed out and not yet told
         self._values: list[dict[int, float]] = [{} for _ in self.rungs]  # per rung: trial -> loss
         self._several: list[dict[int, Sequence[float]]] = [{} for _ in self.rungs]  # trial -> objectives, where there are several
         self._promoted: list[set[int]] = [set() for _ in self.rungs]  # per rung: trials sent on from it
 
-    def next(self, may_start: bool) -> Stretch | None:
+    def next(self, may_start: bool) -> Slice | None:
         for rung in reversed(range(len(self.rungs) - 1)):
             trial = self._promotable(rung)
             if trial is not None:
@@ -53,19 +55,19 @@ class HalvingSchedule(Schedule):
     def no_more(self) -> None:
         self._trials = self._started
 
-    def tell(self, stretch: Stretch, value: float | None, values: Sequence[float] = ()) -> Fate:
+    def tell(self, slice: Slice, result: SliceResult) -> Decision:
         self._flying -= 1
-        rung = self.rungs.index(stretch.length * stretch.stop)
-        if value is None:
-            return Fate.DROPPED
-        self._values[rung][stretch.trial] = value
-        if len(values) > 1:
-            self._several[rung][stretch.trial] = values
-        return Fate.COMPLETE if rung == len(self.rungs) - 1 else Fate.PAUSED
+        rung = self.rungs.index(slice.length * slice.stop)
+        if result.loss is None:
+            return Decision.DROPPED
+        self._values[rung][slice.trial] = result.loss
+        if len(result.objectives) > 1:
+            self._several[rung][slice.trial] = result.objectives
+        return Decision.COMPLETE if rung == len(self.rungs) - 1 else Decision.PAUSED
 
     def _promotable(self, rung: int) -> int | None:
         values, gone = self._values[rung], self._promoted[rung]
-        if self._yardstick and 0 in values and 0 not in gone:
+        if self._baseline and 0 in values and 0 not in gone:
             return 0
         for trial in self._ranking(rung)[: len(values) // self._eta]:
             if trial not in gone:
@@ -77,21 +79,21 @@ class HalvingSchedule(Schedule):
         fronts = dict(zip(several, _front_ranks(list(several.values())), strict=True)) if several else {}
         return sorted(values, key=lambda trial: (fronts.get(trial, 0), values[trial], trial))
 
-    def _send(self, trial: int, rung: int) -> Stretch:
+    def _send(self, trial: int, rung: int) -> Slice:
         self._flying += 1
         if rung:
             self._promoted[rung - 1].add(trial)
         here = self.rungs[rung]
         if self._fidelity == "budget":
             name = "main" if here == 1 else f"budget-{here.numerator}-{here.denominator}"
-            return Stretch(trial=trial, run=name, length=here)
-        return Stretch(trial=trial, start=self.rungs[rung - 1] if rung else Fraction(0), stop=here)
+            return Slice(trial=trial, run=name, length=here)
+        return Slice(trial=trial, start=self.rungs[rung - 1] if rung else Fraction(0), stop=here)
 
     def _winner(self) -> bool:
-        """Whether a trial other than the yardstick has reached the top."""
-        return bool(set(self._values[-1]) - ({0} if self._yardstick else set()))
+        """Whether a trial other than the baseline has reached the top."""
+        return bool(set(self._values[-1]) - ({0} if self._baseline else set()))
 
-    def _last_resort(self) -> Stretch | None:
+    def _last_resort(self) -> Slice | None:
         for rung in reversed(range(len(self.rungs) - 1)):
             for trial in self._ranking(rung):
                 if trial not in self._promoted[rung]:

@@ -11,7 +11,6 @@ resume path: every start asks for the same runs, and one whose outcome is on dis
 study's own trials, these runs never count as the study's.
 """
 
-import json
 import math
 import shutil
 import threading
@@ -29,12 +28,12 @@ from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe
 from loratune.errors import StorageError, error_of
-from loratune.executors import Executor, Notice
+from loratune.executors import Executor
 from loratune.executors.devices import cuda_devices, unused_gpu
 from loratune.record import Record, StudyRecord, Trial
 from loratune.record.trials import WRITTEN_ANEW
 from loratune.system.files import parsed
-from loratune.work import Outcome, Pack, Progress, Recipe, Segment, State
+from loratune.work import Message, Outcome, Progress, Recipe, Segment, State
 
 RACE, CHECK, AGAIN = "race", "check", "main"  # parts of a selection; the last is the study's own run
 
@@ -154,10 +153,10 @@ class Rerun:
                 yield Note(self._warning)
                 self._warning = None
             while waiting and flying < executor.capacity:
-                executor.submit(Pack(segments=(waiting.pop(0),)))
+                executor.submit(waiting.pop(0))
                 flying += 1
             for item in executor.collect(timeout=1.0):
-                if isinstance(item, Notice):
+                if isinstance(item, Message):
                     yield Note(item.text)
                 elif isinstance(item, Progress):
                     yield item
@@ -209,7 +208,7 @@ class Rerun:
         """The prepared data, from the study's files: the cache was emptied. Raises StorageError when they changed."""
         spec = self._study.spec
         prepared = prepare(
-            DataRecipe.from_json(json.dumps({**spec["data"], "seed": spec["seed"]})),
+            DataRecipe.from_plain({**spec["data"], "seed": spec["seed"]}),
             tokenizer=spec["model"]["name_or_path"],
             revision=spec["model"]["revision"],
             trust_remote_code=self._study.base_model.trust_remote_code,
@@ -239,5 +238,6 @@ class Rerun:
                 threads=chosen["threads"],
                 max_retries=chosen["max_retries"],
                 hang_timeout=chosen["hang_timeout"],
+                options=chosen.get("options"),
             )
         return self._executor

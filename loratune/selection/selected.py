@@ -183,7 +183,7 @@ class SelectionRecord(Json):
 
 
 def write_selection(record: SelectionRecord, folder: AnyPath) -> None:
-    write_atomically(StudyPaths(folder).selection, json.dumps(json.loads(record.to_json()), indent=1) + "\n")
+    write_atomically(StudyPaths(folder).selection, json.dumps(record.to_plain(), indent=1) + "\n")
 
 
 def read_selection(folder: AnyPath) -> SelectionRecord | None:

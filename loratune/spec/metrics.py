@@ -6,37 +6,20 @@ trial is better than another in everything. A benchmark's name stands for its sc
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
+from loratune.plugs import BENCHMARKS, METRICS, SAMPLERS
 from loratune.spec.limits import Constraint, parse
-from loratune.spec.sections import Section
+from loratune.spec.sections import OneOf, Section
 from loratune.spec.validation_errors import FieldPath, MistakesError, not_allowed, shown
-
-Cost = Literal["validation_loss", "tokens", "train_seconds", "adapter_mb", "peak_memory_gib", "inference_cost"]
-Score = Literal["mmlu", "mmlu_loglikelihood", "bbh", "drop", "humaneval", "humaneval_fenced", "demo_choice", "demo_match", "demo_code"]
-Metric = Literal[Cost, Score]
-METRICS: dict[str, str] = {
-    "validation_loss": "nats per response token",
-    "tokens": "training tokens of the trial's last run, prompt and response",
-    "train_seconds": "device-seconds of that run's training, validation excluded",
-    "adapter_mb": "trainable parameters x 4 bytes, 10^6 bytes",
-    "peak_memory_gib": "that training takes on a GPU by itself, the model included (on a CPU its process, all slots together), 2^30 bytes",
-    "inference_cost": "multiply-adds per token that the adapter adds to the base: its trainable parameters",
-    **dict.fromkeys(get_args(Score), "the benchmark's score on the items that guide the search, 0 to 1; more is better"),
-}
-SCORES: tuple[str, ...] = get_args(Score)
-RUN_CODE = ("humaneval", "humaneval_fenced", "demo_code")  # scoring them runs programs that the model writes
-KNOWN = ("adapter_mb", "inference_cost")  # follow from the hyperparameters and the model, without training
-GROWING = ("tokens", "train_seconds", "peak_memory_gib")  # once above a bound, more training does not bring them below
-SINGLE_OBJECTIVE = ("nni_tpe", "cmaes")  # samplers
 
 
 class Objective(Section):
     """One number that the search makes small, or large. May be written as its name alone."""
 
-    name: Metric = Field(description=" | ".join(METRICS))
+    name: Annotated[str, OneOf(METRICS)] = Field(description=" | ".join(METRICS.builtin))
     direction: Literal["minimize", "maximize"] = Field("minimize", description="minimize | maximize; of a score always maximize")
 
     @model_validator(mode="before")
@@ -45,19 +28,19 @@ class Objective(Section):
         fields = {"name": given} if isinstance(given, str) else given
         name = fields.get("name") if isinstance(fields, Mapping) else None
         if isinstance(name, str) and name.startswith("lm_eval:"):
-            raise ValueError(f"{name!r}: the items of such a task cannot be kept apart for the search; allowed are {', '.join(SCORES)}")
+            allowed = ", ".join(BENCHMARKS.names)
+            raise ValueError(f"{name!r}: the items of such a task cannot be kept apart for the search; allowed are {allowed}")
         if isinstance(given, str) and given not in METRICS:
-            raise ValueError(not_allowed(given, METRICS))
-        if name in SCORES and isinstance(fields, Mapping) and "direction" not in fields:
-            return {**fields, "direction": "maximize"}
+            raise ValueError(not_allowed(given, METRICS.names))
+        if isinstance(name, str) and name in METRICS and isinstance(fields, Mapping) and "direction" not in fields:
+            return {**fields, "direction": METRICS[name].direction}
         return fields
 
     @model_validator(mode="after")
     def _has_a_natural_direction(self) -> "Objective":
-        if self.name == "validation_loss" and self.direction == "maximize":
-            raise MistakesError(((("direction",), "validation_loss is minimised"),))
-        if self.name in SCORES and self.direction == "minimize":
-            raise MistakesError(((("direction",), f"{self.name} is a score, and maximised"),))
+        metric = METRICS[self.name]
+        if metric.one_direction and self.direction != metric.direction:
+            raise MistakesError(((("direction",), metric.one_direction),))
         return self
 
     @model_serializer
@@ -67,10 +50,14 @@ class Objective(Section):
 
 def not_for(sampler: str, objectives: int, constrained: bool) -> str:
     """Why the sampler cannot search this; "" when it can."""
-    if objectives > 1 and sampler in SINGLE_OBJECTIVE:
-        return f"got {sampler!r}, which takes one objective, not {objectives}; these take several: nomad, tpe, gp, qmc, random, nsga2"
-    if constrained and sampler == "cmaes":  # Optuna's ignores them
-        return "got 'cmaes', which knows no constraints; all others do"
+    plug = SAMPLERS[sampler]
+    if objectives > 1 and not plug.several_objectives:
+        able = ", ".join(SAMPLERS.those(lambda other: other.several_objectives))
+        return f"got {sampler!r}, which takes one objective, not {objectives}; these take several: {able}"
+    if constrained and not plug.constraints:
+        return (
+            f"got {sampler!r}, which ignores constraints; these respect them: {', '.join(SAMPLERS.those(lambda other: other.constraints))}"
+        )
     return ""
 
 
@@ -94,8 +81,8 @@ def limits(texts: Any) -> tuple[Constraint, ...]:
     found, mistakes = [], list[tuple[FieldPath, str]]()
     for place, text in enumerate(texts):
         try:
-            limit = parse(text, METRICS)
-            if limit.metric in SCORES and not 0 <= limit.bound <= 1:
+            limit = parse(text, METRICS.names)
+            if METRICS[limit.metric].benchmark and not 0 <= limit.bound <= 1:
                 raise ValueError(f"{limit}: a score is a share, from 0 to 1")
             found.append(limit)
         except ValueError as error:

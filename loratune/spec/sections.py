@@ -5,12 +5,15 @@ them to editors. Types are taken literally ("2" is not 2); unknown fields are re
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, JsonValue, field_validator, model_validator
+from pydantic_core import CoreSchema, core_schema
 
+from loratune.errors import SpecError
+from loratune.plugs import EXECUTORS, SAMPLERS, SCHEDULES, TRACKERS, Registry
 from loratune.spec.hyperparameters import TARGET_MODULES
 from loratune.spec.validation_errors import MistakesError, not_allowed
 from loratune.system.names import nearest
@@ -22,6 +25,45 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
     )  # built on first use: a fast import
+
+
+class OneOf:
+    """Of a field: the name of a plug."""
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self._registry = registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self._registry.names)}
+
+    def _check(self, given: Any) -> Any:
+        if not isinstance(given, str) or given not in self._registry:
+            raise ValueError(not_allowed(given, self._registry.names))
+        try:
+            self._registry[given]
+        except SpecError as error:  # a broken plug of another package
+            raise ValueError(str(error)) from error
+        return given
+
+
+def with_options(section: type[BaseModel], given: Any, among: Callable[[str], bool] = lambda key: True) -> Any:
+    """A plug's options, which may stand beside its name, gathered in `options`; `among` tells which names are options."""
+    if not isinstance(given, Mapping):
+        return {"name": given} if isinstance(given, str) else given
+    own = {key: value for key, value in given.items() if key not in section.model_fields and among(str(key))}
+    options = given.get("options") or {}
+    if not own or not isinstance(options, Mapping):
+        return given
+    return {**{key: value for key, value in given.items() if key not in own}, "options": {**options, **own}}
+
+
+def _option_of(registry: Registry[Any], given: Any) -> Callable[[str], bool]:
+    """Whether a name is an option of the plug that `given` names."""
+    name = given.get("name") if isinstance(given, Mapping) else None
+    return lambda key: isinstance(name, str) and name in registry and key in registry.options(name)
 
 
 class Model(Section):
@@ -91,6 +133,11 @@ class Data(Section):
             raise ValueError("no validation data; write validation_fraction: 0.1, or validation_count, or validation: [path]")
         if len(ways) > 1 and ways != list(given)[2:]:  # a source may have its own part of validation_count
             raise ValueError(f"validation data comes from one place; given: {', '.join(ways)}")
+        if any(source.validation_count for source in self.validation):
+            raise ValueError("validation_count belongs to training sources; a validation source takes count")
+        for name, sources in (("train", self.train), ("validation", self.validation)):
+            if len({source.weight is None for source in sources}) > 1:
+                raise ValueError(f"{name}: give every source a weight, or none")
         return self
 
 
@@ -123,7 +170,9 @@ class Training(Section):
         "last",
         description="a trial's adapter and loss: last, of the run's end; best, of the lowest of its validations",
     )
-    report_to: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Transformers' trackers: tensorboard, wandb, ...")
+    report_to: Annotated[tuple[Annotated[str, OneOf(TRACKERS)], ...], Field(strict=False)] = Field(
+        (), description=f"experiment trackers, each with a run per trial and one of the study: {' | '.join(TRACKERS.builtin)}"
+    )
     engine: Literal["hf", "packed"] = Field(
         "packed",
         description="packed: many adapters together on one frozen base, where the model allows it; hf: Transformers' Trainer and PEFT",
@@ -159,37 +208,35 @@ class Training(Section):
 class Sampler(Section):
     """Who proposes the hyperparameters."""
 
-    name: Literal["nomad", "nni_tpe", "tpe", "gp", "cmaes", "qmc", "random", "nsga2"] = Field(
-        "nomad", description="nomad | nni_tpe | tpe | gp | cmaes | qmc | random | nsga2"
-    )
+    name: Annotated[str, OneOf(SAMPLERS)] = Field("nomad", description=" | ".join(SAMPLERS.builtin))
     defaults_first: bool = Field(True, description="trial 0 takes the space's defaults")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="the sampler's own; may stand beside its name")
 
     @model_validator(mode="before")
     @classmethod
     def _own_options(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            return {"name": given}
-        if not isinstance(given, Mapping):
-            return given
-        own = {key: value for key, value in given.items() if key not in cls.model_fields}
-        hints = {str(key): nearest(key, ("defaults_first", "options"), cutoff=0.8) for key in own}
-        if any(hints.values()):
-            raise MistakesError(((key,), f"unknown field{hint}") for key, hint in hints.items() if hint)
-        fields = {key: value for key, value in given.items() if key in cls.model_fields}
-        options = fields.get("options") or {}
-        return {**fields, "options": {**options, **own}} if isinstance(options, Mapping) else fields
+        if isinstance(given, Mapping):
+            hints = {str(key): nearest(key, cls.model_fields, cutoff=0.8) for key in given if key not in cls.model_fields}
+            if any(hints.values()):
+                raise MistakesError(((key,), f"unknown field{hint}") for key, hint in hints.items() if hint)
+        return with_options(cls, given)
 
 
 class Schedule(Section):
     """How far each trial is trained before it is compared."""
 
-    name: Literal["full", "halving"] = Field("full", description="full: every trial to its end; halving: successive halving")
+    name: Annotated[str, OneOf(SCHEDULES)] = Field("full", description=SCHEDULES.described)
     fidelity: Literal["steps", "budget"] = Field(
         "budget", description="of halving; steps: a truncated long run, resumed; budget: a complete short run, restarted"
     )
     reduction_factor: int = Field(3, ge=2, description="of halving: one in so many trials goes on")
     min_resource: float = Field(1 / 9, gt=0, lt=1, description="of halving: the first rung's share of a full run, in (0, 1)")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="of another package's schedule; may stand beside its name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_options(cls, given: Any) -> Any:
+        return with_options(cls, given, _option_of(SCHEDULES, given))
 
     @field_validator("min_resource", mode="before")
     @classmethod
@@ -209,7 +256,7 @@ class Scoring(Section):
 class Executor(Section):
     """Where trials are trained."""
 
-    name: Literal["inline", "local"] = Field("local", description="inline: in this process; local: one process per worker")
+    name: Annotated[str, OneOf(EXECUTORS)] = Field("local", description=EXECUTORS.described)
     workers: int | None = Field(
         None, ge=1, description="processes on a CPU; null: one per core, as far as memory and the number of trials allow"
     )
@@ -218,6 +265,12 @@ class Executor(Section):
     max_retries: int = Field(2, ge=0, description="of a crashed trial, each from its last checkpoint")
     hang_timeout: float | None = Field(None, gt=0, description="seconds without a sign of life until a worker is restarted; null: never")
     threads: int | None = Field(None, ge=1, description="CPU threads per worker; null: the cores shared out evenly")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="of another package's executor; may stand beside its name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_options(cls, given: Any) -> Any:
+        return with_options(cls, given, _option_of(EXECUTORS, given))
 
 
 class Budget(Section):

@@ -4,7 +4,6 @@
 field means. Paths are relative to the current directory, as on every command line.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +13,11 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import SpecError
+from loratune.plugs import BENCHMARKS, EXECUTORS, METRICS, SCHEDULES
 from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.limits import Constraint
 from loratune.spec.loading import SECTION_ALIASES, SHORTHAND, Written, lines_of
-from loratune.spec.metrics import METRICS, RUN_CODE, SCORES, Objective, checked, limits, listed, not_for
+from loratune.spec.metrics import Objective, checked, limits, listed, not_for
 from loratune.spec.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Scoring, Section, Training
 from loratune.spec.space import SearchSpace
 from loratune.spec.validation_errors import MistakesError, found_in
@@ -37,7 +37,7 @@ class StudySpec(Section):
     objectives: Annotated[tuple[Objective, ...], Field(strict=False, min_length=1)] = Field(
         ("validation_loss",),
         validate_default=True,
-        description=f"what to make small, the first alone or a front of several: {' | '.join(METRICS)}",
+        description=f"what to make small, the first alone or a front of several: {' | '.join(METRICS.builtin)}",
     )
     constraints: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="what a trial must keep, of the same names: [adapter_mb <= 50, peak_memory_gib <= 24]"
@@ -89,7 +89,7 @@ class StudySpec(Section):
 
     @model_validator(mode="after")
     def _has_points_to_keep_the_best_of(self) -> Self:
-        paused = self.schedule.name == "halving" and self.schedule.fidelity == "steps"  # each rung is a point of the run
+        paused = SCHEDULES[self.schedule.name].pauses(self.schedule.fidelity)  # each pause is a point of the run
         if self.training.keep == "best" and self.training.validations == 1 and not paused:
             what = "got 'best'; with validations: 1 a run has one point, its last; write validations above 1, or keep: last"
             raise MistakesError(((("training", "keep"), what),))
@@ -97,7 +97,7 @@ class StudySpec(Section):
 
     @model_validator(mode="after")
     def _code_is_allowed(self) -> Self:
-        running = [name for name in self.scores if name in RUN_CODE]
+        running = [name for name in self.scores if BENCHMARKS[name].runs_code]
         if running and not self.scoring.allow_code_execution:
             what = f"{', '.join(running)} runs programs that the models write; write true to let them run in a sandbox, or leave it out"
             raise MistakesError(((("scoring", "allow_code_execution"), what),))
@@ -147,7 +147,7 @@ class StudySpec(Section):
     def scores(self) -> tuple[str, ...]:
         """The benchmarks among the objectives and constraints, which every finished trial is scored on."""
         metrics = [*(objective.name for objective in self.objectives), *(limit.metric for limit in self.limits)]
-        return tuple(name for name in dict.fromkeys(metrics) if name in SCORES)
+        return tuple(name for name in dict.fromkeys(metrics) if name in BENCHMARKS)
 
     def masked(self) -> Self:
         """The description as it may be written down: without the password in the storage's URL."""
@@ -189,10 +189,6 @@ class StudySpec(Section):
         """The data section with the study's seed, as plain values."""
         return {**self.data.model_dump(mode="json"), "seed": self.seed}
 
-    def data_recipe_json(self) -> str:
-        """`data_recipe_dict` as JSON, for `finetune.data.DataRecipe.from_json`."""
-        return json.dumps(self.data_recipe_dict())
-
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """JSON Schema (draft 2020-12) of the YAML, for editors: shorthands included, other tools' names left out."""
@@ -204,7 +200,7 @@ class StudySpec(Section):
             fields[sources] = {"anyOf": [text, {"$ref": "#/$defs/Source"}, fields[sources]]}
         for name in ("objectives", "constraints"):  # one may stand without its list
             field = schema["properties"][name]
-            one = {"enum": list(METRICS)} if name == "objectives" else text
+            one = {"enum": list(METRICS.names)} if name == "objectives" else text
             several = {**field, "items": {"anyOf": [one, field["items"]]}}
             schema["properties"][name] = {
                 "anyOf": [one, field["items"], several],
@@ -214,7 +210,9 @@ class StudySpec(Section):
             if section != "search_space":  # which knows its short forms
                 shorthand = schema["$defs"][section.capitalize()]["properties"][meant]
                 schema["properties"][section] = {"anyOf": [shorthand, schema["properties"][section]]}
-        schema["$defs"]["Sampler"]["additionalProperties"] = True  # its own options may stand beside its name
+        for section, registry in {"Sampler": None, "Schedule": SCHEDULES, "Executor": EXECUTORS}.items():
+            if registry is None or registry.names != registry.builtin:
+                schema["$defs"][section]["additionalProperties"] = True  # its own options may stand beside its name
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

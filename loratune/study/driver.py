@@ -10,29 +10,32 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optuna.samplers import BaseSampler
 
-from loratune import executors, samplers
+from loratune import executors, samplers, schedules
 from loratune.data.cache import prepare_data
-from loratune.data.prepare import Prepared
+from loratune.data.prepared import Prepared
 from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
+from loratune.plugs import EXECUTORS
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.paths import MAIN, StudyPaths
 from loratune.record.progress import ProgressTracker
 from loratune.record.storage import explained, open_study, until_free
 from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
-from loratune.study.loop import Event, Loop, Note
+from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
 from loratune.study.plan import slots_for, workers_for
 from loratune.system.files import AnyPath, text_of, write_atomically
 from loratune.system.machine import environment
 from loratune.system.masking import masked_command
+from loratune.trackers import Feed, check
+from loratune.work import Message, Progress
 
 if TYPE_CHECKING:
     from loratune.downstream.scoring import Scorer
@@ -56,20 +59,22 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     """
     stop = stop or threading.Event()
     devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
-    _sampler(spec, workers=1)  # a mistake in its options is told before the data are read
+    _sampler(spec, workers=1)  # a mistake in a plug's options is told before the data are read
+    schedules.of_study(spec)
+    check(spec.training.report_to)
     with open_record(spec.folder) as record:
         _adopt(spec, record)
-        yield from map(Note, until_free(spec.storage, record.folder, stop))
+        yield from _messages(until_free(spec.storage, record.folder, stop))
         if stop.is_set():
             return
         session = _Session(record)
         unused = unused_gpu(spec.executor.device, devices)
         notes = [unused] if unused else []
         data = prepare_data(spec, notes, date=record.date())
-        yield from map(Note, [*notes, data.summary()])
+        yield from _messages([*notes, data.summary()])
         _same_data(record, data)
         record.prompt(asdict(data.manifest.prompt))
-        yield from map(Note, _known_beforehand(spec, record, data))
+        yield from _messages(_known_beforehand(spec, record, data))
         recipe = replace(spec.recipe(str(data.folder)), slots=record.pin("slots", slots_for(spec, data)))
         record.recipe(recipe)
         scorer = _scorer(spec, record.folder, data, devices)
@@ -85,6 +90,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             threads=spec.executor.threads,
             max_retries=spec.executor.max_retries,
             hang_timeout=spec.executor.hang_timeout,
+            options=spec.executor.options,
         )
         try:
             sampler = _sampler(spec, workers=executor.capacity)
@@ -102,9 +108,16 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                 score=scorer.score if scorer is not None else None,
             )
             with explained(spec.storage, record.folder):
-                for event in loop.run():
-                    session.tick()
-                    yield event
+                feed, over = Feed(spec, record.folder), False
+                try:
+                    for event in loop.run():
+                        session.tick()
+                        yield event
+                        yield from _tracked(feed, event)
+                    over = not stop.is_set()
+                finally:
+                    last = list(feed.close(over=over))
+                yield from last
         finally:
             executor.close()
             session.end()
@@ -117,17 +130,15 @@ def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
 
     Raises one ModelError for tokens without an embedding, examples beyond the model's positions, layers that it has not.
     """
-    from loratune.finetune import (
-        preflight,  # torch
-        sizes,
-    )
+    from loratune.finetune import preflight  # torch
+    from loratune.finetune.model import bare_model
 
     recipe = spec.recipe("").model
     try:
-        model = sizes.bare_model(recipe)
+        model = bare_model(recipe)
     except ModelError:
         return []  # what cannot be built without weights, is loaded with them, or refused there in better words
-    return preflight.check(model, recipe, data, _targets(spec))
+    return preflight.check_fit(model, recipe, data, _targets(spec))
 
 
 def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:
@@ -145,6 +156,20 @@ def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:
     report = write_report([record], StudyPaths(folder).report)
     best, adapter = hand_over(record, folder) if record.best is not None else (None, None)
     return Delivery(record=record, report=report, best=best, adapter=adapter)
+
+
+def _tracked(feed: Feed, event: Event) -> Iterator[Message]:
+    match event:
+        case TrialStarted(trial):
+            feed.started(trial)
+        case SegmentFinished(trial, outcome):
+            yield from feed.finished(trial, outcome)
+        case Progress():
+            yield from feed.progressed(event)
+
+
+def _messages(texts: Iterable[str]) -> Iterator[Message]:
+    return (Message(text=text) for text in texts)
 
 
 def _sampler(spec: StudySpec, workers: int) -> BaseSampler:
@@ -177,7 +202,7 @@ def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int
         device=seen_as(devices[0]) if devices else "cpu",
         allow_code_execution=spec.scoring.allow_code_execution,
         weaker_sandbox=spec.scoring.weaker_sandbox,
-        hold=spec.executor.name == "inline",
+        hold=EXECUTORS[spec.executor.name].in_process,
     )
 
 

@@ -10,7 +10,7 @@ import heapq
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,45 +21,48 @@ from optuna.trial import TrialState
 from loratune import samplers, schedules
 from loratune.data.order import total_steps
 from loratune.errors import SearchSpentError, error_of
-from loratune.executors import Executor, Notice
+from loratune.executors import Executor
 from loratune.executors.crashes import stop_for_common_cause
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
 from loratune.record.progress import ProgressTracker
 from loratune.samplers.distinct import Distinct
-from loratune.schedules import Fate, Stretch
+from loratune.schedules import Decision, Slice, SliceResult
 from loratune.spec import StudySpec
-from loratune.study.objectives import Goals, Sizes
-from loratune.work import Outcome, Pack, Progress, Segment, State
+from loratune.study.objectives import Objectives, Sizes
+from loratune.work import Message, Outcome, Progress, Segment, State
 
 if TYPE_CHECKING:
     from loratune.downstream.scoring import Scored
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrialStarted:
     """A trial begins."""
 
     trial: Trial
 
 
 @dataclass(frozen=True)
-class Settled:
+class SegmentFinished:
     """A segment's result was applied; `trial` is the trial after it."""
 
     trial: Trial
     outcome: Outcome
 
 
-@dataclass(frozen=True)
-class Note:
-    """A line for the user."""
-
-    text: str
-
-
-Event = Asked | Settled | Note | Progress
+Event = TrialStarted | SegmentFinished | Message | Progress
 Score = Callable[[int, Path, float | None, threading.Event], Iterator["Scored"]]
 """`downstream.scoring.Scorer.score`."""
+
+
+@dataclass(frozen=True, order=True)
+class _InFlight:
+    """A segment that was sent and whose result is not yet applied, in the order of results."""
+
+    end: int  # on the virtual clock
+    number: int  # sent
+    slice: Slice = field(compare=False)
+    segment: Segment = field(compare=False)
 
 
 class Loop:
@@ -83,19 +86,12 @@ class Loop:
         self.stop = stop
         self._spec, self._record, self._study, self._executor, self._meter = spec, record, study, executor, meter
         self._examples, self._validation_examples = examples, validation_examples  # in the training and the validation set
-        self._goals, self._score = Goals(spec, sizes), score
+        self._objectives, self._score = Objectives(spec, sizes), score
         self._ordinals, self._distinct = samplers.ordinals(spec.sampler.name), Distinct(spec)
-        self._schedule = schedules.build(
-            spec.schedule.name,
-            trials=spec.budget.trials,
-            yardstick=spec.sampler.defaults_first,
-            fidelity=spec.schedule.fidelity,
-            reduction_factor=spec.schedule.reduction_factor,
-            min_resource=spec.schedule.min_resource,
-        )
+        self._schedule = schedules.of_study(spec)
         self._trials: dict[int, Trial] = {}
         self._open: dict[int, optuna.Trial] = {}  # not yet finished in the storage
-        self._flying: list[tuple[int, int, Stretch, Segment]] = []  # sent, not yet applied: heap by (end on the clock, number sent)
+        self._flying: list[_InFlight] = []  # a heap
         self._clock = self._sent = self._earliest = 0
         self._arrived: dict[str, Outcome] = {}
         self._settled = 0
@@ -108,7 +104,7 @@ class Loop:
             yield from self._send()
             if not self._flying:
                 break
-            while self._flying[0][-1].key not in self._arrived:
+            while self._flying[0].segment.key not in self._arrived:
                 yield from self._listen()
                 if self.stop.is_set():
                     return
@@ -124,27 +120,27 @@ class Loop:
     def _send(self) -> Iterator[Event]:
         """Fill the executor's free slots."""
         while len(self._flying) < self._executor.capacity and not self.stop.is_set():
-            stretch = self._schedule.next(may_start=self._may_start())
-            if stretch is None:
+            slice = self._schedule.next(may_start=self._may_start())
+            if slice is None:
                 return
-            if stretch.trial not in self._trials:
-                trial = self._trials[stretch.trial] = self._ask(stretch.trial)
-                yield Asked(trial)
+            if slice.trial not in self._trials:
+                trial = self._trials[slice.trial] = self._ask(slice.trial)
+                yield TrialStarted(trial)
                 if trial.state == INFEASIBLE:
-                    yield from self._refuse(stretch, trial)
+                    yield from self._refuse(slice, trial)
                     continue
-            self._first = stretch.trial if self._first is None else self._first
-            segment = self._segment(stretch)
+            self._first = slice.trial if self._first is None else self._first
+            segment = self._segment(slice)
             end = self._clock + self._work(segment)
             self._earliest = self._earliest or end  # no result before the first, which has the untuned model's loss
-            heapq.heappush(self._flying, (max(end, self._earliest), self._sent, stretch, segment))
+            heapq.heappush(self._flying, _InFlight(max(end, self._earliest), self._sent, slice, segment))
             self._sent += 1
             known = self._record.outcome(segment)
             if known is not None:
                 self._arrived[segment.key] = known
             else:
                 self._meter.began(segment.key, segment.total_steps, segment.start_step)
-                self._executor.submit(Pack(segments=(segment,)))
+                self._executor.submit(segment)
 
     def _may_start(self) -> bool:
         """Whether a new trial may begin now. A trial of the record begins exactly where it began the first time."""
@@ -185,29 +181,30 @@ class Loop:
                     asked.set_user_attr(name, value)
             self._open[number] = asked
         trial = Trial(number=number, hyperparameters=self._spec.hyperparameters(values), params=values)
-        refusal = self._goals.refusal(trial.hyperparameters)
+        refusal = self._objectives.refusal(trial.hyperparameters)
         if refusal:
-            trial = self._goals.valued(replace(trial, state=INFEASIBLE, message=refusal), self._trials.values())
+            trial = self._objectives.valued(replace(trial, state=INFEASIBLE, message=refusal), self._trials.values())
         self._record.trial(trial)
         return trial
 
-    def _refuse(self, stretch: Stretch, trial: Trial) -> Iterator[Event]:
+    def _refuse(self, slice: Slice, trial: Trial) -> Iterator[Event]:
         """End a trial that would break a known constraint, untrained."""
-        self._schedule.tell(stretch, None)
+        self._schedule.tell(slice, SliceResult(loss=None))
         if trial.number in self._open:  # else it was told in an earlier start
-            yield Note(f"trial {trial.number} is infeasible and not trained: {trial.message}")
+            yield Message(text=f"trial {trial.number} is infeasible and not trained: {trial.message}")
         self._tell(trial)
 
-    def _segment(self, stretch: Stretch) -> Segment:
-        given, curve = self._trials[stretch.trial].hyperparameters, self._trials[stretch.trial].curve
-        total = math.ceil(stretch.length * total_steps(self._examples, given.batch_size, given.epochs))
-        start, stop = math.ceil(stretch.start * total), math.ceil(stretch.stop * total)
+    def _segment(self, slice: Slice) -> Segment:
+        given, curve = self._trials[slice.trial].hyperparameters, self._trials[slice.trial].curve
+        total = math.ceil(slice.length * total_steps(self._examples, given.batch_size, given.epochs))
+        start, stop = math.ceil(slice.start * total), math.ceil(slice.stop * total)
         shares = range(1, self._spec.training.validations)
         points = {math.ceil(Fraction(i, self._spec.training.validations) * total) for i in shares}
-        points |= {0} if stretch.trial == self._first else set()  # the base model's own loss, once per study
+        points |= {math.ceil(share * total) for share in slice.validate_at}
+        points |= {0} if slice.trial == self._first else set()  # the base model's own loss, once per study
         return Segment(
-            trial=stretch.trial,
-            run=stretch.run,
+            trial=slice.trial,
+            run=slice.run,
             hyperparameters=given,
             seed=self._spec.seed,
             total_steps=total,
@@ -228,8 +225,8 @@ class Loop:
             if isinstance(item, Progress):
                 self._meter.progressed(item)
                 yield item
-            elif isinstance(item, Notice):
-                yield Note(item.text)
+            elif isinstance(item, Message):
+                yield item
             elif item.state is State.BAD_INPUT:
                 raise error_of(item.error, item.message)
             elif item.state is not State.CANCELLED:
@@ -243,12 +240,12 @@ class Loop:
 
         Others train on meanwhile.
         """
-        _, _, stretch, segment = self._flying[0]
+        slice, segment = self._flying[0].slice, self._flying[0].segment
         outcome = self._arrived[segment.key]
-        if self._score is None or outcome.state is not State.COMPLETED or outcome.scores or stretch.length * stretch.stop < 1:
+        if self._score is None or outcome.state is not State.COMPLETED or outcome.scores or not slice.ends_full_run:
             return
-        trial = self._trials[stretch.trial]
-        if self._goals.broken(replace(trial, outcomes=(*trial.outcomes, outcome)), end=True):
+        trial = self._trials[slice.trial]
+        if self._objectives.broken(replace(trial, outcomes=(*trial.outcomes, outcome)), end=True):
             return
         adapter = self._record.paths.of(segment).adapter
         for now in self._score(trial.number, adapter, outcome.validation_loss, self.stop):
@@ -262,24 +259,27 @@ class Loop:
 
     def _apply(self) -> Event:
         """Turn the clock to the end of the next segment, and tell the schedule and the storage what became of it."""
-        self._clock, _, stretch, segment = heapq.heappop(self._flying)
-        outcome = self._arrived.pop(segment.key)
+        result = heapq.heappop(self._flying)
+        self._clock, slice = result.end, result.slice
+        outcome = self._arrived.pop(result.segment.key)
         self._settled += 1
-        trial = self._trials[stretch.trial]
+        trial = self._trials[slice.trial]
         trial = replace(trial, outcomes=(*trial.outcomes, outcome))
-        broken = self._goals.broken(trial, end=stretch.length * stretch.stop == 1) if outcome.state is State.COMPLETED else ""
-        fate = self._schedule.tell(stretch, None if broken else outcome.validation_loss, self._goals.minimised(trial))
-        state = _STATES.get(outcome.state) or (INFEASIBLE if broken else {Fate.COMPLETE: COMPLETE, Fate.PAUSED: PAUSED}[fate])
+        broken = self._objectives.broken(trial, end=slice.ends_full_run) if outcome.state is State.COMPLETED else ""
+        loss = None if broken else outcome.validation_loss
+        told = SliceResult(loss=loss, objectives=self._objectives.minimised(trial), outcome=outcome, curve=trial.curve)
+        decision = self._schedule.tell(slice, told)
+        state = _STATES.get(outcome.state) or (INFEASIBLE if broken else _DECIDED[decision])
         trial = replace(trial, state=state, message=broken or outcome.message)
-        trial = self._goals.valued(trial, self._trials.values())
+        trial = self._objectives.valued(trial, self._trials.values())
         self._trials[trial.number] = trial
         self._tell(trial, outcome)
-        return Settled(trial, outcome)
+        return SegmentFinished(trial, outcome)
 
     def _tell(self, trial: Trial, outcome: Outcome | None = None) -> None:
         handle = self._open.get(trial.number)
         if handle is not None:
-            self._goals.tell(self._study, handle, trial, outcome)
+            self._objectives.tell(self._study, handle, trial, outcome)
             if trial.state != PAUSED:
                 del self._open[trial.number]
         self._record.trial(trial)
@@ -292,9 +292,10 @@ class Loop:
                 self._trials[trial.number] = replace(trial, state=PRUNED)
                 self._tell(self._trials[trial.number])
         if self._spent:
-            yield Note(f"{self._spent} The study ends after {len(self._trials)} of {self._spec.budget.trials} trials.")
+            yield Message(text=f"{self._spent} The study ends after {len(self._trials)} of {self._spec.budget.trials} trials.")
         if self._out_of_budget() and len(self._trials) < self._spec.budget.trials:
-            yield Note(f"The time budget is spent after {len(self._trials)} of {self._spec.budget.trials} trials.")
+            yield Message(text=f"The time budget is spent after {len(self._trials)} of {self._spec.budget.trials} trials.")
 
 
+_DECIDED = {Decision.COMPLETE: COMPLETE, Decision.PAUSED: PAUSED, Decision.DROPPED: PRUNED}
 _STATES = {State.DIVERGED: DIVERGED, State.OUT_OF_MEMORY: INFEASIBLE, State.CRASHED: FAILED}

@@ -12,19 +12,17 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from loratune.plugs import METRICS, Measured
 from loratune.record import DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Trial
 from loratune.samplers.base import SO_FAR
 from loratune.spec import StudySpec
 from loratune.spec.limits import Constraint
-from loratune.spec.metrics import GROWING, KNOWN, SCORES
 from loratune.work import Hyperparameters, Outcome, State
 
 Sizes = Callable[[Hyperparameters], int]  # an adapter's number of trainable parameters
 
-_BYTES = 4  # of an adapter's parameter: float32
 
-
-class Goals:
+class Objectives:
     """What the study that `spec` describes asks of its trials.
 
     sizes: of adapters; by default of the spec's model, whose layers are then looked up. Raises ModelError.
@@ -34,8 +32,10 @@ class Goals:
         self.objectives = [objective.name for objective in spec.objectives]
         self._signs = [1.0 if objective.direction == "minimize" else -1.0 for objective in spec.objectives]
         self._limits = spec.limits
+        self._metrics = {name: METRICS[name] for name in [*self.objectives, *(limit.metric for limit in self._limits)]}
+        self._scores = [name for name, metric in self._metrics.items() if metric.benchmark]
         self._sizes: Sizes | None = None
-        if {*self.objectives, *(limit.metric for limit in self._limits)} & set(KNOWN):
+        if any(metric.known == "before" for metric in self._metrics.values()):
             if sizes is None:
                 from loratune.finetune.sizes import adapter_sizes  # torch
 
@@ -48,17 +48,20 @@ class Goals:
 
     def size(self, hyperparameters: Hyperparameters) -> float:
         """The adapter's number of trainable parameters; NaN where no objective or constraint asks for it."""
-        return self._known(hyperparameters)["inference_cost"]
+        return float(self._sizes(hyperparameters)) if self._sizes is not None else math.nan
 
     def refusal(self, hyperparameters: Hyperparameters) -> str:
         """Why such a trial need not be trained; "" where it may."""
-        return self._broken(self._known(hyperparameters), lambda limit: limit.metric in KNOWN)
+        trial = Measured(hyperparameters=hyperparameters, run=(), parameters=self.size(hyperparameters))
+        known = [name for name, metric in self._metrics.items() if metric.known == "before"]
+        return self._broken({name: METRICS.read(name, trial) for name in known}, lambda limit: limit.metric in known)
 
     def broken(self, trial: Trial, end: bool) -> str:
         """The constraints that the trial broke for good, at the `end` of a full run or on the way; "" where none."""
         measured = self._measured(trial)
-        unscored = {name for name in SCORES if math.isnan(measured[name])}
-        return self._broken(measured, lambda limit: (end and limit.metric not in unscored) or (limit.metric in GROWING and limit.lasting))
+        unscored = {name for name in self._scores if math.isnan(measured[name])}
+        growing = {name for name, metric in self._metrics.items() if metric.known == "during"}
+        return self._broken(measured, lambda limit: (end and limit.metric not in unscored) or (limit.metric in growing and limit.lasting))
 
     def minimised(self, trial: Trial) -> tuple[float, ...]:
         """What the trial has of the objectives so far, each to be minimised; NaN where it is not measured.
@@ -67,7 +70,7 @@ class Goals:
         """
         measured = self._measured(trial)
         pairs = zip(self.objectives, self._signs, strict=True)
-        return tuple(sign * measured.get(name, math.nan) for name, sign in pairs if name not in SCORES)
+        return tuple(sign * measured[name] for name, sign in pairs if name not in self._scores)
 
     def valued(self, trial: Trial, others: Iterable[Trial]) -> Trial:
         """The trial with its value and its objectives' values, as Optuna is to be told them.
@@ -118,29 +121,16 @@ class Goals:
         broken = [limit for limit in self._limits if counts(limit) and not limit.holds(measured[limit.metric])]
         return "; ".join(f"it breaks {limit}: {measured[limit.metric]:.4g}" for limit in broken)
 
-    def _known(self, hyperparameters: Hyperparameters) -> dict[str, float]:
-        parameters = self._sizes(hyperparameters) if self._sizes is not None else math.nan
-        return {"adapter_mb": parameters * _BYTES / 1e6, "inference_cost": float(parameters)}
-
     def _measured(self, trial: Trial) -> dict[str, float]:
-        """Every metric by its name; NaN where it was not measured. What a run costs is of the trial's last run."""
-        run = trial.last_run
-        last = run[-1].validation_loss if run else None
-        peak = max((o.peak_memory_bytes for o in run), default=0)
-        return {
-            "validation_loss": math.nan if last is None else last,
-            "tokens": float(sum(o.tokens for o in run)) if run else math.nan,
-            "train_seconds": sum(o.train_seconds * o.devices for o in run) if run else math.nan,
-            "peak_memory_gib": peak / 2**30 if peak else math.nan,
-            **self._known(trial.hyperparameters),
-            **{name: run[-1].scores.get(name, math.nan) if run else math.nan for name in SCORES},
-        }
+        """Every objective and constraint by its name; NaN where it was not measured. What a run costs is of the trial's last run."""
+        measured = Measured(hyperparameters=trial.hyperparameters, run=trial.last_run, parameters=self.size(trial.hyperparameters))
+        return {name: METRICS.read(name, measured) for name in self._metrics}
 
     def _worst(self, trials: list[Trial]) -> list[float]:
         losses = [p.validation_loss for t in trials for p in t.curve if p.validation_loss is not None]
         found = [max(losses, default=math.inf)]
         for place, (name, sign) in list(enumerate(zip(self.objectives, self._signs, strict=True)))[1:]:
-            if name in SCORES:  # measured ones alone: many trials are told of before the first is scored
+            if name in self._scores:  # measured ones alone: many trials are told of before the first is scored
                 found.append(min((o.scores[name] for t in trials for o in t.outcomes if name in o.scores), default=0.0))
                 continue
             seen = [sign * t.values[place] for t in trials if t.values and math.isfinite(t.values[place])]

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,14 +18,15 @@ from loratune import schedules
 from loratune.data.order import order, total_steps
 from loratune.data.prepared import Prepared
 from loratune.executors.devices import cuda_devices
+from loratune.plugs import EXECUTORS, METRICS, SCHEDULES
+from loratune.plugs.kinds import ADAPTER_BYTES
+from loratune.schedules import SliceResult
 from loratune.spec import StudySpec
-from loratune.spec.metrics import KNOWN
-from loratune.study.objectives import Goals
+from loratune.study.objectives import Objectives
 from loratune.system.hub import weights_on_disk
 from loratune.system.machine import cpu_processes, threads_for
 from loratune.work import Hyperparameters
 
-_BYTES = 4  # of an adapter's parameter: float32
 _FILLS_CPU, _FILLS_CUDA = 64, 16_384  # training tokens, of one batch of every slot, that keep a device busy
 _MOST_SLOTS = _MOST_WORKERS = 8
 
@@ -116,7 +118,7 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
     runs, validations = expected(spec)
     largest = _largest(spec, default)
     probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest, threads=_threads(spec))
-    adapter = probed.trainable_parameters * _BYTES
+    adapter = probed.trainable_parameters * ADAPTER_BYTES
     kept = spec.output.keep_adapters
     return Plan(
         trials=spec.budget.trials,
@@ -164,7 +166,7 @@ def workers_for(spec: StudySpec) -> int:
     """
     if spec.executor.workers is not None:
         return spec.executor.workers
-    if spec.executor.name == "inline" or spec.training.devices_per_trial > 1:
+    if EXECUTORS[spec.executor.name].in_process or spec.training.devices_per_trial > 1:
         return 1
     weights = weights_on_disk(spec.model.name_or_path, spec.model.revision)
     return cpu_processes(weights, min(_MOST_WORKERS, spec.budget.trials // 10))
@@ -172,14 +174,14 @@ def workers_for(spec: StudySpec) -> int:
 
 def _processes(spec: StudySpec) -> int:
     """Processes that train at the same time."""
-    if spec.executor.name == "inline":
+    if EXECUTORS[spec.executor.name].in_process:
         return 1
     return len(_devices(spec)) // spec.training.devices_per_trial or workers_for(spec)
 
 
 def _threads(spec: StudySpec) -> int | None:
     """Of a worker on a CPU, as the local executor shares the cores out; None: torch's own number."""
-    if spec.executor.name == "inline" or _devices(spec):
+    if EXECUTORS[spec.executor.name].in_process or _devices(spec):
         return spec.executor.threads
     return spec.executor.threads or threads_for(_processes(spec) * spec.training.devices_per_trial)
 
@@ -190,33 +192,27 @@ def _devices(spec: StudySpec) -> list[int]:
 
 def expected(spec: StudySpec) -> tuple[float, float]:
     """(full runs, validations) that the schedule is expected to spend, the base model's validation included."""
-    repeats = 1 if spec.schedule.name == "full" else 20
+    repeats = 20 if SCHEDULES[spec.schedule.name].adaptive else 1
     spent = [_simulated(spec, random.Random(seed)) for seed in range(repeats)]
     return fmean(runs for runs, _ in spent), fmean(count for _, count in spent)
 
 
 def _simulated(spec: StudySpec, chance: random.Random) -> tuple[float, float]:
-    schedule = schedules.build(
-        spec.schedule.name,
-        trials=spec.budget.trials,
-        yardstick=spec.sampler.defaults_first,
-        fidelity=spec.schedule.fidelity,
-        reduction_factor=spec.schedule.reduction_factor,
-        min_resource=spec.schedule.min_resource,
-    )
+    schedule = schedules.of_study(spec)
     runs, validations = 0.0, 1.0
     values: dict[int, float] = {}
     each = spec.training.validations
-    while (stretch := schedule.next(may_start=True)) is not None:
-        runs += float(stretch.length * (stretch.stop - stretch.start))
-        validations += 1 + sum(stretch.start * each < i < stretch.stop * each for i in range(1, each))
-        schedule.tell(stretch, values.setdefault(stretch.trial, chance.random()))
+    while (slice := schedule.next(may_start=True)) is not None:
+        runs += float(slice.length * (slice.stop - slice.start))
+        points = {Fraction(i, each) for i in range(1, each)} | set(slice.validate_at)
+        validations += 1 + sum(slice.start < point < slice.stop for point in points)
+        schedule.tell(slice, SliceResult(loss=values.setdefault(slice.trial, chance.random())))
     return runs, validations
 
 
 def _not_counted(spec: StudySpec) -> tuple[str, ...]:
     """What makes a study cheaper or dearer than its trials' training."""
-    known = [str(limit) for limit in spec.limits if limit.metric in KNOWN]
+    known = [str(limit) for limit in spec.limits if METRICS[limit.metric].known == "before"]
     notes = [f"what breaks {', '.join(known)} is not trained and costs nothing"] if known else []
     if spec.scores:
         notes.append(f"scoring {', '.join(spec.scores)}, {spec.scoring.items} items each, after every trial that reaches its end")
@@ -235,13 +231,13 @@ def _largest(spec: StudySpec, default: Hyperparameters) -> Hyperparameters:
     if "target_modules" in searched:
         sizes = ("qv", "qkvo", "mlp", "all-linear")
         layers = sorted(_values(searched["target_modules"]), key=sizes.index, reverse=True)
-    if not any(limit.metric in KNOWN for limit in spec.limits):
+    if not any(METRICS[limit.metric].known == "before" for limit in spec.limits):
         return replace(default, lora_r=ranks[0], target_modules=layers[0])
-    goals = Goals(spec)
+    objectives = Objectives(spec)
     if len(ranks) == 2 and searched["lora_r"].type == "int":
         ranks = list(range(ranks[0], ranks[1] - 1, -1))
-    kept = [h for some in layers for rank in ranks if not goals.refusal(h := replace(default, lora_r=rank, target_modules=some))]
-    return max(kept, key=goals.size, default=default)
+    kept = [h for some in layers for rank in ranks if not objectives.refusal(h := replace(default, lora_r=rank, target_modules=some))]
+    return max(kept, key=objectives.size, default=default)
 
 
 def _expected_epochs(spec: StudySpec, default: Hyperparameters) -> float:

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from loratune.plugs import METRICS
+
 # Searched hyperparameters in the order people think of them; names that are not here follow, as they are.
 LABELS = {
     "lora_r": "rank",
@@ -20,17 +22,6 @@ LABELS = {
 }
 
 
-# Objectives with their units, as loratune.spec.metrics means them.
-METRICS = {
-    "validation_loss": "validation loss",
-    "tokens": "training tokens",
-    "train_seconds": "training seconds",
-    "adapter_mb": "adapter size in MB",
-    "peak_memory_gib": "peak memory in GiB",
-    "inference_cost": "multiply-adds per token",
-}
-
-
 NOTHING = "–"  # what was not measured: None, or NaN
 
 
@@ -42,7 +33,8 @@ def _odd(value: float | None) -> str | None:
 
 
 def metric(name: str) -> str:
-    return METRICS.get(name, name.replace("_", " "))
+    """An objective or constraint with its unit, as a report calls it."""
+    return METRICS.label(name)
 
 
 def label(name: str) -> str:

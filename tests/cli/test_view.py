@@ -13,8 +13,8 @@ from loratune.cli.trial_lines import clock, counts, params, result, varied
 from loratune.cli.view import Lines, Table, open_view
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Trial
 from loratune.spec import StudySpec
-from loratune.study.loop import Asked, Note, Settled
-from loratune.work import CurvePoint, Hyperparameters, Outcome, Progress, State
+from loratune.study.loop import SegmentFinished, TrialStarted
+from loratune.work import CurvePoint, Hyperparameters, Message, Outcome, Progress, State
 
 SNAPSHOT = {
     "pid": os.getpid(),
@@ -46,17 +46,17 @@ def trial(number: int, **changes: object) -> Trial:
     )
 
 
-def settled(number: int, value: float, state: str = COMPLETE, message: str = "", base: float | None = None) -> Settled:
+def settled(number: int, value: float, state: str = COMPLETE, message: str = "", base: float | None = None) -> SegmentFinished:
     curve = (CurvePoint(step=0, tokens=0, train_loss=None, validation_loss=base),) if base is not None else ()
     outcome = Outcome(key=f"{number:04d}/main/0000120", state=State.COMPLETED, validation_loss=value, curve=curve, train_seconds=70.0)
-    return Settled(trial(number, state=state, value=value, message=message, outcomes=(outcome,)), outcome)
+    return SegmentFinished(trial(number, state=state, value=value, message=message, outcomes=(outcome,)), outcome)
 
 
 EVENTS = [
-    Note("10 train / 2 validation examples\nno duplicates"),
-    Asked(trial(0)),
+    Message(text="10 train / 2 validation examples\nno duplicates"),
+    TrialStarted(trial(0)),
     settled(0, 1.3, base=2.5),
-    Asked(trial(1)),
+    TrialStarted(trial(1)),
     Progress(key="0001/main/0000120", step=40, total_steps=120, tokens=9, train_loss=1.25),
     settled(1, 1.2),
     settled(2, 1.4),
@@ -67,7 +67,11 @@ EVENTS = [
 def test_the_base_model_is_that_of_the_first_trial_that_was_trained(spec: StudySpec) -> None:
     stream = io.StringIO()
     view = Lines(spec, stream)
-    for event in (Asked(trial(0, state=INFEASIBLE, message="it breaks adapter_mb <= 1: 2")), Asked(trial(1)), settled(1, 1.2, base=2.5)):
+    for event in (
+        TrialStarted(trial(0, state=INFEASIBLE, message="it breaks adapter_mb <= 1: 2")),
+        TrialStarted(trial(1)),
+        settled(1, 1.2, base=2.5),
+    ):
         view.show(event)
     assert view.base_loss == 2.5
     assert "trial 1: validation loss 1.2000 (base model 2.5000), " in stream.getvalue()
@@ -159,7 +163,7 @@ def test_the_output_decides_the_view(spec: StudySpec) -> None:
 
 
 def test_result_compares_best_default_and_base(tmp_path: Path) -> None:
-    trials = tuple(event.trial for event in EVENTS if isinstance(event, Settled))
+    trials = tuple(event.trial for event in EVENTS if isinstance(event, SegmentFinished))
     lines = result(StudyRecord(folder=tmp_path, name="x", spec={}, trials=trials))
     assert lines == [
         "Validation loss after 4 trials (3 complete, 1 diverged):",

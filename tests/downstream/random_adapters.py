@@ -6,6 +6,7 @@ import torch
 
 from loratune.finetune import lora
 from loratune.finetune.model import BaseModel, load
+from loratune.finetune.peft_layers import ADAPTER, detach, lora_layers
 from loratune.work import Hyperparameters, ModelRecipe
 
 
@@ -21,10 +22,10 @@ def write_adapters(base: BaseModel, folder: Path, ranks: list[int]) -> list[Path
         h = Hyperparameters(lora_r=rank, lora_alpha=2 * rank, lora_dropout=0.1, target_modules="all-linear")
         wrapped, _ = lora.attach(base.model, h, seed=number)
         generator = torch.Generator().manual_seed(number)
-        for _, layer in lora.lora_layers(wrapped):
-            weight = layer.lora_B[lora.ADAPTER].weight
+        for _, layer in lora_layers(wrapped):
+            weight = layer.lora_B[ADAPTER].weight
             weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
         folders.append(folder / f"adapter-{number}")
         wrapped.save_pretrained(str(folders[-1]))
-        lora.detach(base.model)
+        detach(base.model)
     return folders

@@ -13,6 +13,7 @@ from loratune.downstream.job import Model
 from loratune.downstream.results.scores import read_results
 from loratune.finetune import lora
 from loratune.finetune.model import BaseModel, output_head
+from loratune.finetune.peft_layers import detach
 from loratune.finetune.validation import validate
 from loratune.work import Hyperparameters, ModelRecipe
 
@@ -31,7 +32,7 @@ def trained(base: BaseModel, data: Prepared, folder: Path, steps: int, h: Hyperp
         optimizer.zero_grad()
     loss, _ = validate(wrapped, data.validation, batch_size=16, pad_id=base.pad_id, head=output_head(base.model))
     wrapped.save_pretrained(str(folder))
-    lora.detach(base.model)
+    detach(base.model)
     return Model(name=folder.name, adapter=folder, loss=loss)
 
 

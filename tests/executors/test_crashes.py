@@ -4,12 +4,12 @@ import pytest
 
 from loratune.executors import Executor
 from loratune.executors.crashes import cause, certain, common_cause
-from loratune.work import Hyperparameters, Outcome, Pack, Segment, State
+from loratune.work import Hyperparameters, Outcome, Segment, State
 
 INDEX = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\n    y[9]\nIndexError: index out of range in self'
 SHAPE = 'Traceback (most recent call last):\n  File "x.py", line 3\nRuntimeError: The size of tensor a ({}) must match 64'
 CUDA = "Traceback ...\nRuntimeError: CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"
-DEAD = "the worker process died with signal 9. Its last words are in runs/s/workers/{}.log"
+DEAD = "the worker process died with signal 9. Worker log: runs/s/workers/{}.log"
 
 
 def test_causes() -> None:
@@ -30,8 +30,8 @@ class Crashing(Executor):
         super().__init__(max_retries=2)
         self.messages, self.tries = messages, 0
 
-    def _start(self, pack: Pack) -> None:
-        (self.segment,) = pack.segments
+    def _start(self, segment: Segment) -> None:
+        self.segment = segment
         self.tries += 1
 
     def _poll(self, timeout: float) -> list[Outcome]:  # type: ignore[override]
@@ -53,7 +53,7 @@ class Crashing(Executor):
 )
 def test_the_same_exception_of_the_program_is_not_tried_a_third_time(messages: list[str], tries: int) -> None:
     executor = Crashing(messages)
-    executor.submit(Pack(segments=(Segment(trial=0, hyperparameters=Hyperparameters(), seed=0, total_steps=1, stop_step=1),)))
+    executor.submit(Segment(trial=0, hyperparameters=Hyperparameters(), seed=0, total_steps=1, stop_step=1))
     news: list[object] = []
     while not news:
         news += executor.collect(0.0)

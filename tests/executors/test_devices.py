@@ -80,7 +80,7 @@ def test_training_on_the_cpu_beside_a_gpu_is_told(machine: Machine, signs: list[
     assert cuda_devices("auto", None, 1) == []
     told = unused_gpu("auto", [])
     assert told is not None
-    assert told.startswith(f"warning: a GPU is here ({signs[0]}), but trials train on the CPU: {why}")
+    assert told.startswith(f"warning: this machine has a GPU ({signs[0]}), but trials train on the CPU: {why}")
     assert "executor.device: cpu" in told
     assert unused_gpu("cpu", []) is None, "that was asked for"
     with pytest.raises(TrainingError, match=r"executor\.device: cuda was asked for, but this machine has no visible CUDA device"):

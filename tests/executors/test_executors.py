@@ -16,9 +16,9 @@ from loratune import demo, executors
 from loratune.executors import Executor
 from loratune.record import open_record
 from loratune.system.files import write_atomically
-from loratune.work import Hyperparameters, ModelRecipe, Outcome, Pack, Progress, Recipe, Segment, State, TrainingRecipe
+from loratune.work import Hyperparameters, ModelRecipe, Outcome, Progress, Recipe, Segment, State, TrainingRecipe
 
-PATIENCE = 240.0  # seconds; a worker's first sign of life takes as long as importing torch on a busy machine
+PATIENCE = 240.0  # seconds; a worker's first message takes as long as importing torch on a busy machine
 STEPS = 400  # seconds of training: long enough to be disturbed between two signs of life
 
 
@@ -28,9 +28,9 @@ def recipe(demo_data: Path) -> Recipe:
     return Recipe(model=ModelRecipe(name_or_path=str(demo.model_folder())), training=training, data=str(demo_data), device="cpu")
 
 
-def pack(trial: int, steps: int = STEPS) -> Pack:
+def segment(trial: int, steps: int = STEPS) -> Segment:
     hyperparameters = Hyperparameters(lora_r=4, learning_rate=3e-3, batch_size=4, epochs=1.0)
-    return Pack(segments=(Segment(trial=trial, hyperparameters=hyperparameters, seed=0, total_steps=steps, stop_step=steps),))
+    return Segment(trial=trial, hyperparameters=hyperparameters, seed=0, total_steps=steps, stop_step=steps)
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def undisturbed(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> fl
     torch.set_num_threads(1)  # as the workers; the number of threads decides the order of sums
     try:
         with executor("inline", recipe, tmp_path_factory.mktemp("inline")) as made:
-            made.submit(pack(0))
+            made.submit(segment(0))
             (outcome,) = finish(made, 1).values()
     finally:
         torch.set_num_threads(threads)
@@ -89,8 +89,8 @@ def test_two_workers_give_what_one_process_gives(recipe: Recipe, tmp_path: Path,
     seen: list[Progress] = []
     with executor("local", recipe, tmp_path, workers=2) as made:
         assert made.capacity == 2
-        made.submit(pack(0))
-        made.submit(pack(1))
+        made.submit(segment(0))
+        made.submit(segment(1))
         outcomes = finish(made, 2, seen.append)
     assert {o.state for o in outcomes.values()} == {State.COMPLETED}
     assert [o.validation_loss for o in outcomes.values()] == [undisturbed] * 2, "same seed, same hyperparameters, same loss"
@@ -108,7 +108,7 @@ def test_a_killed_and_a_frozen_worker_are_replaced_and_the_result_is_the_same(re
             os.kill(workers_of(tmp_path)[0], signals.pop())
 
     with executor("local", recipe, tmp_path, hang_timeout=60.0) as made:
-        made.submit(pack(0))
+        made.submit(segment(0))
         (outcome,) = finish(made, 1, disturb).values()
     assert not signals, "the worker was disturbed twice"
     assert outcome.state is State.COMPLETED, outcome.message
@@ -121,7 +121,7 @@ def test_a_worker_that_always_dies_is_given_up(recipe: Recipe, tmp_path: Path) -
             os.kill(pid, signal.SIGKILL)
 
     with executor("local", recipe, tmp_path, max_retries=1) as made:
-        made.submit(pack(0))
+        made.submit(segment(0))
         (outcome,) = finish(made, 1, kill).values()
     assert outcome.state is State.CRASHED
     assert outcome.message.startswith("gave up after 2 tries. the worker process died, killed by SIGKILL")
@@ -130,7 +130,7 @@ def test_a_worker_that_always_dies_is_given_up(recipe: Recipe, tmp_path: Path) -
 
 def test_closing_checkpoints_and_the_next_executor_goes_on(recipe: Recipe, tmp_path: Path, undisturbed: float) -> None:
     with executor("local", recipe, tmp_path) as made:
-        made.submit(pack(0))
+        made.submit(segment(0))
         began = time.monotonic()
         while time.monotonic() < began + PATIENCE:
             if any(isinstance(item, Progress) and item.step >= 2 for item in made.collect(1.0)):
@@ -138,7 +138,7 @@ def test_closing_checkpoints_and_the_next_executor_goes_on(recipe: Recipe, tmp_p
     assert workers_of(tmp_path) == []
     steps: list[int] = []
     with executor("local", recipe, tmp_path) as made:
-        made.submit(pack(0))
+        made.submit(segment(0))
         (outcome,) = finish(made, 1, lambda p: steps.append(p.step)).values()
     assert min(steps) > 0, "it went on from the checkpoint"
     assert outcome.validation_loss == undisturbed
@@ -149,7 +149,7 @@ def test_a_model_that_cannot_be_loaded_is_bad_input(recipe: Recipe, tmp_path: Pa
 
     wrong = replace(recipe, model=ModelRecipe(name_or_path=str(tmp_path / "nowhere")))
     with executor("local", wrong, tmp_path / "study") as made:
-        made.submit(pack(0))
+        made.submit(segment(0))
         (outcome,) = finish(made, 1).values()
     assert outcome.state is State.BAD_INPUT
     assert "nowhere" in outcome.message
@@ -163,7 +163,7 @@ def test_two_processes_train_one_trial_together(recipe: Recipe, tmp_path: Path) 
     found = []
     for size in (1, 2):
         with executor("local", replace(recipe, devices_per_trial=size), tmp_path / str(size)) as made:
-            made.submit(pack(0, steps=24))
+            made.submit(segment(0, steps=24))
             (outcome,) = finish(made, 1).values()
         assert outcome.state is State.COMPLETED, outcome.message
         assert outcome.devices == size
@@ -177,7 +177,7 @@ def test_a_group_with_a_model_that_cannot_be_loaded_says_so(recipe: Recipe, tmp_
 
     wrong = replace(recipe, devices_per_trial=2, model=ModelRecipe(name_or_path=str(tmp_path / "nowhere")))
     with executor("local", wrong, tmp_path / "study") as made:
-        made.submit(pack(0))
+        made.submit(segment(0))
         (outcome,) = finish(made, 1).values()
     assert outcome.state is State.BAD_INPUT
 
@@ -187,13 +187,13 @@ import sys
 from pathlib import Path
 from loratune import executors
 from loratune.record import open_record
-from loratune.work import Pack, Recipe
+from loratune.work import Recipe, Segment
 root = Path(sys.argv[1])
 with open_record(root) as record:
     recipe = Recipe.from_json((root / "recipe.json").read_text())
     options = {"devices": [], "workers": 1, "threads": 1, "max_retries": 0, "hang_timeout": None}
     made = executors.build("local", recipe=recipe, root=root, lock=record.lock, **options)
-    made.submit(Pack.from_json(sys.argv[2]))
+    made.submit(Segment.from_json(sys.argv[2]))
     while True:
         print(made.collect(1.0), flush=True)
 """
@@ -201,7 +201,7 @@ with open_record(root) as record:
 
 def test_a_killed_driver_takes_its_workers_along(recipe: Recipe, tmp_path: Path) -> None:
     write_atomically(tmp_path / "recipe.json", recipe.to_json())
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), pack(0).to_json()], stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), segment(0).to_json()], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     assert any("Progress" in line for line in driver.stdout), "training began"
     assert len(workers_of(tmp_path)) == 1

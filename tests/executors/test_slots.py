@@ -15,12 +15,12 @@ from scripted_engine import FATAL, LOST, POISONOUS, SLOTS
 
 from loratune import executors
 from loratune.errors import DeviceLostError
-from loratune.executors import Executor, Notice
+from loratune.executors import Executor
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import WorkerProcess
 from loratune.record import open_record
 from loratune.system.files import write_atomically
-from loratune.work import Hyperparameters, ModelRecipe, Outcome, Pack, Progress, Recipe, Segment, State, TrainingRecipe
+from loratune.work import Hyperparameters, Message, ModelRecipe, Outcome, Progress, Recipe, Segment, State, TrainingRecipe
 
 EVERY = pytest.mark.parametrize("name", ["inline", "local"])
 
@@ -55,7 +55,7 @@ def finish(made: Executor, segments: list[Segment], on_news: Callable[[Any], Non
     while len(outcomes) < len(segments):
         assert time.monotonic() < deadline, f"only {outcomes} came"
         while waiting and flying < made.capacity:
-            made.submit(Pack(segments=(waiting.pop(0),)))
+            made.submit(waiting.pop(0))
             flying += 1
         for item in made.collect(1.0):
             on_news(item)
@@ -78,11 +78,11 @@ def test_segments_enter_and_leave_while_others_train(name: str, tmp_path: Path) 
 
 
 @EVERY
-def test_a_notice_comes_once(name: str, tmp_path: Path) -> None:
+def test_a_message_comes_once(name: str, tmp_path: Path) -> None:
     heard: list[Any] = []
     with executor(name, tmp_path, workers=2) as made:
         finish(made, [segment(trial, 5) for trial in range(6)], heard.append)
-    assert [item.text for item in heard if isinstance(item, Notice)] == ["this engine follows a script"]
+    assert [item.text for item in heard if isinstance(item, Message)] == ["this engine follows a script"]
 
 
 def test_the_emptiest_worker_is_given_the_next_segment(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_device_that_is_lost_every_time_is_told(tmp_path: Path) -> None:
     with executor("local", tmp_path, max_retries=0) as made:
         (outcome,) = finish(made, [segment(1, 20, seed=LOST)]).values()
     assert outcome.state is State.CRASHED
-    assert "the worker process died, since its device reported an error that no process survives" in outcome.message
+    assert "the worker process died, because its device reported an unrecoverable error" in outcome.message
 
 
 def test_this_process_cannot_be_replaced(tmp_path: Path) -> None:
@@ -134,7 +134,8 @@ def test_this_process_cannot_be_replaced(tmp_path: Path) -> None:
 def test_closing_ends_all_slots_and_the_next_executor_goes_on(name: str, tmp_path: Path) -> None:
     wanted = [segment(trial, 80) for trial in range(SLOTS)]
     with executor(name, tmp_path) as made:
-        made.submit(Pack(segments=tuple(wanted)))
+        for one in wanted:
+            made.submit(one)
         seen: set[str] = set()
         while len(seen) < SLOTS:
             seen |= {item.key for item in made.collect(1.0) if isinstance(item, Progress) and item.step >= 3}

@@ -24,7 +24,7 @@ def test_workers_share_the_usable_cores_and_follow_omp_num_threads(tmp_path: Pat
         executor = LocalExecutor(
             recipe=recipe, root=tmp_path, lock=0, devices=[], workers=2, threads=given, max_retries=0, hang_timeout=None
         )
-        processes: list[WorkerProcess] = [place.process for place in executor._places]
+        processes: list[WorkerProcess] = [worker.process for worker in executor._workers]
         assert [[process._environment()[name] for name in NAMES] for process in processes] == [[str(expected)] * len(NAMES)] * 2
 
 

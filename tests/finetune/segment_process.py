@@ -9,7 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
-from loratune.finetune.engines import broadcast, load_engine, run_all
+from loratune.finetune.distributed import broadcast
+from loratune.finetune.engines import load_engine, run_segments
 from loratune.work import Progress, Recipe, Segment
 
 
@@ -24,7 +25,7 @@ def main(root: Path, outcomes: Path, *segments: str) -> None:
 
     for text in segments:
         assert broadcast(text) == text
-        (outcome,) = run_all(engine, [Segment.from_json(text)], tell=report, stop=stop)
+        (outcome,) = run_segments(engine, [Segment.from_json(text)], tell=report, stop=stop)
         if os.environ.get("RANK", "0") == "0":
             with open(outcomes, "a") as file:
                 file.write(outcome.to_json() + "\n")

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.errors import ModelError
-from loratune.finetune.lora import chosen_layers, linear_layers, targets
-from loratune.finetune.preflight import check, position_limit
+from loratune.finetune.preflight import check_fit, position_limit
+from loratune.finetune.targets import chosen_layers, linear_layers, target_endings
 from loratune.work import ModelRecipe
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
@@ -32,7 +32,7 @@ def prepared(folder: Path, train: Rows, validation: Rows = (("Who?", "Me"),), ma
     for name, rows in (("train", train), ("validation", validation)):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"instruction": asked, "output": answer}) + "\n" for asked, answer in rows))
-        sources[name] = (Source(path=str(path)),)
+        sources[name] = (DataSource(path=str(path)),)
     data = prepare(DataRecipe(**sources, max_length=max_length), tokenizer=str(folder), cache=folder / "cache")
     return data, ModelRecipe(name_or_path=str(folder))
 
@@ -58,26 +58,26 @@ def test_a_token_without_embedding_is_named_with_its_place(tmp_path: Path, where
     rows = [("Say it", "yes"), ("Call", "a <tool> now"), ("Call 2", "<more> <tool>")]
     data, recipe = prepared(tmp_path, **{"train": [("Who?", "Me")], where: rows})  # type: ignore[arg-type]
     with pytest.raises(ModelError) as caught:
-        check(llama(first), recipe, data, ["qv"])
+        check_fit(llama(first), recipe, data, ["qv"])
     told = str(caught.value)
     assert f"token id {first} ('<tool>', first in {tmp_path / where}.jsonl, line 2)" in told
     assert f"token id {first + 1} ('<more>', first in {tmp_path / where}.jsonl, line 3)" in told
     assert f"no embedding in a model of {first:,}" in told
     assert "unused" not in told
-    assert check(llama(first + 3), recipe, data, ["qv"]) == []
+    assert check_fit(llama(first + 3), recipe, data, ["qv"]) == []
 
 
 def test_an_eos_without_embedding_is_named(tmp_path: Path) -> None:
     first = tokenizer_with(tmp_path, eos="<|my_end|>")
     data, recipe = prepared(tmp_path, [("Say it", "yes")])
     with pytest.raises(ModelError, match=r"<\|my_end\|>', the EOS that ends every response"):
-        check(llama(first), recipe, data, ["qv"])
+        check_fit(llama(first), recipe, data, ["qv"])
 
 
 def test_tokens_that_the_data_do_not_use_need_no_embedding(tmp_path: Path) -> None:
     first = tokenizer_with(tmp_path, "<tool>")
     data, recipe = prepared(tmp_path, [("Say it", "yes")])
-    assert check(llama(first), recipe, data, ["qv"]) == []
+    assert check_fit(llama(first), recipe, data, ["qv"]) == []
 
 
 def test_positions_beyond_a_table_are_refused_by_what_the_data_hold(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_positions_beyond_a_table_are_refused_by_what_the_data_hold(tmp_path: Pa
     }
     for table, config in learned.items():
         with pytest.raises(ModelError, match=rf"max_length: 512 lets 1 of 3 examples.*{longest - 1} positions.*{table}.*{longest} tokens"):
-            check(bare(config(longest - 1)), recipe, data, [])
-        assert check(bare(config(longest)), recipe, data, []) == [], table
+            check_fit(bare(config(longest - 1)), recipe, data, [])
+        assert check_fit(bare(config(longest)), recipe, data, []) == [], table
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "roberta", "llama", "bloom"])
@@ -122,9 +122,9 @@ def test_a_table_is_as_long_as_what_it_takes(name: str) -> None:
 def test_longer_than_a_rotary_model_was_made_for_is_a_note(tmp_path: Path) -> None:
     data, recipe = prepared(tmp_path, [("Say it", "yes")])
     longest = int(data.train.lengths.max())
-    (note,) = check(llama(VOCABULARY, max_position_embeddings=longest - 1), recipe, data, ["qv"])
+    (note,) = check_fit(llama(VOCABULARY, max_position_embeddings=longest - 1), recipe, data, ["qv"])
     assert f"longer than the {longest - 1} positions that the model was made for" in note
-    assert check(llama(VOCABULARY, max_position_embeddings=longest), recipe, data, ["qv"]) == []
+    assert check_fit(llama(VOCABULARY, max_position_embeddings=longest), recipe, data, ["qv"]) == []
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     data, recipe = prepared(tmp_path, [("Call", "<tool>")])
     model = bare(transformers.GPT2Config(vocab_size=first, n_positions=16, n_embd=32, n_layer=2, n_head=4))
     with pytest.raises(ModelError) as caught:
-        check(model, recipe, data, ["qv", ("q_proj",), ("c_attn", "v_proj")])
+        check_fit(model, recipe, data, ["qv", ("q_proj",), ("c_attn", "v_proj")])
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
     assert all(word in line for word, line in zip(("'q_proj'", "'v_proj'", "<tool>", "max_length"), lines, strict=True))
@@ -155,7 +155,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 )
 def test_what_gets_no_adapter_is_told(tmp_path: Path, family: str, wanted: str | tuple[str, ...], told: list[str]) -> None:
     data, recipe = prepared(tmp_path, [("Say it", "yes")])
-    lines = check(bare(FAMILIES[family]()), recipe, data, [wanted])
+    lines = check_fit(bare(FAMILIES[family]()), recipe, data, [wanted])
     assert len(lines) <= 2
     assert bool(lines) == bool(told)
     assert all(phrase in lines[0] for phrase in told)
@@ -164,8 +164,8 @@ def test_what_gets_no_adapter_is_told(tmp_path: Path, family: str, wanted: str |
 @pytest.mark.parametrize(
     ("family", "names", "told"),
     [
-        ("llama4", ("q_proj", "router"), "feed_forward.router.*routers.*Give others.*gate_proj"),
-        ("mamba", ("in_proj", "out_proj"), "mixer.out_proj.*without calling.*Give others of its linear layers: in_proj;"),
+        ("llama4", ("q_proj", "router"), "feed_forward.router.*routers.*Its other linear layers.*gate_proj"),
+        ("mamba", ("in_proj", "out_proj"), "mixer.out_proj.*without calling.*Its other linear layers: in_proj;"),
         ("gemma3", ("fc1",), "vision_tower.*text does not run.*q_proj"),
     ],
 )
@@ -181,7 +181,7 @@ def test_a_name_stands_for_the_layers_of_the_text() -> None:
     assert len(chosen) == 4
     assert all(layer.startswith("model.language_model.layers.") for layer in chosen)
     modules = [name for name, _ in model.named_modules()]
-    endings = targets(model, ("q_proj", "v_proj"))
+    endings = target_endings(model, ("q_proj", "v_proj"))
     assert {name for name in modules if any(name.endswith("." + ending) for ending in endings)} == set(chosen)
 
 

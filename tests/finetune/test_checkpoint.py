@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loratune.errors import StorageError
-from loratune.finetune.checkpoint import Checkpoint, capture, clean, newest, restore, save
+from loratune.finetune.checkpoint import Checkpoint, capture, newest_checkpoint, remove_leftovers, restore, save_checkpoint
 
 
 def trained(steps: int, seed: int = 0) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
@@ -24,7 +24,7 @@ def train(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Adam
 
 def written(folder: Path, step: int, *, run: str = "x", moments: bool = True) -> Path:
     parameters, optimizer = trained(step)
-    return save(
+    return save_checkpoint(
         folder, Checkpoint(step=step, run=run, tensors=capture(parameters, optimizer if moments else None), facts={"loss": 0.1 + 0.2})
     )
 
@@ -32,7 +32,7 @@ def written(folder: Path, step: int, *, run: str = "x", moments: bool = True) ->
 def test_goes_on_bit_for_bit(tmp_path: Path) -> None:
     written(tmp_path, 3)
     parameters, optimizer = trained(0, seed=9)
-    found = newest(tmp_path, run="x", at_most=5, moments_below=5)
+    found = newest_checkpoint(tmp_path, run="x", at_most=5, moments_below=5)
     assert found is not None
     assert found.facts == {"loss": 0.1 + 0.2}
     restore(found, parameters, optimizer)
@@ -43,7 +43,7 @@ def test_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_before_the_first_step(tmp_path: Path) -> None:
     written(tmp_path, 0)
     parameters, optimizer = trained(0, seed=9)
-    restore(newest(tmp_path, run="x", at_most=5, moments_below=5), parameters, optimizer)  # type: ignore[arg-type]
+    restore(newest_checkpoint(tmp_path, run="x", at_most=5, moments_below=5), parameters, optimizer)  # type: ignore[arg-type]
     train(parameters, optimizer, 2)
     assert all(torch.equal(p, q) for p, q in zip(parameters.values(), trained(2)[0].values(), strict=True))
 
@@ -64,7 +64,7 @@ def test_which_one_is_used(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-0000005.safetensors").write_bytes(keep[:100])  # damaged
 
     def step(**options: object) -> int | None:
-        found = newest(tmp_path, **{"run": "x", "at_most": 9, "moments_below": 6, **options})  # type: ignore[arg-type]
+        found = newest_checkpoint(tmp_path, **{"run": "x", "at_most": 9, "moments_below": 6, **options})  # type: ignore[arg-type]
         return found.step if found else None
 
     assert step() == 6
@@ -72,9 +72,9 @@ def test_which_one_is_used(tmp_path: Path) -> None:
     assert step(at_most=5) == 4
     assert step(at_most=3) is None
     assert step(run="other hyperparameters") is None
-    clean(tmp_path, keep=done)
+    remove_leftovers(tmp_path, keep=done)
     assert not path.exists()
-    assert newest(tmp_path / "nowhere", run="x", at_most=1, moments_below=1) is None
+    assert newest_checkpoint(tmp_path / "nowhere", run="x", at_most=1, moments_below=1) is None
 
 
 def test_a_full_disk_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

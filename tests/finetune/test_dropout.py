@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loratune.errors import ModelError
-from loratune.finetune.dropout import DropoutKey, KeyedDropout, kept
+from loratune.finetune.dropout import DropoutKey, KeyedDropout, keep_mask
 
 
 def mask(
@@ -12,7 +12,7 @@ def mask(
 ) -> torch.Tensor:
     key = DropoutKey(seed)
     key.set(step, torch.arange(slots).view(-1, 1), torch.arange(length))
-    return kept(key.rows, key.of(module), features, p, torch.float32) == 0
+    return keep_mask(key.rows, key.of(module), features, p, torch.float32) == 0
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.97])

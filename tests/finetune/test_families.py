@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.delivery.merge import export_adapter, merge
 from loratune.errors import ModelError
 from loratune.finetune import layers, preflight
-from loratune.finetune.engines import Engine, load_engine, run_all
-from loratune.finetune.sizes import adapter_sizes, bare_model
+from loratune.finetune.engines import Engine, load_engine, run_segments
+from loratune.finetune.model import bare_model
+from loratune.finetune.sizes import adapter_sizes
 from loratune.record.paths import StudyPaths
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, Segment, State, TrainingRecipe
 
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     for name, rows in (("train", ROWS[:12]), ("validation", ROWS[12:])):
         (folder / f"{name}.json").write_text(json.dumps(rows))
     tokenizer = families.tiny_tokenizer.build(folder / "tokenizer")
-    sources = {name: (Source(path=str(folder / f"{name}.json")),) for name in ("train", "validation")}
+    sources = {name: (DataSource(path=str(folder / f"{name}.json")),) for name in ("train", "validation")}
     return prepare(DataRecipe(**sources, max_length=512), tokenizer=str(tokenizer), cache=folder / "cache")
 
 
@@ -74,9 +75,9 @@ def test_what_is_recorded_is_what_plain_peft_and_the_merged_model_give(tmp_path:
     wanted = list(WANTED)
     if family in WITHOUT_QV:
         with pytest.raises(ModelError, match=f"no linear layers for 'qv'.*{WITHOUT_QV[family]}"):
-            preflight.check(bare_model(recipe.model), recipe.model, data, ["qv"])
+            preflight.check_fit(bare_model(recipe.model), recipe.model, data, ["qv"])
         wanted.remove("qv")
-    preflight.check(bare_model(recipe.model), recipe.model, data, wanted)
+    preflight.check_fit(bare_model(recipe.model), recipe.model, data, wanted)
     base = independent_loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
     engine = load_engine(recipe, tmp_path)
     check(engine, recipe, tmp_path, wanted, "packed", base)
@@ -90,7 +91,7 @@ def check(engine: Engine, recipe: Recipe, root: Path, wanted: list[str], run: st
         Segment(trial=i, run=run, hyperparameters=h, seed=0, total_steps=3, stop_step=3, validate_at=(0,))
         for i, h in enumerate(hyperparameters)
     ]
-    outcomes = run_all(engine, segments)
+    outcomes = run_segments(engine, segments)
     engine.close()
     told, folder = adapter_sizes(recipe.model), Path(recipe.model.name_or_path)
     for outcome, segment in zip(outcomes, segments, strict=True):
@@ -113,6 +114,6 @@ def check(engine: Engine, recipe: Recipe, root: Path, wanted: list[str], run: st
 @pytest.mark.parametrize("family", EACH)
 def test_a_trace_and_the_parts_of_a_model_say_the_same(family: str) -> None:
     model = families.bare(families.FAMILIES[family]())
-    traced = layers.trace(model)
+    traced = layers.trace_text(model)
     assert (traced is None) == (family in ("qwen3-next", "mamba2", "jamba"))
     assert layers.sort_layers(model, traced) == layers.sort_layers(model, None)

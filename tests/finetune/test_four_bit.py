@@ -14,7 +14,7 @@ from tiny_engine import adapter, recipe, segment
 from torch import nn
 
 from loratune.finetune import model
-from loratune.finetune.engines import load_engine, run_all
+from loratune.finetune.engines import load_engine, run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.work import Segment, State
@@ -92,11 +92,11 @@ def test_both_engines_train_on_packed_bytes(tmp_path: Path) -> None:
     packed = load_engine(replace(base, engine="packed", slots=2), tmp_path)
     assert isinstance(packed, PackedEngine), packed.notice
     assert {layer.weight.dtype for layer in packed.base.linear.values()} == {torch.uint8}
-    mine = run_all(packed, segments("packed"))
+    mine = run_segments(packed, segments("packed"))
     assert [o.state for o in mine] == [State.COMPLETED] * 2, mine[0].message
     hf = load_engine(base, tmp_path)
     assert isinstance(hf, HfEngine)
-    theirs = run_all(hf, segments("hf"))
+    theirs = run_segments(hf, segments("hf"))
     assert [o.state for o in theirs] == [State.COMPLETED] * 2, theirs[0].message
     for one, two, a, b in zip(mine, theirs, segments("packed"), segments("hf"), strict=True):
         assert one.validation_loss == pytest.approx(two.validation_loss, abs=1e-4)
@@ -113,5 +113,5 @@ def test_half_precision_beside_packed_bytes(tmp_path: Path) -> None:
     """What a GPU has: weights of four bits, all else in bfloat16."""
     engine = load_engine(replace(recipe(tmp_path, dtype="bfloat16"), engine="packed", slots=2), tmp_path)
     assert isinstance(engine, PackedEngine), engine.notice
-    outcomes = run_all(engine, segments("half"))
+    outcomes = run_segments(engine, segments("half"))
     assert [o.state for o in outcomes] == [State.COMPLETED] * 2, outcomes[0].message

@@ -16,11 +16,12 @@ from tiny_engine import adapter, recipe, run, segment
 
 from loratune.data.batches import collate, response_tokens
 from loratune.data.order import order
-from loratune.data.shared_prefix import dropout_slots
+from loratune.data.shared_prefix import dropout_owners
 from loratune.finetune import optimisation
-from loratune.finetune.engines import load_engine, run_all
+from loratune.finetune.engines import load_engine, run_segments
 from loratune.finetune.hf import HfEngine
-from loratune.finetune.lora import adapter_parameters, attach, detach
+from loratune.finetune.lora import adapter_parameters, attach
+from loratune.finetune.peft_layers import detach
 from loratune.finetune.validation import token_nll
 from loratune.record.paths import StudyPaths
 from loratune.work import Outcome, State
@@ -51,10 +52,10 @@ def test_agrees_with_a_bare_loop(engine) -> None:  # type: ignore[no-untyped-def
     wrapped.train()
     for step, batch_examples in enumerate(order(0, len(engine.train), 6 * 7).reshape(6, 7)):
         optimizer.zero_grad()
-        total, slots = 0.0, dropout_slots(engine.train, batch_examples)
-        for slot, example in enumerate(batch_examples):
-            batch = collate(engine.train, [example], slots=[slots[slot]], pad_id=0)
-            key.set(step, batch.slots, torch.arange(batch.ids.shape[1]))
+        total, owners = 0.0, dropout_owners(engine.train, batch_examples)
+        for index, example in enumerate(batch_examples):
+            batch = collate(engine.train, [example], owners=[owners[index]], pad_id=0)
+            key.set(step, batch.owners, torch.arange(batch.ids.shape[1]))
             total = total + token_nll(wrapped, None, batch).sum() / response_tokens(engine.train, batch_examples)
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -123,7 +124,7 @@ def test_stop_writes_a_checkpoint_and_the_rest_gives_the_same(engine) -> None:  
     cancelled = run(engine, wanted, stop=stop, report=lambda p: stop.set() if p.step >= 10 else None, state=State.CANCELLED)
     assert 10 <= cancelled.curve[-1].step < 40
     assert cancelled.validation_loss is None
-    later = run_all(engine, [wanted, segment(trial=5)], stop=stop)  # still set
+    later = run_segments(engine, [wanted, segment(trial=5)], stop=stop)  # still set
     assert [o.state for o in later] == [State.CANCELLED, State.CANCELLED]
     resumed = run(engine, wanted)
     assert losses(resumed) == losses(expected)
@@ -262,10 +263,10 @@ def test_reports_at_most_once_a_second(engine) -> None:  # type: ignore[no-untyp
 def test_learns_on_a_real_model(tinystories: Path, shared_data: Path, tmp_path: Path) -> None:
     """tinystories656k on Alpaca: the loss falls a lot, and a moderate learning rate beats a tiny one."""
     from loratune.data.prepare import prepare
-    from loratune.data.sources import DataRecipe, Source
+    from loratune.data.sources import DataRecipe, DataSource
 
     data = DataRecipe(
-        train=(Source(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")),),
+        train=(DataSource(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")),),
         validation_count=24,
         train_count=96,
         max_length=128,
@@ -291,5 +292,5 @@ def test_what_the_packed_engine_cannot_train_hf_does(tmp_path: Path) -> None:
     assert isinstance(engine, HfEngine)
     assert engine.notice.startswith("the packed engine cannot train this model: ")
     assert engine.notice.endswith("; training one trial at a time with hf")
-    outcomes = run_all(engine, [segment(trial=trial, total=2) for trial in (3, 1)])
+    outcomes = run_segments(engine, [segment(trial=trial, total=2) for trial in (3, 1)])
     assert [(o.key[:4], o.state) for o in outcomes] == [("0003", State.COMPLETED), ("0001", State.COMPLETED)]

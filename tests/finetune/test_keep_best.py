@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from tiny_engine import adapter, recipe, run, segment
 
-from loratune.finetune.checkpoint import Checkpoint, newest
+from loratune.finetune.checkpoint import Checkpoint, newest_checkpoint
 from loratune.finetune.engines import Engine, load_engine
 from loratune.work import Outcome, Recipe, Segment, State
 
@@ -64,7 +64,7 @@ def losses(outcome: Outcome) -> dict[int, float]:
 def checkpoint_of(folder: Path) -> Checkpoint:
     (path,) = folder.glob("checkpoint-*")
     with safe_open(path, "pt") as file:
-        found = newest(folder, run=file.metadata()["run"], at_most=STEPS, moments_below=STEPS)
+        found = newest_checkpoint(folder, run=file.metadata()["run"], at_most=STEPS, moments_below=STEPS)
     assert found is not None
     return found
 
@@ -140,7 +140,7 @@ def test_stopped_and_gone_on(engine: Engine, whole: tuple[Outcome, Weights]) -> 
 _CHILD = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import test_keep_best as t
 root = Path({root!r})
 engine = t.load_engine(t.of(root, {name!r}, every=1), root)
@@ -154,7 +154,7 @@ def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
     engine = load_engine(of(tmp_path, name), tmp_path)
     points = tuple(range(2, 60, 2))
     expected = run(engine, wanted(8, total=60, validate_at=points))
-    code = _CHILD.format(tests=str(Path(__file__).parent), root=str(tmp_path), name=name)
+    code = _CHILD.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], root=str(tmp_path), name=name)
     folder = tmp_path / wanted(7).folder
     for _ in range(3):
         before = {p.name for p in folder.glob("checkpoint-*")}

@@ -5,7 +5,9 @@ import torch
 import transformers
 
 from loratune.errors import ModelError
-from loratune.finetune.lora import adapter_parameters, attach, detach, initial_a, lora_layers, targets
+from loratune.finetune.lora import adapter_parameters, attach, initial_a
+from loratune.finetune.peft_layers import detach, lora_layers
+from loratune.finetune.targets import target_endings
 from loratune.work import Hyperparameters
 
 
@@ -54,7 +56,7 @@ def tiny(kind: str) -> transformers.PreTrainedModel:
 )
 def test_named_sets(kind: str, name: str, expected: list[str]) -> None:
     model = tiny(kind)
-    assert targets(model, name) == expected
+    assert target_endings(model, name) == expected
     wrapped, _ = attach(model, Hyperparameters(target_modules=name), 0)
     assert {layer.split(".")[-1] for layer, _ in lora_layers(wrapped)} == {e.split(".")[-1] for e in expected}
     assert all("lm_head" not in layer and "embed_out" not in layer for layer, _ in lora_layers(wrapped))
@@ -62,10 +64,10 @@ def test_named_sets(kind: str, name: str, expected: list[str]) -> None:
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(ModelError, match="did you mean 'q_proj'"):
-        targets(tiny("llama"), ("v_proj", "q_porj"))
+        target_endings(tiny("llama"), ("v_proj", "q_porj"))
     with pytest.raises(ModelError, match=r"c_attn, c_fc, c_proj.*qv, qkvo"):
-        targets(tiny("gpt2"), "qkv_projection")
-    assert targets(tiny("llama"), ("v_proj", "layers.1.mlp.up_proj")) == ["layers.1.mlp.up_proj", "v_proj"]
+        target_endings(tiny("gpt2"), "qkv_projection")
+    assert target_endings(tiny("llama"), ("v_proj", "layers.1.mlp.up_proj")) == ["layers.1.mlp.up_proj", "v_proj"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "neox", "opt"])

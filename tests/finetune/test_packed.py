@@ -12,7 +12,7 @@ from exact import exact_norms  # noqa: F401  # a fixture
 from tiny_engine import adapter, recipe, segment
 
 from loratune.errors import NotPackableError
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.work import Outcome, Progress, Segment, State
@@ -51,7 +51,7 @@ def reference(root: Path, packed: PackedEngine) -> list[tuple[Outcome, Weights]]
     """What `hf` makes of the same configurations, one after the other."""
     engine = HfEngine(recipe(root), root)
     wanted = segments("hf")
-    return [(outcome, adapter(root, s)) for outcome, s in zip(run_all(engine, wanted), wanted, strict=True)]
+    return [(outcome, adapter(root, s)) for outcome, s in zip(run_segments(engine, wanted), wanted, strict=True)]
 
 
 def assert_same(outcomes: list[Outcome], weights: list[Weights], reference: list[tuple[Outcome, Weights]]) -> None:
@@ -87,7 +87,7 @@ def becomes_the_reference(tmp_path: Path, root: Path, reference, backend: str, o
     engine = PackedEngine(replace(recipe(tmp_path, **options), engine="packed", slots=5), tmp_path)
     engine.base.backend = lambda adapters: backend  # type: ignore[return-value, assignment]
     wanted = segments("packed")
-    outcomes = run_all(engine, wanted)
+    outcomes = run_segments(engine, wanted)
     assert_same(outcomes, [adapter(tmp_path, s) for s in wanted], reference)
     engine.close()
 
@@ -98,7 +98,7 @@ def test_companions_change_nothing(packed: PackedEngine, root: Path, reference, 
     order = np.random.default_rng(slots).permutation(len(MIXED))
     wanted = segments(f"slots-{slots}")
     packed.slots = packed._limit = slots
-    run_all(packed, [wanted[k] for k in order])
+    run_segments(packed, [wanted[k] for k in order])
     packed.slots = packed._limit = 5
     for k in range(len(MIXED)):
         got = adapter(root, wanted[k])
@@ -110,9 +110,9 @@ def test_alone_in_its_passes_a_trial_is_the_same_to_the_last_bit(packed: PackedE
     """What a CPU does: lanes take turns, and who else is there leaves no trace, not even in the rounding."""
     packed.enough = 0
     together, alone = segments("turns"), segments("alone")
-    run_all(packed, together)
+    run_segments(packed, together)
     packed.slots = packed._limit = 1
-    run_all(packed, alone[::-1])
+    run_segments(packed, alone[::-1])
     packed.slots = packed._limit = 5
     packed.enough = float("inf")
     for one, two in zip(together, alone, strict=True):
@@ -122,11 +122,11 @@ def test_alone_in_its_passes_a_trial_is_the_same_to_the_last_bit(packed: PackedE
 
 def test_pause_and_resume_bit_for_bit(packed: PackedEngine, root: Path) -> None:
     whole = segments("whole")
-    run_all(packed, whole)
+    run_segments(packed, whole)
     first = [replace(s, run="parts", stop_step=8) for s in whole]
-    run_all(packed, first)
+    run_segments(packed, first)
     second = [replace(s, run="parts", start_step=8) for s in whole]
-    run_all(packed, second)
+    run_segments(packed, second)
     for one, two in zip(whole, second, strict=True):
         a, b = adapter(root, one), adapter(root, two)
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -134,7 +134,7 @@ def test_pause_and_resume_bit_for_bit(packed: PackedEngine, root: Path) -> None:
 
 def test_stop_leaves_a_checkpoint_and_goes_on(packed: PackedEngine, root: Path) -> None:
     whole, parts = segments("uninterrupted"), segments("interrupted")
-    expected = run_all(packed, whole)
+    expected = run_segments(packed, whole)
     stop = threading.Event()
     stepped: list[int] = []
     update = packed._step
@@ -146,10 +146,10 @@ def test_stop_leaves_a_checkpoint_and_goes_on(packed: PackedEngine, root: Path) 
         update(lane)
 
     packed._step = counted  # type: ignore[method-assign]
-    broken = run_all(packed, parts, stop=stop)
+    broken = run_segments(packed, parts, stop=stop)
     packed._step = update  # type: ignore[method-assign]
     assert {o.state for o in broken} == {State.CANCELLED}
-    got = run_all(packed, parts)
+    got = run_segments(packed, parts)
     assert [o.validation_loss for o in got] == [pytest.approx(o.validation_loss, abs=1e-12) for o in expected]
     assert [o.tokens for o in got] == [o.tokens for o in expected]
 
@@ -175,7 +175,7 @@ def test_a_diverging_neighbour_is_alone_in_it(packed: PackedEngine, root: Path, 
         train(lanes)
 
     packed._train = poisoned  # type: ignore[method-assign]
-    outcomes = run_all(packed, wanted)
+    outcomes = run_segments(packed, wanted)
     packed._train = train  # type: ignore[method-assign]
     packed.base.backend = lambda adapters: "loop"
     assert outcomes[1].state is State.DIVERGED
@@ -192,7 +192,7 @@ def test_grouped_backend_in_float32(tmp_path: Path) -> None:
         engine = PackedEngine(replace(recipe(folder, dtype="float32"), engine="packed", slots=3), folder)
         engine.base.backend = lambda adapters, backend=backend: backend  # type: ignore[misc]
         wanted = [replace(s, hyperparameters=replace(s.hyperparameters, learning_rate=1e-3)) for s in segments("main")[:3]]
-        outcomes = run_all(engine, wanted)
+        outcomes = run_segments(engine, wanted)
         assert [o.state for o in outcomes] == [State.COMPLETED] * 3, outcomes[0].message
         engines[backend] = [o.validation_loss for o in outcomes]
     assert engines["grouped"] == pytest.approx(engines["loop"], abs=1e-4)
@@ -217,7 +217,7 @@ def test_out_of_memory_halves_the_pass_and_goes_on(packed: PackedEngine, root: P
     monkeypatch.setattr(packed.base, "nll", limited)
     room, packed.room = packed.room, 2048
     wanted = segments("small")
-    outcomes = run_all(packed, wanted)
+    outcomes = run_segments(packed, wanted)
     learnt, packed.room = packed.room, room
     assert_same(outcomes, [adapter(root, s) for s in wanted], reference)
     assert learnt <= 100
@@ -230,7 +230,7 @@ def test_out_of_memory_with_one_example_frees_slots_then_gives_up(packed: Packed
 
     monkeypatch.setattr(packed.base, "nll", never)
     room = packed.room
-    outcomes = run_all(packed, segments("impossible"))
+    outcomes = run_segments(packed, segments("impossible"))
     packed.room = room
     assert {o.state for o in outcomes} == {State.OUT_OF_MEMORY}
     assert "lora_r" in outcomes[0].message
@@ -239,9 +239,9 @@ def test_out_of_memory_with_one_example_frees_slots_then_gives_up(packed: Packed
 def test_curves_progress_and_base_loss(packed: PackedEngine, root: Path) -> None:
     heard: list[Progress] = []
     wanted = [replace(s, validate_at=(0, 5, 10)) for s in segments("curves")]
-    outcomes = run_all(packed, wanted, tell=heard.append)
+    outcomes = run_segments(packed, wanted, tell=heard.append)
     hf = HfEngine(recipe(root), root)
-    expected = run_all(hf, [replace(s, run="curves-hf") for s in wanted[:2]])
+    expected = run_segments(hf, [replace(s, run="curves-hf") for s in wanted[:2]])
     for one, two in zip(outcomes[:2], expected, strict=True):
         assert [p.step for p in one.curve] == [0, 5, 10, 20]
         for mine, theirs in zip(one.curve, two.curve, strict=True):
@@ -253,7 +253,7 @@ def test_curves_progress_and_base_loss(packed: PackedEngine, root: Path) -> None
 
 def test_bad_target_modules_are_bad_input_and_neighbours_go_on(packed: PackedEngine) -> None:
     good, bad = segments("mixed")[0], replace(segment(4, trial=9, target_modules=("q_porj",)), run="mixed")
-    outcomes = run_all(packed, [bad, good])
+    outcomes = run_segments(packed, [bad, good])
     assert [o.state for o in outcomes] == [State.BAD_INPUT, State.COMPLETED]
     assert "q_proj" in outcomes[0].message
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_engine import recipe, segment
 
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.finetune.packed import capacity
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.work import State
@@ -23,9 +23,9 @@ def test_bytes_per_token_cover_what_a_layer_must_keep(engine: PackedEngine) -> N
     config = engine.base.model.config
     least = config.num_hidden_layers * 2 * config.intermediate_size * 8
     assert least < engine.capacity.per_token < 2**20
-    _, once = capacity._kept(engine.base, _adapter(engine), engine.train, np.asarray([0]))
-    tokens, _ = capacity._kept(engine.base, _adapter(engine), engine.train, np.asarray([0]))
-    _, twice = capacity._kept(engine.base, _adapter(engine), engine.train, np.asarray([0, 0, 0]))
+    _, once = capacity._saved(engine.base, _adapter(engine), engine.train, np.asarray([0]))
+    tokens, _ = capacity._saved(engine.base, _adapter(engine), engine.train, np.asarray([0]))
+    _, twice = capacity._saved(engine.base, _adapter(engine), engine.train, np.asarray([0, 0, 0]))
     assert twice == pytest.approx(3 * once, rel=0.2)  # in proportion to the tokens
     assert tokens == engine.train.lengths[0]
 
@@ -57,17 +57,18 @@ def test_what_does_not_fit_waits_for_a_slot(engine: PackedEngine) -> None:
 
     def counted(lanes) -> None:  # type: ignore[no-untyped-def]
         nonlocal most
-        most = max(most, len(engine._lanes))
+        most = max(most, len(engine._occupied))
         train(lanes)
 
     engine._train = counted  # type: ignore[method-assign]
-    outcomes = run_all(engine, [segment(3, trial=k) for k in range(3)])
+    outcomes = run_segments(engine, [segment(3, trial=k) for k in range(3)])
     engine._train, engine.capacity = train, before  # type: ignore[method-assign]
     assert [o.state for o in outcomes] == [State.COMPLETED] * 3
     assert most == 1
 
 
 def _qv(engine: PackedEngine) -> list[str]:
-    from loratune.finetune import lora
 
-    return lora.chosen_layers(engine.base.model, "qv")
+    from loratune.finetune.targets import chosen_layers
+
+    return chosen_layers(engine.base.model, "qv")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny_engine import random_tokens
+from tiny_tokens import random_tokens
 from torch.nn import functional
 
-from loratune.data.shared_prefix import dropout_slots
+from loratune.data.shared_prefix import dropout_owners
 from loratune.finetune.packed.causal import causal_attention
 from loratune.finetune.packed.layout import Flat, Share, flatten
 
@@ -18,7 +18,7 @@ SHAPES = [(8, 4, 16), (3, 3, 8), (4, 1, 6)]
 def flat() -> Flat:
     owns = (np.arange(7), np.arange(4, 12))
     return flatten(
-        TOKENS, [Share(owner=k, examples=own, slots=dropout_slots(TOKENS, own)) for k, own in enumerate(owns)], torch.device("cpu")
+        TOKENS, [Share(adapter=k, examples=own, owners=dropout_owners(TOKENS, own)) for k, own in enumerate(owns)], torch.device("cpu")
     )
 
 
@@ -40,7 +40,7 @@ def one_by_one(flat: Flat, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sc
 
 def ours(flat: Flat, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, *, reads: bool = False) -> torch.Tensor:
     assert flat.line is not None
-    return causal_attention(q, k[flat.line.rows], v[flat.line.rows], flat.reads if reads else flat.stretches, scaling)
+    return causal_attention(q, k[flat.line.rows], v[flat.line.rows], flat.last_layer if reads else flat.sequences, scaling)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -60,7 +60,7 @@ def test_what_nothing_reads_is_not_asked(flat: Flat) -> None:
     x = inputs(flat.tokens, *SHAPES[0])
     got, expected = ours(flat, *x, None, reads=True), one_by_one(flat, *x, None)
     torch.testing.assert_close(got[flat.predictors], expected[flat.predictors], rtol=1e-12, atol=1e-13)
-    asked = torch.cat([torch.arange(one.start, one.stop) for one in flat.reads])
+    asked = torch.cat([torch.arange(one.start, one.stop) for one in flat.last_layer])
     assert set(flat.predictors.tolist()) <= set(asked.tolist())
     assert len(asked) < flat.tokens
     silent = torch.ones(flat.tokens, dtype=torch.bool)

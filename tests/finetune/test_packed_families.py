@@ -11,7 +11,7 @@ from exact import exact_norms  # noqa: F401  # a fixture
 from tiny_engine import VOCABULARY, adapter, recipe, segment
 
 from loratune.errors import NotPackableError
-from loratune.finetune.engines import load_engine, run_all
+from loratune.finetune.engines import load_engine, run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed import attention
 from loratune.finetune.packed.engine import PackedEngine
@@ -55,10 +55,10 @@ def test_packed_is_the_reference(tmp_path: Path, family: str) -> None:
     base = recipe(tmp_path)
     wanted = [segment(5, trial=0, target_modules="all-linear"), segment(5, trial=1, lora_r=3, batch_size=4, target_modules="qv")]
     packed = PackedEngine(replace(base, engine="packed", slots=2), tmp_path)
-    outcomes = run_all(packed, wanted)
+    outcomes = run_segments(packed, wanted)
     assert [o.state for o in outcomes] == [State.COMPLETED] * 2, outcomes[0].message
     alone = [replace(s, run="hf") for s in wanted]
-    expected = run_all(HfEngine(base, tmp_path), alone)
+    expected = run_segments(HfEngine(base, tmp_path), alone)
     assert [o.state for o in expected] == [State.COMPLETED] * 2, expected[0].message
     for mine, theirs, one, two in zip(outcomes, expected, wanted, alone, strict=True):
         assert mine.validation_loss == pytest.approx(theirs.validation_loss, abs=1e-9)
@@ -84,7 +84,7 @@ def test_others_fall_back_with_a_line_that_says_why(tmp_path: Path, config: tran
     assert engine.slots == 1
     assert "packed engine cannot train this model" in engine.notice
     assert "warning: training takes longer, 1.7 to 2.5 times as long" in engine.notice
-    (outcome,) = run_all(engine, [segment(2, target_modules="all-linear")])
+    (outcome,) = run_segments(engine, [segment(2, target_modules="all-linear")])
     assert outcome.state is State.COMPLETED, outcome.message
 
 
@@ -120,7 +120,7 @@ def test_export_reloads_in_peft_with_the_recorded_loss(tmp_path: Path) -> None:
 
     packed = PackedEngine(replace(recipe(tmp_path, dtype="float32"), engine="packed", slots=2), tmp_path)
     wanted = [segment(8, trial=k, lora_r=r, learning_rate=0.02) for k, r in enumerate((4, 7))]
-    for outcome, one in zip(run_all(packed, wanted), wanted, strict=True):
+    for outcome, one in zip(run_segments(packed, wanted), wanted, strict=True):
         base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
         model = peft.PeftModel.from_pretrained(base, str(tmp_path / one.folder / "adapter"))
         loss, _ = validate(model, packed.validation, batch_size=4, pad_id=0)

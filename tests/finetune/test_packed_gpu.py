@@ -21,8 +21,8 @@ from tiny_engine import adapter, recipe, segment
 from torch.nn import functional
 
 from loratune.finetune import memory
-from loratune.finetune.dropout import kept, row_hashes
-from loratune.finetune.engines import load_engine, run_all
+from loratune.finetune.dropout import keep_mask, row_hashes
+from loratune.finetune.engines import load_engine, run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed import varlen
 from loratune.finetune.packed.delta import Backend
@@ -58,8 +58,8 @@ def wide(tmp_path: Path) -> Path:
 
 def test_dropout_masks_are_the_same_on_both_devices() -> None:
     slots, positions = torch.arange(50).view(-1, 1), torch.arange(40)
-    on_cpu = kept(row_hashes(slots, positions), 12345, 64, 0.3, torch.float32)
-    on_gpu = kept(row_hashes(slots.cuda(), positions.cuda()), 12345, 64, 0.3, torch.float32)
+    on_cpu = keep_mask(row_hashes(slots, positions), 12345, 64, 0.3, torch.float32)
+    on_gpu = keep_mask(row_hashes(slots.cuda(), positions.cuda()), 12345, 64, 0.3, torch.float32)
     assert torch.equal(on_cpu.bool(), on_gpu.cpu())
 
 
@@ -68,10 +68,10 @@ def test_dropout_masks_are_the_same_on_both_devices() -> None:
 def test_packed_is_the_reference(tmp_path: Path, backend: Backend, dtype: str, tolerance: float) -> None:
     base = replace(recipe(tmp_path, dtype=dtype), device="cuda")
     wanted = [segment(12, trial=k, learning_rate=1e-3, **h) for k, h in enumerate(CONFIGURATIONS)]  # type: ignore[arg-type]
-    expected = run_all(HfEngine(base, tmp_path), [replace(s, run="hf") for s in wanted])
+    expected = run_segments(HfEngine(base, tmp_path), [replace(s, run="hf") for s in wanted])
     packed = PackedEngine(replace(base, engine="packed", slots=3), tmp_path)
     packed.base.backend = lambda adapters: backend
-    outcomes = run_all(packed, wanted)
+    outcomes = run_segments(packed, wanted)
     assert [o.state for o in outcomes] == [State.COMPLETED] * 3, outcomes[0].message
     assert [o.validation_loss for o in outcomes] == pytest.approx([o.validation_loss for o in expected], rel=tolerance)
 
@@ -83,7 +83,7 @@ def test_cpu_and_gpu_agree_in_float64(tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         engine = PackedEngine(replace(recipe(tmp_path), engine="packed", slots=3, device=device), tmp_path)
         wanted = [replace(segment(12, trial=k, **h), run=device) for k, h in enumerate(CONFIGURATIONS)]  # type: ignore[arg-type]
-        run_all(engine, wanted)
+        run_segments(engine, wanted)
         found.append([adapter(tmp_path, s) for s in wanted])
     for one, two in zip(*found, strict=True):
         for name in one:
@@ -97,7 +97,7 @@ def test_bfloat16_is_packed_by_the_kernel(wide: Path) -> None:
     q, k = (torch.zeros(3, n, 64, dtype=torch.bfloat16, device=GPU) for n in (4, 2))
     assert varlen.takes(q, k, k) == (torch.cuda.get_device_capability() >= (8, 0))
     assert not varlen.takes(*(torch.zeros(3, 4, 12, dtype=torch.bfloat16, device=GPU) for _ in range(3)))
-    outcomes = run_all(engine, [segment(4, trial=k, learning_rate=1e-3, **h) for k, h in enumerate(CONFIGURATIONS)])  # type: ignore[arg-type]
+    outcomes = run_segments(engine, [segment(4, trial=k, learning_rate=1e-3, **h) for k, h in enumerate(CONFIGURATIONS)])  # type: ignore[arg-type]
     assert [o.state for o in outcomes] == [State.COMPLETED] * 3, outcomes[0].message
 
 
@@ -144,7 +144,7 @@ def test_logits_are_not_rounded() -> None:
 def test_layers_of_four_bits(wide: Path) -> None:
     engine = load_engine(replace(recipe(wide, dtype="bfloat16"), engine="packed", slots=3, device="cuda"), wide)
     assert isinstance(engine, PackedEngine), engine.notice
-    outcomes = run_all(engine, [segment(4, trial=k, learning_rate=1e-3, **h) for k, h in enumerate(CONFIGURATIONS)])  # type: ignore[arg-type]
+    outcomes = run_segments(engine, [segment(4, trial=k, learning_rate=1e-3, **h) for k, h in enumerate(CONFIGURATIONS)])  # type: ignore[arg-type]
     assert [o.state for o in outcomes] == [State.COMPLETED] * 3, outcomes[0].message
 
 
@@ -176,12 +176,12 @@ def test_seconds_and_memory_are_the_trials_own(wide: Path) -> None:
     """Seconds add up to the clock; a trial's memory is what it is told alone."""
     engine = PackedEngine(replace(recipe(wide, dtype="bfloat16"), engine="packed", slots=3, device="cuda"), wide)
     wanted = [segment(30, trial=k, learning_rate=1e-3, **h) for k, h in enumerate(CONFIGURATIONS)]  # type: ignore[arg-type]
-    run_all(engine, [replace(s, run="warm") for s in wanted])
+    run_segments(engine, [replace(s, run="warm") for s in wanted])
     began = time.perf_counter()
-    outcomes = run_all(engine, wanted)
+    outcomes = run_segments(engine, wanted)
     wall = time.perf_counter() - began
     assert 0.5 * wall < sum(o.train_seconds + o.validation_seconds for o in outcomes) <= wall
-    alone = [run_all(engine, [replace(s, run="alone")])[0].peak_memory_bytes for s in wanted]
+    alone = [run_segments(engine, [replace(s, run="alone")])[0].peak_memory_bytes for s in wanted]
     assert [o.peak_memory_bytes for o in outcomes] == pytest.approx(alone, rel=0.25)
 
 
@@ -198,7 +198,7 @@ def test_the_failed_pass_of_a_real_shortage_is_freed(wide: Path) -> None:
     limit = torch.cuda.memory_reserved(GPU) + 24 * 2**20
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
-        outcomes = run_all(engine, [segment(3, trial=k, learning_rate=1e-3, **h) for k, h in enumerate(CONFIGURATIONS)])  # type: ignore[arg-type]
+        outcomes = run_segments(engine, [segment(3, trial=k, learning_rate=1e-3, **h) for k, h in enumerate(CONFIGURATIONS)])  # type: ignore[arg-type]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert {o.state for o in outcomes} <= {State.COMPLETED, State.OUT_OF_MEMORY}, [o.message for o in outcomes]

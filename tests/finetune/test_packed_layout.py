@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny_engine import random_tokens
+from tiny_tokens import random_tokens
 
-from loratune.data.shared_prefix import dropout_slots
-from loratune.finetune.packed.layout import Flat, Share, Spread, flatten
+from loratune.data.shared_prefix import dropout_owners
+from loratune.finetune.packed.layout import Flat, RowCopies, Share, flatten
 
 TOKENS = random_tokens(30, 9)
 EXAMPLES = [np.arange(0, 12), np.arange(5, 20)]  # of two adapters, which have some in common
@@ -14,7 +14,7 @@ EXAMPLES = [np.arange(0, 12), np.arange(5, 20)]  # of two adapters, which have s
 
 @pytest.fixture(scope="module")
 def flat() -> Flat:
-    shares = [Share(owner=k, examples=own, slots=dropout_slots(TOKENS, own)) for k, own in enumerate(EXAMPLES)]
+    shares = [Share(adapter=k, examples=own, owners=dropout_owners(TOKENS, own)) for k, own in enumerate(EXAMPLES)]
     return flatten(TOKENS, shares, torch.device("cpu"))
 
 
@@ -45,15 +45,15 @@ def test_what_predicts_is_there_once_for_each_response_token(flat: Flat) -> None
 
 @pytest.mark.parametrize("kind", ["line", "buckets"])
 def test_rows_go_out_and_come_back(flat: Flat, kind: str) -> None:
-    spread: Spread = getattr(flat, kind)
+    copies: RowCopies = getattr(flat, kind)
     x = torch.randn(flat.tokens, 3, dtype=torch.float64)
-    assert torch.equal(spread.back(spread.out(x)), x)
-    real = torch.cat([spread.homes, spread.again])
-    g = torch.zeros(len(spread.rows), 3, dtype=torch.float64)
+    assert torch.equal(copies.first_copies(copies.copy(x)), x)
+    real = torch.cat([copies.first, copies.further])
+    g = torch.zeros(len(copies.rows), 3, dtype=torch.float64)
     g[real] = torch.randn(len(real), 3, dtype=torch.float64)
-    torch.testing.assert_close(spread.collected(g), torch.zeros_like(x).index_add(0, spread.rows, g))
+    torch.testing.assert_close(copies.summed(g), torch.zeros_like(x).index_add(0, copies.rows, g))
     assert len(real.unique()) == len(real) == flat.starts[-1]
 
 
 def test_without_anything_shared_there_is_no_line() -> None:
-    assert flatten(TOKENS, [Share(owner=0, examples=np.asarray([3]))], torch.device("cpu")).line is None
+    assert flatten(TOKENS, [Share(adapter=0, examples=np.asarray([3]))], torch.device("cpu")).line is None

@@ -18,11 +18,11 @@ from tiny_engine import adapter, recipe, segment
 from loratune.data.batches import Tokens
 from loratune.errors import DeviceLostError, ModelError
 from loratune.finetune import checkpoint, memory, model
-from loratune.finetune.engines import load_engine, run_all
+from loratune.finetune.engines import load_engine, run_segments
 from loratune.finetune.packed import capacity, validation_pass
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.engine import PackedEngine
-from loratune.finetune.packed.slot import Lane
+from loratune.finetune.packed.slot import Slot
 from loratune.work import Outcome, Segment, State
 
 TRIALS = [{"lora_r": 4}, {"lora_r": 6, "lora_dropout": 0.1, "batch_size": 3}, {"lora_r": 3, "target_modules": "all-linear"}]
@@ -47,7 +47,7 @@ def engine(root: Path) -> Iterator[PackedEngine]:
 
 @pytest.fixture(scope="module")
 def expected(engine: PackedEngine) -> list[Outcome]:
-    return run_all(engine, segments("expected"))
+    return run_segments(engine, segments("expected"))
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def as_it_was(engine: PackedEngine) -> Iterator[None]:
     engine.room, engine.validation_room = rooms
     engine._limit, engine.device = engine.slots, torch.device("cpu")
     engine._base_loss = None
-    assert not engine._lanes
+    assert not engine._occupied
     assert not engine._returned
 
 
@@ -65,7 +65,7 @@ def when_crowded(engine: PackedEngine, action: Callable[..., object], *, most: i
     """The action, for which there is no memory while more than `most` lanes are there."""
 
     def limited(*given: object, **options: object) -> object:
-        if len(engine._lanes) > most:
+        if len(engine._occupied) > most:
             raise FULL
         return action(*given, **options)
 
@@ -81,7 +81,7 @@ PLACES = {
     "a checkpoint": (checkpoint, "capture"),
     "saving the adapter": (Adapter, "save"),
     "a pass": (capacity.PackedBase, "nll"),
-    "anything else": (Lane, "offer"),
+    "anything else": (Slot, "offer"),
 }
 
 
@@ -93,7 +93,7 @@ def test_lanes_wait_for_a_slot_and_end_as_ever(
     owner, name = PLACES[place]
     monkeypatch.setattr(owner, name, when_crowded(engine, getattr(owner, name), most=1))
     wanted = segments(place.replace(" ", "-").replace("'", ""))
-    outcomes = run_all(engine, wanted)
+    outcomes = run_segments(engine, wanted)
     assert [o.state for o in outcomes] == [State.COMPLETED] * 3, [o.message for o in outcomes]
     for one, two, was, now in zip(expected, outcomes, segments("expected"), wanted, strict=True):
         assert [p.step for p in two.curve] == [4, 8]
@@ -115,16 +115,16 @@ def test_only_what_does_not_fit_alone_is_infeasible(
         if place == "saving the adapter":
             layers = len(first.layers)
         elif place == "a checkpoint":
-            layers = len([lane for lane in engine._lanes if lane.adapter.parameters is first and len(lane.adapter.layers) > 4])
+            layers = len([lane for lane in engine._occupied if lane.adapter.parameters is first and len(lane.adapter.layers) > 4])
             layers = 14 if layers else 4
         else:
-            layers = 14 if any(lane.adapter.optimizer is first and len(lane.adapter.layers) > 4 for lane in engine._lanes) else 4
+            layers = 14 if any(lane.adapter.optimizer is first and len(lane.adapter.layers) > 4 for lane in engine._occupied) else 4
         if layers > 4:
             raise FULL
         return action(first, *given, **options)
 
     monkeypatch.setattr(owner, name, limited)
-    outcomes = run_all(engine, segments(f"large-{len(place)}"))
+    outcomes = run_segments(engine, segments(f"large-{len(place)}"))
     assert [o.state for o in outcomes] == [State.COMPLETED, State.COMPLETED, State.OUT_OF_MEMORY], [o.message for o in outcomes]
     assert "lora_r 3" in outcomes[2].message
     for one, two in zip(expected[:2], outcomes[:2], strict=True):
@@ -136,15 +136,15 @@ def test_a_validation_is_halved_before_anybody_leaves(
 ) -> None:
     together, rooms, most = validation_pass.validate_together, [], []
 
-    def small(base, adapters, tokens, *, room: int, interrupted):  # type: ignore[no-untyped-def]
+    def small(base, adapters, tokens, *, room: int, **options):  # type: ignore[no-untyped-def]
         rooms.append(room)
-        most.append(len(engine._lanes))
+        most.append(len(engine._occupied))
         if room > 100:
             raise FULL
-        return together(base, adapters, tokens, room=room, interrupted=interrupted)
+        return together(base, adapters, tokens, room=room, **options)
 
     monkeypatch.setattr(validation_pass, "validate_together", small)
-    outcomes = run_all(engine, segments("halved"))
+    outcomes = run_segments(engine, segments("halved"))
     assert [o.validation_loss for o in outcomes] == pytest.approx([o.validation_loss for o in expected], abs=1e-9)
     assert max(most) == 3
     assert sum(room > 100 for room in rooms) <= 8, "it learns"
@@ -158,7 +158,7 @@ def test_stopping_in_a_validation_is_no_crash(engine: PackedEngine, monkeypatch:
         raise InterruptedError
 
     monkeypatch.setattr(validation_pass, "validate_together", interrupted)
-    assert {o.state for o in run_all(engine, segments("interrupted"), stop=stop)} == {State.CANCELLED}
+    assert {o.state for o in run_segments(engine, segments("interrupted"), stop=stop)} == {State.CANCELLED}
 
 
 def test_a_failed_pass_is_gone_before_memory_is_measured_again(engine: PackedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_a_failed_pass_is_gone_before_memory_is_measured_again(engine: PackedEng
         if torch.is_grad_enabled() and not failed:
             failed.append(True)
             held.append(weakref.ref(arguments[0]))
-            engine.base._hidden = arguments[0]
+            engine.base._pass.hidden = arguments[0]
             raise torch.OutOfMemoryError("CUDA out of memory")  # a new one: an error keeps the frames that it passed
 
     def measured(device: torch.device) -> None:
@@ -180,7 +180,7 @@ def test_a_failed_pass_is_gone_before_memory_is_measured_again(engine: PackedEng
 
     handle = engine.base.head.register_forward_pre_hook(fails, prepend=True)
     monkeypatch.setattr(memory, "free", measured)
-    outcomes = run_all(engine, segments("gone")[:1])
+    outcomes = run_segments(engine, segments("gone")[:1])
     handle.remove()
     assert outcomes[0].state is State.COMPLETED
     assert failed
@@ -212,7 +212,7 @@ def test_a_lost_device_ends_the_engine(engine: PackedEngine, error: RuntimeError
     with pytest.raises(DeviceLostError, match="Run the same command again"):
         engine.run(lambda wait: next(waiting, None), told.append, threading.Event())
     assert not told
-    engine._lanes.clear()
+    engine._occupied.clear()
 
 
 def test_an_error_of_another_kind_asks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,11 +278,11 @@ def test_the_peak_is_the_trials_own(engine: PackedEngine, monkeypatch: pytest.Mo
     engine.device = torch.device("cuda")
     monkeypatch.setattr(engine, "capacity", replace(engine.capacity, fixed=5000))
     wanted = [replace(s, hyperparameters=replace(s.hyperparameters, batch_size=30), validate_at=()) for s in segments("peak")]
-    together = [o.peak_memory_bytes for o in run_all(engine, wanted)]
+    together = [o.peak_memory_bytes for o in run_segments(engine, wanted)]
     alone = []
     for one in (replace(s, run="peak-alone") for s in wanted):
         gpu.passes.clear()
-        (outcome,) = run_all(engine, [one])
+        (outcome,) = run_segments(engine, [one])
         alone.append(outcome.peak_memory_bytes)
         assert outcome.peak_memory_bytes == 5000 + 16 * outcome.trainable_parameters + 10 * max(gpu.passes)
         assert outcome.device == "a GPU, 931 GiB"
@@ -294,7 +294,7 @@ def test_seconds_are_synchronised(engine: PackedEngine, monkeypatch: pytest.Monk
     """A GPU still computes when a pass returns: waiting for it is the pass's time, not the next one's."""
     monkeypatch.setattr(memory, "synchronize", lambda device: time.sleep(0.03) if device is engine.base.device else None)
     slow, quick = (replace(segment(2, trial=k, batch_size=n), run="seconds") for k, n in enumerate((20, 2)))
-    outcomes = run_all(engine, [slow, quick])
+    outcomes = run_segments(engine, [slow, quick])
     assert sum(o.train_seconds for o in outcomes) >= 0.06
     assert outcomes[0].train_seconds > outcomes[1].train_seconds
 

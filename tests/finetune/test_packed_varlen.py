@@ -7,6 +7,7 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_packed_causal import TOKENS, inputs, one_by_one
@@ -14,8 +15,8 @@ from tiny_engine import recipe, segment
 from torch.nn import functional
 from torch.nn.attention import varlen as torch_varlen
 
-from loratune.data.shared_prefix import dropout_slots
-from loratune.finetune.engines import run_all
+from loratune.data.shared_prefix import dropout_owners
+from loratune.finetune.engines import run_segments
 from loratune.finetune.packed import attention, varlen
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.finetune.packed.layout import Flat, Share, flatten
@@ -68,9 +69,7 @@ EVERY = pytest.mark.parametrize("kernel", [torch_2_10, torch_2_11, torch_2_13], 
 @pytest.fixture(scope="module", params=["no beginning shared", "beginnings shared"])
 def flat(request: pytest.FixtureRequest) -> Flat:
     chosen = [range(1), range(4, 5)] if request.param == "no beginning shared" else [range(7), range(4, 12)]
-    shares = [
-        Share(owner=k, examples=(own := torch.tensor(list(one)).numpy()), slots=dropout_slots(TOKENS, own)) for k, one in enumerate(chosen)
-    ]
+    shares = [Share(adapter=k, examples=np.asarray(one), owners=dropout_owners(TOKENS, np.asarray(one))) for k, one in enumerate(chosen)]
     return flatten(TOKENS, shares, CPU)
 
 
@@ -95,7 +94,7 @@ def test_it_is_attention(flat: Flat, kernel, shape, scaling: float | None, monke
 
     def ours() -> torch.Tensor:
         q, k, v = (one.transpose(0, 1).unsqueeze(0) for one in x)
-        return attention.attention(torch.nn.Module(), q, k, v, None, flat=flat, scaling=scaling)[0][0]
+        return attention.flat_attention(torch.nn.Module(), q, k, v, None, flat=flat, scaling=scaling)[0][0]
 
     whole = flat if flat.line is not None else replace(flat, line=flat.buckets)
     got = ours()
@@ -119,7 +118,7 @@ def test_training_through_it_is_the_same(kernel, tmp_path: Path, monkeypatch: py
             monkeypatch.setattr(torch_varlen, "varlen_attn", kernel)
             monkeypatch.setattr(varlen, "takes", lambda q, k, v: True)
         engine = PackedEngine(replace(recipe(tmp_path), engine="packed", slots=2), tmp_path)
-        outcomes = run_all(engine, [replace(segment(4, trial=k, lora_r=4 + k), run=f"run-{by_kernel}") for k in range(2)])
+        outcomes = run_segments(engine, [replace(segment(4, trial=k, lora_r=4 + k), run=f"run-{by_kernel}") for k in range(2)])
         losses.append([o.validation_loss for o in outcomes])
         engine.close()
     assert losses[0] == pytest.approx(losses[1], abs=1e-7)  # norms are float32
@@ -173,5 +172,5 @@ def test_never_on_a_cpu() -> None:
 def test_half_precision_without_the_kernel_is_packed(tmp_path: Path) -> None:
     """Rectangles: what a device below Ampere takes."""
     engine = PackedEngine(replace(recipe(tmp_path, dtype="bfloat16"), engine="packed", slots=2), tmp_path)
-    outcomes = run_all(engine, [segment(3, trial=k, learning_rate=1e-3) for k in range(2)])
+    outcomes = run_segments(engine, [segment(3, trial=k, learning_rate=1e-3) for k in range(2)])
     assert all(o.validation_loss is not None for o in outcomes), outcomes[0].message

@@ -116,6 +116,6 @@ def test_a_process_that_ran_out_of_memory_leaves_its_last_words(tmp_path: Path) 
     impossible = segment(trial=0, lora_r=2**42)
     died = subprocess.run(command(tmp_path, impossible, processes=2), env=ENVIRONMENT, timeout=200, capture_output=True)
     assert died.returncode != 0
-    assert (tmp_path / impossible.folder / hf._LAST_WORDS).exists()
+    assert (tmp_path / impossible.folder / hf._GROUP_OUTCOME).exists()
     subprocess.run(command(tmp_path, impossible, segment(trial=1), processes=2), env=ENVIRONMENT, check=True, timeout=200)
     assert [o.state for o in outcomes(tmp_path)] == [State.OUT_OF_MEMORY, State.COMPLETED]

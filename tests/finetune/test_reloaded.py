@@ -20,6 +20,7 @@ from loratune.errors import ModelError
 from loratune.finetune import lora
 from loratune.finetune.engines import load_engine
 from loratune.finetune.peft_layers import addressable
+from loratune.finetune.targets import chosen_layers, linear_layers
 from loratune.record.paths import ADAPTER_WEIGHTS, StudyPaths
 from loratune.work import Hyperparameters, State
 
@@ -139,7 +140,7 @@ def test_what_peft_makes_of_layers_is_asked_without_a_trace() -> None:
     with torch.device("meta"):
         bare = transformers.AutoModelForCausalLM.from_config(config)
     before = {name: (id(module), module.training) for name, module in loaded.eval().named_modules()}
-    kept = [addressable(model, lora.linear_layers(model)) for model in (loaded, bare)]
+    kept = [addressable(model, linear_layers(model)) for model in (loaded, bare)]
     assert kept[0] == kept[1]
     assert {name.rpartition(".")[2] for name in kept[0]} == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
     assert {name: (id(module), module.training) for name, module in loaded.named_modules()} == before
@@ -212,9 +213,9 @@ def test_more_layers_in_the_config_than_in_the_file(trained, tmp_path: Path) -> 
     """What PEFT would begin anew in each loading adds nothing, for B is 0; it is refused all the same."""
     root, study, _, _, tokens = trained
     folder, h = tmp_path / "adapter", Hyperparameters(lora_r=4, lora_alpha=16, target_modules="qv")
-    layers = lora.chosen_layers(base(root), "qv")
-    tensors = {f"{name}.lora_{s}.weight": torch.randn(shape) for name in layers for s, shape in _shapes(root, name)}
-    lora.save_folder(folder, base(root), h, tensors)
+    layers = chosen_layers(base(root), "qv")
+    tensors = {f"base_model.model.{name}.lora_{s}.weight": torch.randn(shape) for name in layers for s, shape in _shapes(root, name)}
+    lora.save_adapter(folder, lora.peft_config(base(root), h), tensors)
     reload.check_adapter(folder, study.model, h)
     before = loss(peft.PeftModel.from_pretrained(base(root), str(folder)), tokens)
     config_changed(folder, target_modules=["q_proj", "v_proj", "o_proj"])

@@ -14,7 +14,7 @@ from tiny_engine import VOCABULARY, adapter, recipe, segment
 from loratune.data import batches
 from loratune.errors import NotPackableError
 from loratune.finetune import model
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.engine import PackedEngine
@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_the_examples_one_by_one(kind: str, tmp_path: Path) 
         assert validate(loaded.model, tokens, batch_size=size, pad_id=0)[0] == pytest.approx(expected, abs=1e-6)
     mixed = batches.collate(tokens, range(12), pad_id=0)
     with torch.no_grad():
-        logits = loaded.model(input_ids=mixed.ids, use_cache=False).logits.flatten(0, 1)[mixed.places]
+        logits = loaded.model(input_ids=mixed.ids, use_cache=False).logits.flatten(0, 1)[mixed.predictors]
     assert abs(float(torch.nn.functional.cross_entropy(logits, mixed.labels)) - expected) > 1e-3, "in one pass it is another"
 
 
@@ -89,7 +89,7 @@ def test_both_engines_train_each_example_as_it_is_alone(kind: str, tmp_path: Pat
     found = {}
     for name, engine in runs.items():
         own = replace(wanted, run=name)
-        (outcome,) = run_all(engine, [own])
+        (outcome,) = run_segments(engine, [own])
         assert outcome.state is State.COMPLETED, outcome.message
         found[name] = (outcome, adapter(tmp_path, own))
     reference, weights = found["hf-1"]
@@ -107,8 +107,8 @@ def test_two_lanes_of_one_pass_are_of_one_side(tmp_path: Path) -> None:
     tiny_engine.build_model(tmp_path / "model", CONFIGS["longrope"])
     base = recipe(tmp_path)
     wanted = [segment(3, trial=k, lora_r=r, batch_size=size) for k, (r, size) in enumerate(((2, 2), (3, 3), (4, 2)))]
-    together = run_all(PackedEngine(replace(base, engine="packed", slots=3), tmp_path), wanted)
-    alone = run_all(HfEngine(base, tmp_path), [replace(one, run="hf") for one in wanted])
+    together = run_segments(PackedEngine(replace(base, engine="packed", slots=3), tmp_path), wanted)
+    alone = run_segments(HfEngine(base, tmp_path), [replace(one, run="hf") for one in wanted])
     for mine, other in zip(together, alone, strict=True):
         assert mine.validation_loss == pytest.approx(other.validation_loss, abs=1e-6)
 
@@ -171,12 +171,12 @@ def test_attention_in_chunks_is_tried_beyond_a_chunk(longest: int, packable: boo
 
 
 def test_chunks_too_long_to_be_tried_are_refused() -> None:
-    from loratune.finetune.packed.base import _lengths
+    from loratune.finetune.packed.loading_check import lengths_to_try
 
     config = transformers.Llama4TextConfig(attention_chunk_size=8192)
-    assert _lengths(config, 8192) == [7, 12, 5]
+    assert lengths_to_try(config, 8192) == [7, 12, 5]
     with pytest.raises(NotPackableError, match="chunks of 8192 tokens"):
-        _lengths(config, 8193)
-    assert _lengths(transformers.MistralConfig(sliding_window=8), 20) == [7, 12, 5, 13]
-    assert _lengths(transformers.MistralConfig(sliding_window=4096), 20) == [7, 12, 5]
-    assert _lengths(CONFIGS["longrope"], 15) == [7, 12, 5, 15]
+        lengths_to_try(config, 8193)
+    assert lengths_to_try(transformers.MistralConfig(sliding_window=8), 20) == [7, 12, 5, 13]
+    assert lengths_to_try(transformers.MistralConfig(sliding_window=4096), 20) == [7, 12, 5]
+    assert lengths_to_try(CONFIGS["longrope"], 15) == [7, 12, 5, 15]

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from test_lora import tiny
-from tiny_engine import random_tokens
+from tiny_tokens import random_tokens
 
 from loratune.data import batches
 from loratune.errors import DataError

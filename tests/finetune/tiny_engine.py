@@ -3,34 +3,16 @@
 import threading
 from pathlib import Path
 
-import numpy as np
 import tiny_tokenizer
 import torch
 import transformers
+from tiny_tokens import VOCABULARY, random_tokens
 
-from loratune.data.prepared import Manifest, SetCounts, Tokens, pack, write
+from loratune.data.prepared import Manifest, SetCounts, write_prepared
 from loratune.data.sources import DataRecipe
-from loratune.finetune.engines import run_all
+from loratune.finetune.engines import run_segments
 from loratune.record.paths import StudyPaths
 from loratune.work import Hyperparameters, ModelRecipe, Outcome, Recipe, Segment, State, TrainingRecipe
-
-VOCABULARY = 96
-TEMPLATES = ([], [7, 11, 13, 17], [7, 11, 13, 17, 19, 23, 29])  # what prompts begin with
-
-
-def random_tokens(n: int, seed: int, longest: int = 24) -> Tokens:
-    """`n` examples of random lengths; tokens follow one another with a pattern that can be learnt; many begin alike."""
-    generator = np.random.default_rng(seed)
-    examples = []
-    for _ in range(n):
-        length = int(generator.integers(5, longest))
-        ids = (generator.integers(0, 8) + 3 * np.arange(length)) % VOCABULARY
-        ids = np.where(generator.random(length) < 0.2, generator.integers(0, VOCABULARY, length), ids)
-        template = TEMPLATES[generator.integers(3)][: length - 1]
-        ids[: len(template)] = template
-        mask = np.arange(length) >= generator.integers(0, length - 1)
-        examples.append((ids.astype(np.int32), mask))
-    return pack(examples)
 
 
 def build_model(folder: Path, config: transformers.PretrainedConfig | None = None) -> Path:
@@ -63,7 +45,7 @@ def build_data(folder: Path, train: int = 40, validation: int = 20) -> Path:
         sources=(),
         **counts,
     )
-    write(folder, manifest, sets)
+    write_prepared(folder, manifest, sets)
     return folder
 
 
@@ -99,7 +81,7 @@ def segment(
 def run(
     engine, wanted: Segment, *, report=lambda progress: None, stop: threading.Event | None = None, state: State | None = State.COMPLETED
 ) -> Outcome:  # type: ignore[no-untyped-def]
-    (outcome,) = run_all(engine, [wanted], tell=report, stop=stop)
+    (outcome,) = run_segments(engine, [wanted], tell=report, stop=stop)
     assert state is None or outcome.state is state, outcome.message
     return outcome
 

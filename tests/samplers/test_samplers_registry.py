@@ -10,7 +10,8 @@ import surfaces
 from optuna.trial import TrialState
 
 from loratune.errors import SpecError
-from loratune.samplers import NAMES, StudyView, build, ordinals
+from loratune.plugs import SAMPLERS
+from loratune.samplers import StudyView, build, ordinals
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_conditional_spaces_are_refused_where_they_cannot_be_searched() -> None:
 
 
 def test_ordinals() -> None:
-    assert {name: ordinals(name) for name in NAMES if ordinals(name) == "index"}.keys() == {"tpe", "gp", "cmaes", "qmc"}
+    assert {name: ordinals(name) for name in SAMPLERS.names if ordinals(name) == "index"}.keys() == {"tpe", "gp", "cmaes", "qmc"}
 
 
 def test_importing_the_room_imports_no_sampler() -> None:

@@ -14,7 +14,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from loratune.samplers import NAMES, build, ordinals
+from loratune.plugs import SAMPLERS
+from loratune.samplers import build, ordinals
 
 LENGTH = {"nomad": 30, "nni_tpe": 30, "gp": 8}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -71,7 +72,7 @@ def history(name: str, *, rebuild: bool, seed: int = 3, workers: int = 1, folder
     return [trial.params for trial in study.trials]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_resumed_at_every_trial_the_study_is_the_same(name: str) -> None:
     uninterrupted = history(name, rebuild=False)
     assert history(name, rebuild=True) == uninterrupted
@@ -89,7 +90,7 @@ def test_parallel_studies_resume_at_every_trial(name: str) -> None:
     assert history(name, rebuild=True, workers=3) == uninterrupted
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_a_trial_killed_before_its_parameters_were_stored_gets_the_same_ones(name: str) -> None:
     if name == "nni_tpe":
         pytest.importorskip("nni", reason="the extra loratune[nni] is not installed")

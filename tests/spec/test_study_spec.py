@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.errors import SpecError
-from loratune.spec import StudySpec, allowed_change, differences
+from loratune.spec import StudySpec, allowed_change, differences, sections
 from loratune.spec.commented import template
 from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.loading import ROOT_ALIASES, SECTION_ALIASES
@@ -79,7 +80,7 @@ def test_recipe_carries_every_field() -> None:
     spec = minimal(seed=5, model=model, training={**own, "report_to": "wandb", "devices_per_trial": 2}, executor={"device": "cuda"})
     assert spec.recipe("d") == Recipe(
         model=ModelRecipe(**model),
-        training=TrainingRecipe(seed=5, report_to=("wandb",), **own),
+        training=TrainingRecipe(seed=5, **own),
         data="d",
         engine="hf",  # what trains on several devices
         devices_per_trial=2,
@@ -99,12 +100,15 @@ def test_hyperparameters_join_constants_searched_and_derived_values() -> None:
 
 
 def test_data_recipe_is_what_finetune_reads() -> None:
-    from loratune.data.sources import DataRecipe, Source
+    from loratune.data.sources import DataRecipe, DataSource
 
     spec = minimal(
         seed=3,
         data={
-            "train": ["a.json", {"path": "b", "format": "dolly", "weight": 2.0, "count": 5, "validation_count": 2}],
+            "train": [
+                {"path": "a.json", "weight": 1.0},
+                {"path": "b", "format": "dolly", "weight": 2.0, "count": 5, "validation_count": 2},
+            ],
             "train_count": 50,
             "validation_count": 9,
             "prompt": "chat",
@@ -112,8 +116,8 @@ def test_data_recipe_is_what_finetune_reads() -> None:
             "on_bad_rows": "skip",
         },
     )
-    assert DataRecipe.from_json(spec.data_recipe_json()) == DataRecipe(
-        train=(Source(path="a.json"), Source(path="b", format="dolly", weight=2.0, count=5, validation_count=2)),
+    assert DataRecipe.from_plain(spec.data_recipe_dict()) == DataRecipe(
+        train=(DataSource(path="a.json", weight=1.0), DataSource(path="b", format="dolly", weight=2.0, count=5, validation_count=2)),
         train_count=50,
         validation_count=9,
         prompt="chat",
@@ -158,11 +162,23 @@ def test_every_other_alias() -> None:
     )
 
 
+def test_sections_and_recipes_have_the_same_defaults() -> None:
+    """What a worker is given repeats fields of the description; their meaning is told there alone."""
+    from loratune.data import sources
+
+    pairs = [(sections.Model, ModelRecipe), (sections.Source, sources.DataSource), (sections.Data, sources.DataRecipe)]
+    for section, recipe in [*pairs, (sections.Training, TrainingRecipe), (sections.Training, Hyperparameters)]:
+        shared = [field for field in fields(recipe) if field.name in section.model_fields and field.default is not MISSING]
+        assert {f.name: f.default for f in shared} == {f.name: section.model_fields[f.name].default for f in shared}
+        missing = {f.name for f in fields(recipe)} - section.model_fields.keys()
+        assert missing <= {"seed", "lora_r", "lora_alpha", "lora_dropout", "learning_rate"}
+
+
 def test_yaml_round_trip(tmp_path: Path) -> None:
     spec = minimal(
         name="n-1",
         seed=4,
-        data={"train": [{"path": "a", "weight": 3.0}, "ü.jsonl"], "validation": "v.json", "validation_count": 5},
+        data={"train": [{"path": "a", "weight": 3.0}, {"path": "ü.jsonl", "weight": 1.0}], "validation": "v.json", "validation_count": 5},
         training={"target_modules": ["q", "v"], "adam_epsilon": 1e-9, "report_to": ["wandb"]},
         search_space={
             "use_rslora": [True, False],
@@ -275,6 +291,14 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
         (
             {"data": {"train": "a", "validation_count": 5, "val_size": 0.1}},
             "data: validation data comes from one place; given: validation_fraction, validation_count",
+        ),
+        (
+            {"data": {"train": "a", "validation": {"path": "b", "validation_count": 3}}},
+            "data: validation_count belongs to training sources; a validation source takes count",
+        ),
+        (
+            {"data": {"train": ["a", {"path": "b", "weight": 1.0}], "val_size": 0.1}},
+            "data: train: give every source a weight, or none",
         ),
         (
             {"data": {"train": {"path": "a", "formt": "dolly"}, "val_size": 0.1}},

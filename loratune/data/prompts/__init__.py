@@ -1,6 +1,6 @@
 """From an example to token ids, and which of them are scored: those that the model itself writes when it answers.
 
-prompt = choose(tokenizer, "auto", date="2026-03-01")
+prompt = choose_prompt(tokenizer, "auto", date="2026-03-01")
 prompt.encode(example, max_length=512)       # tokens and their mask, for training and validation
 prompt.question("Name the capital of France.")  # the tokens after which a model generates
 prompt.ends                                  # the token ids that end an answer
@@ -8,7 +8,7 @@ prompt.ends                                  # the token ids that end an answer
 encoded.py   Encoded, Prompt: what all kinds have in common
 alpaca.py    the published Stanford template
 chat.py      the tokenizer's own chat template
-template.py  rendering it: its date, its control tokens, where in the result an answer stands
+chat_template.py  rendering it: its date, its control tokens, where in the result an answer stands
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ __all__ = [
 KINDS = ("auto", "alpaca", "chat")
 
 
-def choose(tokenizer: Any, kind: str, *, date: str = "", score_reasoning: bool = True) -> Prompt:
+def choose_prompt(tokenizer: Any, kind: str, *, date: str = "", score_reasoning: bool = True) -> Prompt:
     """The prompt of this kind for a Transformers tokenizer; `auto` is its chat template where it has one, else alpaca.
 
     date: ISO, for a chat template that shows one. score_reasoning: whether an answer's thinking part counts in the loss.
@@ -71,6 +71,6 @@ def answer_ends(tokenizer: Any) -> frozenset[int]:
         return eos
 
 
-def listed(ends: int | list[int] | None) -> frozenset[int]:
+def end_ids(ends: int | list[int] | None) -> frozenset[int]:
     """`eos_token_id` of a generation config, in any of its three forms."""
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

@@ -6,7 +6,7 @@ naturally writes after "### Response:".
 
 from typing import Any
 
-from loratune.data.prompts.encoded import Prompt, UnfitError, join, thinking_part, without_end
+from loratune.data.prompts.encoded import Prompt, UnfitError, join_pieces, thinking_part, without_end
 from loratune.data.sources import Example
 
 _OPENING = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -45,7 +45,7 @@ class Alpaca(Prompt):
             response = without_end(exchange.response, [str(self.tokenizer.eos_token)])
             part = None if self.score_reasoning else thinking_part(response)
             start = part.end() if part else 0
-            answered, scored = join([(response[:start], False), (response[start:], True)], lambda text: self._ids(text, first=False))
+            answered, scored = join_pieces([(response[:start], False), (response[start:], True)], lambda text: self._ids(text, first=False))
             ids += [*asked, *answered, eos]
             mask += [False] * len(asked) + [one and exchange.scored for one in [*scored, True]]
         return ids, mask, 0

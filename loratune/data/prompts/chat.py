@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loratune.data.prompts.chat_template import ANSWER, REASONING, RenderError, Template
-from loratune.data.prompts.encoded import Prompt, UnfitError, join, thinking_part, without_end
+from loratune.data.prompts.encoded import Prompt, UnfitError, join_pieces, thinking_part, without_end
 from loratune.data.sources import Example, Exchange
 from loratune.errors import ModelError
 
@@ -125,7 +125,7 @@ class Chat(Prompt):
             chunks, left_out = self._chunks(exchanges, written, messages, tools, whole)
         except RenderError as error:
             raise UnfitError(example, f"the chat template cannot show this conversation: {error}") from error.__cause__
-        ids, mask = join(chunks, self._template.ids)
+        ids, mask = join_pieces(chunks, self._template.ids)
         if self._end is None:  # nothing that the template writes could stop a model
             ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, exchanges[-1].scored]
         return ids, mask, left_out

@@ -95,7 +95,7 @@ def without_end(response: str, ends: Iterable[str]) -> str:
     return response
 
 
-def join(chunks: Iterable[tuple[str, bool]], ids_of: Callable[[str], list[int]]) -> tuple[list[int], list[bool]]:
+def join_pieces(chunks: Iterable[tuple[str, bool]], ids_of: Callable[[str], list[int]]) -> tuple[list[int], list[bool]]:
     """(token ids, which are scored) of pieces of one text, each with whether it is scored."""
     ids: list[int] = []
     mask: list[bool] = []

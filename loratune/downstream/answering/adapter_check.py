@@ -155,7 +155,7 @@ class Prover:
                 some = some[sides == sides[0]]  # longest first: those of one side stand together
                 stop = start + len(some)
                 batch = collate(self.validation, some, pad_id=self.base.pad_id)
-                rows = (batch.places // batch.ids.shape[1]).numpy() + start
+                rows = (batch.predictors // batch.ids.shape[1]).numpy() + start
                 np.add.at(nll, rows, token_nll(self.base.model, head, batch.to(self.base.device)).double().cpu().numpy())
                 np.add.at(count, rows, 1)
                 start = stop

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune.data.prompts import answer_ends, listed
+from loratune.data.prompts import answer_ends, end_ids
 from loratune.downstream.answering.forward import SPARE, Forward, Layers, joined, layers_of
 from loratune.downstream.answering.rows import Row
 from loratune.downstream.tasks.base import Benchmark
@@ -98,7 +98,7 @@ class Writer:
         self.forward, self.benchmark, self.blocks, self.memory = forward, benchmark, blocks, memory
         self.seed, self.interrupted, self.most = seed, interrupted, most
         base = forward.base
-        self._ends = answer_ends(base.tokenizer) | listed(getattr(base.model.generation_config, "eos_token_id", None))
+        self._ends = answer_ends(base.tokenizer) | end_ids(getattr(base.model.generation_config, "eos_token_id", None))
         self._parameters = sum(p.numel() for p in base.model.parameters())
         self._uniform = functools.lru_cache(maxsize=None)(self._drawn)
         self._waiting: list[list[Lane]] = []  # of rows that some adapter still writes on

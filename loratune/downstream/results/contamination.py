@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.data.overlap import SHORTEST, N, held_items
-from loratune.data.prepare import load_tokenizer
-from loratune.data.prepared import Prepared, Tokens
+from loratune.data.prepared import Prepared, PreparedTokens
+from loratune.data.tokenizers import load_tokenizer
 from loratune.downstream.results.scores import read_results
 from loratune.downstream.tasks.base import Benchmark
 from loratune.system.files import write_atomically
@@ -117,7 +117,7 @@ def lines(found: Sequence[Contamination]) -> list[str]:
     return text
 
 
-def _decoded(tokens: Tokens, tokenizer: Any) -> Iterator[str]:
+def _decoded(tokens: PreparedTokens, tokenizer: Any) -> Iterator[str]:
     for start in range(0, len(tokens), _CHUNK):
         ids = [tokens[place][0].tolist() for place in range(start, min(start + _CHUNK, len(tokens)))]
         yield from tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -1,31 +1,15 @@
-"""Names -> benchmarks, and whether they may run here. Each is imported when it is asked for.
+"""Names -> benchmarks, and whether they may run here. Which there are is declared in `loratune/plugs/builtin.py`."""
 
-A new benchmark is a file of this folder, its line here, and nothing else.
-"""
-
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from loratune.downstream.tasks.base import Benchmark
-from loratune.errors import DataError, EvaluationError
+from loratune.errors import EvaluationError
+from loratune.plugs import BENCHMARKS
 from loratune.system.names import nearest
 
-_PLACES = {  # name -> file, class
-    "mmlu": ("mmlu", "Mmlu"),
-    "mmlu_loglikelihood": ("mmlu", "MmluLoglikelihood"),
-    "bbh": ("bbh", "Bbh"),
-    "drop": ("drop", "Drop"),
-    "humaneval": ("humaneval", "HumanEval"),
-    "humaneval_fenced": ("humaneval", "HumanEvalFenced"),  # an answer within ``` is taken out of them
-    "demo_choice": ("embedded", "DemoChoice"),
-    "demo_match": ("embedded", "DemoMatch"),
-    "demo_code": ("embedded", "DemoCode"),
-}
 PUBLISHED = ("mmlu", "bbh", "drop", "humaneval")  # the four of the published study
 EMBEDDED = ("demo_choice", "demo_match", "demo_code")
-NAMES = tuple(_PLACES)
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
 
 
@@ -36,15 +20,10 @@ def build(name: str, data: Path | None = None, *, weaker: bool = False) -> Bench
 
     Raises EvaluationError for an unknown name, with the near ones, and DataError for data that are not there.
     """
-    if name not in _PLACES:
-        hint = nearest(name.lower(), NAMES, most=3) or f"; allowed: {', '.join(NAMES)}."
+    if name not in BENCHMARKS:
+        hint = nearest(name.lower(), BENCHMARKS.names, most=3) or f"; allowed: {', '.join(BENCHMARKS.names)}."
         raise EvaluationError(f"there is no benchmark {name!r}{hint} A task of lm-evaluation-harness is named {HARNESS}TASK.")
-    file, kind = _PLACES[name]
-    make: Any = getattr(importlib.import_module(f"loratune.downstream.tasks.{file}"), kind)
-    if file == "humaneval" and data is None:
-        raise DataError(f"{name} is read from a folder: give --data FOLDER with HumanEval.jsonl.gz of github.com/openai/human-eval.")
-    places = () if name in EMBEDDED else (data,)
-    return make(*places, weaker=weaker) if make.runs_code else make(*places)
+    return BENCHMARKS.make(name, Benchmark, {"data": data, "weaker": weaker})
 
 
 def may_run(own: Sequence[Benchmark], foreign: Sequence[str], tasks: Path | None, *, allow: bool, weaker: bool) -> None:

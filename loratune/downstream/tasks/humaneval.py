@@ -46,8 +46,11 @@ class HumanEval(Benchmark):
     runs_code = True
     protocol = "The answer ends at its first blank line; an answer within ``` fences fails (humaneval_fenced takes it out of them)."
 
-    def __init__(self, folder: Path, *, weaker: bool = False) -> None:
-        self._file = _find(folder)
+    def __init__(self, data: Path | None, *, weaker: bool = False) -> None:
+        if data is None:
+            wanted = "HumanEval.jsonl.gz of github.com/openai/human-eval"
+            raise DataError(f"{self.name} is read from a folder: give --data FOLDER with {wanted}.")
+        self._file = _find(data)
         self._problems, digest = _read(self._file)
         self._weaker = weaker
         self.version = f"instruct-eval, data {digest[:12]}"
@@ -93,8 +96,8 @@ class HumanEvalFenced(HumanEval):
         "any other answer ends at its first blank line."
     )
 
-    def __init__(self, folder: Path, *, weaker: bool = False) -> None:
-        super().__init__(folder, weaker=weaker)
+    def __init__(self, data: Path | None, *, weaker: bool = False) -> None:
+        super().__init__(data, weaker=weaker)
         self.version += ", fences stripped"
 
     def decided(self, item: Item, text: str) -> bool:

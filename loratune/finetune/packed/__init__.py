@@ -6,7 +6,8 @@ delta       the adapters' part of a linear layer, forward and backward, each ada
 head        loss at response positions through the frozen output head, a chunk of logits at a time
 adapter     one adapter: flat storage, AdamW, clipping, saving as a PEFT folder
 base        the frozen model with all of that in place: flat batch in, NLL of each response token out
+loading_check  whether a model bears it
 capacity    how much of that fits on the device
-lane        one trial on its way through the engine
-engine      slots: lanes enter, share passes, leave
+slot        one trial on its way through the engine
+engine      segments enter slots, share passes, leave
 """

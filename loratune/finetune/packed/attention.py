@@ -18,17 +18,17 @@ from torch.nn import functional
 from loratune.errors import NotPackableError
 from loratune.finetune.packed import varlen
 from loratune.finetune.packed.causal import LONGEST, causal_attention
-from loratune.finetune.packed.layout import Flat, Spread
+from loratune.finetune.packed.layout import Flat, RowCopies
 
 NAME = "loratune_flat"
 
 
 def register() -> None:
     """Make the implementation known to Transformers under `NAME`. No mask is registered with it, so models build none."""
-    transformers.AttentionInterface.register(NAME, attention)
+    transformers.AttentionInterface.register(NAME, flat_attention)
 
 
-def attention(
+def flat_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -43,25 +43,25 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Transformers' signature: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]. Raises NotPackableError."""
     if flat is None or attention_mask is not None or softcap is not None:
-        what = "soft-capped attention" if softcap is not None else f"the way {type(module).__name__} calls its attention"
-        raise NotPackableError(f"{what} is not known to it")
+        called = "soft-capped attention" if softcap is not None else f"the way {type(module).__name__} calls its attention"
+        raise NotPackableError(f"it does not know {called}")
     window = sliding_window if sliding_window is not None and sliding_window < flat.longest else None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if window is None and varlen.takes(q, k, v):
         if flat.line is None:
             return varlen.varlen_attention(q, k, v, flat.starts, flat.longest, scaling).unsqueeze(0), None
-        q, k, v = (_Out.apply(x, flat.line) for x in (q, k, v))
-        return _Back.apply(varlen.varlen_attention(q, k, v, flat.starts, flat.longest, scaling), flat.line).unsqueeze(0), None
+        q, k, v = (_Copied.apply(x, flat.line) for x in (q, k, v))
+        return _FirstCopies.apply(varlen.varlen_attention(q, k, v, flat.starts, flat.longest, scaling), flat.line).unsqueeze(0), None
     if window is None and _by_blocks(q, v, flat):
         if flat.line is not None:
-            k, v = (_Out.apply(x, flat.line) for x in (k, v))
-        return causal_attention(q, k, v, flat.stretches, scaling).unsqueeze(0), None
-    sides = [_Out.apply(x, flat.buckets).split([n * length for n, length in flat.shapes]) for x in (q, k, v)]
+            k, v = (_Copied.apply(x, flat.line) for x in (k, v))
+        return causal_attention(q, k, v, flat.sequences, scaling).unsqueeze(0), None
+    sides = [_Copied.apply(x, flat.buckets).split([n * length for n, length in flat.shapes]) for x in (q, k, v)]
     rectangles = [
         _rectangle([x.view(n, length, *x.shape[1:]).transpose(1, 2) for x in one], scaling, window)
         for one, (n, length) in zip(zip(*sides, strict=True), flat.shapes, strict=True)
     ]
-    return _Back.apply(torch.cat(rectangles) if len(rectangles) > 1 else rectangles[0], flat.buckets).unsqueeze(0), None
+    return _FirstCopies.apply(torch.cat(rectangles) if len(rectangles) > 1 else rectangles[0], flat.buckets).unsqueeze(0), None
 
 
 def _by_blocks(q: torch.Tensor, v: torch.Tensor, flat: Flat) -> bool:
@@ -81,28 +81,28 @@ def _rectangle(qkv: Sequence[torch.Tensor], scaling: float | None, window: int |
     return out.transpose(1, 2).flatten(0, 1)
 
 
-class _Out(torch.autograd.Function):
-    """Rows [T, ...] -> places [P, ...]. Places past a sequence's end send no gradient back: none reaches them."""
+class _Copied(torch.autograd.Function):
+    """Rows [T, ...] -> copies [P, ...]. Copies past a sequence's end send no gradient back: none reaches them."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, spread: Spread) -> torch.Tensor:
-        ctx.spread = spread
-        return spread.out(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.spread.collected(grads[0]), None
-
-
-class _Back(torch.autograd.Function):
-    """Places [P, ...] -> rows [T, ...]. Where a row has several places, all hold the same."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, spread: Spread) -> torch.Tensor:
-        ctx.spread, ctx.places = spread, len(x)
-        return spread.back(x)
+    def forward(ctx: Any, x: torch.Tensor, copies: RowCopies) -> torch.Tensor:
+        ctx.copies = copies
+        return copies.copy(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        whole = grads[0].new_zeros(ctx.places, *grads[0].shape[1:])
-        return whole.index_copy_(0, ctx.spread.homes, grads[0]), None
+        return ctx.copies.summed(grads[0]), None
+
+
+class _FirstCopies(torch.autograd.Function):
+    """Copies [P, ...] -> rows [T, ...]. All copies of a row hold the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, copies: RowCopies) -> torch.Tensor:
+        ctx.copies, ctx.count = copies, len(x)
+        return copies.first_copies(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        whole = grads[0].new_zeros(ctx.count, *grads[0].shape[1:])
+        return whole.index_copy_(0, ctx.copies.first, grads[0]), None

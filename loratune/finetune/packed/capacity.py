@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from loratune.data.batches import Tokens
-from loratune.finetune import lora, memory
+from loratune.finetune import memory
+from loratune.finetune.methods import LORA, Method
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.layout import Share, flatten
+from loratune.finetune.targets import linear_layers
 from loratune.system.machine import available_memory
 from loratune.work import Hyperparameters, TrainingRecipe
 
@@ -31,7 +33,7 @@ _SMALL, _LARGE = 256, 1024  # tokens of the two probing passes, on a GPU; more w
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """A device's memory, as far as it bears on packs."""
+    """A device's memory, as far as it bears on passes."""
 
     limit: int  # bytes in all
     fixed: int  # bytes in use before any adapter
@@ -43,23 +45,23 @@ class Capacity:
         return int((self.limit - self.fixed - parameters * self.per_parameter) / self.per_token)
 
 
-def measure(base: PackedBase, tokens: Tokens) -> Capacity:
+def measure(base: PackedBase, tokens: Tokens, method: Method = LORA) -> Capacity:
     """Probe the device: a moment of computing, nothing is left behind. Raises what running out of memory raises, when there
     is no memory for an adapter. Where the longest example does not fit, a token is taken to need its share of what is free.
     """
     device, half = base.device, base.base.dtype in (torch.bfloat16, torch.float16)
     longest = np.argsort(-np.asarray(tokens.lengths), kind="stable")
     h = Hyperparameters(lora_r=16, lora_dropout=0.1, target_modules="all-linear")
-    layers = {name: base.features(name) for name in lora.linear_layers(base.model)}
+    layers = {name: base.features(name) for name in linear_layers(base.model)}
     if device.type == "cuda":
         memory.free(device)  # of what loading left behind
         fixed, limit = torch.cuda.memory_allocated(device), memory.available(device)
-    adapter = Adapter(layers, h, 0, TrainingRecipe(), dtype=base.base.dtype, device=device)
+    adapter = Adapter(layers, h, 0, TrainingRecipe(), dtype=base.base.dtype, device=device, method=method)
     if device.type == "cuda":
         per_token = _per_token(base, adapter, tokens, longest)
     else:
-        count, kept = _kept(base, adapter, tokens, longest[:1])
-        per_token, fixed = 2 * kept / count, resident()  # twice: gradients and intermediate results come on top
+        count, saved = _saved(base, adapter, tokens, longest[:1])
+        per_token, fixed = 2 * saved / count, resident()  # twice: gradients and intermediate results come on top
         limit = fixed + available_memory()
     del adapter
     return Capacity(limit=int(_SAFE * limit), fixed=fixed, per_token=max(1.0, per_token), per_parameter=16 + (2 if half else 0))
@@ -76,7 +78,7 @@ def resident() -> int:
 def _share(tokens: Tokens, longest: np.ndarray, count: int) -> Share:
     """The fewest of the longest examples that hold `count` tokens."""
     needed = int(np.searchsorted(np.cumsum(np.asarray(tokens.lengths)[longest]), count)) + 1
-    return Share(owner=0, examples=longest[:needed])
+    return Share(adapter=0, examples=longest[:needed])
 
 
 def _per_token(base: PackedBase, adapter: Adapter, tokens: Tokens, longest: np.ndarray) -> float:
@@ -105,18 +107,18 @@ def _peak(base: PackedBase, adapter: Adapter, tokens: Tokens, longest: np.ndarra
     return flat.tokens, memory.peak_bytes(base.device)
 
 
-def _kept(base: PackedBase, adapter: Adapter, tokens: Tokens, examples: np.ndarray) -> tuple[int, int]:
+def _saved(base: PackedBase, adapter: Adapter, tokens: Tokens, examples: np.ndarray) -> tuple[int, int]:
     """(tokens, bytes that autograd keeps) of a forward pass; weights are not counted, nor a tensor twice."""
-    flat = flatten(tokens, [Share(owner=0, examples=examples)], base.device)
+    flat = flatten(tokens, [Share(adapter=0, examples=examples)], base.device)
     weights = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         base.nll(flat, [adapter], [0])
-    return flat.tokens, sum(kept.values())
+    return flat.tokens, sum(saved.values())

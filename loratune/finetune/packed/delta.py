@@ -23,21 +23,21 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from loratune.finetune.dropout import kept
+from loratune.finetune.dropout import keep_mask
 
 Backend = Literal["loop", "concatenated", "grouped"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """One adapter's part in one layer, in one pass."""
+class LayerDelta:
+    """One adapter's rows, factors and gradients in one layer, in one pass."""
 
     start: int  # its rows
     stop: int
     a: torch.Tensor  # [r, in], in the arithmetic's dtype
     b: torch.Tensor  # [out, r]
-    grad_a: torch.Tensor  # where gradients are added, in the master dtype
-    grad_b: torch.Tensor
+    grad_a: torch.Tensor | None  # where gradients are added, in the master dtype; None: the factor is not trained
+    grad_b: torch.Tensor | None
     scale: float
     p: float  # dropout; 0 outside training
     key: int  # of the dropout mask
@@ -48,7 +48,7 @@ class Part:
 
 
 def add_deltas(
-    x: torch.Tensor, y: torch.Tensor, parts: Sequence[Part], rows: torch.Tensor, anchor: torch.Tensor, backend: Backend
+    x: torch.Tensor, y: torch.Tensor, parts: Sequence[LayerDelta], rows: torch.Tensor, anchor: torch.Tensor, backend: Backend
 ) -> torch.Tensor:
     """y + the adapters' deltas, in place. x [..., in], y [..., out], `rows` int32 [T] hash each token (dropout.py).
 
@@ -67,15 +67,15 @@ def add_deltas(
 class _Delta(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, y: torch.Tensor, anchor: torch.Tensor, parts: list[Part], rows: torch.Tensor, backend: Any
+        ctx: Any, x: torch.Tensor, y: torch.Tensor, anchor: torch.Tensor, parts: list[LayerDelta], rows: torch.Tensor, backend: Any
     ) -> Any:
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         mask = _mask(flat, parts, rows)
         seen = _masked(flat.to(parts[0].a.dtype), mask)
         products = backend(parts)
         with torch.autocast(x.device.type, enabled=False):
-            z = products.narrow(seen)
-            products.widen(z, out)
+            z = products.down(seen)
+            products.up(z, out)
         ctx.parts, ctx.products, ctx.marks = parts, products, mask is not None
         ctx.save_for_backward(x, *z, *([mask] if mask is not None else []))
         ctx.mark_dirty(y)
@@ -89,20 +89,20 @@ class _Delta(torch.autograd.Function):
         dtype = ctx.parts[0].a.dtype
         flat, d_out = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            g = ctx.products.narrow_back(d_out)
+            g = ctx.products.down_back(d_out)
             ctx.products.weights(_masked(flat.to(dtype), mask), d_out, z, g)
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = ctx.products.widen_back(g, flat.shape, flat)
+                dx = ctx.products.up_back(g, flat.shape, flat)
                 dx = _masked(dx, mask).to(x.dtype).view(x.shape)
         return dx, dy, None, None, None, None
 
 
-def _mask(x: torch.Tensor, parts: list[Part], rows: torch.Tensor) -> torch.Tensor | None:
+def _mask(x: torch.Tensor, parts: list[LayerDelta], rows: torch.Tensor) -> torch.Tensor | None:
     """What dropout keeps, [T, in] to multiply by; None where no adapter drops anything."""
     if not any(part.p > 0 for part in parts):
         return None
-    masks = {part.start: kept(rows[part.rows], part.key, x.shape[1], part.p, part.a.dtype) for part in parts if part.p > 0}
+    masks = {part.start: keep_mask(rows[part.rows], part.key, x.shape[1], part.p, part.a.dtype) for part in parts if part.p > 0}
     if len(parts) == 1 and parts[0].stop - parts[0].start == len(x):
         return masks[parts[0].start]
     mask = torch.ones(x.shape, dtype=next(iter(masks.values())).dtype, device=x.device)
@@ -119,24 +119,24 @@ def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 class _Loop:
     """Products adapter by adapter. The factor 1 / (1 - p) of the mask goes into the scale."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[LayerDelta]) -> None:
         self.parts = parts
         self.scales = [part.scale / (1 - part.p) for part in parts]
 
-    def narrow(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def down(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [functional.linear(x[part.rows], part.a) for part in self.parts]
 
-    def widen(self, z: list[torch.Tensor], y: torch.Tensor) -> None:
+    def up(self, z: list[torch.Tensor], y: torch.Tensor) -> None:
         for part, scale, z_k in zip(self.parts, self.scales, z, strict=True):
             if z_k.dtype == y.dtype:
                 y[part.rows].addmm_(z_k, part.b.T, alpha=scale)
             else:
                 y[part.rows] += functional.linear(z_k, part.b) * scale
 
-    def narrow_back(self, dy: torch.Tensor) -> list[torch.Tensor]:
+    def down_back(self, dy: torch.Tensor) -> list[torch.Tensor]:
         return [(dy[part.rows] @ part.b).mul_(scale) for part, scale in zip(self.parts, self.scales, strict=True)]
 
-    def widen_back(self, g: list[torch.Tensor], shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+    def up_back(self, g: list[torch.Tensor], shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         if len(g) == 1 and len(g[0]) == shape[0]:
             return g[0] @ self.parts[0].a
         dx = torch.zeros(shape, dtype=g[0].dtype, device=like.device)
@@ -153,24 +153,24 @@ class _Loop:
 class _Concatenated(_Loop):
     """All adapters in one product; another adapter's columns are replaced by zero, whatever they hold."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[LayerDelta]) -> None:
         super().__init__(parts)
         # Weights that are not finite would reach the neighbours as 0 * inf; whose they are finds out at its next step.
         self.a = torch.nan_to_num(torch.cat([p.a for p in parts]), nan=0.0, posinf=0.0, neginf=0.0)
         self.b = torch.nan_to_num(torch.cat([p.b for p in parts], dim=1), nan=0.0, posinf=0.0, neginf=0.0)
         self.ranks = [p.a.shape[0] for p in parts]
 
-    def narrow(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def down(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [self._own(functional.linear(x, self.a), [1.0] * len(self.parts))]
 
-    def widen(self, z: list[torch.Tensor], y: torch.Tensor) -> None:
+    def up(self, z: list[torch.Tensor], y: torch.Tensor) -> None:
         scaled = self._own(z[0], self.scales)
         y += functional.linear(scaled, self.b).to(y.dtype)
 
-    def narrow_back(self, dy: torch.Tensor) -> list[torch.Tensor]:
+    def down_back(self, dy: torch.Tensor) -> list[torch.Tensor]:
         return [self._own(dy @ self.b, self.scales)]
 
-    def widen_back(self, g: list[torch.Tensor], shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+    def up_back(self, g: list[torch.Tensor], shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         return g[0] @ self.a
 
     def weights(self, x: torch.Tensor, dy: torch.Tensor, z: list[torch.Tensor], g: list[torch.Tensor]) -> None:
@@ -189,7 +189,7 @@ class _Concatenated(_Loop):
 class _Grouped(_Loop):
     """torch.nn.functional.grouped_mm: rows in order, one group per adapter."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[LayerDelta]) -> None:
         super().__init__(parts)
         self.rank = -(-max(part.a.shape[0] for part in parts) // 8) * 8  # kernels want multiples of 16 bytes
         self.a = torch.stack([functional.pad(p.a, (0, 0, 0, self.rank - p.a.shape[0])) for p in parts])  # [K, r, in]
@@ -201,16 +201,16 @@ class _Grouped(_Loop):
         factors = torch.tensor(self.scales, dtype=parts[0].a.dtype, device=parts[0].a.device)
         self.factors = factors.repeat_interleave(counts, output_size=ends[-1]).unsqueeze(1)
 
-    def narrow(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def down(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [functional.grouped_mm(x[self.whole], self.a.transpose(1, 2), offs=self.ends)]
 
-    def widen(self, z: list[torch.Tensor], y: torch.Tensor) -> None:
+    def up(self, z: list[torch.Tensor], y: torch.Tensor) -> None:
         y[self.whole] += functional.grouped_mm(z[0] * self.factors, self.b.transpose(1, 2), offs=self.ends).to(y.dtype)
 
-    def narrow_back(self, dy: torch.Tensor) -> list[torch.Tensor]:
+    def down_back(self, dy: torch.Tensor) -> list[torch.Tensor]:
         return [functional.grouped_mm(dy[self.whole], self.b, offs=self.ends) * self.factors]
 
-    def widen_back(self, g: list[torch.Tensor], shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+    def up_back(self, g: list[torch.Tensor], shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         dx = torch.zeros(shape, dtype=g[0].dtype, device=like.device)
         dx[self.whole] = functional.grouped_mm(g[0], self.a, offs=self.ends)
         return dx
@@ -220,15 +220,19 @@ class _Grouped(_Loop):
         d_b = functional.grouped_mm((dy[self.whole] * self.factors).T, z[0], offs=self.ends)  # [K, out, r]
         for k, part in enumerate(self.parts):
             rank = part.a.shape[0]
-            part.grad_a.add_(d_a[k, :rank])
-            part.grad_b.add_(d_b[k, :, :rank])
+            if part.grad_a is not None:
+                part.grad_a.add_(d_a[k, :rank])
+            if part.grad_b is not None:
+                part.grad_b.add_(d_b[k, :, :rank])
 
 
 _BACKENDS = {"loop": _Loop, "concatenated": _Concatenated, "grouped": _Grouped}
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
-    """total += scale * left right, the sum in total's precision."""
+def add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """total += scale * left right, the sum in total's precision; nothing where total is None."""
+    if total is None:
+        return
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=scale)
     else:

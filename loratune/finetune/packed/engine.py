@@ -1,10 +1,10 @@
 """The packed engine: slots in which trials train side by side on one frozen base model.
 
-A round: let segments in while there are slots, fill a pass with examples of the lanes, run it forward and backward,
-let those lanes step that have seen their batch, validate who is due, let out who is done.
+A round: let segments in while slots are free, fill a pass with examples of the occupied ones, run it forward and backward,
+let the slots step that have seen their batch, validate where that is due, let out the segments that are done.
 
-Where memory runs out, passes become smaller, then lanes fewer: one leaves its slot and waits for another to end, to go on
-from its checkpoint. A lane that is alone and runs out of memory with one example cannot be trained on this device.
+Where memory runs out, passes become smaller, then slots fewer: a segment leaves its slot and waits for another to end, to
+go on from its checkpoint. One that is alone and runs out of memory with one example cannot be trained on this device.
 """
 
 import gc
@@ -16,27 +16,27 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from loratune.data.batches import Tokens
 from loratune.data.prepared import Prepared
-from loratune.errors import DataError, DeviceLostError, ModelError, NotPackableError, StorageError, kind_of
+from loratune.data.tasks import task_named
+from loratune.errors import DeviceLostError, NotPackableError, StorageError, error_kind
 from loratune.finetune import memory, model, segment
-from loratune.finetune.failures import fits, ran_out, state_of, too_large, words
+from loratune.finetune.failures import error_text, fits, ran_out, state_of, too_large
+from loratune.finetune.methods import method_named
 from loratune.finetune.packed import capacity
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.layout import Share
-from loratune.finetune.packed.slot import Lane, fill, run_pass
+from loratune.finetune.packed.slot import Slot, fill, run_pass
 from loratune.finetune.packed.validation_pass import validate_within
 from loratune.finetune.segment import Inbox
 from loratune.finetune.trainer import DivergedError
-from loratune.record.paths import RunPaths
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # where the recipe leaves it open
-ENOUGH = {"cpu": 64, "cuda": 16384}  # tokens that keep the device busy: a batch of so many shares its passes with no other
+ENOUGH = {"cpu": 64, "cuda": 16384}  # tokens that keep the device busy: a batch of this size shares its passes with no other
 
 
 class PackedEngine:
@@ -48,9 +48,8 @@ class PackedEngine:
     def __init__(self, recipe: Recipe, root: Path) -> None:
         if recipe.devices_per_trial > 1:
             raise NotPackableError("a trial takes several devices")
-        if recipe.training.report_to:
-            raise NotPackableError("report_to names trackers, which Transformers' Trainer feeds")
         self.recipe, self.root, self.slots, self.notice = recipe, root, recipe.slots, ""
+        self.task, self.method = task_named(recipe.task), method_named(recipe.method)
         self.device = model.choose_device(recipe.device)
         prepared = Prepared.load(root / recipe.data)
         self.train: Tokens = prepared.train
@@ -60,11 +59,11 @@ class PackedEngine:
         if recipe.training.gradient_checkpointing:
             model.checkpoint_activations(self.base.model, True)
             self.base.checkpointing = True
-        self.capacity = capacity.measure(self.base, self.train)
+        self.capacity = capacity.measure(self.base, self.train, self.method)
         self.room = recipe.training.tokens_per_pass or TOKENS_PER_PASS[self.device.type]
         self.validation_room = 4 * self.room  # nothing is kept for a backward pass
         self.enough: float = ENOUGH[self.device.type]
-        self._lanes: list[Lane] = []
+        self._occupied: list[Slot] = []
         self._returned: deque[Segment] = deque()  # put out of their slots for want of memory
         self._limit = self.slots
         self._base_loss: float | None = None  # of the base model, which is every trial's at step 0
@@ -75,19 +74,19 @@ class PackedEngine:
         """Train what comes in until the inbox has ended; tell one outcome per segment, as soon as it is known."""
         self._tell = tell
         while True:
-            while len(self._lanes) < self._limit and self._has_room():
-                wanted = self._returned.popleft() if self._returned else inbox(wait=not self._lanes)
-                if wanted is None and not self._lanes:
+            while len(self._occupied) < self._limit and self._has_room():
+                wanted = self._returned.popleft() if self._returned else inbox(wait=not self._occupied)
+                if wanted is None and not self._occupied:
                     return
                 if wanted is None:
                     break
                 self._enter(wanted, stop)
-            if self._lanes:
+            if self._occupied:
                 self._round(stop)
 
     def _has_room(self) -> bool:
         """Whether another adapter, as large as the largest of those here, leaves room for the longest example."""
-        sizes = [lane.adapter.size for lane in self._lanes]
+        sizes = [slot.adapter.size for slot in self._occupied]
         if not sizes:
             return True
         return self.capacity.room(sum(sizes) + max(sizes)) >= int(np.max(self.train.lengths))
@@ -101,25 +100,26 @@ class PackedEngine:
 
     def _enter(self, wanted: Segment, stop: threading.Event) -> None:
         if stop.is_set():
-            self._tell(Outcome(key=wanted.key, state=State.CANCELLED, message="asked to stop before it began"))
+            self._tell(Outcome(key=wanted.key, state=State.CANCELLED, message="stopped before it began"))
             return
-        self._note_peak(self._lanes)
+        self._note_peak(self._occupied)
         memory.reset_peak(self.device)
         lost = False
         try:
-            lane = Lane(wanted, base=self.base, recipe=self.recipe, root=self.root, tokens=self.train, report=self._tell)
-        except (ModelError, DataError, StorageError) as error:
-            self._tell(Outcome(key=wanted.key, state=State.BAD_INPUT, message=str(error), error=kind_of(error)))
+            slot = Slot(
+                wanted, base=self.base, recipe=self.recipe, root=self.root, tokens=self.train, method=self.method, report=self._tell
+            )
         except Exception as error:
             lost = ran_out(error, self.device)
             if not lost:
-                self._tell(Outcome(key=wanted.key, state=State.CRASHED, message=words(error)))
+                self._tell(Outcome(key=wanted.key, state=state_of(error), message=error_text(error), error=error_kind(error)))
         else:
-            self._lanes.append(lane)
+            self._occupied.append(slot)
         if lost:
             memory.free(self.device)
-            if self._lanes:
-                self._wait_for_slot(wanted)
+            if self._occupied:
+                self._limit = len(self._occupied)
+                self._returned.append(wanted)
             else:
                 self._tell(Outcome(key=wanted.key, state=State.OUT_OF_MEMORY, message=too_large(wanted, self.device)))
 
@@ -132,177 +132,166 @@ class PackedEngine:
         except DeviceLostError:
             raise
         except Exception as error:  # nobody knows whose fault it is: all go back to their checkpoints
-            if ran_out(error, self.device) and len(self._lanes) > 1:  # one at a time
-                self._returned.extend(lane.segment for lane in self._lanes)
-                self._lanes, self._limit = [], 1
+            if ran_out(error, self.device) and len(self._occupied) > 1:  # one at a time
+                self._returned.extend(slot.segment for slot in self._occupied)
+                self._occupied, self._limit = [], 1
                 return
-            for lane in list(self._lanes):
-                self._leave(lane, state_of(error), words(error), traceback.format_exc(), kind_of(error))
+            for slot in list(self._occupied):
+                self._leave(slot, state_of(error), error_text(error), traceback.format_exc(), error_kind(error))
 
     def _advance(self, stop: threading.Event) -> None:
-        if not self._validate([lane for lane in self._lanes if lane.run.validation_due()], stop):
+        if not self._validate([slot for slot in self._occupied if slot.run.validation_due()], stop):
             return
-        working = [lane for lane in self._lanes if not lane.done]
+        working = [slot for slot in self._occupied if not slot.done]
         if working:
             self._train(working)
-        for lane in [lane for lane in working if lane.complete and lane in self._lanes]:
-            self._step(lane)
+        for slot in [slot for slot in working if slot.complete and slot in self._occupied]:
+            self._step(slot)
         if not stop.is_set():
-            self._finish([lane for lane in self._lanes if lane.done], stop)
+            self._finish([slot for slot in self._occupied if slot.done], stop)
 
-    def _train(self, lanes: list[Lane]) -> None:
-        """One pass, and the lanes behind it come to the front."""
-        free = self.capacity.room(sum(lane.adapter.size for lane in self._lanes))
-        shares = fill(lanes, min(self.room, max(free, 1)), self.enough)
-        members = [lanes[share.owner] for share in shares]
+    def _train(self, slots: list[Slot]) -> None:
+        """One pass, and the slots behind it come to the front."""
+        free = self.capacity.room(sum(slot.adapter.size for slot in self._occupied))
+        shares = fill(slots, min(self.room, max(free, 1)), self.enough)
+        members = [slots[share.adapter] for share in shares]
         began, before = time.perf_counter(), memory.mark(self.device)
         try:
-            done = run_pass(self.base, self.train, lanes, shares)
+            done = run_pass(self.base, self.train, slots, shares, self.task)
         except Exception as error:
             if not ran_out(error, self.device):
                 raise
             done = None
         if done is None:  # the error is gone, and with it the failed pass's graph
-            for lane in members:
-                lane.again()
+            for slot in members:
+                slot.again()
             self._make_room(shares)
             return
         flat, sums = done
-        for share, lane, total in zip(shares, members, sums, strict=True):
-            lane.seen(share, total)
+        for share, slot, total in zip(shares, members, sums, strict=True):
+            slot.seen(share, total)
         seconds, used = time.perf_counter() - began, memory.since(self.device, before)
-        for span, lane in zip(flat.spans, members, strict=True):
+        for span, slot in zip(flat.spans, members, strict=True):
             part = (span.stop - span.start) / flat.tokens
-            lane.run.train_seconds += seconds * part
-            self._used(lane, used * part)
-        last = lanes.index(members[-1]) + (1 if members[-1].complete else 0)
-        self._lanes = [*lanes[last:], *lanes[:last], *[lane for lane in self._lanes if lane.done]]
+            slot.run.train_seconds += seconds * part
+            self._used(slot, used * part)
+        last = slots.index(members[-1]) + (1 if members[-1].complete else 0)
+        self._occupied = [*slots[last:], *slots[:last], *[slot for slot in self._occupied if slot.done]]
 
     def _make_room(self, shares: list[Share]) -> None:
-        """A pass of these shares ran out of memory: smaller passes; when one example is too many, fewer lanes."""
+        """A pass of these shares ran out of memory: smaller passes; when one example is too many, fewer slots."""
         memory.free(self.device)
         if len(shares) > 1 or len(shares[0].examples) > 1:
-            lengths = np.asarray(self.train.lengths)
-            self.room = max(1, sum(int(lengths[share.examples].sum()) for share in shares) // 2)
+            self.room = max(1, sum(int(np.asarray(self.train.lengths)[share.examples].sum()) for share in shares) // 2)
         else:
-            self._set_aside(self._lanes[-1])
+            self._set_aside(self._occupied[-1])
 
-    def _set_aside(self, lane: Lane, *, whole: bool = True) -> None:
-        """Out of memory: the lane waits for another one to end, or is told to be too large where it is alone.
+    def _set_aside(self, slot: Slot, *, whole: bool = True) -> None:
+        """Out of memory: the slot's segment waits for another one to end; alone on the device, it is too large.
 
-        `whole`: its state is that after a step, and worth a checkpoint; else it goes back to the one before.
+        whole: its state is that after a step, and worth a checkpoint; else it goes back to the one before.
         """
-        if len(self._lanes) == 1:
-            self._leave(lane, State.OUT_OF_MEMORY, too_large(lane.segment, self.device))
+        if len(self._occupied) == 1:
+            self._leave(slot, State.OUT_OF_MEMORY, too_large(slot.segment, self.device))
         else:
-            self._lanes.remove(lane)
-            self._wait_for_slot(lane.segment)
+            self._occupied.remove(slot)
+            self._limit = len(self._occupied)
+            self._returned.append(slot.segment)
             if whole:
-                fits(lane.run.save, self.device)
-            lane.run.log("out of memory: waits for a free slot")
-        lane.adapter.release()
+                fits(slot.run.save, self.device)
+            slot.run.log("out of memory: waits for a free slot")
+        slot.adapter.release()
         memory.free(self.device)
 
-    def _wait_for_slot(self, wanted: Segment) -> None:
-        self._limit = len(self._lanes)
-        self._returned.append(wanted)
-
-    def _used(self, lane: Lane, working: float) -> None:
-        """On a GPU, note what a lane takes by itself: the model, its training state, its part of what was computed."""
+    def _used(self, slot: Slot, working: float) -> None:
+        """On a GPU, note what a slot takes by itself: the model, its training state, its part of what was computed."""
         if self.device.type == "cuda":
-            lane.used(self.capacity.fixed + lane.adapter.size * self.capacity.per_parameter + int(working))
+            slot.used(self.capacity.fixed + slot.adapter.size * self.capacity.per_parameter + int(working))
 
-    def _note_peak(self, lanes: Sequence[Lane]) -> None:
-        """On a CPU, where there is no telling lanes apart: the process's peak is that of all that were there meanwhile."""
+    def _note_peak(self, slots: Sequence[Slot]) -> None:
+        """On a CPU, where there is no telling slots apart: the process's peak is that of all that were there meanwhile."""
         if self.device.type == "cpu":
-            for lane in lanes:
-                lane.used(memory.peak_bytes(self.device))
+            for slot in slots:
+                slot.used(memory.peak_bytes(self.device))
 
-    def _step(self, lane: Lane) -> None:
+    def _step(self, slot: Slot) -> None:
         began, before = time.perf_counter(), memory.mark(self.device)
         try:
-            if not fits(lane.step, self.device):
-                self._set_aside(lane, whole=False)
+            if not fits(slot.step, self.device):
+                self._set_aside(slot, whole=False)
                 return
         except DivergedError as error:
-            self._leave(lane, State.DIVERGED, f"diverged at {error}; lower learning rates are safer")
+            self._leave(slot, State.DIVERGED, f"diverged at {error}; lower learning rates are safer")
             return
-        lane.run.train_seconds += time.perf_counter() - began
-        self._used(lane, memory.since(self.device, before))
-        if lane.run.checkpoint_due() and not lane.run.validation_due() and not fits(lane.run.save, self.device):
-            self._set_aside(lane, whole=False)
+        slot.run.train_seconds += time.perf_counter() - began
+        self._used(slot, memory.since(self.device, before))
+        if slot.run.checkpoint_due() and not slot.run.validation_due() and not fits(slot.run.save, self.device):
+            self._set_aside(slot, whole=False)
 
-    def _validate(self, lanes: Sequence[Lane], stop: threading.Event | None = None) -> bool:
-        """Put a point on each lane's curve. False where memory ran out: a lane was set aside, and all may be tried again."""
-        for lane in [lane for lane in lanes if lane.run.step == 0 and self._base_loss is not None]:
-            lane.run.add_point(self._base_loss or 0.0, 0.0)
-        lanes = [lane for lane in lanes if lane.run.step not in lane.run.curve]
-        if not lanes:
+    def _validate(self, slots: Sequence[Slot], stop: threading.Event) -> bool:
+        """Put a point on each slot's curve. False where memory ran out: a slot was set aside, and all may be tried again."""
+        for slot in [slot for slot in slots if slot.run.step == 0 and self._base_loss is not None]:
+            slot.run.add_point(self._base_loss or 0.0, 0.0)
+        slots = [slot for slot in slots if slot.run.step not in slot.run.curve]
+        if not slots:
             return True
-        interrupted = stop.is_set if stop is not None else lambda: False
-        if self.device.type == "cpu" and len(lanes) > 1:  # as fast, and the same to the last bit whoever else is due
-            return all(self._validate([lane], stop) for lane in lanes if lane in self._lanes)
+        if self.device.type == "cpu" and len(slots) > 1:  # as fast, and the same to the last bit whoever else is due
+            return all(self._validate([slot], stop) for slot in slots if slot in self._occupied)
         before = memory.mark(self.device)
-        adapters = [lane.adapter for lane in lanes]
-        found, self.validation_room = validate_within(self.base, adapters, self.validation, self.validation_room, interrupted)
-        if found is None and len(lanes) > 1:
-            return all(self._validate([lane], stop) for lane in lanes if lane in self._lanes)
+        adapters = [slot.adapter for slot in slots]
+        found, self.validation_room = validate_within(self.base, adapters, self.validation, self.validation_room, stop.is_set, self.task)
+        if found is None and len(slots) > 1:
+            return all(self._validate([slot], stop) for slot in slots if slot in self._occupied)
         if found is None:
-            self._set_aside(next((lane for lane in reversed(self._lanes) if lane is not lanes[0]), lanes[0]))
+            self._set_aside(next((slot for slot in reversed(self._occupied) if slot is not slots[0]), slots[0]))
             return False
         losses, seconds = found
-        used = memory.since(self.device, before) / len(lanes)
-        for lane, loss in zip(lanes, losses, strict=True):
-            self._used(lane, used)
+        used = memory.since(self.device, before) / len(slots)
+        for slot, loss in zip(slots, losses, strict=True):
+            self._used(slot, used)
             if not np.isfinite(loss):
-                self._leave(
-                    lane, State.DIVERGED, f"diverged at step {lane.run.step}: validation loss {loss}; lower learning rates are safer"
-                )
+                why = f"diverged at step {slot.run.step}: validation loss {loss}; lower learning rates are safer"
+                self._leave(slot, State.DIVERGED, why)
                 continue
-            if lane.run.step == 0:
+            if slot.run.step == 0:
                 self._base_loss = loss
-            lane.run.add_point(loss, seconds / len(lanes))
-            if not lane.done and lane.run.checkpoint_due() and not fits(lane.run.save, self.device):
-                self._set_aside(lane, whole=False)
+            slot.run.add_point(loss, seconds / len(slots))
+            if not slot.done and slot.run.checkpoint_due() and not fits(slot.run.save, self.device):
+                self._set_aside(slot, whole=False)
         return True
 
-    def _finish(self, lanes: list[Lane], stop: threading.Event) -> None:
-        for lane in lanes:
-            if not fits(lane.run.save, self.device):
-                self._set_aside(lane, whole=False)
-        lanes = [lane for lane in lanes if lane in self._lanes]
-        if not self._validate([lane for lane in lanes if lane.segment.stop_step not in lane.run.curve], stop):
+    def _finish(self, slots: list[Slot], stop: threading.Event) -> None:
+        for slot in slots:
+            if not fits(slot.run.save, self.device):
+                self._set_aside(slot, whole=False)
+        slots = [slot for slot in slots if slot in self._occupied]
+        if not self._validate([slot for slot in slots if slot.segment.stop_step not in slot.run.curve], stop):
             return
-        for lane in [lane for lane in lanes if lane in self._lanes]:
+        for slot in [slot for slot in slots if slot in self._occupied]:
             try:
-                if fits(partial(_settle, lane, self.base.model), self.device):
-                    self._leave(lane, State.COMPLETED)
+                if fits(partial(slot.save_adapter, self.base.model), self.device):
+                    self._leave(slot, State.COMPLETED)
                 else:
-                    self._set_aside(lane)
+                    self._set_aside(slot)
             except StorageError as error:
-                self._leave(lane, State.BAD_INPUT, str(error), kind=kind_of(error))
+                self._leave(slot, State.BAD_INPUT, str(error), kind=error_kind(error))
 
     def _cancel(self) -> None:
-        for lane in list(self._lanes):
-            if not lane.done:
-                lane.again()  # a step half seen is seen again
-                lane.run.save()
-            self._leave(lane, State.CANCELLED, "asked to stop; a checkpoint is written")
-        while self._returned:
-            self._tell(Outcome(key=self._returned.popleft().key, state=State.CANCELLED, message="asked to stop; a checkpoint is written"))
+        for slot in list(self._occupied):
+            if not slot.done:
+                slot.again()  # a step half seen is seen again
+                slot.run.save()
+            self._leave(slot, State.CANCELLED, "stopped; a checkpoint was written")
+        for wanted in self._returned:
+            self._tell(Outcome(key=wanted.key, state=State.CANCELLED, message="stopped; a checkpoint was written"))
+        self._returned.clear()
 
-    def _leave(self, lane: Lane, state: State, message: str = "", details: str = "", kind: str = "") -> None:
+    def _leave(self, slot: Slot, state: State, message: str = "", details: str = "", kind: str = "") -> None:
         if message:
             with suppress(OSError):
-                segment.write_log(lane.run.folder, f"{state}: {message}" + (f"\n{details}" if details else ""))
-        self._lanes.remove(lane)
+                segment.write_log(slot.run.folder, f"{state}: {message}" + (f"\n{details}" if details else ""))
+        self._occupied.remove(slot)
         self._limit = min(self.slots, self._limit + (1 if not self._returned else 0))
-        self._note_peak([lane])
-        name = memory.device_name(self.device)
-        self._tell(lane.run.outcome(state, message, peak_memory_bytes=lane.peak, devices=1, device=name, error=kind))
-
-
-def _settle(lane: Lane, model: Any) -> None:
-    """Write the adapter of the point of the curve that is kept."""
-    lane.run.settle()
-    lane.adapter.save(RunPaths(lane.run.folder).adapter, model)
+        self._note_peak([slot])
+        facts = {"peak_memory_bytes": slot.peak, "devices": 1, "device": memory.device_name(self.device), "error": kind}
+        self._tell(slot.run.outcome(state, message, **facts))

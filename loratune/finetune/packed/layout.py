@@ -1,8 +1,8 @@
 """A flat batch: the token sequences of several adapters laid end to end, without padding.
 
-Notation: T rows, one for each token of all sequences, but that a beginning which prompts of one adapter share
-(beginnings.py) stands there once; N response tokens, of several adapters. Each adapter's rows are contiguous,
-so that its part of any activation is a slice. Attention needs whole sequences again: it spreads rows over P places.
+Notation: T rows, one for each token of all sequences, but that a prefix which prompts of one adapter share
+(data/shared_prefix.py) stands there once; N response tokens, of several adapters. Each adapter's rows are contiguous,
+so that its part of any activation is a slice. Attention needs whole sequences again: P copies of rows, some rows several times.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from loratune.data.batches import Tokens
-from loratune.data.shared_prefix import beginnings
+from loratune.data.shared_prefix import shared_prefixes
 
 _ALIKE = 0.85  # a sequence at least this share of its bucket's longest joins the bucket
 
@@ -21,16 +21,16 @@ _ALIKE = 0.85  # a sequence at least this share of its bucket's longest joins th
 class Share:
     """What one adapter puts into a flat batch."""
 
-    owner: int  # the adapter's place in the caller's list
-    examples: np.ndarray  # int64 [n], places in the split
-    slots: Sequence[np.ndarray] | None = None  # for each, int64 [its tokens]: whose they are for dropout; needed in training
+    adapter: int  # index in the caller's list
+    examples: np.ndarray  # int64 [n], indices in the split
+    owners: Sequence[np.ndarray] | None = None  # for each, int64 [its tokens]: their owners for dropout; needed in training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """An adapter's rows [start, stop) of the T rows, and [first, last) of the N response tokens."""
 
-    owner: int
+    adapter: int
     start: int
     stop: int
     first: int
@@ -38,10 +38,10 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
-    """A sequence's own rows [start, stop), and its places [first, last) on the line of sequences end to end.
+class SequenceSpan:
+    """A sequence's own rows [start, stop), and its copies [first, last) on the line of sequences end to end.
 
-    The last row sees all of those places, the one before it all but the last, and so on.
+    The last row sees all of these copies, the one before it all but the last, and so on.
     """
 
     start: int
@@ -51,28 +51,28 @@ class Stretch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Rows spread over places, of which each row has one or more."""
+class RowCopies:
+    """Rows copied to where attention wants them, each row once or several times."""
 
-    rows: torch.Tensor  # int64 [P]; the row in each place
-    homes: torch.Tensor  # int64 [T]; the first place of each row
-    again: torch.Tensor  # int64; places that hold a row once more
+    rows: torch.Tensor  # int64 [P]; the row of each copy
+    first: torch.Tensor  # int64 [T]; the first copy of each row
+    further: torch.Tensor  # int64; all other copies
 
-    def out(self, x: torch.Tensor) -> torch.Tensor:
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
         """[T, ...] -> [P, ...]"""
         return x.index_select(0, self.rows)
 
-    def back(self, x: torch.Tensor) -> torch.Tensor:
-        """The first place of each row: [P, ...] -> [T, ...]"""
-        return x.index_select(0, self.homes)
+    def first_copies(self, x: torch.Tensor) -> torch.Tensor:
+        """The first copy of each row: [P, ...] -> [T, ...]"""
+        return x.index_select(0, self.first)
 
-    def collected(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over each row's places, in a fixed order, in float32 or better: [P, ...] -> [T, ...]"""
-        total = self.back(x)
-        if not len(self.again):
+    def summed(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over each row's copies, in a fixed order, in float32 or better: [P, ...] -> [T, ...]"""
+        total = self.first_copies(x)
+        if not len(self.further):
             return total
         exact = total.to(torch.promote_types(x.dtype, torch.float32))
-        rows, more = self.rows[self.again], x[self.again].to(exact.dtype)
+        rows, more = self.rows[self.further], x[self.further].to(exact.dtype)
         # The one that adds in the order given: on a GPU index_add_ would not, on a CPU with several threads index_put_ would not.
         exact = exact.index_put_((rows,), more, accumulate=True) if x.is_cuda else exact.index_add_(0, rows, more)
         return exact.to(x.dtype)
@@ -84,15 +84,15 @@ class Flat:
 
     ids: torch.Tensor  # int64 [1, T]
     positions: torch.Tensor  # int64 [1, T], from 0 in each sequence
-    slots: torch.Tensor  # int64 [T]; of dropout
+    owners: torch.Tensor  # int64 [T]; of each token, for dropout
     predictors: torch.Tensor  # int64 [N]; rows whose hidden states predict a response token, none twice
     labels: torch.Tensor  # int64 [N]; those tokens
     spans: tuple[Span, ...]
     shapes: tuple[tuple[int, int], ...]  # (n, L): rectangles of n sequences of similar length times L positions
-    buckets: Spread  # over those rectangles, one behind the other; what is past a sequence's end is its own first token
-    line: Spread | None  # over the sequences end to end; None where no row stands in two of them
-    stretches: tuple[Stretch, ...]  # one per sequence
-    reads: tuple[Stretch, ...]  # the same from its first row that predicts: what is read behind the last layer
+    buckets: RowCopies  # in those rectangles, one behind the other; past a sequence's end stands its own first token
+    line: RowCopies | None  # in the sequences end to end; None where no row belongs to two of them
+    sequences: tuple[SequenceSpan, ...]  # one per sequence
+    last_layer: tuple[SequenceSpan, ...]  # the same from its first row that predicts: what is read behind the last layer
     starts: torch.Tensor  # int32 [sequences + 1]; where each sequence begins on that line, and its end
     longest: int
 
@@ -103,64 +103,64 @@ class Flat:
 
 def flatten(tokens: Tokens, shares: Sequence[Share], device: torch.device) -> Flat:
     """Lay the shares' sequences end to end, each adapter's in order of their prompts."""
-    ids, positions, slots, predictors, labels, spans = [], [], [], [], [], []
-    sequences: list[np.ndarray] = []  # the rows of each
-    stretches: list[Stretch] = []
-    reads: list[Stretch] = []
+    ids, positions, owners, predictors, labels, spans = [], [], [], [], [], []
+    rows_of: list[np.ndarray] = []  # each sequence
+    sequences: list[SequenceSpan] = []
+    last_layer: list[SequenceSpan] = []
     row = item = 0
     for share in shares:
         start, first_item = row, item
-        for place, shared in beginnings(tokens, share.examples):
-            text, mask = tokens[int(share.examples[place])]
+        for index, shared in shared_prefixes(tokens, share.examples):
+            text, mask = tokens[int(share.examples[index])]
             targets = np.flatnonzero(mask[1:]) + 1  # nothing predicts position 0
             own = np.arange(row, row + len(text) - shared)
-            rows = np.concatenate([sequences[-1][:shared], own]) if shared else own
+            rows = np.concatenate([rows_of[-1][:shared], own]) if shared else own
             ids.append(text[shared:])
             positions.append(np.arange(shared, len(text)))
-            slots.append(share.slots[place][shared:] if share.slots is not None else np.zeros(len(own), dtype=np.int64))
+            owners.append(share.owners[index][shared:] if share.owners is not None else np.zeros(len(own), dtype=np.int64))
             predictors.append(rows[targets - 1])
             labels.append(text[targets])
-            sequences.append(rows)
-            first = stretches[-1].last if stretches else 0
-            stretches.append(Stretch(start=row, stop=row + len(own), first=first, last=first + len(rows)))
-            reads.append(replace(stretches[-1], start=int(rows[targets[0] - 1]) if len(targets) else row + len(own)))
+            rows_of.append(rows)
+            first = sequences[-1].last if sequences else 0
+            sequences.append(SequenceSpan(start=row, stop=row + len(own), first=first, last=first + len(rows)))
+            last_layer.append(replace(sequences[-1], start=int(rows[targets[0] - 1]) if len(targets) else row + len(own)))
             row, item = row + len(own), item + len(targets)
-        spans.append(Span(owner=share.owner, start=start, stop=row, first=first_item, last=item))
+        spans.append(Span(adapter=share.adapter, start=start, stop=row, first=first_item, last=item))
 
     def tensor(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
 
-    lengths = np.asarray([len(rows) for rows in sequences])
-    shapes, places, real = _rectangles(sequences, lengths)
-    line = np.concatenate(sequences)
+    lengths = np.asarray([len(rows) for rows in rows_of])
+    shapes, filled, real = _rectangles(rows_of, lengths)
+    line = np.concatenate(rows_of)
     return Flat(
         ids=tensor(ids).unsqueeze(0),
         positions=tensor(positions).unsqueeze(0),
-        slots=tensor(slots),
+        owners=tensor(owners),
         predictors=tensor(predictors),
         labels=tensor(labels),
         spans=tuple(spans),
         shapes=shapes,
-        buckets=_spread(places, real, row, device),
-        line=_spread(line, np.arange(len(line)), row, device) if len(line) > row else None,
-        stretches=tuple(stretches),
-        reads=tuple(reads),
+        buckets=_copies(filled, real, row, device),
+        line=_copies(line, np.arange(len(line)), row, device) if len(line) > row else None,
+        sequences=tuple(sequences),
+        last_layer=tuple(last_layer),
         starts=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
         longest=int(lengths.max()),
     )
 
 
-def _rectangles(sequences: list[np.ndarray], lengths: np.ndarray) -> tuple[tuple[tuple[int, int], ...], np.ndarray, np.ndarray]:
-    """Sequences of similar length side by side: (the shapes, the row in each place, the places that are not filled up)."""
+def _rectangles(rows_of: list[np.ndarray], lengths: np.ndarray) -> tuple[tuple[tuple[int, int], ...], np.ndarray, np.ndarray]:
+    """Sequences of similar length side by side: (the shapes, the row of each copy, the copies that are no filling)."""
     groups: list[list[int]] = []
     for sequence in np.argsort(-lengths, kind="stable"):
         if not groups or lengths[sequence] < _ALIKE * lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(int(sequence))
     longest = [int(lengths[group[0]]) for group in groups]
-    # What fills a place up is its own sequence's: causality hides it, and nothing of a neighbour can leak in.
+    # The filling is the sequence's own first row: causality hides it, and nothing of a neighbour can leak in.
     filled = [
-        np.concatenate([sequences[i], np.full(length - lengths[i], sequences[i][0])])
+        np.concatenate([rows_of[i], np.full(length - lengths[i], rows_of[i][0])])
         for group, length in zip(groups, longest, strict=True)
         for i in group
     ]
@@ -169,10 +169,10 @@ def _rectangles(sequences: list[np.ndarray], lengths: np.ndarray) -> tuple[tuple
     return shapes, np.concatenate(filled), np.flatnonzero(np.concatenate(inside))
 
 
-def _spread(rows: np.ndarray, real: np.ndarray, count: int, device: torch.device) -> Spread:
-    """`rows` [P] in each place, of which `real` are not filled up; `count` rows."""
-    homes = np.zeros(count, dtype=np.int64)
-    homes[rows[real[::-1]]] = real[::-1]  # the first of several stays
-    again = real[homes[rows[real]] != real]
-    held = [torch.from_numpy(array.astype(np.int64)).to(device) for array in (rows, homes, again)]
-    return Spread(rows=held[0], homes=held[1], again=held[2])
+def _copies(rows: np.ndarray, real: np.ndarray, count: int, device: torch.device) -> RowCopies:
+    """`rows` [P] of the copies, of which `real` are no filling; `count` rows."""
+    first = np.zeros(count, dtype=np.int64)
+    first[rows[real[::-1]]] = real[::-1]  # the first of several stays
+    further = real[first[rows[real]] != real]
+    held = [torch.from_numpy(array.astype(np.int64)).to(device) for array in (rows, first, further)]
+    return RowCopies(rows=held[0], first=held[1], further=held[2])

@@ -1,6 +1,6 @@
-"""A lane: one trial on its way through the packed engine, from entering its slot to its outcome.
+"""A slot: one trial on its way through the packed engine, from its entry to its outcome.
 
-A lane never waits for another one: it offers the examples that its present optimiser step still needs, takes part in
+A slot never waits for another one: it offers the examples that its present optimiser step still needs, takes part in
 whatever passes they are put into, and steps as soon as the last of them has been seen.
 """
 
@@ -9,38 +9,50 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from loratune.data.batches import Tokens, response_tokens
-from loratune.data.shared_prefix import dropout_slots
-from loratune.finetune import lora, memory
+from loratune.data.shared_prefix import dropout_owners
+from loratune.data.tasks import TrainingTask
+from loratune.finetune import memory
+from loratune.finetune.methods import Method
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, learning_rate_factor, warmup_steps
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.layout import Flat, Share, flatten
 from loratune.finetune.segment import SegmentRun
+from loratune.finetune.targets import chosen_layers, left_out
 from loratune.finetune.trainer import DivergedError
-from loratune.record.paths import StudyPaths
+from loratune.record.paths import RunPaths, StudyPaths
 from loratune.work import Progress, Recipe, Segment
 
 
-class Lane:
+class Slot:
     """Trains one segment. Raises ModelError for hyperparameters that do not fit the model."""
 
     def __init__(
-        self, segment: Segment, *, base: PackedBase, recipe: Recipe, root: Path, tokens: Tokens, report: Callable[[Progress], None]
+        self,
+        segment: Segment,
+        *,
+        base: PackedBase,
+        recipe: Recipe,
+        root: Path,
+        tokens: Tokens,
+        method: Method,
+        report: Callable[[Progress], None],
     ) -> None:
         h = segment.hyperparameters
         self.segment, self.tokens, self._kind = segment, tokens, recipe.training.lr_scheduler_type
         self._sides = base.sides
-        layers = {name: base.features(name) for name in lora.chosen_layers(base.model, h.target_modules)}
-        lora.peft_config(base.model, h)  # refuses what PEFT would
-        self.adapter = Adapter(layers, h, segment.seed, recipe.training, dtype=base.base.dtype, device=base.device)
+        layers = {name: base.features(name) for name in chosen_layers(base.model, h.target_modules)}
+        method.config(base.model, h)  # refuses what PEFT would
+        self.adapter = Adapter(layers, h, segment.seed, recipe.training, dtype=base.base.dtype, device=base.device, method=method)
         self.batch_tokens = h.batch_size * float(np.mean(tokens.lengths))  # of one step, on average
         self.scale = HALF_PRECISION_SCALE if base.base.dtype == torch.float16 else 1.0
-        self.waiting: np.ndarray = np.zeros(0, dtype=np.int64)  # slots of the present step's batch that are still to be seen
+        self.waiting: np.ndarray = np.zeros(0, dtype=np.int64)  # indices in the present step's batch, still to be seen
         self.items = 1  # response tokens of that batch
         self.peak = 0  # bytes of memory
-        self._nll = torch.zeros((), dtype=torch.float64, device=base.device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=base.device)
         self._warmup = warmup_steps(h.warmup_ratio, segment.total_steps)
         self.run = SegmentRun(
             segment,
@@ -51,7 +63,7 @@ class Lane:
             optimizer=self.adapter.optimizer,
             report=report,
         )
-        for line in lora.left_out(base.model, h.target_modules):
+        for line in left_out(base.model, h.target_modules):
             self.run.log(line)
         self.run.resume()
         self.adapter.refresh()
@@ -67,10 +79,10 @@ class Lane:
         """Whether the present step has seen all its examples."""
         return not len(self.waiting)
 
-    def offer(self, room: int, owner: int, *, beside: Share | None = None) -> Share | None:
-        """The next examples of the present step that fit into `room` tokens, longest first; None when there are none.
+    def offer(self, room: int, number: int, *, beside: Share | None = None) -> Share | None:
+        """The next examples of the present step that fit into `room` tokens, longest first, as adapter `number`'s share; or None.
 
-        At least one, unless they go `beside` others: then those alone that may share a pass with them.
+        At least one example while there are any; `beside` others, those alone that may share a pass with them.
         """
         lengths = np.asarray(self.tokens.lengths)[self._examples[self.waiting]]
         count = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
@@ -79,13 +91,13 @@ class Lane:
         count = max(min(count, _leading(self._sides(lengths) == side)), 0 if beside is not None else min(1, len(lengths)))
         if not count:
             return None
-        slots = self.waiting[:count]
-        return Share(owner=owner, examples=self._examples[slots], slots=[self._slots[slot] for slot in slots])
+        taken = self.waiting[:count]
+        return Share(adapter=number, examples=self._examples[taken], owners=[self._owners[index] for index in taken])
 
-    def seen(self, share: Share, nll: torch.Tensor) -> None:
-        """A pass is done: `share`'s examples gave a summed `nll`, and their gradients are in the adapter."""
+    def seen(self, share: Share, loss: torch.Tensor) -> None:
+        """A pass is done: `share`'s examples gave a summed `loss`, and their gradients are in the adapter."""
         self.waiting = self.waiting[len(share.examples) :]
-        self._nll = self._nll + nll.detach().double()
+        self._loss = self._loss + loss.detach().double()
 
     def used(self, size: int) -> None:
         """It had so many bytes of memory in use."""
@@ -99,43 +111,48 @@ class Lane:
     def step(self) -> None:
         """Take the optimiser step that all examples have been seen for. Raises DivergedError, before the weights are touched."""
         norm = self.adapter.clip(self.scale)
-        nll, norm_value = torch.stack([self._nll, norm.double()]).tolist()
-        if not (abs(nll) < float("inf") and norm_value < float("inf")):
-            raise DivergedError(f"step {self.run.step + 1}: loss {nll / self.items:.4g}, gradient norm {norm_value:.4g}")
+        loss, norm_value = torch.stack([self._loss, norm.double()]).tolist()
+        if not (abs(loss) < float("inf") and norm_value < float("inf")):
+            raise DivergedError(f"step {self.run.step + 1}: loss {loss / self.items:.4g}, gradient norm {norm_value:.4g}")
         factor = learning_rate_factor(self._kind, self.run.step, self._warmup, self.segment.total_steps)
         self.adapter.update(factor)
         if not self.adapter.finite:  # a step too large for float32: no neighbour may ever multiply with it
             raise DivergedError(f"step {self.run.step + 1}: the adapter's weights are not finite")
-        self.run.stepped(nll, self.items, self.segment.hyperparameters.learning_rate * factor)
+        self.run.stepped(loss, self.items, self.segment.hyperparameters.learning_rate * factor)
         self._begin_step()
 
+    def save_adapter(self, model: nn.Module) -> None:
+        """Write the adapter of the point of the curve that is kept. Raises StorageError."""
+        self.run.settle()
+        self.adapter.save(RunPaths(self.run.folder).adapter, model)
+
     def _begin_step(self) -> None:
-        self._nll = torch.zeros_like(self._nll)
+        self._loss = torch.zeros_like(self._loss)
         self._examples = self.waiting = np.zeros(0, dtype=np.int64)
         if self.done:
             return
         self._examples = self.run.examples(self.run.step)
         self.items = response_tokens(self.tokens, self._examples)
-        self._slots = dropout_slots(self.tokens, self._examples)
+        self._owners = dropout_owners(self.tokens, self._examples)
         self.waiting = np.argsort(-np.asarray(self.tokens.lengths)[self._examples], kind="stable")
 
 
-def fill(lanes: Sequence[Lane], room: int, enough: float) -> list[Share]:
-    """What goes into the next pass of at most `room` tokens: the first lane's examples, and others' beside them.
+def fill(slots: Sequence[Slot], room: int, enough: float) -> list[Share]:
+    """The shares of the next pass of at most `room` tokens: the first slot's examples, and others' beside them.
 
-    A lane whose batches hold `enough` tokens to keep the device busy has its passes to itself: what it computes is then
+    A slot whose batches hold `enough` tokens to keep the device busy has its passes to itself: what it computes is then
     the same to the last bit, whoever its companions are. Smaller ones share a pass. A single example longer than
     `room` goes alone.
     """
-    first = lanes[0]
-    companions = [k for k, lane in enumerate(lanes) if k == 0 or (first.batch_tokens < enough and lane.batch_tokens < enough)]
+    first = slots[0]
     shares: list[Share] = []
-    for owner in companions:
-        share = lanes[owner].offer(room, owner, beside=shares[0] if shares else None)
-        if share is None:
+    for number, slot in enumerate(slots):
+        if number and not (first.batch_tokens < enough and slot.batch_tokens < enough):
             continue
-        shares.append(share)
-        room -= int(np.asarray(lanes[owner].tokens.lengths)[share.examples].sum())
+        share = slot.offer(room, number, beside=shares[0] if shares else None)
+        if share is not None:
+            shares.append(share)
+            room -= int(np.asarray(slot.tokens.lengths)[share.examples].sum())
     return shares
 
 
@@ -144,12 +161,14 @@ def _leading(true: np.ndarray) -> int:
     return len(true) if true.all() else int(np.argmin(true))
 
 
-def run_pass(base: PackedBase, tokens: Tokens, lanes: Sequence[Lane], shares: Sequence[Share]) -> tuple[Flat, list[torch.Tensor]]:
-    """One pass, forward and backward: (the flat batch, each share's summed NLL). Gradients are added to the adapters'."""
+def run_pass(
+    base: PackedBase, tokens: Tokens, slots: Sequence[Slot], shares: Sequence[Share], task: TrainingTask
+) -> tuple[Flat, list[torch.Tensor]]:
+    """One pass, forward and backward: (the flat batch, each share's summed loss). Gradients are added to the adapters'."""
     flat = flatten(tokens, shares, base.device)
-    nll = base.nll(flat, [lane.adapter for lane in lanes], [lane.run.step for lane in lanes])
-    sums = [nll[span.first : span.last].sum() for span in flat.spans]
-    losses = [total * (lanes[span.owner].scale / lanes[span.owner].items) for total, span in zip(sums, flat.spans, strict=True)]
+    each = task.loss(base.nll(flat, [slot.adapter for slot in slots], [slot.run.step for slot in slots]), flat.labels)
+    sums = [each[span.first : span.last].sum() for span in flat.spans]
+    losses = [total * (slots[span.adapter].scale / slots[span.adapter].items) for total, span in zip(sums, flat.spans, strict=True)]
     # Each adapter's loss reaches its own rows only; a common sum would do as well, but for inf and NaN.
     torch.autograd.backward([loss for loss in losses if loss.requires_grad])
     memory.synchronize(base.device)

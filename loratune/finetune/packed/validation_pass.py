@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from loratune.data.batches import Tokens
+from loratune.data.tasks import SFT, TrainingTask
 from loratune.errors import DataError
 from loratune.finetune import memory
 from loratune.finetune.failures import ran_out
@@ -16,9 +17,15 @@ from loratune.finetune.packed.layout import Share, flatten
 
 
 def validate_together(
-    base: PackedBase, adapters: Sequence[Adapter], tokens: Tokens, *, room: int, interrupted: Callable[[], bool] = lambda: False
+    base: PackedBase,
+    adapters: Sequence[Adapter],
+    tokens: Tokens,
+    *,
+    room: int,
+    interrupted: Callable[[], bool] = lambda: False,
+    task: TrainingTask = SFT,
 ) -> tuple[list[float], float]:
-    """The one loss (finetune/validation.py) of each adapter over all of `tokens`, and the seconds all of it took.
+    """The task's metric (as finetune/validation.py) of each adapter over all of `tokens`, and the seconds that took in all.
 
     `room`: tokens per pass. Raises DataError without a response token, InterruptedError when asked to give up.
     """
@@ -29,11 +36,11 @@ def validate_together(
     for examples in _chunks(lengths, max(1, room // len(adapters)), base.sides(lengths)):
         if interrupted():
             raise InterruptedError
-        shares = [Share(owner=k, examples=examples) for k in range(len(adapters))]
+        shares = [Share(adapter=k, examples=examples) for k in range(len(adapters))]
         flat = flatten(tokens, shares, base.device)
         with torch.no_grad():
-            nll = base.nll(flat, adapters).double()
-        sums += torch.stack([nll[span.first : span.last].sum() for span in flat.spans])
+            metric = task.metric(base.nll(flat, adapters), flat.labels).double()
+        sums += torch.stack([metric[span.first : span.last].sum() for span in flat.spans])
         number += flat.spans[0].last
     if not number:
         raise DataError("the validation set holds no response token; give data with non-empty responses, or a larger validation share.")
@@ -41,13 +48,13 @@ def validate_together(
 
 
 def validate_within(
-    base: PackedBase, adapters: Sequence[Adapter], tokens: Tokens, room: int, interrupted: Callable[[], bool]
+    base: PackedBase, adapters: Sequence[Adapter], tokens: Tokens, room: int, interrupted: Callable[[], bool], task: TrainingTask = SFT
 ) -> tuple[tuple[list[float], float] | None, int]:
     """What `validate_together` gives, None where there is no memory for one example of each adapter; and the room that was left."""
     least = int(np.max(tokens.lengths)) * len(adapters)
     while True:
         try:
-            return validate_together(base, adapters, tokens, room=room, interrupted=interrupted), room
+            return validate_together(base, adapters, tokens, room=room, interrupted=interrupted, task=task), room
         except Exception as error:
             if not ran_out(error, base.device):
                 raise

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loratune.data.fields import BadError
-from loratune.data.formats import detect, parse
+from loratune.data.formats import detect_format, parse_record
 from loratune.data.prepared import SourceCounts
 from loratune.data.sources import Example, Exchange, fields_of
 
@@ -19,7 +19,7 @@ def conversation(*answers, **more):
 
 
 def read(record):
-    return parse(record, detect(record))
+    return parse_record(record, detect_format(record))
 
 
 # ---- what is read ----
@@ -107,7 +107,7 @@ REFUSED = {
     "two reasonings": (conversation({"reasoning": "x", "thinking": "y"}), r"^messages\[2\]\.reasoning and thinking: mean the same"),
     "weight of a row": (ALPACA | {"weight": 0.5}, "^field weight: expected 0 or 1"),
     "row not to be learnt": (ALPACA | {"weight": 0}, "^the row is marked as not to be trained on"),
-    "unwanted answer": ({"prompt": "q", "completion": "a", "label": False}, "^field label: false marks an answer that is not wanted"),
+    "unwanted answer": ({"prompt": "q", "completion": "a", "label": False}, "^field label: false marks a rejected answer"),
     "two systems": (
         conversation({}, system="B") | {"messages": [{"role": "system", "content": "A"}, *conversation({})["messages"]]},
         "two diff",
@@ -144,6 +144,6 @@ def test_the_summary_groups_them_by_rows():
     examples = [Example(exchanges=p.exchanges, history=p.history, unread=p.unread) for p in map(read, rows)]
     zero = dict.fromkeys(("rows", "bad", "dropped", "overlapping", "duplicates", "train", "validation", "repeats", "cut"), 0)
     assert SourceCounts(path="a", role="train", bad_rows=(), **zero, **fields_of(examples)).fields() == [
-        "2,000 rows with history: its exchanges stand before the question, their answers are scored too",
+        "2,000 rows with history: its exchanges come before the question, and their answers are scored too",
         "fields not read: id, source (2,000 rows each); score (1 row)",
     ]

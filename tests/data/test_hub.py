@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import pytest
 
 from loratune.data import records
-from loratune.data.prepare import load_tokenizer
+from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import DataError, ModelError
 from loratune.system import hub
 

@@ -8,9 +8,10 @@ import chat_templates
 import pytest
 import tiny_tokenizer
 
-from loratune.data.prepare import load_tokenizer, prepare
-from loratune.data.prompts import UnfitError, answer_ends, choose
-from loratune.data.sources import DataRecipe, Example, Exchange, Source
+from loratune.data.prepare import prepare
+from loratune.data.prompts import UnfitError, answer_ends, choose_prompt
+from loratune.data.sources import DataRecipe, DataSource, Example, Exchange
+from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import ModelError
 
 DATE = "2026-03-01"
@@ -54,7 +55,7 @@ def shown(encoded, tokenizer):
 
 
 def encoded(tokenizer, example, **options):
-    return shown(choose(tokenizer, "auto", date=DATE, **options).encode(example, 1000), tokenizer)
+    return shown(choose_prompt(tokenizer, "auto", date=DATE, **options).encode(example, 1000), tokenizer)
 
 
 @pytest.mark.parametrize("name", chat_templates.FAMILIES)
@@ -65,7 +66,7 @@ def test_scored_is_what_a_model_writes(tokenizer, name):
 
 @pytest.mark.parametrize("name", chat_templates.FAMILIES)
 def test_a_question_is_what_training_puts_before_the_first_scored_token(tokenizer, name):
-    prompt = choose(tokenizer(name), "chat", date=DATE)
+    prompt = choose_prompt(tokenizer(name), "chat", date=DATE)
     for response in ("Hello", "\nHello", "Hi", "a", "think"):  # words of the templates among them
         example = dataclasses.replace(TURNS, exchanges=(Exchange("Hi", "there", response),))
         made = prompt.encode(example, 1000)
@@ -75,7 +76,7 @@ def test_a_question_is_what_training_puts_before_the_first_scored_token(tokenize
 @pytest.mark.parametrize("name", chat_templates.FAMILIES)
 def test_an_answer_ends_with_one_token_which_stops_generation(tokenizer, name):
     loaded = tokenizer(name)
-    prompt = choose(loaded, "chat", date=DATE)
+    prompt = choose_prompt(loaded, "chat", date=DATE)
     made = prompt.encode(TURNS, 1000)
     assert made.response_mask[-1]
     assert {made.input_ids[-1]} == prompt.ends
@@ -143,10 +144,10 @@ def test_where_no_token_ends_a_turn_the_last_answer_ends_with_eos(tmp_path, temp
 
 def test_without_a_template_auto_is_alpaca(tmp_path):
     loaded = load_tokenizer(str(tiny_tokenizer.build(tmp_path)))
-    assert choose(loaded, "auto").note == "alpaca, because the tokenizer has no chat template"
+    assert choose_prompt(loaded, "auto").note == "alpaca, because the tokenizer has no chat template"
     loaded.chat_template = tiny_tokenizer.CHATML
-    assert choose(loaded, "auto").note == "chat, the tokenizer's own template; answers end with <|im_end|>"
-    assert choose(loaded, "alpaca").note == "alpaca, as asked: the tokenizer's own chat template is not what is trained"
+    assert choose_prompt(loaded, "auto").note == "chat, the tokenizer's own template; answers end with <|im_end|>"
+    assert choose_prompt(loaded, "alpaca").note == "alpaca, as asked: the tokenizer's own chat template is not what is trained"
 
 
 # ---- thinking parts ----
@@ -171,7 +172,7 @@ UNSCORED = {
 def test_a_thinking_part_is_scored_or_not(tokenizer, name, example):
     assert encoded(tokenizer(name), example).endswith(SHOWN[name])
     assert encoded(tokenizer(name), example, score_reasoning=False).endswith(UNSCORED[name])
-    prompt = choose(tokenizer(name), "chat", date=DATE)
+    prompt = choose_prompt(tokenizer(name), "chat", date=DATE)
     made = prompt.encode(example, 1000)
     assert prompt.question("2+2?", thinking=True) == made.input_ids[: made.response_mask.index(True)]
 
@@ -204,7 +205,7 @@ def test_a_template_that_drops_the_thinking_part_is_noticed(tokenizer, name):
 
 def test_thinking_parts_of_earlier_answers_are_counted(tokenizer):
     two = dataclasses.replace(THOUGHT, exchanges=(*THOUGHT.exchanges, Exchange("And 3+3?", "", "Six.", reasoning="Three and three")))
-    prompt = choose(tokenizer("qwen3"), "chat")
+    prompt = choose_prompt(tokenizer("qwen3"), "chat")
     assert prompt.encode(two, 1000).reasoning_left_out == 1
     assert shown(prompt.encode(two, 1000), tokenizer("qwen3")) == (
         "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n[[Four.<|im_end|>]]\n<|im_start|>user\nAnd 3+3?<|im_end|>\n"
@@ -215,7 +216,7 @@ def test_thinking_parts_of_earlier_answers_are_counted(tokenizer):
 @pytest.mark.parametrize("score_reasoning", [True, False])
 def test_alpaca_scores_a_thinking_part_or_not(tokenizer, score_reasoning):
     loaded = tokenizer("chatml")
-    text = shown(choose(loaded, "alpaca", score_reasoning=score_reasoning).encode(INLINE, 1000), loaded)
+    text = shown(choose_prompt(loaded, "alpaca", score_reasoning=score_reasoning).encode(INLINE, 1000), loaded)
     thought = "<think>\nTwo and two\n</think>\n\n"
     assert text.endswith(f"Response:[[{thought}Four.<|im_end|>]]" if score_reasoning else f"Response:{thought}[[Four.<|im_end|>]]")
 
@@ -227,7 +228,7 @@ def test_alpaca_scores_a_thinking_part_or_not(tokenizer, score_reasoning):
 def test_an_answer_that_is_context_only(tokenizer, kind):
     loaded = tokenizer("chatml")
     first, second = TURNS.exchanges
-    prompt = choose(loaded, kind)
+    prompt = choose_prompt(loaded, kind)
     for exchanges, scored in (
         ((first._replace(scored=False), second), ["See you<|im_end|>"]),
         ((first, second._replace(scored=False)), ["Hello<|im_end|>"]),
@@ -274,7 +275,7 @@ def test_a_template_that_looks_into_an_answer_is_noticed(tokenizer, test):
 @pytest.mark.parametrize("example", [THOUGHT, dataclasses.replace(TURNS, tools=TOOLS)], ids=["reasoning", "tools"])
 def test_alpaca_has_no_place_for_them(tokenizer, example):
     with pytest.raises(UnfitError, match=r"a.json, record 3: .* prompt: alpaca has no place. Use prompt: chat"):
-        choose(tokenizer("qwen3"), "alpaca").encode(example, 1000)
+        choose_prompt(tokenizer("qwen3"), "alpaca").encode(example, 1000)
 
 
 # ---- control tokens in the data ----
@@ -285,9 +286,9 @@ def test_control_tokens_in_the_data_are_text(tokenizer, name):
     loaded = tokenizer(name)
     tokens = [t.content for t in loaded.added_tokens_decoder.values() if t.special]
     told = "Write " + " and ".join(tokens) + " here"
-    plain = choose(loaded, "chat", date=DATE).encode(TURNS, 5000)
+    plain = choose_prompt(loaded, "chat", date=DATE).encode(TURNS, 5000)
     example = Example(exchanges=(Exchange(told, "", told), Exchange(told, "", told + ".")))
-    prompt = choose(loaded, "chat", date=DATE)
+    prompt = choose_prompt(loaded, "chat", date=DATE)
     made = prompt.encode(example, 5000)
     of_template = {token: plain.input_ids.count(token) for token in loaded.added_tokens_decoder}
     assert {token: made.input_ids.count(token) for token in loaded.added_tokens_decoder} == of_template
@@ -306,7 +307,7 @@ def test_added_tokens_that_are_not_special_are_words(tmp_path):
     )
     loaded = load_tokenizer(str(folder))
     example = Example(exchanges=(Exchange("Add.", "", "<tool_call>{}</tool_call>"),))
-    made = choose(loaded, "chat").encode(example, 100)
+    made = choose_prompt(loaded, "chat").encode(example, 100)
     assert [made.input_ids.count(loaded.convert_tokens_to_ids(tag)) for tag in ("<tool_call>", "</tool_call>")] == [1, 1]
 
 
@@ -318,7 +319,7 @@ DATED = [name for name, family in chat_templates.FAMILIES.items() if "strftime_n
 @pytest.mark.parametrize("name", DATED)
 def test_the_date_is_the_one_that_was_given(tokenizer, name):
     loaded = tokenizer(name)
-    prompt = choose(loaded, "chat", date="2031-12-09")
+    prompt = choose_prompt(loaded, "chat", date="2031-12-09")
     assert (prompt.date, prompt.note.rpartition("; ")[2]) == ("2031-12-09", "its date is 2031-12-09")
     text = shown(prompt.encode(TURNS, 1000), loaded)
     assert any(day in text for day in ("09 Dec 2031", "December 09, 2031", "09 December 2031", "2031-12-09"))
@@ -337,7 +338,7 @@ def test_the_date_of_a_template_for_tools_alone(tmp_path):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     rows = [{"messages": [{"role": "user", "content": str(i)}, *messages[1:]], "tools": json.loads(TOOLS)} for i in range(4)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.json")),), validation_fraction=0.5)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.json")),), validation_fraction=0.5)
     made = [prepare(recipe, tokenizer=str(tmp_path / "tokenizer"), cache=tmp_path, date=date) for date in (DATE, "2031-12-09")]
     assert [one.manifest.prompt.date for one in made] == [DATE, "2031-12-09"]
     assert loaded.decode(made[1].train[0][0]).startswith("09 Dec 2031 [{")
@@ -347,13 +348,13 @@ def test_templates_without_a_default(tmp_path):
     loaded = load_tokenizer(str(tiny_tokenizer.build(tmp_path)))
     loaded.chat_template = {"tool_use": tiny_tokenizer.CHATML, "rag": tiny_tokenizer.CHATML}
     with pytest.raises(ModelError, match=r"chat template cannot show .* no default specified.* Use prompt: alpaca"):
-        choose(loaded, "auto")
-    assert choose(loaded, "alpaca").kind == "alpaca"
+        choose_prompt(loaded, "auto")
+    assert choose_prompt(loaded, "alpaca").kind == "alpaca"
 
 
 def test_a_template_without_a_date_has_none(tokenizer):
     assert DATED == ["llama-3.2", "granite", "smollm3", "gpt-oss"]
-    assert choose(tokenizer("chatml"), "chat", date=DATE).date == ""
+    assert choose_prompt(tokenizer("chatml"), "chat", date=DATE).date == ""
 
 
 def test_a_date_in_a_format_that_the_template_works_out(tokenizer, tmp_path):

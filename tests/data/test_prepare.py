@@ -17,9 +17,10 @@ import tiny_tokenizer
 from loratune import demo
 from loratune.data import prepare as module
 from loratune.data import prepared as prepared_module
-from loratune.data.prepare import check, load_tokenizer, prepare
+from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
+from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import DataError, ModelError, StorageError
 
 
@@ -45,7 +46,7 @@ def texts(tokens, tokenizer):
 
 
 def simple(tmp_path, **options):
-    recipe = {"train": (Source(path=write(tmp_path / "a.jsonl", questions("a", 20))),), "validation_fraction": 0.25} | options
+    recipe = {"train": (DataSource(path=write(tmp_path / "a.jsonl", questions("a", 20))),), "validation_fraction": 0.25} | options
     return DataRecipe(**recipe)
 
 
@@ -57,9 +58,9 @@ def test_rows_that_a_chat_template_refuses(tmp_path):
     chat = str(tiny_tokenizer.build(tmp_path / "chat", chat_template=refuses + tiny_tokenizer.CHATML))
     rows = [{"instruction": q, "output": "yes", "system": "S" if q in ("a3", "a7") else ""} for q in questions("a", 20)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
     told = "a.jsonl, line 4: the chat template cannot show this conversation: System role not supported"
-    with pytest.raises(DataError, match=rf"{told}\. Mend the row, or leave such rows out with data.on_bad_rows: skip"):
+    with pytest.raises(DataError, match=rf"{told}\. Fix the row, or leave such rows out with data.on_bad_rows: skip"):
         prepare(recipe, tokenizer=chat, cache=tmp_path / "cache")
     prepared = prepare(dataclasses.replace(recipe, on_bad_rows="skip"), tokenizer=chat, cache=tmp_path / "cache")
     (counts,) = prepared.manifest.sources
@@ -106,8 +107,8 @@ def test_order_of_the_rows_does_not_matter(tmp_path, tokenizer):
 
 
 def test_duplicates_stay_together_across_sources(tmp_path, tokenizer):
-    one = Source(path=write(tmp_path / "a.jsonl", [*questions("a", 30), "A0.", "a1!"]))
-    two = Source(path=write(tmp_path / "b.jsonl", [*questions("b", 30), "a2", "a3"], answer="no"))
+    one = DataSource(path=write(tmp_path / "a.jsonl", [*questions("a", 30), "A0.", "a1!"]))
+    two = DataSource(path=write(tmp_path / "b.jsonl", [*questions("b", 30), "a2", "a3"], answer="no"))
     for seed in range(5):
         recipe = DataRecipe(train=(one, two), validation_fraction=0.5, seed=seed)
         prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
@@ -120,8 +121,8 @@ def test_duplicates_stay_together_across_sources(tmp_path, tokenizer):
 
 
 def test_validation_sources_take_their_questions_out_of_training(tmp_path, tokenizer):
-    train = Source(path=write(tmp_path / "a.jsonl", questions("a", 10)))
-    held_out = Source(path=write(tmp_path / "v.jsonl", ["A1", "a2?", "c1", "c2"]))
+    train = DataSource(path=write(tmp_path / "a.jsonl", questions("a", 10)))
+    held_out = DataSource(path=write(tmp_path / "v.jsonl", ["A1", "a2?", "c1", "c2"]))
     prepared = prepare(DataRecipe(train=(train,), validation=(held_out,)), tokenizer=tokenizer, cache=tmp_path / "cache")
     assert sorted(texts(prepared.train, tokenizer)) == ["a0", *questions("a", 10)[3:]]
     assert sorted(texts(prepared.validation, tokenizer)) == ["A1", "a2?", "c1", "c2"]
@@ -129,7 +130,7 @@ def test_validation_sources_take_their_questions_out_of_training(tmp_path, token
         ("train", 2, 8, 0),
         ("validation", 0, 0, 4),
     ]
-    assert "2 training rows left out because validation asks the same" in prepared.summary()
+    assert "2 training rows left out because validation has the same question" in prepared.summary()
 
 
 BOX = "What is the secret of box {}?"
@@ -159,7 +160,7 @@ LEAKS = {
 def test_no_question_of_any_turn_stands_on_both_sides(tmp_path, name):
     tokenizer = str(demo.model_folder())
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(LEAKS[name](n)) + "\n" for n in range(30)))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.4)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.4)
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     loaded = load_tokenizer(tokenizer)
     sides = []
@@ -176,7 +177,7 @@ def test_no_question_of_any_turn_stands_on_both_sides(tmp_path, name):
 def test_a_later_question_of_a_validation_source_leaves_training(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(turns((f"a{n}", "x"), (f"b{n}", "y"))) + "\n" for n in range(10)))
     (tmp_path / "v.jsonl").write_text(json.dumps(turns(("c", "x"), ("B3!", "y"))) + "\n" + json.dumps(turns(("a7", "y"))) + "\n")
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation=(Source(path=str(tmp_path / "v.jsonl")),))
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation=(DataSource(path=str(tmp_path / "v.jsonl")),))
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert sorted(texts(prepared.train, tokenizer)) == [f"a{n}" for n in range(10) if n not in (3, 7)]
 
@@ -184,18 +185,18 @@ def test_a_later_question_of_a_validation_source_leaves_training(tmp_path, token
 def test_a_follow_up_that_links_everything_is_told(tmp_path, tokenizer):
     rows = [turns((f"a{n}", "x"), ("Go on", "y")) for n in range(20)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert (len(prepared.validation), prepared.manifest.shared) == (5, 5)
-    assert "5 validation examples ask something that training asks too" in prepared.summary()
-    assert 'in validation and in training, because they link too many conversations to keep those together: "go on" (5 rows)' in (
+    assert "5 validation examples share a question with training" in prepared.summary()
+    assert 'in validation and in training, because they link too many conversations to keep these together: "go on" (5 rows)' in (
         prepared.summary()
     )
     some = [turns((f"b{n}", "x")) for n in range(20)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *some]))
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert (len(prepared.validation), prepared.manifest.shared) == (10, 0)
-    assert "20 of 40 rows form one group and stand on one side" in prepared.summary()
+    assert "20 of 40 rows form one group on one side of the split" in prepared.summary()
     assert 'most of all "go on" (20 rows)' in prepared.summary()
 
 
@@ -204,7 +205,7 @@ def test_fields_that_are_not_read_are_told_also_from_the_cache(tmp_path, tokeniz
     for row in rows:
         row["messages"][1] |= {"weight": 0, "name": "Bob"}
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
     for _ in range(2):
         summary = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache").summary()
         assert "20 answers are context only, not scored (weight: 0, train: false)" in summary
@@ -215,10 +216,10 @@ def test_near_duplicates_are_counted_and_quoted(tmp_path, tokenizer):
     long = "please write one short poem about the old house number {} that stands on the green hill beside the {} sea"
     rows = [long.format(n, sea) for n in range(12) for sea in ("blue", "grey")] + questions("a", 20)
     (tmp_path / "v.jsonl").write_text("".join(json.dumps({"instruction": long.format(n, "red"), "output": "x"}) + "\n" for n in range(3)))
-    train, held_out = Source(path=write(tmp_path / "a.jsonl", rows)), Source(path=str(tmp_path / "v.jsonl"))
+    train, held_out = DataSource(path=write(tmp_path / "a.jsonl", rows)), DataSource(path=str(tmp_path / "v.jsonl"))
     prepared = prepare(DataRecipe(train=(train,), validation=(held_out,)), tokenizer=tokenizer, cache=tmp_path / "cache")
     assert (len(prepared.train), prepared.manifest.near_duplicates) == (44, 3)  # told, not moved
-    assert "3 validation examples ask nearly what training asks" in prepared.summary()
+    assert "3 validation examples have a question nearly the same as one in training" in prepared.summary()
     assert 'nearly the same: "please write one short poem about the old house number 0 that' in prepared.summary()
 
 
@@ -235,8 +236,8 @@ def test_a_manifest_from_before_these_counts_is_read(tmp_path, tokenizer):
 
 
 def test_a_source_that_is_asked_for_more_repeats_it_and_says_so(tmp_path, tokenizer):
-    one = Source(path=write(tmp_path / "a.jsonl", questions("a", 40)), weight=0.7)
-    two = Source(path=write(tmp_path / "b.jsonl", questions("b", 10)), weight=0.3)
+    one = DataSource(path=write(tmp_path / "a.jsonl", questions("a", 40)), weight=0.7)
+    two = DataSource(path=write(tmp_path / "b.jsonl", questions("b", 10)), weight=0.3)
     prepared = prepare(DataRecipe(train=(one, two), train_count=50, validation_count=10), tokenizer=tokenizer, cache=tmp_path / "cache")
     first, second = prepared.manifest.sources
     assert (first.train, first.validation, first.repeats) == (35, 7, 2)
@@ -244,23 +245,23 @@ def test_a_source_that_is_asked_for_more_repeats_it_and_says_so(tmp_path, tokeni
     times = Counter(t for t in texts(prepared.train, tokenizer) if t.startswith("b"))
     assert sorted(times.values()) == [2, 2, 2, 2, 2, 2, 3]  # two whole passes over seven, then one more
     assert not set(times) & set(texts(prepared.validation, tokenizer))
-    assert "15 training examples were asked of 7: 8 are repeats" in prepared.summary()
+    assert "15 training examples drawn from 7: 8 are repeats" in prepared.summary()
 
 
 def test_a_drawn_part_of_a_validation_source_frees_the_rest(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", questions("a", 20))
-    recipe = DataRecipe(train=(Source(path=path),), validation=(Source(path=path, count=5),), train_count=10)
+    recipe = DataRecipe(train=(DataSource(path=path),), validation=(DataSource(path=path, count=5),), train_count=10)
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert (len(prepared.train), len(prepared.validation)) == (10, 5)
     assert [s.overlapping for s in prepared.manifest.sources] == [5, 0]
     assert not set(texts(prepared.train, tokenizer)) & set(texts(prepared.validation, tokenizer))
     with pytest.raises(DataError, match="no training example is left"):
-        prepare(dataclasses.replace(recipe, validation=(Source(path=path),)), tokenizer=tokenizer, cache=tmp_path / "cache")
+        prepare(dataclasses.replace(recipe, validation=(DataSource(path=path),)), tokenizer=tokenizer, cache=tmp_path / "cache")
 
 
 def test_own_counts(tmp_path, tokenizer):
-    one = Source(path=write(tmp_path / "a.jsonl", questions("a", 20)), count=5, validation_count=4)
-    two = Source(path=write(tmp_path / "b.jsonl", questions("b", 10)))
+    one = DataSource(path=write(tmp_path / "a.jsonl", questions("a", 20)), count=5, validation_count=4)
+    two = DataSource(path=write(tmp_path / "b.jsonl", questions("b", 10)))
     prepared = prepare(DataRecipe(train=(one, two)), tokenizer=tokenizer, cache=tmp_path / "cache")
     assert [(s.train, s.validation) for s in prepared.manifest.sources] == [(5, 4), (10, 0)]
 
@@ -270,7 +271,7 @@ def test_cut_dropped_and_bad_rows_are_counted(tmp_path, tokenizer):
     write(path, [*questions("a", 8), "why " * 400])
     with open(path, "a") as file:
         file.write(json.dumps({"instruction": "b", "output": "long " * 400}) + "\n" + json.dumps({"instruction": "c", "output": ""}) + "\n")
-    recipe = DataRecipe(train=(Source(path=str(path)),), validation_fraction=0.2, max_length=400, on_bad_rows="skip")
+    recipe = DataRecipe(train=(DataSource(path=str(path)),), validation_fraction=0.2, max_length=400, on_bad_rows="skip")
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     (counts,) = prepared.manifest.sources
     assert (counts.rows, counts.bad, counts.dropped, counts.cut, counts.train + counts.validation) == (11, 1, 1, 1, 9)
@@ -289,7 +290,7 @@ def test_the_published_mix_scaled_down(shared_data, tinystories, tmp_path):
     with open(shared_data / "dolly" / "databricks-dolly-15k.jsonl") as file:
         (tmp_path / "dolly.jsonl").write_text("".join(line for _, line in zip(range(300), file, strict=False)))
     recipe = DataRecipe(
-        train=(Source(path=str(tmp_path / "alpaca.json"), weight=0.7), Source(path=str(tmp_path / "dolly.jsonl"), weight=0.3)),
+        train=(DataSource(path=str(tmp_path / "alpaca.json"), weight=0.7), DataSource(path=str(tmp_path / "dolly.jsonl"), weight=0.3)),
         train_count=1072,
         validation_count=268,
         on_bad_rows="skip",
@@ -400,14 +401,14 @@ def test_killed_while_writing(tmp_path, tokenizer, survived):
 
 def test_the_loser_of_a_race_leaves_the_winner_alone(tmp_path, tokenizer, monkeypatch):
     recipe = simple(tmp_path)
-    real = module.pack
+    real = module.pack_tokens
 
     def slow(examples):
-        monkeypatch.setattr(module, "pack", real)
+        monkeypatch.setattr(module, "pack_tokens", real)
         prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")  # the other process finishes meanwhile
         return real(examples)
 
-    monkeypatch.setattr(module, "pack", slow)
+    monkeypatch.setattr(module, "pack_tokens", slow)
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert len(prepared.train) == 15
     assert os.listdir(tmp_path / "cache") == [prepared.folder.name]
@@ -434,50 +435,19 @@ def test_a_warm_start_imports_neither_torch_nor_transformers(tmp_path, tokenizer
 
 # ---- what is refused ----
 
-A, B = Source(path="a.json"), Source(path="b.json")
-WRONG = {
-    "no validation": ({}, "no validation data asked for: .*Write validation_fraction: 0.2, or"),
-    "no sources": ({"train": (), "validation_fraction": 0.2}, "train: name at least one source"),
-    "two ways": ({"validation": (B,), "validation_fraction": 0.2}, "validation and validation_fraction exclude each other"),
-    "two other ways": ({"validation_count": 3, "validation_fraction": 0.2}, "validation_fraction and validation_count exclude each other"),
-    "fraction of 1": ({"validation_fraction": 1.0}, "expected a number between 0 and 1, got 1.0"),
-    "fraction in percent": ({"validation_fraction": 20}, "expected a number between 0 and 1, got 20"),
-    "prompt": ({"validation_fraction": 0.2, "prompt": "vicuna"}, "prompt: expected auto, alpaca or chat, got vicuna"),
-    "on_bad_rows": ({"validation_fraction": 0.2, "on_bad_rows": "ignore"}, "on_bad_rows: expected error or skip"),
-    "max_length": ({"validation_fraction": 0.2, "max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
-    "count": ({"validation_fraction": 0.2, "train_count": 0}, "train_count: expected at least 1, got 0"),
-    "weight": ({"validation_fraction": 0.2, "train": (Source(path="a", weight=-1.0),)}, "a: weight: expected a number above 0, got -1.0"),
-    "some weights": ({"validation_fraction": 0.2, "train": (A, Source(path="b", weight=1.0))}, "give every source a weight, or none"),
-    "count of validation": ({"validation": (Source(path="b", validation_count=3),)}, "a validation source takes count"),
-    "held out twice": ({"validation": (B,), "train": (Source(path="a", validation_count=3),)}, "exclude each other"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_recipes_that_contradict_themselves(name):
-    options, message = WRONG[name]
-    with pytest.raises(DataError, match=message):
-        check(DataRecipe(**({"train": (A,)} | options)))
-
-
-def test_all_mistakes_at_once():
-    with pytest.raises(DataError) as caught:
-        check(DataRecipe(train=(A,), validation_fraction=2.0, prompt="x", max_length=0))
-    assert len(str(caught.value).splitlines()) == 3
-
 
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
         (["a"] * 9, {"validation_fraction": 0.3}, "leaves no validation example: too few rows, or all ask the same"),
         (["a"], {"validation_fraction": 0.3}, "no training example is left beside validation"),
-        (questions("a", 5), {"validation_count": 6}, "6 validation examples asked for of 5 usable rows; validation never repeats"),
+        (questions("a", 5), {"validation_count": 6}, "6 validation examples requested of 5 usable rows; validation never repeats"),
         (questions("a", 5), {"validation_count": 5}, "no training example is left beside validation"),
         (questions("a", 5), {"validation_fraction": 0.2, "max_length": 9}, "every prompt alone fills max_length = 9 tokens"),
     ],
 )
 def test_data_that_cannot_be_split(tmp_path, tokenizer, rows, options, message):
-    source = Source(path=write(tmp_path / "a.jsonl", rows))
+    source = DataSource(path=write(tmp_path / "a.jsonl", rows))
     with pytest.raises(DataError, match=message):
         prepare(DataRecipe(train=(source,), **options), tokenizer=tokenizer, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

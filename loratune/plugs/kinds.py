@@ -1,0 +1,96 @@
+"""The kinds of plug, with the facts that each declares and the keyword arguments that a study gives to what it makes."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from loratune.plugs.registry import Plug
+from loratune.work import Hyperparameters, Outcome
+
+ADAPTER_BYTES = 4  # of an adapter's parameter: float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerPlug(Plug):
+    """Makes an Optuna sampler (`BaseSampler`).
+
+    The study gives `seed`, `search_space` (Optuna's names -> distributions), `x0` (the defaults, in these names), `workers`
+    (trials in training at the same time).
+    """
+
+    given: ClassVar[tuple[str, ...]] = ("seed", "search_space", "x0", "workers")
+    ordinals: Literal["index", "choice"] = "choice"  # how it wants an ordinal: an integer index, or a categorical of its values
+    several_objectives: bool = True
+    constraints: bool = True  # it reads Optuna's constraints
+    conditional: bool = True  # it can search parameters that exist only for some values of others
+    remembers: bool = False  # made once, and keeps in the storage what it must know; else made anew for each trial, with a seed of its own
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=lambda study: {})
+    """Its arguments in a study, where the user gave no option of that name, from what the study gives and `conditional`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulePlug(Plug):
+    """Makes a `loratune.schedules.Schedule`.
+
+    The study gives `trials`, `baseline` (whether trial 0 is the default that everything is compared with), `fidelity`,
+    `reduction_factor`, `min_resource`.
+    """
+
+    given: ClassVar[tuple[str, ...]] = ("trials", "baseline", "fidelity", "reduction_factor", "min_resource")
+    adaptive: bool = True  # what it trains depends on the losses
+    pauses: Callable[[str], bool] = field(default=lambda fidelity: True)  # whether a run stops and goes on, and so is validated on its way
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorPlug(Plug):
+    """Makes a `loratune.executors.Executor`.
+
+    The study gives `recipe`, `root` (its folder), `lock` (a file descriptor), `devices` (CUDA indices, empty on CPU), `workers`,
+    `threads`, `max_retries`, `hang_timeout`.
+    """
+
+    given: ClassVar[tuple[str, ...]] = ("recipe", "root", "lock", "devices", "workers", "threads", "max_retries", "hang_timeout")
+    in_process: bool = False  # trials train in the driver's own process
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerPlug(Plug):
+    """Makes a `loratune.trackers.Tracker`. The study gives `name`, `id` (its own, drawn once), `folder`."""
+
+    given: ClassVar[tuple[str, ...]] = ("name", "id", "folder")
+    package: str = ""  # what it needs, by pip's name
+    modules: tuple[str, ...] = ()  # one of which must be there; empty: that of `package`
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkPlug(Plug):
+    """Makes a `loratune.downstream.tasks.base.Benchmark`.
+
+    `evaluate` gives `data` (the folder of --data, or None), `weaker` (accept the weaker sandbox). Its score, 0 to 1, is a metric too.
+    """
+
+    given: ClassVar[tuple[str, ...]] = ("data", "weaker")
+    runs_code: bool = False  # scoring runs programs that the model writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a metric is read from: a trial, as far as it is trained."""
+
+    hyperparameters: Hyperparameters
+    run: tuple[Outcome, ...]  # of the segments of its last run, in order; empty: not trained
+    parameters: float = math.nan  # trainable ones of its adapter; NaN where no metric that is known before training is asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricPlug(Plug):
+    """A number of each trial, for objectives, constraints, report and trackers. `make` reads it: Measured -> float, NaN: not measured."""
+
+    unit: str  # its meaning and unit
+    label: str = ""  # in a report; "": its name
+    direction: Literal["minimize", "maximize"] = "minimize"
+    one_direction: str = ""  # why the user may not turn the direction round; "": they may
+    known: Literal["before", "during", "after"] = "after"
+    """before: from hyperparameters and model alone; during: once above a bound, more training does not bring it below; after: else."""
+    benchmark: bool = False  # a benchmark's score: measured when a full run ends, 0 to 1
