@@ -7,9 +7,11 @@ import numpy as np
 
 from loratune.downstream.results.scores import FOLDER, Result, read_results
 from loratune.errors import SpecError
+from loratune.plugs import METRICS as METRIC_PLUGS
+from loratune.plugs import Measured
 from loratune.record import StudyRecord, Trial
 from loratune.selection.choose import Candidate, Rule
-from loratune.selection.constraints import METRICS, Constraint, parse
+from loratune.selection.constraints import METRICS, Constraint, others, parse
 from loratune.selection.finalists import Noise, noise_from_twins, scaled
 from loratune.spec.validation_errors import nearest
 from loratune.work import Hyperparameters
@@ -67,6 +69,7 @@ def candidates(trials: Sequence[Trial], losses: Mapping[int, Sequence[float]], s
             seconds=metric(trial, "seconds", scores),
             tokens=metric(trial, "tokens", scores),
             peak_memory_bytes=metric(trial, "peak_memory_gib", scores) * 2**30,
+            others={name: metric(trial, name, scores) for name in others()},
         )
         for trial in trials
     ]
@@ -86,6 +89,9 @@ def metric(trial: Trial, name: str, scores: Scores) -> float:
         "tokens": float(trial.tokens),
         "peak_memory_gib": peak / 2**30 if peak else math.nan,
     }
+    if name in others():
+        run = tuple(o for o in trial.outcomes if o.key.split("/")[1] == trial.outcomes[-1].key.split("/")[1])
+        return METRIC_PLUGS.read(name, Measured(hyperparameters=trial.hyperparameters, run=run, parameters=float(parameters)))
     return plain[name] if name in plain else means.get(name, math.nan)
 
 
@@ -106,7 +112,7 @@ def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial],
     if len(weighted) > 1 or len(set(names)) < len(names):
         raise SpecError(f"prefer {prefer!r}: give different metrics, each with a weight (loss=1,adapter_mb=0.1) or none (loss,adapter_mb)")
     for name in names:
-        allowed_names = [*ALIASES, *METRICS, *benchmarks]
+        allowed_names = [*ALIASES, *METRICS, *others(), *benchmarks]
         if name not in allowed_names:
             raise SpecError(
                 f"prefer: {name!r} is no metric ({', '.join(METRICS)}), and no benchmark that `loratune evaluate` finished here "

@@ -33,6 +33,7 @@ class Candidate:
     seconds: float = float("nan")
     tokens: float = float("nan")
     peak_memory_bytes: float = float("nan")
+    others: Mapping[str, float] = field(default_factory=dict)  # metrics of other packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +229,14 @@ def _measured(metric: str, candidates: Sequence[Candidate]) -> bool:
         return True
     if metric == "score":
         return bool(candidates) and all(c.scores and set(c.scores) == set(candidates[0].scores) for c in candidates)
-    if higher_is_better(metric):
+    if higher_is_better(metric) and metric not in candidates[0].others:
         return all(metric in c.scores for c in candidates)
     return bool(np.isfinite([_plain(metric, c) for c in candidates]).all())
 
 
 def _plain(metric: str, candidate: Candidate) -> float:
+    if metric in candidate.others:
+        return candidate.others[metric]
     scale = {"adapter_mb": ("adapter_bytes", 1e6), "peak_memory_gib": ("peak_memory_bytes", 2.0**30)}
     name, unit = scale.get(metric, (metric, 1.0))
     return float(getattr(candidate, name)) / unit
@@ -245,7 +248,7 @@ def _resampled(metric: str, candidates: Sequence[Candidate], rng: np.random.Gene
         return _losses(candidates, rng, resamples, noise_sd)
     if metric == "score":
         return np.mean([_scores(name, candidates, rng, resamples) for name in sorted(candidates[0].scores)], axis=0)
-    if higher_is_better(metric):
+    if higher_is_better(metric) and metric not in candidates[0].others:
         return _scores(metric, candidates, rng, resamples)
     return np.tile([_plain(metric, c) for c in candidates], (1 + resamples, 1))
 

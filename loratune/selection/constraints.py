@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from loratune import plugs
 from loratune.errors import SpecError
 from loratune.spec.limits import Constraint
 from loratune.spec.limits import parse as parse_limit
@@ -19,25 +20,32 @@ METRICS = {
 }
 
 
+def others() -> list[str]:
+    """Metrics of other packages (docs/plugs.md), which a choice may name too."""
+    return [name for name in plugs.METRICS.names if name not in plugs.METRICS.builtin and name not in plugs.BENCHMARKS]
+
+
 def parse(text: str, benchmarks: Collection[str] = ()) -> Constraint:
     """`"adapter_mb <= 50"` -> Constraint("adapter_mb", "<=", 50.0). benchmarks: names of scores that count as metrics too.
 
     Raises SpecError: what was given, what is allowed, the nearest name.
     """
     try:
-        return parse_limit(text, [*METRICS, *benchmarks])
+        return parse_limit(text, [*METRICS, *others(), *benchmarks])
     except ValueError as error:
         raise SpecError(f"constraint {shown(text)}: {error}") from None
 
 
 def known(metric: str, benchmarks: Collection[str] = ()) -> str:
     """The metric's name, if it is one. Raises SpecError with the nearest otherwise."""
-    names = [*METRICS, *benchmarks]
+    names = [*METRICS, *others(), *benchmarks]
     if metric not in names:
         raise SpecError(f"unknown metric {metric!r}; allowed: {', '.join(names)}{nearest(metric, names)}")
     return metric
 
 
 def higher_is_better(metric: str) -> bool:
-    """Scores and benchmarks; every other metric is better when lower."""
+    """Scores and benchmarks, and what another package declares so; every other metric is better when lower."""
+    if metric in others():
+        return plugs.METRICS[metric].direction == "maximize"
     return metric == "score" or metric not in METRICS
