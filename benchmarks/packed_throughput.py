@@ -44,7 +44,7 @@ import transformers
 from loratune.data.order import order
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.finetune import model as base_model
 from loratune.finetune.engines import run_segments
 from loratune.finetune.hf import HfEngine
@@ -229,7 +229,7 @@ class Crew:
 def measures(size: str, examples: int, without: list[str], data: Path, scratch: Path) -> Iterator[dict[str, Callable[[str], float]]]:
     """Name of a way -> a function that measures its tokens per second once, under a name of its own."""
     folder = model_folder(size, data, scratch)
-    source = Source(path=str(data / "alpaca" / "alpaca_random_9k.json"), format="alpaca")
+    source = DataSource(path=str(data / "alpaca" / "alpaca_random_9k.json"), format="alpaca")
     recipe_of_data = DataRecipe(train=(source,), train_count=2000, validation_count=8, max_length=512, on_bad_rows="skip")
     prepared = prepare(recipe_of_data, tokenizer=str(folder), cache=scratch / "cache")
     recipe = Recipe(model=ModelRecipe(name_or_path=str(folder)), training=TrainingRecipe(), data=str(prepared.folder), device="cpu")

@@ -27,7 +27,7 @@ from loratune import demo
 from loratune.data.cache import cache_folder
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.demo.tasks import examples
 from loratune.errors import StorageError
 from loratune.record import COMPLETE, read
@@ -126,7 +126,7 @@ def test_data(folder: Path) -> Prepared:
         rows = examples("test", TEST, seed=7)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     train, _ = demo.data_files()
-    recipe = DataRecipe(train=(Source(path=str(train)),), validation=(Source(path=str(path)),), train_count=16, max_length=128)
+    recipe = DataRecipe(train=(DataSource(path=str(train)),), validation=(DataSource(path=str(path)),), train_count=16, max_length=128)
     return prepare(recipe, tokenizer=str(demo.model_folder()), cache=cache_folder() / "data")
 
 

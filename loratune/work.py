@@ -54,37 +54,40 @@ class Hyperparameters(Json):
     batch_size: int = 128  # examples per optimiser step, over all devices
     epochs: float = 2.0  # passes over the training set
     loraplus_lr_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A's
-    target_modules: str | tuple[str, ...] = "qv"  # a named set (see finetune/lora.py) or module names
+    target_modules: str | tuple[str, ...] = "qv"  # a named set (see finetune/targets.py) or module names
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe(Json):
-    """Which base model, and how it is held in memory."""
+    """Which base model, and how it is held in memory: `model` of the description (spec/sections.py says what each field means)."""
 
-    name_or_path: str  # local folder or hub id
-    revision: str | None = None  # hub branch, tag or commit
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | float64; auto: bfloat16 on GPU, float32 on CPU
-    load_in_4bit: bool = False  # NF4 through bitsandbytes, GPU only
-    attn_implementation: str | None = None  # Transformers' name; None lets Transformers choose
+    name_or_path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe(Json):
-    """How every trial of a study is trained."""
+    """How every trial of a study is trained: the part of `training` in the description that no trial varies (spec/sections.py).
 
-    seed: int = 0  # of initialisation, data order and dropout, shared by all trials (common random numbers)
-    micro_batch_size: int = 4  # examples per forward pass and device; changes memory and speed, never results
-    validation_batch_size: int = 8  # likewise
-    lr_scheduler_type: str = "cosine"  # cosine | linear | constant, each after linear warmup
+    `seed` is that of initialisation, data order and dropout, shared by all trials (common random numbers).
+    """
+
+    seed: int = 0
+    micro_batch_size: int = 4
+    validation_batch_size: int = 8
+    lr_scheduler_type: str = "cosine"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-    max_grad_norm: float | None = 1.0  # clip each adapter's global gradient norm; None: no clipping
-    tokens_per_pass: int | None = None  # of the packed engine: in one forward pass, at most; None: by the device. Never changes results
+    max_grad_norm: float | None = 1.0
+    tokens_per_pass: int | None = None
     gradient_checkpointing: bool = False
-    checkpoint_steps: int | None = None  # steps between crash checkpoints; None: a tenth of the run
-    keep: str = "last"  # last | best: which validated point of a run gives its value and its adapter
+    checkpoint_steps: int | None = None
+    keep: str = "last"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,8 +39,8 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared folder of a small part of the demo's instruction data: 96 training and 32 validation examples."""
     from loratune import demo
     from loratune.data.prepare import prepare
-    from loratune.data.sources import DataRecipe, Source
+    from loratune.data.sources import DataRecipe, DataSource
 
     train, _ = demo.data_files()
-    recipe = DataRecipe(train=(Source(path=str(train)),), train_count=96, validation_count=32, max_length=128)
+    recipe = DataRecipe(train=(DataSource(path=str(train)),), train_count=96, validation_count=32, max_length=128)
     return prepare(recipe, tokenizer=str(demo.model_folder()), cache=tmp_path_factory.mktemp("cache")).folder

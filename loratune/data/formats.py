@@ -116,15 +116,9 @@ def _history(fields: Fields) -> list[Exchange]:
 # ---- conversations ----
 
 _ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
 }
 _TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_calls", "tool_response", "observation", "ipython"}
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id", "tools")

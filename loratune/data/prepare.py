@@ -24,7 +24,7 @@ from loratune.data.prepared import (
     write_prepared,
 )
 from loratune.data.prompts import Encoded, UnfitError, choose_prompt, has_reasoning
-from loratune.data.sources import BadRow, DataRecipe, Example, Source, fields_of, read_source
+from loratune.data.sources import BadRow, DataRecipe, DataSource, Example, fields_of, read_source
 from loratune.data.split_report import common_questions, linked
 from loratune.data.tasks import SFT, TrainingTask
 from loratune.data.tokenizers import load_tokenizer, tokenizer_fingerprint
@@ -67,7 +67,9 @@ def prepare(
             discard(folder)
     loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
     prompt = choose_prompt(loaded, recipe.prompt, date=date, score_reasoning=recipe.score_reasoning)
-    train, held_out = ([_tokenise(s, role, recipe, partial(task.encode, prompt), report) for s in ss] for role, ss in _roles(recipe))
+    encode = partial(task.encode, prompt)
+    train = [_tokenise(source, "train", recipe, encode, report) for source in recipe.train]
+    held_out = [_tokenise(source, "validation", recipe, encode, report) for source in recipe.validation]
     _spell_alike([*train, *held_out])
     notes: list[str] = []
     if held_out:
@@ -115,7 +117,7 @@ def prepare(
 class _Rows:
     """One source's usable examples. `questions`, `texts`, `encoded`, `truncated` and `left_out` run in parallel."""
 
-    source: Source
+    source: DataSource
     role: str  # train | validation
     rows: int
     bad: list[BadRow]
@@ -152,12 +154,8 @@ class _Rows:
         )
 
 
-def _roles(recipe: DataRecipe) -> tuple[tuple[str, tuple[Source, ...]], ...]:
-    return ("train", recipe.train), ("validation", recipe.validation)
-
-
 def _tokenise(
-    source: Source, role: str, recipe: DataRecipe, encode: Callable[[Example, int], Encoded | None], report: Callable[[str], None]
+    source: DataSource, role: str, recipe: DataRecipe, encode: Callable[[Example, int], Encoded | None], report: Callable[[str], None]
 ) -> _Rows:
     report(f"reading {source.path}")
     examples, bad = read_source(source, recipe.on_bad_rows)

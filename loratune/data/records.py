@@ -32,7 +32,7 @@ class RawRecord(NamedTuple):
 def records(path: str, split: str | None = None) -> Iterator[RawRecord]:
     """All records of a local file, a local folder or a hub data set. Raises DataError."""
     if (found := local(path, split)) is None:
-        yield from _hub(path, split)
+        yield from _rows(path, _load_hub(path, split))
     elif isinstance(found, Path):
         yield from _saved(found, split)
     else:
@@ -69,10 +69,6 @@ def _saved(folder: Path, split: str | None) -> Iterator[RawRecord]:
     if isinstance(data, datasets.DatasetDict):
         data = data[_choose(str(folder), list(data), split)]
     yield from _rows(str(folder), data)
-
-
-def _hub(path: str, split: str | None) -> Iterator[RawRecord]:
-    yield from _rows(path, _load_hub(path, split))
 
 
 def _load_hub(path: str, split: str | None) -> Any:

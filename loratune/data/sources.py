@@ -1,4 +1,4 @@
-"""Instruction data: what the user names (`Source`, `DataRecipe`) and what is read from it (`Example`).
+"""Instruction data: what the user names (`DataSource`, `DataRecipe`) and what is read from it (`Example`).
 
 What the fields of a record mean is in `formats.py`. Every bad row has one message that says the file, the place in it,
 the field, what was expected and what was found.
@@ -18,15 +18,15 @@ from loratune.work import Json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(Json):
-    """Where instruction data comes from and how much of it is used."""
+class DataSource(Json):
+    """Where instruction data comes from and how much of it is used: a source of `data` in the description (spec/sections.py)."""
 
-    path: str  # file (.json .jsonl .csv .parquet, also .gz), folder of such files or of `datasets`, or hub id
-    format: str = "auto"  # auto | alpaca | dolly | sharegpt | messages | prompt_completion
-    split: str | None = None  # of a folder or hub data set
-    weight: float | None = None  # share in the recipe's train_count and validation_count; None: by number of rows
-    count: int | None = None  # examples drawn from this source; in DataRecipe.train for training
-    validation_count: int | None = None  # examples of this (training) source held out for validation
+    path: str
+    format: str = "auto"
+    split: str | None = None
+    weight: float | None = None
+    count: int | None = None
+    validation_count: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +37,19 @@ class DataRecipe(Json):
     training source; `validation_count` examples, shared among the sources by weight (or by rows) unless
     a source has its own. Training draws from what is left: all of it, or `train_count` examples shared
     in the same way. A source asked for more training examples than it has repeats them: whole passes,
-    then a random rest. Validation never repeats.
+    then a random rest. Validation never repeats. `seed` is that of the split and of the draws, not of training.
     """
 
-    train: tuple[Source, ...]
-    validation: tuple[Source, ...] = ()
-    validation_fraction: float | None = None  # in (0, 1)
-    train_count: int | None = None  # examples, over all sources
-    validation_count: int | None = None  # examples, over all sources
-    prompt: str = "auto"  # auto | alpaca | chat, see prompts/; auto: the tokenizer's chat template where it has one, else alpaca
-    score_reasoning: bool = True  # whether an answer's thinking part counts in the loss
-    max_length: int = 512  # tokens per example, prompt and response
-    on_bad_rows: str = "error"  # error | skip
-    seed: int = 0  # of the split and of the draws, not of training
+    train: tuple[DataSource, ...]
+    validation: tuple[DataSource, ...] = ()
+    validation_fraction: float | None = None
+    train_count: int | None = None
+    validation_count: int | None = None
+    prompt: str = "auto"
+    score_reasoning: bool = True
+    max_length: int = 512
+    on_bad_rows: str = "error"
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class BadRow(NamedTuple):
         return f"{self.source}, {self.place}: {self.problem}"
 
 
-def read_source(source: Source, on_bad_rows: str = "error") -> tuple[list[Example], list[BadRow]]:
+def read_source(source: DataSource, on_bad_rows: str = "error") -> tuple[list[Example], list[BadRow]]:
     """All usable examples of a source, in file order, and the bad rows.
 
     Raises DataError for a source that cannot be read, whose format is unknown or that holds no usable

@@ -32,20 +32,16 @@ def main(root: Path, address: str) -> None:
     if ON_GPU in os.environ:
         recipe = replace(recipe, device="cuda")
     try:
-        _work(recipe, root, address)
+        if int(os.environ.get("RANK", "0")) == 0:
+            _lead(recipe, root, address)
+        else:
+            _follow(recipe, root)
     except DeviceLostError:
         # No outcome is sent: the driver sees the process end, and sends its segments to a new one. An orderly exit
         # would ask the device to free its memory, which may hang.
         logging.getLogger("loratune").exception("this process lost its device")
         sys.stderr.flush()
         os._exit(DEVICE_LOST)
-
-
-def _work(recipe: Recipe, root: Path, address: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        _lead(recipe, root, address)
-    else:
-        _follow(recipe, root)
 
 
 def _lead(recipe: Recipe, root: Path, address: str) -> None:

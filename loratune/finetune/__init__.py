@@ -1,5 +1,8 @@
-"""Fine-tuning and validation: everything between instruction data and a validation loss.
+"""Fine-tuning and validation: everything between tokenised data and a validation loss.
 
-`prepare` (with `data`, `records`, `prompts`, `split`, `prepared`, `order`) turns the user's files into
-token arrays once per study and never imports torch; the engines train and validate on those arrays.
+engines.py   what an engine is; loading one, running segments, probing what a trial costs
+hf.py        the reference engine: Transformers' Trainer and PEFT
+packed/      the packed engine: many adapters together on one frozen base
+methods.py   what is trained (LoRA: lora.py); on which layers: targets.py, layers.py, peft_layers.py
+segment.py   one segment's counters, curve, checkpoints and log, the same in every engine
 """

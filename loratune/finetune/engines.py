@@ -6,19 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
 
 from loratune.data.batches import Tokens
 from loratune.errors import LoratuneError, ModelError, NotPackableError
+from loratune.finetune import memory, model
+from loratune.finetune.failures import ran_out
+from loratune.finetune.hf import HfEngine
+from loratune.finetune.packed.engine import PackedEngine
 from loratune.finetune.segment import Inbox
 from loratune.system import files
 from loratune.system.machine import threads_for
 from loratune.work import Hyperparameters, Outcome, Progress, Recipe, Segment, State
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Engine(Protocol):
@@ -35,7 +37,7 @@ class Engine(Protocol):
 
     slots: int  # segments that it trains at the same time
     notice: str  # a line for the user, on what the engine is or does; usually empty
-    device: "torch.device"
+    device: torch.device
     train: Tokens
     validation: Tokens
 
@@ -49,9 +51,6 @@ def load_engine(recipe: Recipe, root: Path) -> Engine:
 
     Raises ModelError, also where the device has no memory for the model, DataError, StorageError, DeviceLostError.
     """
-    from loratune.finetune import memory, model
-    from loratune.finetune.failures import ran_out
-
     if recipe.engine not in ("packed", "hf"):
         raise ModelError(f"engine: {recipe.engine!r} is not known; allowed: hf, packed.")
     device = model.choose_device(recipe.device)
@@ -71,14 +70,9 @@ def load_engine(recipe: Recipe, root: Path) -> Engine:
 
 
 def _loaded(recipe: Recipe, root: Path) -> Engine:
-    from loratune.finetune import memory, model
-    from loratune.finetune.hf import HfEngine
-
     if recipe.engine == "hf":
         return HfEngine(recipe, root)
     try:
-        from loratune.finetune.packed.engine import PackedEngine
-
         return PackedEngine(recipe, root)
     except NotPackableError as error:
         why = str(error)
@@ -90,9 +84,7 @@ def _loaded(recipe: Recipe, root: Path) -> Engine:
 
 
 def limit_threads(threads: int | None) -> None:
-    """Keep this process's torch to so many threads; where None, to what it may use (environment.threads_for), if that is fewer."""
-    import torch
-
+    """Keep this process's torch to so many threads; where None, to what it may use (machine.threads_for), if that is fewer."""
     torch.set_num_threads(threads or min(torch.get_num_threads(), threads_for(1)))
 
 
@@ -160,8 +152,6 @@ def probe(
     threads: of a process that trains, where that is not torch's number; this process keeps its own.
     Writes nothing into `root`. Raises what `load_engine` raises; out of memory is a state of the answer.
     """
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     scratch = files.scratch("probe")
@@ -173,8 +163,6 @@ def probe(
 
 
 def _probe(recipe: Recipe, root: Path, scratch: Path, hyperparameters: Hyperparameters, steps: int, validation_examples: int) -> Probe:
-    from loratune.finetune import memory
-
     recipe = replace(recipe, data=str((root / recipe.data).resolve()))
     began = time.perf_counter()
     engine = load_engine(recipe, scratch)

@@ -10,15 +10,8 @@ from pathlib import Path
 
 import torch
 
-_OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "CUDA out of memory",
-    "HIP out of memory",
-    "CUDA error: out of memory",
-    "HIP error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|(CUDA|HIP) (error: )?out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
 )
 _LOST = re.compile(
     r"(CUDA|HIP) error: |device-side assert|(CUBLAS|CUDNN)_STATUS_(NOT_INITIALIZED|MAPPING_ERROR|EXECUTION_FAILED|INTERNAL_ERROR)"
@@ -86,7 +79,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on any device; CPU's allocator raises a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def is_device_lost(error: BaseException, device: torch.device) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from loratune.data.prepared import Prepared
-from loratune.data.sources import Example, Source, read_source
+from loratune.data.sources import DataSource, read_source
 from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import ModelError
 from loratune.finetune import layers
@@ -72,8 +72,9 @@ def _too_long(model: Any, data: Prepared) -> tuple[str, str]:
     told = (getattr(config, key, None) for key in _MADE_FOR)
     made_for = next((value for value in told if isinstance(value, int) and value > 0), None)
     table = position_limit(model)
-    if table is None and made_for is not None and longest > made_for and not _runs(model, longest):
-        table = made_for, "config.json"
+    if table is None and made_for is not None and longest > made_for:
+        fails = layers.trace_text(model, longest) is None and layers.trace_text(model) is not None  # as far as shapes tell
+        table = (made_for, "config.json") if fails else None
     if table is not None and longest > table[0]:
         limit, name = table
         return (
@@ -89,11 +90,6 @@ def _too_long(model: Any, data: Prepared) -> tuple[str, str]:
             f"{longest:,} tokens; it accepts them, but how well it handles them is unknown. max_length: {made_for} cuts them"
         )
     return "", ""
-
-
-def _runs(model: Any, tokens: int) -> bool:
-    """Whether the model takes so many tokens, as far as shapes tell."""
-    return layers.trace_text(model, tokens) is not None or layers.trace_text(model) is None
 
 
 def _tokens_without_embedding(model: Any, recipe: ModelRecipe, data: Prepared) -> str:
@@ -128,14 +124,10 @@ def _described(token: int, tokenizer: Any, data: Prepared) -> str:
     return f"token id {token} ({text!r}, which the prompt adds)"
 
 
-def _first_place(token: int, text: str, tokenizer: Any, source: Source, on_bad_rows: str) -> str:
+def _first_place(token: int, text: str, tokenizer: Any, source: DataSource, on_bad_rows: str) -> str:
     for example in read_source(source, on_bad_rows)[0]:
-        for part in _texts(example):
+        parts = [example.system, *(part for exchange in example.exchanges for part in exchange if isinstance(part, str))]
+        for part in filter(None, parts):
             if text in part and token in tokenizer(part, add_special_tokens=False)["input_ids"]:
                 return f"{example.source}, {example.place}"
     return ""
-
-
-def _texts(example: Example) -> list[str]:
-    parts = [part for exchange in example.exchanges for part in exchange if isinstance(part, str)]
-    return [part for part in [example.system, *parts] if part]

@@ -4,14 +4,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loratune.finetune.lora import adapter_parameters, attach
+from loratune.finetune.memory import device_name
 from loratune.finetune.model import choose_device
 from loratune.work import Hyperparameters
 
 
 def gpus() -> list[str]:
-    """The CUDA devices that torch can use, in words."""
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in found]
+    """The CUDA devices that torch can use, by name and memory."""
+    return [device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
 
 
 def one_step() -> tuple[str, float, float]:

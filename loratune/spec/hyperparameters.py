@@ -8,7 +8,7 @@ from loratune.spec.validation_errors import not_allowed, shown
 from loratune.work import Hyperparameters
 
 TARGET_MODULES = ("qv", "qkvo", "mlp", "all-linear")
-"""The named sets of linear layers, resolved for each architecture by `finetune/lora.py`."""
+"""The named sets of linear layers, resolved for each architecture by `finetune/targets.py`."""
 
 
 HUGE = 1e15  # nothing searchable is larger; beyond it floats lose whole numbers

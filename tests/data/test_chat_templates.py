@@ -10,7 +10,7 @@ import tiny_tokenizer
 
 from loratune.data.prepare import prepare
 from loratune.data.prompts import UnfitError, answer_ends, choose_prompt
-from loratune.data.sources import DataRecipe, Example, Exchange, Source
+from loratune.data.sources import DataRecipe, DataSource, Example, Exchange
 from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import ModelError
 
@@ -338,7 +338,7 @@ def test_the_date_of_a_template_for_tools_alone(tmp_path):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     rows = [{"messages": [{"role": "user", "content": str(i)}, *messages[1:]], "tools": json.loads(TOOLS)} for i in range(4)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.json")),), validation_fraction=0.5)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.json")),), validation_fraction=0.5)
     made = [prepare(recipe, tokenizer=str(tmp_path / "tokenizer"), cache=tmp_path, date=date) for date in (DATE, "2031-12-09")]
     assert [one.manifest.prompt.date for one in made] == [DATE, "2031-12-09"]
     assert loaded.decode(made[1].train[0][0]).startswith("09 Dec 2031 [{")

@@ -19,7 +19,7 @@ from loratune.data import prepare as module
 from loratune.data import prepared as prepared_module
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import DataError, ModelError, StorageError
 
@@ -46,7 +46,7 @@ def texts(tokens, tokenizer):
 
 
 def simple(tmp_path, **options):
-    recipe = {"train": (Source(path=write(tmp_path / "a.jsonl", questions("a", 20))),), "validation_fraction": 0.25} | options
+    recipe = {"train": (DataSource(path=write(tmp_path / "a.jsonl", questions("a", 20))),), "validation_fraction": 0.25} | options
     return DataRecipe(**recipe)
 
 
@@ -58,7 +58,7 @@ def test_rows_that_a_chat_template_refuses(tmp_path):
     chat = str(tiny_tokenizer.build(tmp_path / "chat", chat_template=refuses + tiny_tokenizer.CHATML))
     rows = [{"instruction": q, "output": "yes", "system": "S" if q in ("a3", "a7") else ""} for q in questions("a", 20)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
     told = "a.jsonl, line 4: the chat template cannot show this conversation: System role not supported"
     with pytest.raises(DataError, match=rf"{told}\. Fix the row, or leave such rows out with data.on_bad_rows: skip"):
         prepare(recipe, tokenizer=chat, cache=tmp_path / "cache")
@@ -107,8 +107,8 @@ def test_order_of_the_rows_does_not_matter(tmp_path, tokenizer):
 
 
 def test_duplicates_stay_together_across_sources(tmp_path, tokenizer):
-    one = Source(path=write(tmp_path / "a.jsonl", [*questions("a", 30), "A0.", "a1!"]))
-    two = Source(path=write(tmp_path / "b.jsonl", [*questions("b", 30), "a2", "a3"], answer="no"))
+    one = DataSource(path=write(tmp_path / "a.jsonl", [*questions("a", 30), "A0.", "a1!"]))
+    two = DataSource(path=write(tmp_path / "b.jsonl", [*questions("b", 30), "a2", "a3"], answer="no"))
     for seed in range(5):
         recipe = DataRecipe(train=(one, two), validation_fraction=0.5, seed=seed)
         prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
@@ -121,8 +121,8 @@ def test_duplicates_stay_together_across_sources(tmp_path, tokenizer):
 
 
 def test_validation_sources_take_their_questions_out_of_training(tmp_path, tokenizer):
-    train = Source(path=write(tmp_path / "a.jsonl", questions("a", 10)))
-    held_out = Source(path=write(tmp_path / "v.jsonl", ["A1", "a2?", "c1", "c2"]))
+    train = DataSource(path=write(tmp_path / "a.jsonl", questions("a", 10)))
+    held_out = DataSource(path=write(tmp_path / "v.jsonl", ["A1", "a2?", "c1", "c2"]))
     prepared = prepare(DataRecipe(train=(train,), validation=(held_out,)), tokenizer=tokenizer, cache=tmp_path / "cache")
     assert sorted(texts(prepared.train, tokenizer)) == ["a0", *questions("a", 10)[3:]]
     assert sorted(texts(prepared.validation, tokenizer)) == ["A1", "a2?", "c1", "c2"]
@@ -160,7 +160,7 @@ LEAKS = {
 def test_no_question_of_any_turn_stands_on_both_sides(tmp_path, name):
     tokenizer = str(demo.model_folder())
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(LEAKS[name](n)) + "\n" for n in range(30)))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.4)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.4)
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     loaded = load_tokenizer(tokenizer)
     sides = []
@@ -177,7 +177,7 @@ def test_no_question_of_any_turn_stands_on_both_sides(tmp_path, name):
 def test_a_later_question_of_a_validation_source_leaves_training(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(turns((f"a{n}", "x"), (f"b{n}", "y"))) + "\n" for n in range(10)))
     (tmp_path / "v.jsonl").write_text(json.dumps(turns(("c", "x"), ("B3!", "y"))) + "\n" + json.dumps(turns(("a7", "y"))) + "\n")
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation=(Source(path=str(tmp_path / "v.jsonl")),))
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation=(DataSource(path=str(tmp_path / "v.jsonl")),))
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert sorted(texts(prepared.train, tokenizer)) == [f"a{n}" for n in range(10) if n not in (3, 7)]
 
@@ -185,7 +185,7 @@ def test_a_later_question_of_a_validation_source_leaves_training(tmp_path, token
 def test_a_follow_up_that_links_everything_is_told(tmp_path, tokenizer):
     rows = [turns((f"a{n}", "x"), ("Go on", "y")) for n in range(20)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert (len(prepared.validation), prepared.manifest.shared) == (5, 5)
     assert "5 validation examples share a question with training" in prepared.summary()
@@ -205,7 +205,7 @@ def test_fields_that_are_not_read_are_told_also_from_the_cache(tmp_path, tokeniz
     for row in rows:
         row["messages"][1] |= {"weight": 0, "name": "Bob"}
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = DataRecipe(train=(Source(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
+    recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
     for _ in range(2):
         summary = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache").summary()
         assert "20 answers are context only, not scored (weight: 0, train: false)" in summary
@@ -216,7 +216,7 @@ def test_near_duplicates_are_counted_and_quoted(tmp_path, tokenizer):
     long = "please write one short poem about the old house number {} that stands on the green hill beside the {} sea"
     rows = [long.format(n, sea) for n in range(12) for sea in ("blue", "grey")] + questions("a", 20)
     (tmp_path / "v.jsonl").write_text("".join(json.dumps({"instruction": long.format(n, "red"), "output": "x"}) + "\n" for n in range(3)))
-    train, held_out = Source(path=write(tmp_path / "a.jsonl", rows)), Source(path=str(tmp_path / "v.jsonl"))
+    train, held_out = DataSource(path=write(tmp_path / "a.jsonl", rows)), DataSource(path=str(tmp_path / "v.jsonl"))
     prepared = prepare(DataRecipe(train=(train,), validation=(held_out,)), tokenizer=tokenizer, cache=tmp_path / "cache")
     assert (len(prepared.train), prepared.manifest.near_duplicates) == (44, 3)  # told, not moved
     assert "3 validation examples have a question nearly the same as one in training" in prepared.summary()
@@ -236,8 +236,8 @@ def test_a_manifest_from_before_these_counts_is_read(tmp_path, tokenizer):
 
 
 def test_a_source_that_is_asked_for_more_repeats_it_and_says_so(tmp_path, tokenizer):
-    one = Source(path=write(tmp_path / "a.jsonl", questions("a", 40)), weight=0.7)
-    two = Source(path=write(tmp_path / "b.jsonl", questions("b", 10)), weight=0.3)
+    one = DataSource(path=write(tmp_path / "a.jsonl", questions("a", 40)), weight=0.7)
+    two = DataSource(path=write(tmp_path / "b.jsonl", questions("b", 10)), weight=0.3)
     prepared = prepare(DataRecipe(train=(one, two), train_count=50, validation_count=10), tokenizer=tokenizer, cache=tmp_path / "cache")
     first, second = prepared.manifest.sources
     assert (first.train, first.validation, first.repeats) == (35, 7, 2)
@@ -250,18 +250,18 @@ def test_a_source_that_is_asked_for_more_repeats_it_and_says_so(tmp_path, tokeni
 
 def test_a_drawn_part_of_a_validation_source_frees_the_rest(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", questions("a", 20))
-    recipe = DataRecipe(train=(Source(path=path),), validation=(Source(path=path, count=5),), train_count=10)
+    recipe = DataRecipe(train=(DataSource(path=path),), validation=(DataSource(path=path, count=5),), train_count=10)
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert (len(prepared.train), len(prepared.validation)) == (10, 5)
     assert [s.overlapping for s in prepared.manifest.sources] == [5, 0]
     assert not set(texts(prepared.train, tokenizer)) & set(texts(prepared.validation, tokenizer))
     with pytest.raises(DataError, match="no training example is left"):
-        prepare(dataclasses.replace(recipe, validation=(Source(path=path),)), tokenizer=tokenizer, cache=tmp_path / "cache")
+        prepare(dataclasses.replace(recipe, validation=(DataSource(path=path),)), tokenizer=tokenizer, cache=tmp_path / "cache")
 
 
 def test_own_counts(tmp_path, tokenizer):
-    one = Source(path=write(tmp_path / "a.jsonl", questions("a", 20)), count=5, validation_count=4)
-    two = Source(path=write(tmp_path / "b.jsonl", questions("b", 10)))
+    one = DataSource(path=write(tmp_path / "a.jsonl", questions("a", 20)), count=5, validation_count=4)
+    two = DataSource(path=write(tmp_path / "b.jsonl", questions("b", 10)))
     prepared = prepare(DataRecipe(train=(one, two)), tokenizer=tokenizer, cache=tmp_path / "cache")
     assert [(s.train, s.validation) for s in prepared.manifest.sources] == [(5, 4), (10, 0)]
 
@@ -271,7 +271,7 @@ def test_cut_dropped_and_bad_rows_are_counted(tmp_path, tokenizer):
     write(path, [*questions("a", 8), "why " * 400])
     with open(path, "a") as file:
         file.write(json.dumps({"instruction": "b", "output": "long " * 400}) + "\n" + json.dumps({"instruction": "c", "output": ""}) + "\n")
-    recipe = DataRecipe(train=(Source(path=str(path)),), validation_fraction=0.2, max_length=400, on_bad_rows="skip")
+    recipe = DataRecipe(train=(DataSource(path=str(path)),), validation_fraction=0.2, max_length=400, on_bad_rows="skip")
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     (counts,) = prepared.manifest.sources
     assert (counts.rows, counts.bad, counts.dropped, counts.cut, counts.train + counts.validation) == (11, 1, 1, 1, 9)
@@ -290,7 +290,7 @@ def test_the_published_mix_scaled_down(shared_data, tinystories, tmp_path):
     with open(shared_data / "dolly" / "databricks-dolly-15k.jsonl") as file:
         (tmp_path / "dolly.jsonl").write_text("".join(line for _, line in zip(range(300), file, strict=False)))
     recipe = DataRecipe(
-        train=(Source(path=str(tmp_path / "alpaca.json"), weight=0.7), Source(path=str(tmp_path / "dolly.jsonl"), weight=0.3)),
+        train=(DataSource(path=str(tmp_path / "alpaca.json"), weight=0.7), DataSource(path=str(tmp_path / "dolly.jsonl"), weight=0.3)),
         train_count=1072,
         validation_count=268,
         on_bad_rows="skip",
@@ -447,7 +447,7 @@ def test_a_warm_start_imports_neither_torch_nor_transformers(tmp_path, tokenizer
     ],
 )
 def test_data_that_cannot_be_split(tmp_path, tokenizer, rows, options, message):
-    source = Source(path=write(tmp_path / "a.jsonl", rows))
+    source = DataSource(path=write(tmp_path / "a.jsonl", rows))
     with pytest.raises(DataError, match=message):
         prepare(DataRecipe(train=(source,), **options), tokenizer=tokenizer, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

@@ -6,7 +6,7 @@ import pytest
 import tiny_tokenizer
 
 from loratune.data.prompts import UnfitError, alpaca_prompt, choose_prompt
-from loratune.data.sources import Example, Exchange, Source, read_source
+from loratune.data.sources import DataSource, Example, Exchange, read_source
 from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import ModelError
 
@@ -84,7 +84,7 @@ def test_boundaries_of_real_rows_with_a_tokenizer_that_merges_across_words(share
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }}\nAnswer:"
         "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     )
-    examples, _ = read_source(Source(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")), "skip")
+    examples, _ = read_source(DataSource(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")), "skip")
     chosen = choose_prompt(tokenizer, prompt)
     for example in examples[:300]:
         instruction, about, response, *_ = example.exchanges[0]

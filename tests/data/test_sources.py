@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from loratune.data.sources import DataRecipe, Exchange, Source, read_source
+from loratune.data.sources import DataRecipe, DataSource, Exchange, read_source
 from loratune.errors import DataError
 
 ALPACA = {"instruction": "Translate.", "input": "chat", "output": "cat"}
@@ -25,7 +25,7 @@ def lines(*rows):
 
 
 def only(path, **options):
-    examples, bad = read_source(Source(path=str(path), **options))
+    examples, bad = read_source(DataSource(path=str(path), **options))
     assert bad == []
     return examples
 
@@ -126,7 +126,7 @@ def test_missing_and_null_input_are_empty(tmp_path):
 
 def test_skip_counts_and_lists_bad_rows(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(ALPACA, ALPACA | {"output": " "}, ALPACA | {"output": 3}) + '{"instruction": "cut o')
-    examples, bad = read_source(Source(path=str(tmp_path / "a.jsonl")), "skip")
+    examples, bad = read_source(DataSource(path=str(tmp_path / "a.jsonl")), "skip")
     assert len(examples) == 1
     assert [(row.place, row.problem.split(":")[0]) for row in bad] == [
         ("line 2", "field output"),
@@ -136,7 +136,7 @@ def test_skip_counts_and_lists_bad_rows(tmp_path):
 
 
 def test_the_real_sets(shared_data):
-    examples, bad = read_source(Source(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")), "skip")
+    examples, bad = read_source(DataSource(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")), "skip")
     assert len(examples) + len(bad) == 9229
     assert all("field output: is empty" in str(row) for row in bad)
     dolly = only(shared_data / "dolly")
@@ -231,7 +231,7 @@ def test_bad_input_has_one_message(tmp_path, name):
     path = tmp_path / file
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=f"^{path}{message}") as caught:
-        read_source(Source(path=str(path)))
+        read_source(DataSource(path=str(path)))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < len(str(path)) + 500
 
@@ -245,7 +245,7 @@ def test_parquet_fills_no_field_of_one_row_with_the_names_of_another(tmp_path):
         for i, name in enumerate(("city", "town"))
     ]
     write_parquet(tmp_path / "a.parquet", rows)
-    examples, _ = read_source(Source(path=str(tmp_path / "a.parquet")))
+    examples, _ = read_source(DataSource(path=str(tmp_path / "a.parquet")))
     assert [json.loads(example.tools) for example in examples] == [row["tools"] for row in rows]
 
 
@@ -255,12 +255,12 @@ def test_a_parquet_column_that_stands_twice(tmp_path):
 
     pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"]), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"not a readable Parquet file: .*\(output\)"):  # Arrow refuses it
-        read_source(Source(path=str(tmp_path / "a.parquet")))
+        read_source(DataSource(path=str(tmp_path / "a.parquet")))
 
 
 def test_rows_with_a_key_twice_are_skipped_on_request(tmp_path):
     (tmp_path / "a.json").write_text(f'[{json.dumps(ALPACA)}, {{"instruction": "a", "output": "b", "output": "c"}}]')
-    examples, bad = read_source(Source(path=str(tmp_path / "a.json")), "skip")
+    examples, bad = read_source(DataSource(path=str(tmp_path / "a.json")), "skip")
     assert (len(examples), [(row.place, row.problem) for row in bad]) == (
         1,
         [("record 2", "the key output appears twice in an object; keep one")],
@@ -269,18 +269,18 @@ def test_rows_with_a_key_twice_are_skipped_on_request(tmp_path):
 
 def test_an_empty_path():
     with pytest.raises(DataError, match="path is empty"):
-        read_source(Source(path=" "))
+        read_source(DataSource(path=" "))
 
 
 def test_missing_files_name_their_neighbours(tmp_path):
     (tmp_path / "alpaca.json").write_text("[]")
     with pytest.raises(DataError, match=r"alpca\.json: no such file or folder\. Did you mean alpaca\.json\?"):
-        read_source(Source(path=str(tmp_path / "alpca.json")))
+        read_source(DataSource(path=str(tmp_path / "alpca.json")))
     with pytest.raises(DataError, match=r"the folder .*nowhere does not exist either"):
-        read_source(Source(path=str(tmp_path / "nowhere" / "a.json")))
+        read_source(DataSource(path=str(tmp_path / "nowhere" / "a.json")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="the folder holds no data files"):
-        read_source(Source(path=str(tmp_path / "empty")))
+        read_source(DataSource(path=str(tmp_path / "empty")))
 
 
 def test_a_hub_id_that_cannot_be_loaded(monkeypatch):
@@ -291,7 +291,7 @@ def test_a_hub_id_that_cannot_be_loaded(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match="nobody/nothing: neither a local file or folder nor a hub data set that can be loaded: no network"):
-        read_source(Source(path="nobody/nothing"))
+        read_source(DataSource(path="nobody/nothing"))
 
 
 def test_a_hub_data_set(monkeypatch):
@@ -306,14 +306,14 @@ def test_a_hub_data_set(monkeypatch):
 def test_skip_refuses_a_file_without_any_good_row(tmp_path):
     (tmp_path / "a.jsonl").write_text("oops\nno\n")
     with pytest.raises(DataError, match=r"no usable row among 2\. The first: .*line 1: not valid JSON"):
-        read_source(Source(path=str(tmp_path / "a.jsonl")), "skip")
+        read_source(DataSource(path=str(tmp_path / "a.jsonl")), "skip")
 
 
 def test_unknown_format():
     with pytest.raises(DataError, match=r"unknown format alpacca\. Known: auto, alpaca, .* Did you mean alpaca\?"):
-        read_source(Source(path="a.json", format="alpacca"))
+        read_source(DataSource(path="a.json", format="alpacca"))
 
 
 def test_recipe_survives_json():
-    recipe = DataRecipe(train=(Source(path="a", weight=0.7), Source(path="b", count=3)), validation_fraction=0.2, seed=4)
+    recipe = DataRecipe(train=(DataSource(path="a", weight=0.7), DataSource(path="b", count=3)), validation_fraction=0.2, seed=4)
     assert DataRecipe.from_json(recipe.to_json()) == recipe

@@ -10,7 +10,7 @@ import pytest
 
 from loratune import demo
 from loratune.data.prepare import prepare
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.downstream.results import contamination
 from loratune.downstream.results.contamination import check, lines, read
 from loratune.downstream.results.scores import Ledger
@@ -24,7 +24,9 @@ def prepared(folder: Path, rows: list[dict[str, str]]) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "a.json").write_text(json.dumps(rows))
     (folder / "v.json").write_text(json.dumps([{"instruction": "Something else", "output": "x"}]))
-    recipe = DataRecipe(train=(Source(path=str(folder / "a.json")),), validation=(Source(path=str(folder / "v.json")),), max_length=2000)
+    recipe = DataRecipe(
+        train=(DataSource(path=str(folder / "a.json")),), validation=(DataSource(path=str(folder / "v.json")),), max_length=2000
+    )
     return prepare(recipe, tokenizer=str(demo.model_folder()), cache=folder / "cache").folder
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.errors import ModelError
 from loratune.finetune.preflight import check_fit, position_limit
 from loratune.finetune.targets import chosen_layers, linear_layers, target_endings
@@ -32,7 +32,7 @@ def prepared(folder: Path, train: Rows, validation: Rows = (("Who?", "Me"),), ma
     for name, rows in (("train", train), ("validation", validation)):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"instruction": asked, "output": answer}) + "\n" for asked, answer in rows))
-        sources[name] = (Source(path=str(path)),)
+        sources[name] = (DataSource(path=str(path)),)
     data = prepare(DataRecipe(**sources, max_length=max_length), tokenizer=str(folder), cache=folder / "cache")
     return data, ModelRecipe(name_or_path=str(folder))
 

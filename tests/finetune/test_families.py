@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.delivery.merge import export_adapter, merge
 from loratune.errors import ModelError
 from loratune.finetune import layers, preflight
@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     for name, rows in (("train", ROWS[:12]), ("validation", ROWS[12:])):
         (folder / f"{name}.json").write_text(json.dumps(rows))
     tokenizer = families.tiny_tokenizer.build(folder / "tokenizer")
-    sources = {name: (Source(path=str(folder / f"{name}.json")),) for name in ("train", "validation")}
+    sources = {name: (DataSource(path=str(folder / f"{name}.json")),) for name in ("train", "validation")}
     return prepare(DataRecipe(**sources, max_length=512), tokenizer=str(tokenizer), cache=folder / "cache")
 
 

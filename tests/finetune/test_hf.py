@@ -262,10 +262,10 @@ def test_reports_at_most_once_a_second(engine) -> None:  # type: ignore[no-untyp
 def test_learns_on_a_real_model(tinystories: Path, shared_data: Path, tmp_path: Path) -> None:
     """tinystories656k on Alpaca: the loss falls a lot, and a moderate learning rate beats a tiny one."""
     from loratune.data.prepare import prepare
-    from loratune.data.sources import DataRecipe, Source
+    from loratune.data.sources import DataRecipe, DataSource
 
     data = DataRecipe(
-        train=(Source(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")),),
+        train=(DataSource(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")),),
         validation_count=24,
         train_count=96,
         max_length=128,

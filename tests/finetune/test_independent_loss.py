@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from loratune.data.prepare import prepare
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.finetune.engines import load_engine
 
 ROWS = [
@@ -74,7 +74,7 @@ def test_the_recorded_loss_is_that_of_plain_transformers(prompt, engine, tmp_pat
     for name, rows in (("train", ROWS[:16]), ("validation", ROWS[16:])):
         lines = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sources = ((Source(path=str(tmp_path / f"{name}.jsonl")),) for name in ("train", "validation"))
+    sources = ((DataSource(path=str(tmp_path / f"{name}.jsonl")),) for name in ("train", "validation"))
     data = prepare(DataRecipe(train=next(sources), validation=next(sources)), tokenizer=str(model), cache=tmp_path / "cache")
     assert data.manifest.prompt.kind == re.match(r"\w+", prompt)[0]
     assert (len(data.train), len(data.validation)) == (16, 8)

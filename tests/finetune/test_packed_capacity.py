@@ -23,9 +23,9 @@ def test_bytes_per_token_cover_what_a_layer_must_keep(engine: PackedEngine) -> N
     config = engine.base.model.config
     least = config.num_hidden_layers * 2 * config.intermediate_size * 8
     assert least < engine.capacity.per_token < 2**20
-    _, once = capacity._kept(engine.base, _adapter(engine), engine.train, np.asarray([0]))
-    tokens, _ = capacity._kept(engine.base, _adapter(engine), engine.train, np.asarray([0]))
-    _, twice = capacity._kept(engine.base, _adapter(engine), engine.train, np.asarray([0, 0, 0]))
+    _, once = capacity._saved(engine.base, _adapter(engine), engine.train, np.asarray([0]))
+    tokens, _ = capacity._saved(engine.base, _adapter(engine), engine.train, np.asarray([0]))
+    _, twice = capacity._saved(engine.base, _adapter(engine), engine.train, np.asarray([0, 0, 0]))
     assert twice == pytest.approx(3 * once, rel=0.2)  # in proportion to the tokens
     assert tokens == engine.train.lengths[0]
 

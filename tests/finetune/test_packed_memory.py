@@ -136,12 +136,12 @@ def test_a_validation_is_halved_before_anybody_leaves(
 ) -> None:
     together, rooms, most = validation_pass.validate_together, [], []
 
-    def small(base, adapters, tokens, *, room: int, interrupted):  # type: ignore[no-untyped-def]
+    def small(base, adapters, tokens, *, room: int, **options):  # type: ignore[no-untyped-def]
         rooms.append(room)
         most.append(len(engine._occupied))
         if room > 100:
             raise FULL
-        return together(base, adapters, tokens, room=room, interrupted=interrupted)
+        return together(base, adapters, tokens, room=room, **options)
 
     monkeypatch.setattr(validation_pass, "validate_together", small)
     outcomes = run_segments(engine, segments("halved"))
@@ -171,7 +171,7 @@ def test_a_failed_pass_is_gone_before_memory_is_measured_again(engine: PackedEng
         if torch.is_grad_enabled() and not failed:
             failed.append(True)
             held.append(weakref.ref(arguments[0]))
-            engine.base._hidden = arguments[0]
+            engine.base._pass.hidden = arguments[0]
             raise torch.OutOfMemoryError("CUDA out of memory")  # a new one: an error keeps the frames that it passed
 
     def measured(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from loratune import demo
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
 from loratune.data.prompts import Encoded, Prompt
-from loratune.data.sources import DataRecipe, Example, Source
+from loratune.data.sources import DataRecipe, DataSource, Example
 from loratune.data.tasks import TASKS, TrainingTask
 from loratune.errors import ModelError
 from loratune.finetune import lora
@@ -87,7 +87,7 @@ def test_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_task_encodes(tmp_path: Path, demo_data: Path) -> None:
     sft = Prepared.load(demo_data)
     train, _ = demo.data_files()
-    data = DataRecipe(train=(Source(path=str(train)),), train_count=96, validation_count=32, max_length=128)
+    data = DataRecipe(train=(DataSource(path=str(train)),), train_count=96, validation_count=32, max_length=128)
     focal = prepare(data, tokenizer=str(demo.model_folder()), cache=tmp_path, task=Focal())
     assert focal.folder.name != sft.folder.name
     assert (focal.train.ids == sft.train.ids).all()

@@ -15,7 +15,7 @@ from report_studies import RANKS, Point
 
 from loratune import demo
 from loratune.data.prepare import prepare
-from loratune.data.sources import DataRecipe, Source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.record import DIVERGED, FAILED, PAUSED, StudyRecord
 from loratune.report import tables
 from loratune.report.axes import ABSENT, axis_of
@@ -174,7 +174,7 @@ def test_duplicates_are_the_number_that_the_summary_says(tmp_path: Path) -> None
     for name, letters in (("a", "abcda"), ("b", "abxyz")):
         rows = [{"instruction": f"what is {letter}", "output": name} for letter in letters]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    recipe = DataRecipe(train=tuple(Source(path=str(tmp_path / f"{name}.json")) for name in "ab"), validation_fraction=0.3)
+    recipe = DataRecipe(train=tuple(DataSource(path=str(tmp_path / f"{name}.json")) for name in "ab"), validation_fraction=0.3)
     prepared = prepare(recipe, tokenizer=str(demo.model_folder()), cache=tmp_path / "cache")
     record: Any = SimpleNamespace(manifest=prepared.manifest.to_plain())
     head, rows = sources(record)

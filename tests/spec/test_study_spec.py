@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.errors import SpecError
-from loratune.spec import StudySpec, allowed_change, differences
+from loratune.spec import StudySpec, allowed_change, differences, sections
 from loratune.spec.commented import template
 from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.loading import ROOT_ALIASES, SECTION_ALIASES
@@ -99,7 +100,7 @@ def test_hyperparameters_join_constants_searched_and_derived_values() -> None:
 
 
 def test_data_recipe_is_what_finetune_reads() -> None:
-    from loratune.data.sources import DataRecipe, Source
+    from loratune.data.sources import DataRecipe, DataSource
 
     spec = minimal(
         seed=3,
@@ -116,7 +117,7 @@ def test_data_recipe_is_what_finetune_reads() -> None:
         },
     )
     assert DataRecipe.from_plain(spec.data_recipe_dict()) == DataRecipe(
-        train=(Source(path="a.json", weight=1.0), Source(path="b", format="dolly", weight=2.0, count=5, validation_count=2)),
+        train=(DataSource(path="a.json", weight=1.0), DataSource(path="b", format="dolly", weight=2.0, count=5, validation_count=2)),
         train_count=50,
         validation_count=9,
         prompt="chat",
@@ -159,6 +160,18 @@ def test_every_other_alias() -> None:
     assert {"r", "rank", "lora_rank", "alpha", "dropout", "lr", "num_train_epochs", "num_epochs", "warmup", "lora_target_modules"} <= set(
         ALIASES
     )
+
+
+def test_sections_and_recipes_have_the_same_defaults() -> None:
+    """What a worker is given repeats fields of the description; their meaning is told there alone."""
+    from loratune.data import sources
+
+    pairs = [(sections.Model, ModelRecipe), (sections.Source, sources.DataSource), (sections.Data, sources.DataRecipe)]
+    for section, recipe in [*pairs, (sections.Training, TrainingRecipe), (sections.Training, Hyperparameters)]:
+        shared = [field for field in fields(recipe) if field.name in section.model_fields and field.default is not MISSING]
+        assert {f.name: f.default for f in shared} == {f.name: section.model_fields[f.name].default for f in shared}
+        missing = {f.name for f in fields(recipe)} - section.model_fields.keys()
+        assert missing <= {"seed", "lora_r", "lora_alpha", "lora_dropout", "learning_rate"}
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
