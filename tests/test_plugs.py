@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from loratune.selection.choose import choose
 
-from loratune import demo
+from loratune import demo, samplers
 from loratune.errors import SpecError
 from loratune.plugs import BENCHMARKS, METRICS, SAMPLERS, SCHEDULES, MetricPlug, SamplerPlug, SchedulePlug, register
 from loratune.record import COMPLETE, PRUNED, read
+from loratune.selection.candidates import allowed, candidates, rule_of
 from loratune.spec import StudySpec
 from loratune.study.driver import tune
 from loratune.study.evaluation import Scored, evaluate
@@ -191,6 +194,12 @@ def test_one_file_adds_a_plug_of_each_kind(tmp_path: Path, monkeypatch: pytest.M
     list(tune(spec))
     assert (spec.folder / "lines.jsonl").read_text().splitlines() == [json.dumps(line) for line in lines], "a replay adds nothing"
 
+    finished = record.finished
+    rule = rule_of("tiny_steps", ["tiny_steps <= 3"], finished, {})
+    assert [trial.number for trial in allowed(finished, rule, {})] == [1], "the metric, in a selection's rule and constraint"
+    found = candidates(finished, {trial.number: [trial.value] for trial in finished}, {})
+    assert choose(found, rule_of("tiny_steps", [], finished, {}), seed=0, noise_sd=0.01).winner == "trial 1"
+
     scored = [event for event in evaluate(spec.folder, benchmarks=["tiny_colours"], top=1, device="cpu") if isinstance(event, Scored)]
     assert {result.benchmark for result in scored[0].results} == {"tiny_colours"}
 
@@ -259,3 +268,22 @@ def test_a_script_registers_its_own() -> None:
         METRICS.unregister("script_metric")
     assert isinstance(SAMPLERS["tpe"], SamplerPlug)
     assert "mmlu" in BENCHMARKS
+
+
+def test_the_script_of_the_page(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parent.parent / "docs" / "plugs.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    try:
+        exec(code, {})
+        base = {"model": "m", "data": {"train": "d.json", "validation_fraction": 0.1}}
+        spec = StudySpec.load(
+            base={**base, "sampler": {"name": "thrifty", "most": 4}, "objectives": ["validation_loss", "steps_per_second"]}
+        )
+        assert spec.objectives[1].direction == "maximize"
+        space = spec.search_space.distributions("choice")
+        sampler = samplers.build("thrifty", search_space=space, seed=0, options=spec.sampler.options)
+        study = optuna.create_study(sampler=sampler)
+        assert {spec.search_space.suggest(study.ask(), "choice")["lora_r"] for _ in range(5)} == {4}
+    finally:
+        SAMPLERS.unregister("thrifty")
+        METRICS.unregister("steps_per_second")

@@ -10,7 +10,7 @@ from loratune.errors import SpecError
 from loratune.record import StudyRecord, Trial
 from loratune.selection.finalists import Noise, noise_from_twins, scaled
 from loratune.selection.rule import Candidate, Rule
-from loratune.selection.trial_metrics import METRICS, Constraint, parse_constraint
+from loratune.selection.trial_metrics import METRICS, Constraint, known_metrics, parse_constraint
 from loratune.system.names import nearest
 from loratune.work import Hyperparameters
 
@@ -81,7 +81,7 @@ def metric_of(trial: Trial, name: str, scores: Scores) -> float:
 
 def measured(trial: Trial) -> dict[str, float]:
     """The metrics that are one number of a trial, in their units."""
-    return {name: metric.read(trial) for name, metric in METRICS.items() if metric.read is not None}
+    return {name: metric.read(trial) for name, metric in known_metrics().items() if metric.read is not None}
 
 
 def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial], scores: Scores) -> Rule:
@@ -101,7 +101,7 @@ def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial],
     if len(weighted) > 1 or len(set(names)) < len(names):
         raise SpecError(f"prefer {prefer!r}: give different metrics, each with a weight (loss=1,adapter_mb=0.1) or none (loss,adapter_mb)")
     for name in names:
-        allowed_names = [*ALIASES, *METRICS, *benchmarks]
+        allowed_names = [*ALIASES, *known_metrics(), *benchmarks]
         if name not in allowed_names:
             raise SpecError(
                 f"prefer: {name!r} is no metric ({', '.join(METRICS)}), and no benchmark that `loratune evaluate` finished here "

@@ -226,7 +226,7 @@ def _measured(metric: str, candidates: Sequence[Candidate]) -> bool:
         return True
     if metric == "score":
         return bool(candidates) and all(c.scores and set(c.scores) == set(candidates[0].scores) for c in candidates)
-    if higher_is_better(metric):
+    if higher_is_better(metric) and metric not in candidates[0].measured:
         return all(metric in c.scores for c in candidates)
     return bool(np.isfinite([c.measured.get(metric, np.nan) for c in candidates]).all())
 
@@ -237,7 +237,7 @@ def _resampled(metric: str, candidates: Sequence[Candidate], rng: np.random.Gene
         return _losses(candidates, rng, resamples, noise_sd)
     if metric == "score":
         return np.mean([_scores(name, candidates, rng, resamples) for name in sorted(candidates[0].scores)], axis=0)
-    if higher_is_better(metric):
+    if higher_is_better(metric) and metric not in candidates[0].measured:
         return _scores(metric, candidates, rng, resamples)
     return np.tile([c.measured[metric] for c in candidates], (1 + resamples, 1))
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from loratune import plugs
 from loratune.errors import SpecError
 from loratune.record import Trial
 from loratune.spec import limits
@@ -41,20 +42,35 @@ METRICS = {
 }
 
 
+def known_metrics() -> dict[str, TrialMetric]:
+    """`METRICS`, and those of other packages (docs/plugs.md); a benchmark is no entry."""
+    others = [name for name in plugs.METRICS.names if name not in plugs.METRICS.builtin and name not in plugs.BENCHMARKS]
+    return METRICS | {name: _plugged(name) for name in others}
+
+
+def _plugged(name: str) -> TrialMetric:
+    def read(trial: Trial) -> float:
+        parameters = float(max((o.trainable_parameters for o in trial.outcomes), default=0))
+        measured = plugs.Measured(hyperparameters=trial.hyperparameters, run=trial.last_run, parameters=parameters)
+        return plugs.METRICS.read(name, measured)
+
+    return TrialMetric(plugs.METRICS[name].unit, read, higher_is_better=plugs.METRICS[name].direction == "maximize")
+
+
 def parse_constraint(text: str, benchmarks: Collection[str] = ()) -> Constraint:
     """`"adapter_mb <= 50"` -> Constraint("adapter_mb", "<=", 50.0). benchmarks: names of scores that count as metrics too.
 
     Raises SpecError: what was given, what is allowed, the nearest name.
     """
     try:
-        return limits.parse(text, [*METRICS, *benchmarks])
+        return limits.parse(text, [*known_metrics(), *benchmarks])
     except ValueError as error:
         raise SpecError(f"constraint {shown(text)}: {error}") from None
 
 
 def known(metric: str, benchmarks: Collection[str] = ()) -> str:
     """The metric's name, if it is one. Raises SpecError with the nearest otherwise."""
-    names = [*METRICS, *benchmarks]
+    names = [*known_metrics(), *benchmarks]
     if metric not in names:
         raise SpecError(f"unknown metric {metric!r}; allowed: {', '.join(names)}{nearest(metric, names)}")
     return metric
@@ -62,4 +78,5 @@ def known(metric: str, benchmarks: Collection[str] = ()) -> str:
 
 def higher_is_better(metric: str) -> bool:
     """Scores and benchmarks; every other metric is better when lower."""
-    return metric not in METRICS or METRICS[metric].higher_is_better
+    known = known_metrics()
+    return metric not in known or known[metric].higher_is_better

@@ -57,11 +57,11 @@ def parse(text: str, metrics: Collection[str]) -> Constraint:
     if metric not in metrics:
         raise ValueError(f"unknown metric {metric!r}; allowed: {', '.join(metrics)}{nearest(metric, metrics)}")
     if op not in OPERATORS:
-        raise ValueError(f"{op!r} is no comparison; allowed: {', '.join(OPERATORS)}")
+        raise ValueError(f"{op!r} is not a comparison; allowed: {', '.join(OPERATORS)}")
     try:
         number = float(bound)
     except ValueError:
-        raise ValueError(f"{bound!r} is no number; write it without a unit, in that of {metric}") from None
+        raise ValueError(f"{bound!r} is not a number; write it in the unit of {metric}, without the unit") from None
     if not math.isfinite(number):
         raise ValueError(f"the bound must be finite, got {bound}")
     return Constraint(metric, op, number)

@@ -92,7 +92,7 @@ class Written:
             at = tuple(map(str, written))
             if path in seen:
                 names = f"{seen[path]!r} and {dotted(at)!r}"
-                self.mistakes.append((path, f"{names} are two names of one field; give one"))
+                self.mistakes.append((path, f"{names} are two names for the same field; give one"))
                 continue
             seen[path] = dotted(at)
             self._put(path, value)
@@ -179,7 +179,7 @@ class Written:
         elif isinstance(holder, dict):
             holder[str(part)] = value
         else:
-            self.mistakes.append((path, f"{part!r} is not one of the list's places, 0 to {len(holder)}"))
+            self.mistakes.append((path, f"{part!r} is not an index of the list, 0 to {len(holder)}"))
             return False
         return True
 

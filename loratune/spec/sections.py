@@ -72,11 +72,13 @@ class Model(Section):
     name_or_path: str = Field(min_length=1, description="local folder or Hugging Face hub id of the base model")
     revision: str | None = Field(None, description="hub branch, tag or commit")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        "auto", description="of the frozen weights; auto: bfloat16 on GPU, float32 on CPU"
+        "auto", description="data type of the frozen weights; auto: bfloat16 on GPU, float32 on CPU"
     )
-    load_in_4bit: bool = Field(False, description="hold the frozen weights as 4-bit NF4 (bitsandbytes, GPU only)")
-    attn_implementation: str | None = Field(None, description="Transformers' name (sdpa, eager, flash_attention_2); null: its choice")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    load_in_4bit: bool = Field(False, description="store the frozen weights as 4-bit NF4 (bitsandbytes, GPU only)")
+    attn_implementation: str | None = Field(
+        None, description="attention kernel (sdpa, eager, flash_attention_2); null: Transformers chooses"
+    )
+    trust_remote_code: bool = Field(False, description="allow Python code that ships with the model")
 
 
 class Source(Section):
@@ -84,11 +86,13 @@ class Source(Section):
 
     path: str = Field(min_length=1, description="JSON, JSONL, CSV or Parquet file, folder of them, or hub id")
     format: Literal["auto", "alpaca", "dolly", "sharegpt", "messages", "prompt_completion"] = Field(
-        "auto", description="of the rows; auto: told by their fields"
+        "auto", description="row format; auto: detected from the field names"
     )
-    split: str | None = Field(None, description="split of a hub data set or folder; null: the only one, or train")
-    weight: float | None = Field(None, gt=0, description="its share in train_count and validation_count; null: by its rows")
-    count: int | None = Field(None, ge=1, description="examples to draw from it, for training in train; null: all, or its share")
+    split: str | None = Field(None, description="split of a hub data set or folder; null: the only split, or train")
+    weight: float | None = Field(None, gt=0, description="its share of train_count and validation_count; null: proportional to its rows")
+    count: int | None = Field(
+        None, ge=1, description="examples to draw from it (of a training source: for training); null: all, or its share"
+    )
     validation_count: int | None = Field(None, ge=1, description="examples of this training source held out for validation")
 
 
@@ -99,18 +103,18 @@ class Data(Section):
     """The instruction data, its split and its form."""
 
     train: Sources = Field(min_length=1, description="training sources: paths, or mappings with a path")
-    validation: Sources = Field((), description="validation sources, when they are files of their own")
-    validation_fraction: float | None = Field(None, gt=0, lt=1, description="share of the training sources held out for validation")
-    train_count: int | None = Field(None, ge=1, description="training examples in all; null: all that there are")
+    validation: Sources = Field((), description="validation sources, if validation data are in separate files")
+    validation_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of the training sources held out for validation")
+    train_count: int | None = Field(None, ge=1, description="total number of training examples; null: all of them")
     validation_count: int | None = Field(
-        None, ge=1, description="validation examples in all, held out, or drawn from the validation sources"
+        None, ge=1, description="total number of validation examples, held out or drawn from the validation sources"
     )
     prompt: Literal["auto", "alpaca", "chat"] = Field(
         "auto", description="chat: the tokenizer's own template; alpaca: Stanford's; auto: chat where the tokenizer has one, else alpaca"
     )
     score_reasoning: bool = Field(True, description="count an answer's thinking part (reasoning_content, <think>) in the loss")
-    max_length: int = Field(512, ge=2, description="tokens of prompt and response; longer examples are cut")
-    on_bad_rows: Literal["error", "skip"] = Field("error", description="what to do with rows that cannot be used")
+    max_length: int = Field(512, ge=2, description="tokens of prompt and response together; longer examples are truncated")
+    on_bad_rows: Literal["error", "skip"] = Field("error", description="stop at unusable rows, or skip them")
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -142,43 +146,47 @@ class Data(Section):
 
 
 class Training(Section):
-    """How every trial is trained; a value that the search space searches too holds only where it is not searched."""
+    """How every trial is trained; values that are also searched apply only where they are not searched."""
 
     epochs: float = Field(2.0, gt=0, description="passes over the training set")
     batch_size: int = Field(128, ge=1, description="examples per optimiser step, over all devices")
-    micro_batch_size: int = Field(4, ge=1, description="examples per forward pass and device: memory and speed, never results")
-    validation_batch_size: int = Field(8, ge=1, description="likewise, for validation")
+    micro_batch_size: int = Field(4, ge=1, description="examples per forward pass and device; affects memory and speed, never results")
+    validation_batch_size: int = Field(8, ge=1, description="examples per forward pass in validation; likewise")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after linear warmup")
-    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps spent in warmup")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="the adapter's gradient is clipped to this norm; null: no clipping")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
-    adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    tokens_per_pass: int | None = Field(
-        None, ge=1, description="of the packed engine, in one forward pass; null: by the device; memory and speed, never results"
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="fraction of the steps spent in warmup")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="gradient clipping: maximum norm of the adapter's gradient; null: no clipping"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW: decay of the second moment")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
+    tokens_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="packed engine: tokens per forward pass; null: chosen for the device; affects memory and speed, never results",
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
     target_modules: str | tuple[str, ...] = Field(
-        "qv", description="layers with an adapter: qv, qkvo, mlp, all-linear, or a list of module names"
+        "qv", description="layers that get an adapter: qv, qkvo, mlp, all-linear, or a list of module names"
     )
     use_rslora: bool = Field(False, description="scale adapters by alpha / sqrt(r) instead of alpha / r")
-    loraplus_lr_ratio: float = Field(1.0, gt=0, description="LoRA+: learning rate of the B matrices over that of the A's")
-    checkpoint_steps: int | None = Field(None, ge=1, description="steps between crash checkpoints; null: a tenth of the run")
-    validations: int = Field(1, ge=1, description="validations per run, evenly spread, the last at its end: the learning curve")
+    loraplus_lr_ratio: float = Field(1.0, gt=0, description="LoRA+: ratio of the learning rate of the B matrices to that of the A matrices")
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between crash checkpoints; null: a tenth of a run")
+    validations: int = Field(1, ge=1, description="validations per run, evenly spaced, the last at its end; they make the learning curve")
     keep: Literal["last", "best"] = Field(
         "last",
-        description="a trial's adapter and loss: last, of the run's end; best, of the lowest of its validations",
+        description="which point gives a trial's adapter and loss; last: the end of the run; best: the validation with the lowest loss",
     )
     report_to: Annotated[tuple[Annotated[str, OneOf(TRACKERS)], ...], Field(strict=False)] = Field(
         (), description=f"experiment trackers, each with a run per trial and one of the study: {' | '.join(TRACKERS.builtin)}"
     )
     engine: Literal["hf", "packed"] = Field(
         "packed",
-        description="packed: many adapters together on one frozen base, where the model allows it; hf: Transformers' Trainer and PEFT",
+        description="packed: many adapters together on one frozen base, if the model allows it; hf: Transformers' Trainer and PEFT",
     )
     slots: int | None = Field(
-        None, ge=1, description="trials that one process trains together; null: chosen from the model, the data and the device"
+        None, ge=1, description="trials that one process trains together; null: chosen for the model, the data and the device"
     )
     devices_per_trial: int = Field(1, ge=1, description="GPUs that train one trial together")
 
@@ -210,7 +218,7 @@ class Sampler(Section):
 
     name: Annotated[str, OneOf(SAMPLERS)] = Field("nomad", description=" | ".join(SAMPLERS.builtin))
     defaults_first: bool = Field(True, description="trial 0 takes the space's defaults")
-    options: dict[str, JsonValue] = Field(default_factory=dict, description="the sampler's own; may stand beside its name")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="options of the sampler; may be written beside its name")
 
     @model_validator(mode="before")
     @classmethod
@@ -227,11 +235,13 @@ class Schedule(Section):
 
     name: Annotated[str, OneOf(SCHEDULES)] = Field("full", description=SCHEDULES.described)
     fidelity: Literal["steps", "budget"] = Field(
-        "budget", description="of halving; steps: a truncated long run, resumed; budget: a complete short run, restarted"
+        "budget", description="halving: what a rung is; steps: a truncated long run, resumed; budget: a complete short run, restarted"
     )
-    reduction_factor: int = Field(3, ge=2, description="of halving: one in so many trials goes on")
-    min_resource: float = Field(1 / 9, gt=0, lt=1, description="of halving: the first rung's share of a full run, in (0, 1)")
-    options: dict[str, JsonValue] = Field(default_factory=dict, description="of another package's schedule; may stand beside its name")
+    reduction_factor: int = Field(3, ge=2, description="halving: one in this many trials is promoted")
+    min_resource: float = Field(1 / 9, gt=0, lt=1, description="halving: the first rung as a fraction of a full run, in (0, 1)")
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="options of another package's schedule; may be written beside its name"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -247,25 +257,27 @@ class Schedule(Section):
 class Scoring(Section):
     """How benchmarks among the objectives and constraints are scored, after each trial that was trained to its end."""
 
-    items: int = Field(200, ge=1, description="of each benchmark, drawn with the seed, at most half; `loratune evaluate` leaves them out")
-    data: str | None = Field(None, min_length=1, description="folder of the benchmarks' data; null: the Hugging Face hub")
+    items: int = Field(
+        200, ge=1, description="items of each benchmark, drawn with the seed, at most half; `loratune evaluate` excludes them"
+    )
+    data: str | None = Field(None, min_length=1, description="folder with the benchmarks' data; null: the Hugging Face hub")
     allow_code_execution: bool = Field(False, description="run, in a sandbox, the programs that models write (humaneval)")
-    weaker_sandbox: bool = Field(False, description="accept the sandbox without namespaces where they are missing")
+    weaker_sandbox: bool = Field(False, description="accept a sandbox without namespaces where the system has none")
 
 
 class Executor(Section):
     """Where trials are trained."""
 
     name: Annotated[str, OneOf(EXECUTORS)] = Field("local", description=EXECUTORS.described)
-    workers: int | None = Field(
-        None, ge=1, description="processes on a CPU; null: one per core, as far as memory and the number of trials allow"
+    workers: int | None = Field(None, ge=1, description="processes on a CPU; null: one per core, as memory and the number of trials allow")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: all GPUs, else the CPU")
+    devices: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(None, description="GPU indices; null: all visible GPUs")
+    max_retries: int = Field(2, ge=0, description="retries of a crashed trial, each from its last checkpoint")
+    hang_timeout: float | None = Field(None, gt=0, description="seconds without a heartbeat before a worker is restarted; null: never")
+    threads: int | None = Field(None, ge=1, description="CPU threads per worker; null: the cores divided evenly")
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="options of another package's executor; may be written beside its name"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: every GPU, else the CPU")
-    devices: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(None, description="indices of the GPUs; null: all visible ones")
-    max_retries: int = Field(2, ge=0, description="of a crashed trial, each from its last checkpoint")
-    hang_timeout: float | None = Field(None, gt=0, description="seconds without a sign of life until a worker is restarted; null: never")
-    threads: int | None = Field(None, ge=1, description="CPU threads per worker; null: the cores shared out evenly")
-    options: dict[str, JsonValue] = Field(default_factory=dict, description="of another package's executor; may stand beside its name")
 
     @model_validator(mode="before")
     @classmethod
@@ -274,7 +286,7 @@ class Executor(Section):
 
 
 class Budget(Section):
-    """When the study ends: at whichever comes first."""
+    """When the study ends: whichever limit comes first."""
 
     trials: int = Field(100, ge=1, description="trials in all")
     max_hours: float | None = Field(None, gt=0, description="hours on the clock, over all starts; null: no limit")
@@ -284,7 +296,7 @@ class Budget(Section):
 class Output(Section):
     """What the study leaves behind."""
 
-    folder: str | None = Field(None, description="of the study; null: runs/<name>")
+    folder: str | None = Field(None, description="folder of the study; null: runs/<name>")
     keep_adapters: int | None = Field(
-        10, ge=0, description="how many of the best trials keep theirs, beside trial 0 and the front; null: all do"
+        10, ge=0, description="number of best trials whose adapters are kept, besides trial 0 and the front; null: all"
     )

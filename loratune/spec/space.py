@@ -176,7 +176,7 @@ def _expand(given: Any, mistakes: list[tuple[FieldPath, str]]) -> dict[str, dict
         if name not in NAMES:
             mistakes.append(((written,), f"not a searchable parameter{nearest(written, NAMES) or '; these are: ' + ', '.join(NAMES)}"))
         elif name in seen:
-            mistakes.append(((name,), f"{seen[name]!r} and {written!r} are two names of one parameter; give one"))
+            mistakes.append(((name,), f"{seen[name]!r} and {written!r} are two names for the same parameter; give one"))
         elif value is None:
             definitions.pop(name, None)
         else:

@@ -29,18 +29,20 @@ from loratune.work import Hyperparameters, ModelRecipe, Recipe, TrainingRecipe
 class StudySpec(Section):
     """A whole study. All fields but the model and the data have defaults."""
 
-    name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$|^$", description="of the study; empty: from the model and the data")
-    seed: int = Field(0, ge=0, lt=2**32, description="of everything: data order, initialisation, dropout, sampler")
+    name: str = Field(
+        "", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$|^$", description="name of the study; empty: made from the model and the data"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything: data order, initialisation, dropout, sampler")
     storage: str | None = Field(
-        None, description="Optuna storage URL, ${NAME} in it an environment variable; null: an SQLite file in the study's folder"
+        None, description="Optuna storage URL, ${NAME} in it an environment variable; null: SQLite in the study's folder"
     )
     objectives: Annotated[tuple[Objective, ...], Field(strict=False, min_length=1)] = Field(
         ("validation_loss",),
         validate_default=True,
-        description=f"what to make small, the first alone or a front of several: {' | '.join(METRICS.builtin)}",
+        description=f"what to minimise, one metric or the Pareto front of several: {' | '.join(METRICS.builtin)}",
     )
     constraints: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), description="what a trial must keep, of the same names: [adapter_mb <= 50, peak_memory_gib <= 24]"
+        (), description="limits on the same metrics: [adapter_mb <= 50, peak_memory_gib <= 24]"
     )
     model: Model
     data: Data
@@ -251,7 +253,7 @@ def differences(old: StudySpec, new: StudySpec) -> list[str]:
             if now is not None and (was is None or now < was):
                 found.append(f"{path}: was {was!r}, now {now!r}; a budget can grow, not shrink")
         elif path == "executor.devices" and len(was or ()) != len(now or ()):
-            found.append(f"{path}: was {was!r}, now {now!r}; others may take their place, but as many")
+            found.append(f"{path}: was {was!r}, now {now!r}; you may use other devices, but the same number of them")
         elif path == "data.prompt" and now == "auto":  # which was not the default in older studies
             found.append(f"{path}: was {was!r}, now {now!r}; to continue that study, write prompt: {was}")
         elif not allowed_change(path):

@@ -25,8 +25,8 @@ def test_reading_and_writing(text: str, found: Constraint) -> None:
     ("text", "said"),
     [
         ("adaptor_mb <= 50", "unknown metric 'adaptor_mb'.*did you mean 'adapter_mb'"),
-        ("adapter_mb == 50", "'==' is no comparison; allowed: <=, >=, <, >"),
-        ("adapter_mb <= 50MB", "'50MB' is no number; write it without a unit"),
+        ("adapter_mb == 50", "'==' is not a comparison; allowed: <=, >=, <, >"),
+        ("adapter_mb <= 50MB", "'50MB' is not a number; write it in the unit of adapter_mb"),
         ("adapter_mb <= nan", "must be finite"),
         ("small please", "like 'adapter_mb <= 50'"),
     ],

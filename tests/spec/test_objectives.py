@@ -112,9 +112,9 @@ def test_they_cannot_change_while_a_study_runs() -> None:
         (
             {"constraints": ["seconds <= 4", "adapter_mb == 3", 5, "tokens < 2k", "adapter_mb < inf", "small"]},
             f"constraints.0: unknown metric 'seconds'; allowed: {NAMES}; did you mean 'train_seconds'?\n"
-            "constraints.1: '==' is no comparison; allowed: <=, >=, <, >\n"
+            "constraints.1: '==' is not a comparison; allowed: <=, >=, <, >\n"
             "constraints.2: got 5; needed: text like 'adapter_mb <= 50'\n"
-            "constraints.3: '2k' is no number; write it without a unit, in that of tokens\n"
+            "constraints.3: '2k' is not a number; write it in the unit of tokens, without the unit\n"
             "constraints.4: the bound must be finite, got inf\n"
             "constraints.5: got 'small'; needed: a metric, a comparison and a number, like 'adapter_mb <= 50'",
         ),

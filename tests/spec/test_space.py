@@ -188,7 +188,7 @@ def test_encode_and_decode_are_inverse(definition: dict[str, Any], seed: int, or
         ({"lora_r": 8}, f"search_space: nothing to search: give at least one of {', '.join(NAMES)} a range, or write: published"),
         ({"learnig_rate": 1}, "search_space.learnig_rate: not a searchable parameter; did you mean 'learning_rate'?"),
         ({"zzz": 1}, f"search_space.zzz: not a searchable parameter; these are: {', '.join(NAMES)}"),
-        ({"r": [4, 8], "rank": 4}, "search_space.lora_r: 'r' and 'rank' are two names of one parameter; give one"),
+        ({"r": [4, 8], "rank": 4}, "search_space.lora_r: 'r' and 'rank' are two names for the same parameter; give one"),
         ({"lora_r": [8, 4]}, "search_space.lora_r.values: got [8, 4]; needed: ascending numbers, [4, 8]"),
         ({"lora_r": [4, 4]}, "search_space.lora_r.values: got [4, 4]; needed: ascending numbers, [4]"),
         ({"lora_r": []}, "search_space.lora_r.values: got []; needed: at least 1 of them"),

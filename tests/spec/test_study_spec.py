@@ -277,7 +277,7 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
         ),
         (
             {"model": {"base_model": "a", "name_or_path": "b"}},
-            "model.name_or_path: 'model.base_model' and 'model.name_or_path' are two names of one field; give one",
+            "model.name_or_path: 'model.base_model' and 'model.name_or_path' are two names for the same field; give one",
         ),
         ({"data": "a.json"}, NO_VALIDATION),
         ({"data": {"train": [], "val_size": 0.1}}, "data.train: got []; needed: at least 1 of them"),
@@ -323,7 +323,7 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
         ({"training": {"epochs": float("nan")}}, "training.epochs: got nan; needed: a finite number"),
         (
             {"training": {"epochs": 1, "num_epochs": 1}},
-            "training.epochs: 'training.epochs' and 'training.num_epochs' are two names of one field; give one",
+            "training.epochs: 'training.epochs' and 'training.num_epochs' are two names for the same field; give one",
         ),
         ({"training": {"warmup": 1.5}}, "training.warmup_ratio: got 1.5; needed: a number <= 1"),
         (
@@ -360,7 +360,7 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
         ({"budget": {"trials": 1e3}}, "budget.trials: got 1000.0; needed: a whole number"),
         (
             {"n_trials": 3, "budget": {"trials": 4}},
-            "budget.trials: 'n_trials' and 'budget.trials' are two names of one field; give one",
+            "budget.trials: 'n_trials' and 'budget.trials' are two names for the same field; give one",
         ),
         ({"output": {"keep_adapters": "best"}}, "output.keep_adapters: got 'best'; needed: a whole number"),
     ],
@@ -435,7 +435,7 @@ budget: {trials: 4}
     assert sorted(str(caught.value).splitlines()) == sorted(
         [
             f"budget ({path}:14): given twice, first on line 13; give it once",
-            "data.train.7.path (--data.train.7.path): 7 is not one of the list's places, 0 to 2",
+            "data.train.7.path (--data.train.7.path): 7 is not an index of the list, 0 to 2",
             "--model.dtype [1: not valid YAML: expected ',' or ']', but got '<stream end>'",
             "seed (--seed): got 1e-05; needed: a whole number",
             f"data.train.1.formt ({path}:4): unknown field; did you mean 'format'?",
@@ -526,7 +526,7 @@ CHANGES: list[tuple[dict[str, Any], list[str]]] = [
     ({"executor": {"threads": 2, "max_retries": 5, "hang_timeout": 9.0, "name": "inline"}}, []),
     ({"executor": {"workers": 2}}, ["executor.workers: was None, now 2"]),
     ({"executor": {"device": "cpu"}}, ["executor.device: was 'auto', now 'cpu'"]),
-    ({"executor": {"devices": [0, 1]}}, ["executor.devices: was None, now [0, 1]; others may take their place, but as many"]),
+    ({"executor": {"devices": [0, 1]}}, ["executor.devices: was None, now [0, 1]; you may use other devices, but the same number of them"]),
     ({"seed": 1, "training": {"epochs": 3}}, ["seed: was 0, now 1", "training.epochs: was 2.0, now 3.0"]),
     ({"search_space": {"preset": "published", "lr": {"high": 0.01}}}, ["search_space.learning_rate.high: was 0.001, now 0.01"]),
     ({"sampler": {"name": "nomad", "lh_search": 10}}, ["sampler.options: was {}, now None", "sampler.options.lh_search: was None, now 10"]),
