@@ -16,6 +16,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Self
 
 
@@ -178,6 +179,13 @@ class Progress(Json):
     validation_loss: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Message(Json):
+    """A line for the user from where trials are trained."""
+
+    text: str
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -187,6 +195,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)  # JSON has no inf or nan; `_typed` reads them back
+    if isinstance(value, Path):
+        return str(value)
     return value
 
 
@@ -208,8 +218,8 @@ def _typed(kind: Any, value: Any) -> Any:
         known = {f.name for f in dataclasses.fields(kind)}
         # Unknown fields are dropped so that an older loratune can read a newer study's record.
         return kind(**{name: _typed(hints[name], item) for name, item in value.items() if name in known})
-    if kind is float:
-        return float(value)
+    if kind is float or kind is Path:
+        return kind(value)
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return kind(value)
     return value

@@ -12,7 +12,7 @@ from test_study import Broken, Formula, events, load, outline, spec_of, until_it
 from test_study_objectives import HALVING, SEVERAL, Measured, parameters
 
 from loratune.downstream import scoring
-from loratune.downstream.results.search_items import items_that_guided
+from loratune.downstream.results.search_items import search_items
 from loratune.errors import EvaluationError, SpecError, StorageError
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, StudyRecord, read
 from loratune.spec import StudySpec
@@ -28,14 +28,14 @@ class Scores:
     def __init__(self) -> None:
         self.scored: list[int] = []
 
-    def __call__(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[scoring.Scored]:
+    def __call__(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[scoring.ScoringProgress]:
         assert loss is not None
         assert adapter.as_posix().endswith(f"trials/{trial:04d}/main/adapter")
         for batch in range(2):
-            yield scoring.Scored(done=batch, total=2, seconds=batch / 2)
+            yield scoring.ScoringProgress(done=batch, total=2, seconds=batch / 2)
         if not stop.is_set():
             self.scored.append(trial)
-            yield scoring.Scored(done=2, total=2, seconds=SECONDS, scores={"mmlu": score(loss)})
+            yield scoring.ScoringProgress(done=2, total=2, seconds=SECONDS, scores={"mmlu": score(loss)})
 
 
 def score(loss: float) -> float:
@@ -162,35 +162,35 @@ def study_of(folder: Path, **more: Any) -> StudySpec:
 def test_a_real_study_of_loss_and_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped in the middle of a scoring, continued, shown, and evaluated on the items that did not guide it."""
     from loratune.cli import main
-    from loratune.downstream.results.scores import Ledger, read_results
+    from loratune.downstream.results.scores import ResultWriter, read_results
     from loratune.study.driver import tune
 
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
     spec = study_of(tmp_path / "study")
-    keep = Ledger.add
+    keep = ResultWriter.add
     kept: list[str] = []
 
-    def killed_in_the_second(self: Ledger, lines: list[dict[str, Any]], seconds: float) -> None:
+    def killed_in_the_second(self: ResultWriter, lines: list[dict[str, Any]], seconds: float) -> None:
         for line in lines:  # item by item, as if every batch had one
             if len(kept) == 20:
                 raise Broken
             keep(self, [line], seconds / len(lines))
             kept.append(line["id"])
 
-    monkeypatch.setattr(Ledger, "add", killed_in_the_second)
+    monkeypatch.setattr(ResultWriter, "add", killed_in_the_second)
     with pytest.raises(Broken):
         list(tune(spec))
     first = read(spec.folder)
     assert [bool(o.scores) for t in first.trials for o in t.outcomes] == [True, False]
     before = (spec.folder / "scoring" / "0001" / "demo_choice.jsonl").read_text()
     assert len(before.splitlines()) == 4
-    monkeypatch.setattr(Ledger, "add", keep)
+    monkeypatch.setattr(ResultWriter, "add", keep)
     list(tune(spec))
     record = read(spec.folder)
     assert [t.state for t in record.trials] == [COMPLETE] * 3
     assert (spec.folder / "scoring" / "0001" / "demo_choice.jsonl").read_text().startswith(before), "what was answered is not asked again"
 
-    guided = items_that_guided(spec.folder)
+    guided = search_items(spec.folder)
     assert len(guided["demo_choice"]) == 16
     assert guided["demo_match"] == guided["demo_choice"], "the same questions in another form"
     for trial in record.trials:

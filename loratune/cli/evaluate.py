@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from loratune.cli.parser import add_trust
 
 if TYPE_CHECKING:
-    from loratune.downstream.events import Progress
+    from loratune.downstream.events import BenchmarkProgress
 
 INTERRUPTED = 130
 TOP = 10
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from loratune.cli.interrupt import Interrupt
-    from loratune.downstream.events import Progress
+    from loratune.downstream.events import BenchmarkProgress
     from loratune.study.evaluation import Scored, evaluate
 
     names = None if args.benchmarks is None else [name.strip() for name in args.benchmarks.split(",") if name.strip()]
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
             stop=interrupt.stop,
         )
         for event in events:
-            if isinstance(event, Progress):
+            if isinstance(event, BenchmarkProgress):
                 line.show(event)
                 continue
             line.end()
@@ -90,12 +90,12 @@ def _refresh(report: Path) -> None:
 
 
 class _Line:
-    """Progress on one line that is written over; where output is no terminal, a line at each tenth."""
+    """BenchmarkProgress on one line that is written over; where output is no terminal, a line at each tenth."""
 
     def __init__(self) -> None:
         self._open, self._tenth = False, -1
 
-    def show(self, event: "Progress") -> None:
+    def show(self, event: "BenchmarkProgress") -> None:
         from loratune.cli.trial_lines import clock
 
         left = f", about {clock(event.seconds_left)} left" if event.seconds_left is not None and event.done < event.total else ""

@@ -182,16 +182,16 @@ def _print(record: "StudyRecord") -> None:
 
 
 def _print_shipped(console: "Console", now: dict[str, Any]) -> None:
-    """The scores of the adapter that is handed over, on a line of their own, and whose the table's are."""
+    """The scores of the adapter that is handed over, on a line of their own, and shipped_note the table's are."""
     from rich.text import Text
 
-    from loratune.downstream.results.scores import in_words, model_name, whose
+    from loratune.downstream.results.scores import describe_model, model_name, shipped_note
 
     name = model_name(now["shipped"]["trial"], now["shipped"]["run"])
     own = [f"{entry['title']} {100 * entry['shipped']:.1f}" for entry in now["scores"] if entry["shipped"] is not None]
     if own:
-        console.print(Text(f"handed over, {in_words(name)}: {', '.join(own)}", style="bold green"), soft_wrap=True)
-    console.print(Text(whose(name, bool(own))), soft_wrap=True)
+        console.print(Text(f"handed over, {describe_model(name)}: {', '.join(own)}", style="bold green"), soft_wrap=True)
+    console.print(Text(shipped_note(name, bool(own))), soft_wrap=True)
 
 
 def _front_table(front: list[dict[str, Any]]) -> "Table":

@@ -1,6 +1,6 @@
 """The part of the model card that is measured after the search: downstream scores, and whose they are."""
 
-from loratune.downstream.results.scores import BASE, Cell, in_words, model_name
+from loratune.downstream.results.scores import BASE, ScoreCell, describe_model, model_name
 from loratune.record import StudyRecord, Trial
 from loratune.report.evidence import Downstream, downstream_of
 from loratune.selection import SelectionRecord
@@ -19,9 +19,9 @@ def scores_section(record: StudyRecord, trial: Trial, selection: SelectionRecord
     own_run = model_name(trial.number)
     rows = {this: "**this adapter**"}
     if this != own_run:
-        rows[own_run] = f"{in_words(own_run)} as the study trained it, another seed"
+        rows[own_run] = f"{describe_model(own_run)} as the study trained it, another seed"
     if found.default is not None and found.default not in rows:
-        rows[found.default] = f"default hyperparameters, {in_words(found.default)}"
+        rows[found.default] = f"default hyperparameters, {describe_model(found.default)}"
     rows[BASE] = "base model"
     names = [f.benchmark for f in found.findings if any(_done(found, model, f.benchmark) for model in rows)]
     if not names:
@@ -44,12 +44,12 @@ def scores_section(record: StudyRecord, trial: Trial, selection: SelectionRecord
     ]
 
 
-def _done(found: Downstream, model: str, benchmark: str) -> Cell | None:
+def _done(found: Downstream, model: str, benchmark: str) -> ScoreCell | None:
     cell = found.cells.get(model, {}).get(benchmark)
     return cell if cell is not None and cell.done else None
 
 
-def _spelt(cell: Cell | None) -> str:
+def _spelt(cell: ScoreCell | None) -> str:
     if cell is None:
         return "–"
     score = cell.score

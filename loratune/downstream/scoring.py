@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.downstream.evaluator import evaluate
-from loratune.downstream.events import Event, Progress
-from loratune.downstream.job import Model
+from loratune.downstream.evaluator import score_models
+from loratune.downstream.events import BenchmarkProgress, Event
+from loratune.downstream.job import EvaluatedModel, EvaluationJob
 from loratune.downstream.results.scores import read_results
-from loratune.downstream.results.search_items import FOLDER, keep_drawn
+from loratune.downstream.results.search_items import FOLDER, keep_search_items
 from loratune.downstream.tasks.base import stratified
-from loratune.downstream.tasks.benchmarks import build
+from loratune.downstream.tasks.benchmarks import build_benchmark
 from loratune.errors import EvaluationError, SpecError
 from loratune.work import ModelRecipe
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ScoringProgress:
     """How far the scoring of a trial is; the last one of a finished scoring has its scores."""
 
     done: int  # answers, of the benchmark at work
@@ -62,18 +62,18 @@ class Scorer:
         """Draw the items, or see that they are still the same ones, and that all of it may and can be scored.
 
         Raises SpecError when too few would be left to report with, StorageError when the benchmark's data changed, and
-        what `evaluate` raises before anything is computed.
+        what `score_models` raises before anything is computed.
         """
         drawn = {}
         for name in self.benchmarks:
-            everything = build(name, self.data, weaker=self.weaker_sandbox).items()
+            everything = build_benchmark(name, self.data, weaker=self.weaker_sandbox).items()
             if 2 * self.items > len(everything):
                 raise SpecError(
                     f"scoring.items: got {self.items}; {name} has {len(everything):,}, of which at most half ({len(everything) // 2:,}) "
                     "may guide the search: the others are there to report what it found"
                 )
             drawn[name] = [item.id for item in stratified(everything, self.items, self.seed)]
-        keep_drawn(self.folder, drawn)
+        keep_search_items(self.folder, drawn)
         for _ in self._evaluate([], threading.Event()):
             pass
         if self.hold:
@@ -81,40 +81,39 @@ class Scorer:
 
             self._loaded = load(self.recipe, choose_device(self.device))
 
-    def score(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[Scored]:
+    def score(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[ScoringProgress]:
         """Score a trial's adapter, telling how far it is after each batch of answers.
 
         What was answered in an earlier start counts. Without scores at its end it was stopped by `stop`. loss: as recorded.
-        Raises what `evaluate` raises, and EvaluationError where memory runs out.
+        Raises what `score_models` raises, and EvaluationError where memory runs out.
         """
         began, name, done, total = time.monotonic(), f"{trial:04d}", 0, self.items
-        for event in self._evaluate([Model(name=name, adapter=adapter, loss=loss)], stop):
-            if isinstance(event, Progress):
+        for event in self._evaluate([EvaluatedModel(name=name, adapter=adapter, loss=loss)], stop):
+            if isinstance(event, BenchmarkProgress):
                 done, total = event.done, event.total
-            yield Scored(done=done, total=total, seconds=time.monotonic() - began)
+            yield ScoringProgress(done=done, total=total, seconds=time.monotonic() - began)
         found = {result.benchmark: result for result in read_results(self.folder / FOLDER) if result.model == name}
         if all(benchmark in found and found[benchmark].done for benchmark in self.benchmarks):
             scores = {benchmark: found[benchmark].interval().value for benchmark in self.benchmarks}
-            yield Scored(done=total, total=total, seconds=time.monotonic() - began, scores=scores)
+            yield ScoringProgress(done=total, total=total, seconds=time.monotonic() - began, scores=scores)
 
-    def _evaluate(self, models: Sequence[Model], stop: threading.Event) -> Iterator[Event]:
+    def _evaluate(self, models: Sequence[EvaluatedModel], stop: threading.Event) -> Iterator[Event]:
+        job = EvaluationJob(
+            folder=self.folder / FOLDER,
+            recipe=self.recipe,
+            models=tuple(models),
+            benchmarks=tuple(self.benchmarks),
+            validation=self.validation,
+            data=self.data,
+            subset=self.items,
+            leave_out={},
+            seed=self.seed,
+            device=self.device,
+            allow_code_execution=self.allow_code_execution,
+            weaker_sandbox=self.weaker_sandbox,
+        )
         try:
-            yield from evaluate(
-                self.folder / FOLDER,
-                recipe=self.recipe,
-                models=models,
-                benchmarks=self.benchmarks,
-                validation=self.validation,
-                data=self.data,
-                subset=self.items,
-                leave_out={},
-                seed=self.seed,
-                device=self.device,
-                allow_code_execution=self.allow_code_execution,
-                weaker_sandbox=self.weaker_sandbox,
-                loaded=self._loaded,
-                stop=stop,
-            )
+            yield from score_models(job, loaded=self._loaded, stop=stop)
         except (RuntimeError, MemoryError) as error:
             from loratune.finetune.memory import is_out_of_memory
 

@@ -32,7 +32,7 @@ from loratune.study.objectives import Goals, Sizes
 from loratune.work import Outcome, Pack, Progress, Segment, State
 
 if TYPE_CHECKING:
-    from loratune.downstream.scoring import Scored
+    from loratune.downstream.scoring import ScoringProgress
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Note:
 
 
 Event = Asked | Settled | Note | Progress
-Score = Callable[[int, Path, float | None, threading.Event], Iterator["Scored"]]
+Score = Callable[[int, Path, float | None, threading.Event], Iterator["ScoringProgress"]]
 """`downstream.scoring.Scorer.score`."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loratune.downstream.results.scores import FOLDER, Ledger, read_results
+from loratune.downstream.results.scores import FOLDER, ResultWriter, read_results
 from loratune.record import read
 
 ITEMS = 8
@@ -25,10 +25,10 @@ def study(done: tuple[Path, str], tmp_path: Path) -> Path:
 
 def answer(study: Path, model: str, benchmark: str, right: list[int], *, of: int = ITEMS, grouped: bool = False) -> None:
     """One model's results: item n is right where right[n] is 1; groups of sizes 1 and the rest."""
-    ledger = Ledger(study / FOLDER, model, benchmark, {"adapter": model})
-    ledger.describe({"title": benchmark.upper(), "chance": 0.25, "items": of, "mean_over_groups": grouped})
+    writer = ResultWriter(study / FOLDER, model, benchmark, {"adapter": model})
+    writer.describe({"title": benchmark.upper(), "chance": 0.25, "items": of, "mean_over_groups": grouped})
     if right:
-        ledger.add([{"id": str(n), "group": str(min(n, 1)), "answer": "", "score": score} for n, score in enumerate(right)], 1.0)
+        writer.add([{"id": str(n), "group": str(min(n, 1)), "answer": "", "score": score} for n, score in enumerate(right)], 1.0)
 
 
 def entry(loratune: Callable[..., Any], study: Path, benchmark: str) -> dict[str, Any]:

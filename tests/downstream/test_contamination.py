@@ -13,9 +13,9 @@ from loratune.data.prepare import prepare
 from loratune.data.sources import DataRecipe, Source
 from loratune.downstream.results import contamination
 from loratune.downstream.results.contamination import check, lines, read
-from loratune.downstream.results.scores import Ledger
+from loratune.downstream.results.scores import ResultWriter
 from loratune.downstream.tasks.base import Benchmark
-from loratune.downstream.tasks.benchmarks import build
+from loratune.downstream.tasks.benchmarks import build_benchmark
 from loratune.study import evaluation
 
 
@@ -30,9 +30,9 @@ def prepared(folder: Path, rows: list[dict[str, str]]) -> Path:
 
 def answered(folder: Path, benchmark: Benchmark, first: int) -> None:
     """Scores of the bare model on the first items."""
-    ledger = Ledger(folder, "base", benchmark.name, {"benchmark": benchmark.name})
-    ledger.describe({"items": first})
-    ledger.add([{"id": item.id, "group": item.group, "answer": "", "score": 0} for item in benchmark.items()[:first]], 0.0)
+    writer = ResultWriter(folder, "base", benchmark.name, {"benchmark": benchmark.name})
+    writer.describe({"items": first})
+    writer.add([{"id": item.id, "group": item.group, "answer": "", "score": 0} for item in benchmark.items()[:first]], 0.0)
 
 
 PLAIN = [{"instruction": f"Tell me of number {n}", "output": f"It is {n}."} for n in range(5)]
@@ -45,7 +45,7 @@ def test_a_planted_item_is_found(shared_data: Path, tmp_path: Path, name: str, a
             (tmp_path / "mmlu" / part).mkdir(parents=True)
             shutil.copy(shared_data / "mmlu" / part / f"anatomy_{part}.csv", tmp_path / "mmlu" / part)
         shared_data = tmp_path
-    benchmark = build(name, shared_data, weaker=True)
+    benchmark = build_benchmark(name, shared_data, weaker=True)
     answered(tmp_path / "evaluation", benchmark, 50)
     item = benchmark.items()[at]
     clean, dirty = PLAIN, [*PLAIN, {"instruction": "Solve this:", "input": benchmark.texts(item)[-1], "output": "Here it is."}]
@@ -66,7 +66,7 @@ def test_a_planted_item_is_found(shared_data: Path, tmp_path: Path, name: str, a
 def test_only_items_that_were_scored_count_and_the_result_is_kept(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    benchmark = build("humaneval", shared_data, weaker=True)
+    benchmark = build_benchmark("humaneval", shared_data, weaker=True)
     rows = [*PLAIN, {"instruction": benchmark.items()[2].facts["head"], "output": "x"}]
     data, folder = prepared(tmp_path / "data", rows), tmp_path / "evaluation"
     assert check(folder, data, [benchmark]) == []  # nothing was scored
@@ -87,7 +87,7 @@ def test_only_items_that_were_scored_count_and_the_result_is_kept(
 
 
 def test_the_demo_holds_out_what_it_asks(demo_data: Path, tmp_path: Path) -> None:
-    benchmarks = [build(name, weaker=True) for name in ("demo_choice", "demo_match", "demo_code")]
+    benchmarks = [build_benchmark(name, weaker=True) for name in ("demo_choice", "demo_match", "demo_code")]
     for benchmark in benchmarks:
         answered(tmp_path, benchmark, 60)
         assert "###" not in benchmark.texts(benchmark.items()[0])[0]

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 DRIVER = r"""
 import ctypes, json, os, resource, subprocess, sys, time
 from loratune.downstream import sandbox
-from loratune.downstream.sandbox.runner import Job, Limits, run
+from loratune.downstream.sandbox.runner import Limits, ProgramTest, run_program
 
 order = json.loads(sys.stdin.read())
 if order["mode"] == "weaker":
@@ -66,7 +66,7 @@ def seen():
 
 before = seen()
 text = order["program"].replace("{targets}", repr(targets)).replace("{home}", order["home"]).replace("{driver}", repr(os.getpid()))
-ran = run(Job(program=text, entry_point="f", tests=order["tests"]), limits=Limits(**order["limits"]), weaker=True)
+ran = run_program(ProgramTest(program=text, entry_point="f", tests=order["tests"]), limits=Limits(**order["limits"]), weaker=True)
 time.sleep(0.3)
 after = seen()
 neighbour.kill()

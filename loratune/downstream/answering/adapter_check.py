@@ -1,4 +1,4 @@
-"""Proof that an adapter is on before anything is scored with it, through the same hooks that will answer.
+"""AdapterCheck that an adapter is on before anything is scored with it, through the same hooks that will answer.
 
 1. On fixed texts its logits differ from the bare model's.
 2. Its validation loss is the recorded one. A validation set of few tokens is gone through whole; then the two numbers must
@@ -38,7 +38,7 @@ _BATCH = 4096  # tokens per pass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proof(Json):
+class AdapterCheck(Json):
     """What was found for one adapter."""
 
     logits_differ: bool
@@ -63,7 +63,7 @@ class _Losses:
         return float(self.nll.sum() / self.count.sum())
 
 
-class Prover:
+class AdapterChecker:
     """Checks the adapters of `adapters` one by one; the bare model, at place `base_place`, is measured once."""
 
     def __init__(
@@ -86,7 +86,7 @@ class Prover:
         self._base_losses: _Losses | None = None
         self._base_logits: torch.Tensor | None = None
 
-    def prove(self, place: int, name: str, recorded: float | None) -> Proof:
+    def check(self, place: int, name: str, recorded: float | None) -> AdapterCheck:
         """Raises EvaluationError, in one line, when the adapter at `place` cannot be the recorded trial's."""
         if self._base_losses is None or self._base_logits is None:
             self._base_losses, self._base_logits = self._losses(self.base_place), self._logits(self.base_place)
@@ -107,7 +107,7 @@ class Prover:
         if recorded is None:
             if not difference:
                 raise EvaluationError(f"{name}: its logits equal the bare model's: the adapter is not on, or learnt nothing. Not scored.")
-            return Proof(**facts, text=f"its logits differ from the bare model's; no loss was recorded; {own.mean:.4f} {where}")  # type: ignore[arg-type]
+            return AdapterCheck(**facts, text=f"its logits differ from the bare model's; no loss was recorded; {own.mean:.4f} {where}")  # type: ignore[arg-type]
         slack = self.tolerance if whole else self.tolerance + _ERRORS * _error(own, len(self.validation))
         if not abs(own.mean - recorded) <= slack:
             off = ": the adapter is not on" if not difference else ""
@@ -130,7 +130,7 @@ class Prover:
                 f"{recorded_base:.4f}: the adapter is not on. Nothing was scored."
             )
         effect = "no effect on the logits, as its recorded loss says" if silent else "its logits differ from the bare model's"
-        return Proof(**facts, text=f"{effect}; validation loss {own.mean:.4f} {where}, recorded {recorded:.4f}")  # type: ignore[arg-type]
+        return AdapterCheck(**facts, text=f"{effect}; validation loss {own.mean:.4f} {where}, recorded {recorded:.4f}")  # type: ignore[arg-type]
 
     def _logits(self, place: int) -> torch.Tensor:
         found = []
@@ -186,7 +186,7 @@ def _ratio_error(residuals: np.ndarray, count: np.ndarray, of: int) -> float:
     return float(residuals.std(ddof=1) * math.sqrt(m * max(0.0, 1 - m / of)) / count.sum())
 
 
-def summary(proofs: Sequence[Proof]) -> str:
+def check_summary(proofs: Sequence[AdapterCheck]) -> str:
     """One line for several adapters that were proved."""
     worst = max((abs(p.loss - p.recorded) for p in proofs if p.recorded is not None), default=0.0)
     whole = all(p.examples == p.of for p in proofs)

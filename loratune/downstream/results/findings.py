@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loratune.downstream.results.scores import BASE, Cell, Result, in_words, table, whose
+from loratune.downstream.results.scores import BASE, Result, ScoreCell, describe_model, score_cells, shipped_note
 from loratune.statistics import Summary, sentence, summarise
 
 _SEED = 0  # of the bootstraps
@@ -55,20 +55,20 @@ def findings(
     return found
 
 
-def lines(
+def finding_lines(
     results: Sequence[Result], losses: Mapping[str, float], best: Sequence[str], default: str | None, shipped: str | None = None
 ) -> list[str]:
     """The table and the sentences, for a terminal; arguments as of `findings`. `losses` may hold `base`."""
     if not results:
         return ["Nothing was scored yet."]
-    cells = table(results)
+    cells = score_cells(results)
     found = findings(results, losses, best, default, shipped)
     order = [*dict.fromkeys([*([shipped] if shipped else []), *best, *([default] if default else []), *sorted(cells)])]
     head = ["", "loss", *(finding.title for finding in found)]
     rows = [head]
     for name in (name for name in order if name in cells):
         loss = f"{losses[name]:.4f}" if name in losses else ""
-        rows.append([label(name, best, default, shipped), loss, *(_cell(cells[name].get(finding.benchmark)) for finding in found)])
+        rows.append([model_label(name, best, default, shipped), loss, *(_cell(cells[name].get(finding.benchmark)) for finding in found)])
     summaries = [finding.best for finding in found]
     for what in ("min", "max", "mean", "sd") if any(summaries) else ():
         values = [f"{100 * getattr(one, what):.1f}" if one else "" for one in summaries]
@@ -78,19 +78,19 @@ def lines(
     text = ["Scores in %, with 95 % intervals over items:"]
     text += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if shipped is not None:
-        text += ["", whose(shipped, shipped in cells)]
+        text += ["", shipped_note(shipped, shipped in cells)]
     for finding in found:
         text += ["", f"{finding.title}:", *(f"  {line}" for line in finding.sentences)]
     return text
 
 
-def label(name: str, best: Sequence[str], default: str | None, shipped: str | None = None) -> str:
+def model_label(name: str, best: Sequence[str], default: str | None, shipped: str | None = None) -> str:
     """`handed over, trial 7 (race-01)`, `best, trial 7`, `default, trial 0`, `trial 12`, `base model, untuned`."""
     roles = {"handed over": name == shipped, "best": name in best[:1], "default": name == default}
-    return ", ".join([*(role for role, has in roles.items() if has), in_words(name)])
+    return ", ".join([*(role for role, has in roles.items() if has), describe_model(name)])
 
 
-def _cell(cell: Cell | None) -> str:
+def _cell(cell: ScoreCell | None) -> str:
     if cell is None:
         return ""
     score = cell.score

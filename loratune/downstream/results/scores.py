@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.errors import StorageError
 from loratune.system.files import write_atomically
+from loratune.system.jsonl import append_lines, read_lines
 
 if TYPE_CHECKING:
     from loratune.statistics import Interval  # needs scipy, which `loratune status` need not wait for
@@ -94,7 +95,7 @@ def model_name(trial: int, run: str = "main") -> str:
     return f"{trial:04d}" + (f"-{run}" if run != "main" else "")
 
 
-def in_words(name: str) -> str:
+def describe_model(name: str) -> str:
     """`trial 7`, `trial 7 (race-01)`, `base model, untuned`: a model by its folder's name."""
     number, _, run = name.partition("-")
     if number.isdigit():
@@ -102,21 +103,21 @@ def in_words(name: str) -> str:
     return "base model, untuned" if name == BASE else name
 
 
-def whose(shipped: str, scored: bool) -> str:
+def shipped_note(shipped: str, scored: bool) -> str:
     """Whose scores a table shows beside those of the model handed over, or that it lacks that one."""
     if shipped.isdigit():
-        return f"Handed over is the study's own run of {in_words(shipped)}" + ("." if scored else ", which is not scored.")
+        return f"Handed over is the study's own run of {describe_model(shipped)}" + ("." if scored else ", which is not scored.")
     also = "scored as a model of its own" if scored else "and not scored yet"
     own = "A trial's scores are of its run in the study."
-    return f"Handed over is {in_words(shipped)}, trained with another seed, {also}. {own}"
+    return f"Handed over is {describe_model(shipped)}, trained with another seed, {also}. {own}"
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def sole_evaluation(folder: Path) -> Iterator[None]:
     """While open, no other evaluation answers into `folder`. Raises StorageError while one does.
 
     A POSIX lock: it ends with the process, whatever children of a killed one are still about. Of these only the ones that
-    write are waited for (`beside`); they end by themselves.
+    write are waited for (`join_evaluation`); they end by themselves.
     """
     handle = _lock_file(folder)
     try:
@@ -130,7 +131,7 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def beside(folder: Path) -> None:
+def join_evaluation(folder: Path) -> None:
     """Until this process ends, it answers into `folder` on behalf of the evaluation that started it."""
     fcntl.lockf(_lock_file(folder), fcntl.LOCK_SH, 1, _PROCESSES)
 
@@ -158,38 +159,27 @@ def _wait_for_orphans(handle: int) -> None:
             return
 
 
-class Ledger:
-    """Where one model's results on one benchmark are written. `identity` decides what may stand together."""
+class ResultWriter:
+    """Writes one model's results on one benchmark. `identity` decides which results may stand together."""
 
     def __init__(self, folder: Path, model: str, benchmark: str, identity: dict[str, Any]) -> None:
         self._lines, self._facts = folder / model / f"{benchmark}.jsonl", folder / model / f"{benchmark}.json"
         self._identity = identity
-        if self._facts.is_file():
-            before = _json(self._facts)
-            if any(before.get(name) != value for name, value in identity.items()):
-                _put_aside(self._facts, self._lines)
-        elif self._lines.is_file():
-            _put_aside(self._lines)
-        self.seconds = float(_json(self._facts).get("seconds", 0.0)) if self._facts.is_file() else 0.0
-        _drop_torn_line(self._lines)
-        self.done = {str(line["id"]) for line in _read_lines(self._lines)}
+        before = _facts(self._facts) if self._facts.is_file() else {}
+        if any(before.get(name, self) != value for name, value in identity.items()):
+            _put_aside(self._facts, self._lines)
+            before = {}
+        self.seconds = float(before.get("seconds", 0.0))
+        self.done = {str(line["id"]) for line in read_lines(self._lines)}
 
     def add(self, lines: Sequence[dict[str, Any]], seconds: float) -> None:
         """Append scored items, each with `id`, `group`, `answer` and `score`. Raises StorageError."""
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        try:
-            self._lines.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._lines, "a", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(f"cannot write {self._lines}: {error.strerror}. What was scored before is safe; run again.") from error
+        append_lines(self._lines, lines)
         self.done |= {str(line["id"]) for line in lines}
         self.seconds += seconds
 
     def describe(self, facts: dict[str, Any]) -> None:
-        """Write what the lines were measured with, before the first of them."""
+        """Write down how the lines are measured, before the first of them."""
         write_atomically(self._facts, json.dumps({**self._identity, **facts, "seconds": round(self.seconds, 3)}, indent=1) + "\n")
 
 
@@ -200,14 +190,14 @@ def read_results(folder: Path, *, begun: bool = False) -> list[Result]:
     """
     found = []
     for facts in sorted(folder.glob("*/*.json")):
-        lines = list(_read_lines(facts.with_suffix(".jsonl")))
+        lines = read_lines(facts.with_suffix(".jsonl"))
         if facts.name == "proof.json" or not (lines or begun):
             continue
         found.append(
             Result(
                 model=facts.parent.name,
                 benchmark=facts.stem,
-                facts=_json(facts),
+                facts=_facts(facts),
                 scores={line["id"]: float(line["score"]) for line in lines},
                 groups={line["id"]: str(line["group"]) for line in lines},
                 answers={line["id"]: str(line["answer"]) for line in lines},
@@ -217,7 +207,7 @@ def read_results(folder: Path, *, begun: bool = False) -> list[Result]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class ScoreCell:
     """A place of the table model x benchmark."""
 
     score: "Interval"
@@ -226,16 +216,16 @@ class Cell:
     done: bool
 
 
-def table(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
+def score_cells(results: Sequence[Result]) -> dict[str, dict[str, ScoreCell]]:
     """model -> benchmark -> score, in the results' order."""
-    rows: dict[str, dict[str, Cell]] = {}
+    rows: dict[str, dict[str, ScoreCell]] = {}
     for result in results:
-        cell = Cell(score=result.interval(), n=len(result.scores), chance=result.chance, done=result.done)
+        cell = ScoreCell(score=result.interval(), n=len(result.scores), chance=result.chance, done=result.done)
         rows.setdefault(result.model, {})[result.benchmark] = cell
     return rows
 
 
-def fingerprint(adapter: Path | None) -> str | None:
+def adapter_fingerprint(adapter: Path | None) -> str | None:
     """SHA-256 of a PEFT folder's configuration and weights: what was scored. None is the bare model. Raises StorageError."""
     if adapter is None:
         return None
@@ -245,32 +235,11 @@ def fingerprint(adapter: Path | None) -> str | None:
         raise StorageError(f"{adapter} holds no adapter: {error.strerror}, {Path(str(error.filename)).name}.") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot read {path}: {error}. Remove it and its .jsonl; the items are then answered again.") from error
-
-
-def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The whole lines; a torn last one is left out, a torn one in the middle is an error."""
-    if not path.is_file():
-        return
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            return
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise StorageError(f"{path}, line {number} is damaged: {error}. Remove the line; its item is then answered again.") from error
-
-
-def _drop_torn_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        write_atomically(path, data[: data.rfind(b"\n") + 1])
 
 
 def _put_aside(*paths: Path) -> None:

@@ -18,7 +18,7 @@ _ALIKE = (
 )  # ask the same questions, under the same ids
 
 
-def items_that_guided(study: Path) -> dict[str, set[str]]:
+def search_items(study: Path) -> dict[str, set[str]]:
     """Benchmark -> ids of the items that guided the search of the study in that folder; empty when no score did.
 
     Benchmarks that ask the same questions in another form share them. Raises StorageError.
@@ -31,7 +31,7 @@ def items_that_guided(study: Path) -> dict[str, set[str]]:
     return found
 
 
-def keep_drawn(study: Path, drawn: Mapping[str, Sequence[str]]) -> None:
+def keep_search_items(study: Path, drawn: Mapping[str, Sequence[str]]) -> None:
     """Note what was drawn. Raises StorageError when a trial was scored on other items."""
     path = study / FOLDER / "items.json"
     if _drawn(study) != drawn:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.downstream.tasks.base import Item, PrefixBenchmark
-from loratune.downstream.tasks.folders import find, hub
+from loratune.downstream.tasks.folders import find_data, hub_rows
 from loratune.errors import DataError
 
 HUB = "lukaemon/bbh"
@@ -59,8 +59,8 @@ class Bbh(PrefixBenchmark):
     @functools.cached_property
     def _tasks(self) -> dict[str, list[dict[str, Any]]]:
         if self.data is None:
-            return {task: hub(HUB, task, "test") for task in TASKS}
-        folder = find(self.data, "bbh", ("bbh", "boolean_expressions.json"), "one JSON file per task, of BIG-Bench-Hard's folder bbh")
+            return {task: hub_rows(HUB, task, "test") for task in TASKS}
+        folder = find_data(self.data, "bbh", ("bbh", "boolean_expressions.json"), "one JSON file per task, of BIG-Bench-Hard's folder bbh")
         folder = folder.parent if folder.is_file() else folder
         files = {path.stem: path for path in sorted(folder.glob("*.json"))}
         lacking = [task for task in TASKS if task not in files]

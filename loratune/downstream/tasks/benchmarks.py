@@ -16,7 +16,7 @@ _PLACES = {  # name -> file, class
     "mmlu": ("mmlu", "Mmlu"),
     "mmlu_loglikelihood": ("mmlu", "MmluLoglikelihood"),
     "bbh": ("bbh", "Bbh"),
-    "drop": ("drop", "Drop"),
+    "drop": ("drop", "DropBenchmark"),
     "humaneval": ("humaneval", "HumanEval"),
     "humaneval_fenced": ("humaneval", "HumanEvalFenced"),  # an answer within ``` is taken out of them
     "demo_choice": ("embedded", "DemoChoice"),
@@ -29,7 +29,7 @@ NAMES = tuple(_PLACES)
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
 
 
-def build(name: str, data: Path | None = None, *, weaker: bool = False) -> Benchmark:
+def build_benchmark(name: str, data: Path | None = None, *, weaker: bool = False) -> Benchmark:
     """The benchmark called `name`, its data from the folder `data`, else from the hub.
 
     weaker: for those that run code, accept the sandbox's weaker walls where namespaces are missing.
@@ -70,5 +70,5 @@ def may_run(own: Sequence[Benchmark], foreign: Sequence[str], tasks: Path | None
     if foreign:
         from loratune.downstream.tasks import harness
 
-        harness.require()
-        harness.check(foreign, tasks)
+        harness.require_harness()
+        harness.check_tasks(foreign, tasks)

@@ -15,7 +15,7 @@ from typing import Any
 
 from loratune.data.prompts import alpaca_prompt
 from loratune.demo import held_out_file
-from loratune.downstream.sandbox.runner import Job, run_all
+from loratune.downstream.sandbox.runner import ProgramTest, run_programs
 from loratune.downstream.tasks.base import Benchmark, Item, Verdict
 
 # Kinds with one right answer among very many; the others (a letter, a number of words, the bigger of two) can be guessed.
@@ -119,10 +119,10 @@ class DemoCode(_Demo):
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
         """1 when the program passes its test in the sandbox. Raises SandboxError when it cannot be set up."""
         jobs = [
-            Job(program=answer.strip(), entry_point=item.facts["entry_point"], tests=item.facts["test"])
+            ProgramTest(program=answer.strip(), entry_point=item.facts["entry_point"], tests=item.facts["test"])
             for item, answer in zip(items, answers, strict=True)
         ]
-        runs = run_all(jobs, weaker=self._weaker)
+        runs = run_programs(jobs, weaker=self._weaker)
         return [Verdict(score=float(run.kind == "ok"), why="" if run.kind == "ok" else f"{run.kind}: {run.why}") for run in runs]
 
 
