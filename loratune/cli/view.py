@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loratune.cli.trial_lines import clock, ended, loss, params, plural, totals
+from loratune.cli.trial_lines import clock, ended, params, totals
 from loratune.record import COMPLETE, Trial, read
+from loratune.system.formatting import loss, plural
 from loratune.work import Outcome, Progress
 
 if TYPE_CHECKING:
