@@ -272,9 +272,9 @@ def test_everything_ends_with_loratune(outside: Outside, mode: str) -> None:
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1e4)\nopen('a', 'w').close()\ndef f(x):\n    time.sleep(1e4)"
     )
     text = (
-        "from loratune.downstream import sandbox\n"
-        f"sandbox.START = {runner.START!r}\n"
-        f"sandbox._run(runner.ProgramTest(program={program!r}, entry_point='f', tests='candidate(1)'), runner.Limits(timeout=60), "
+        "from loratune.downstream.sandbox import runner\n"
+        f"runner.START = {runner.START!r}\n"
+        f"runner._run(runner.ProgramTest(program={program!r}, entry_point='f', tests='candidate(1)'), runner.Limits(timeout=60), "
         f"namespaces={mode == 'namespaces'})"
     )
     environment = {**os.environ, "TMPDIR": str(outside.folder / "temporary")}
