@@ -12,11 +12,13 @@ from test_study import Broken, Formula, events, load, outline, spec_of, until_it
 from test_study_objectives import HALVING, SEVERAL, Measured, parameters
 
 from loratune.downstream import scoring
+from loratune.downstream.job import EvaluationJob
 from loratune.downstream.results.search_items import search_items
 from loratune.errors import EvaluationError, SpecError, StorageError
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, StudyRecord, read
 from loratune.spec import StudySpec
 from loratune.study.loop import Event
+from loratune.work import ModelRecipe
 
 OBJECTIVES = ["validation_loss", "mmlu"]
 SECONDS = 2.0
@@ -219,20 +221,19 @@ def test_a_real_study_of_loss_and_score(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_cannot_be_scored_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scorer(**more: Any) -> scoring.Scorer:
-        from loratune.work import ModelRecipe
-
-        given: dict[str, Any] = {"benchmarks": ["demo_choice"], "items": 24, "seed": 0, "recipe": ModelRecipe(name_or_path="m")}
-        return scoring.Scorer(folder=tmp_path, validation=tmp_path, **{**given, **more})
+        given: dict[str, Any] = {"benchmarks": ("demo_choice",), "subset": 24, "recipe": ModelRecipe(name_or_path="m")}
+        job = EvaluationJob(folder=tmp_path / "scoring", models=(), validation=tmp_path, leave_out={}, **{**given, **more})
+        return scoring.Scorer(job=job)
 
     with pytest.raises(SpecError, match=r"scoring.items: got 16; demo_code has 30, of which at most half \(15\) may guide the search"):
-        scorer(benchmarks=["demo_code"], items=16).prepare()
+        scorer(benchmarks=("demo_code",), subset=16).prepare()
     with pytest.raises(EvaluationError, match="demo_code runs programs"):
-        scorer(benchmarks=["demo_code"], items=15).prepare()
+        scorer(benchmarks=("demo_code",), subset=15).prepare()
     scorer().prepare()
-    scorer(items=20).prepare()  # before the first trial, mending is free
+    scorer(subset=20).prepare()  # before the first trial, mending is free
     answers = tmp_path / "scoring" / "0000" / "demo_choice.jsonl"
     answers.parent.mkdir()
     answers.write_text("")
-    scorer(items=20).prepare()
-    with pytest.raises(StorageError, match="the items of demo_choice are others now"):
-        scorer(items=24).prepare()
+    scorer(subset=20).prepare()
+    with pytest.raises(StorageError, match="the items of demo_choice have changed"):
+        scorer(subset=24).prepare()

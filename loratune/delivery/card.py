@@ -1,6 +1,6 @@
 """The part of the model card that is measured after the search: downstream scores, and whose they are."""
 
-from loratune.downstream.results.scores import BASE, ScoreCell, describe_model, model_name
+from loratune.downstream.results.scores import BASE, Result, describe_model, model_name
 from loratune.record import StudyRecord, Trial
 from loratune.report.evidence import Downstream, downstream_of
 from loratune.selection import SelectionRecord
@@ -44,12 +44,12 @@ def scores_section(record: StudyRecord, trial: Trial, selection: SelectionRecord
     ]
 
 
-def _done(found: Downstream, model: str, benchmark: str) -> ScoreCell | None:
+def _done(found: Downstream, model: str, benchmark: str) -> Result | None:
     cell = found.cells.get(model, {}).get(benchmark)
     return cell if cell is not None and cell.done else None
 
 
-def _spelt(cell: ScoreCell | None) -> str:
+def _spelt(cell: Result | None) -> str:
     if cell is None:
         return "–"
     score = cell.score

@@ -10,11 +10,10 @@ from loratune.downstream.results.scores import (
     BASE,
     FOLDER,
     Result,
-    ScoreCell,
+    by_model,
     describe_model,
     model_name,
     read_results,
-    score_cells,
     shipped_note,
 )
 from loratune.preference import PreferenceRecord, find
@@ -40,9 +39,9 @@ class Downstream:
     shipped: str | None = None  # what a selection hands over, scored or not
 
     @cached_property
-    def cells(self) -> dict[str, dict[str, ScoreCell]]:
+    def cells(self) -> dict[str, dict[str, Result]]:
         """model -> benchmark -> score with its interval."""
-        return score_cells(self.results)
+        return by_model(self.results)
 
     @cached_property
     def findings(self) -> list[Finding]:
@@ -84,7 +83,7 @@ class Downstream:
         pairs = {name: (own.get((self.gaining, name)), own.get((self.default, name))) for name in self.benchmarks}
         return {name: first.against(second) for name, (first, second) in pairs.items() if first is not None and second is not None}
 
-    def points(self, benchmark: str) -> list[tuple[str, float, ScoreCell]]:
+    def points(self, benchmark: str) -> list[tuple[str, float, Result]]:
         """(model, validation loss, score) of the scored trials, in the results' order; without the base model."""
         return [
             (name, self.losses[name], cells[benchmark])

@@ -75,7 +75,7 @@ def candidates(trials: Sequence[Trial], losses: Mapping[int, Sequence[float]], s
 def metric(trial: Trial, name: str, scores: Scores) -> float:
     """One number, in the metric's unit (see METRICS); NaN where it was not measured."""
     own = scores.get(trial.number, {})
-    means = {benchmark: result.interval().value for benchmark, result in own.items()}  # over groups, where the benchmark is
+    means = {benchmark: result.score.value for benchmark, result in own.items()}  # over groups, where the benchmark is
     peak = max((o.peak_memory_bytes for o in trial.outcomes), default=0)
     parameters = max((o.trainable_parameters for o in trial.outcomes), default=0)
     plain = {

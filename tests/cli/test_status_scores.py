@@ -74,7 +74,7 @@ def test_same_score_as_the_table_of_intervals(study: Path) -> None:
     values = {result.benchmark: result.value for result in read_results(study / FOLDER)}
     assert values == pytest.approx({"plain": 2 / 5, "grouped": (1 + 1 / 4) / 2})
     for result in read_results(study / FOLDER):
-        assert result.interval().value == pytest.approx(result.value)
+        assert result.score.value == pytest.approx(result.value)
 
 
 def test_light(study: Path) -> None:

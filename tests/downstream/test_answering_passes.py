@@ -8,7 +8,7 @@ import transformers
 from random_adapters import load_base
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from loratune.downstream.answering.decode_attention import attention, decoding
+from loratune.downstream.answering.decode_attention import decode_attention, decoding
 from loratune.downstream.answering.forward import SPARE, Forward, cached_layers, joined
 from loratune.finetune.model import BaseModel
 
@@ -28,7 +28,7 @@ def test_attention_of_one_token(groups: int) -> None:
     seen[..., 0] = True
     expected, _ = sdpa_attention_forward(module, query, key, value, seen, scaling=0.3)
     added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
-    torch.testing.assert_close(attention(module, query, key, value, added, scaling=0.3)[0], expected)
+    torch.testing.assert_close(decode_attention(module, query, key, value, added, scaling=0.3)[0], expected)
 
 
 def test_last_layer_works_on_the_last_position(base: BaseModel) -> None:

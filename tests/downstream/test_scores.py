@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loratune.downstream.results.findings import finding_lines, findings
-from loratune.downstream.results.scores import Result, ResultWriter, adapter_fingerprint, read_results, score_cells, sole_evaluation
+from loratune.downstream.results.scores import Result, ResultWriter, adapter_fingerprint, by_model, read_results, sole_evaluation
 from loratune.downstream.tasks.base import Item, constant_scores
 from loratune.errors import StorageError
 
@@ -39,7 +39,7 @@ def test_appends_and_reads(tmp_path: Path) -> None:
     again.describe({"title": "B", "chance": 0.5, "items": 4})
     (result,) = read_results(tmp_path)
     assert result.done
-    assert score_cells([result])["0001"]["b"].score.value == 0.5
+    assert by_model([result])["0001"]["b"].score.value == 0.5
 
 
 @pytest.mark.parametrize("kept", [1, 10, -1])
@@ -121,7 +121,7 @@ def test_findings_at_chance() -> None:
     assert "data cannot tell" in said or "little" in said
     below = findings([made("0000", 0.05), made("base", 0.1)], {}, [], "0000")[0].sentences
     assert below[0].startswith("Every model is below chance (25.0 %)")
-    assert finding_lines([], {}, [], None) == ["Nothing was scored yet."]
+    assert finding_lines([], {}, [], None) == ["Nothing has been scored yet."]
 
 
 def test_findings_where_always_the_same_letter_is_off_chance() -> None:

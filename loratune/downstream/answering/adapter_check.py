@@ -1,4 +1,4 @@
-"""AdapterCheck that an adapter is on before anything is scored with it, through the same hooks that will answer.
+"""Check that an adapter is on before anything is scored with it, through the same hooks that will answer.
 
 1. On fixed texts its logits differ from the bare model's.
 2. Its validation loss is the recorded one. A validation set of few tokens is gone through whole; then the two numbers must
@@ -39,7 +39,7 @@ _BATCH = 4096  # tokens per pass
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCheck(Json):
-    """What was found for one adapter."""
+    """The result for one adapter."""
 
     logits_differ: bool
     largest_difference: float  # of logits on the probe
@@ -106,14 +106,14 @@ class AdapterChecker:
         where = "over the whole validation set" if whole else f"over {len(self.chosen):,} of {len(self.validation):,} validation examples"
         if recorded is None:
             if not difference:
-                raise EvaluationError(f"{name}: its logits equal the bare model's: the adapter is not on, or learnt nothing. Not scored.")
+                raise EvaluationError(f"{name}: its logits equal the bare model's: the adapter is off, or learned nothing. Not scored.")
             return AdapterCheck(**facts, text=f"its logits differ from the bare model's; no loss was recorded; {own.mean:.4f} {where}")  # type: ignore[arg-type]
         slack = self.tolerance if whole else self.tolerance + _ERRORS * _error(own, len(self.validation))
         if not abs(own.mean - recorded) <= slack:
             off = ": the adapter is not on" if not difference else ""
             raise EvaluationError(
                 f"{name}: validation loss {own.mean:.4f} {where}, but {recorded:.4f} was recorded (allowed difference {slack:.4f}){off}. "
-                "Its scores would not be this trial's; nothing was scored. Were adapter, base model or data changed since?"
+                "Its scores would not be this trial's; nothing was scored. Did the adapter, the base model or the data change?"
             )
         recorded_base = bare.mean if self.recorded_base is None else self.recorded_base
         gain, recorded_gain = bare.mean - own.mean, recorded_base - recorded
@@ -186,11 +186,11 @@ def _ratio_error(residuals: np.ndarray, count: np.ndarray, of: int) -> float:
     return float(residuals.std(ddof=1) * math.sqrt(m * max(0.0, 1 - m / of)) / count.sum())
 
 
-def check_summary(proofs: Sequence[AdapterCheck]) -> str:
-    """One line for several adapters that were proved."""
-    worst = max((abs(p.loss - p.recorded) for p in proofs if p.recorded is not None), default=0.0)
-    whole = all(p.examples == p.of for p in proofs)
-    over = "the whole validation set" if whole else f"{proofs[0].examples:,} of {proofs[0].of:,} validation examples"
-    silent = sum(not p.logits_differ for p in proofs)
+def check_summary(checks: Sequence[AdapterCheck]) -> str:
+    """One line for several adapters that passed."""
+    worst = max((abs(p.loss - p.recorded) for p in checks if p.recorded is not None), default=0.0)
+    whole = all(p.examples == p.of for p in checks)
+    over = "the whole validation set" if whole else f"{checks[0].examples:,} of {checks[0].of:,} validation examples"
+    silent = sum(not p.logits_differ for p in checks)
     note = f"; {silent} of them without effect, as recorded" if silent else ""
-    return f"{len(proofs)} adapters are on{note}: their losses over {over} are the recorded ones, within {worst:.1g}"
+    return f"{len(checks)} adapters are on{note}: their losses over {over} are the recorded ones, within {worst:.1g}"

@@ -2,7 +2,7 @@
 
 Fast by: a KV cache; prompts of similar length together; the beginning that a group's prompts share computed once per
 adapter; several adapters in one pass over the frozen base; a prompt run once for all choices behind it; a last layer that
-works where it is read (narrow.py); wide decoding (writing.py); an end as soon as the benchmark calls an answer decided.
+works on the last token alone (last_token.py); wide decoding (generation.py); an end as soon as the benchmark calls an answer decided.
 None of it changes an answer, to float rounding: rows are padded on the left, padding is masked and takes no position.
 
 Notation: K adapters, n items (or choices) of a batch, V words.
@@ -33,7 +33,7 @@ Done = list[tuple[int, list["ModelAnswer"]]]  # (an item's place, an answer of e
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAnswer:
-    """What one model answered to one item."""
+    """One model's answer to one item."""
 
     text: str  # what it wrote, or the likeliest choice
     log_likelihoods: tuple[float, ...] = ()  # of the choices, natural logarithm, summed over tokens

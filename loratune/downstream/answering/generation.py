@@ -32,7 +32,7 @@ _SHRINK = 0.8  # let finished rows go at this share; above, the copy costs more 
 
 @dataclass(kw_only=True)
 class Completion:
-    """What one adapter writes to one prompt."""
+    """One adapter's answer to one prompt, as it grows."""
 
     row: PromptRow
     opening: str  # the end of the prompt, as text

@@ -1,4 +1,4 @@
-"""Whether training data hold what the benchmarks ask: a score is worth less where they do. No torch.
+"""Benchmark items in the training data, which make a score worth less. No torch.
 
 Compared are the training examples as they were trained, decoded from the prepared data (the sources may be gone), with the
 items that were scored, by runs of 13 words (`data/overlap.py` says how). The result lies beside the answers, in
@@ -103,7 +103,7 @@ def find_contamination(
 
 
 def read_contamination(folder: Path) -> list[Contamination]:
-    """What was compared before; nothing where it was not, or where the file is damaged: it is made anew then."""
+    """The comparisons made so far; none where the file is absent or damaged: it is made anew then."""
     try:
         return list(_All.from_json((folder / FILE).read_text()).found)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

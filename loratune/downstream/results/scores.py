@@ -1,19 +1,20 @@
-"""What was answered and what it is worth, kept with the study and read back. No torch.
+"""Answers and their scores, kept with the study and read back. No torch.
 
     evaluation/
       0007/                  a model: a trial's number, or `base`; 0007-race-01: the trial trained again by a selection, which ships it
         mmlu.jsonl           one line per item, in the order they were done: id, group, answer, score, why
-        mmlu.json            what it was measured with: version, seed, model, adapter, number of items, seconds
-        proof.json           that the adapter was on
-      part-0.log             what a process printed that shared in the work and died; else none
+        mmlu.json            how it was measured: version, seed, model, adapter, number of items, seconds
+        proof.json           the adapter check
+      part-0.log             the output of one of several processes, if it died
       lock                   an empty file
 
-Lines are only ever appended; a crash can tear the last one, which is then dropped. What was measured with another
-adapter, version or seed is put aside, never mixed in. Of a benchmark only the items that were done count.
+Lines are only ever appended; a crash can tear the last one, which is then dropped. Results of another adapter, version or seed are
+put aside, never mixed in.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -51,6 +52,11 @@ class Result:
     answers: dict[str, str] = field(default_factory=dict)
 
     @property
+    def n(self) -> int:
+        """Items with a score."""
+        return len(self.scores)
+
+    @property
     def title(self) -> str:
         return str(self.facts.get("title", self.benchmark))
 
@@ -73,7 +79,8 @@ class Result:
             members.setdefault(self.groups[item] if self.facts.get("mean_over_groups") else "", []).append(score)
         return fmean(map(fmean, members.values()))
 
-    def interval(self) -> "Interval":
+    @functools.cached_property
+    def score(self) -> "Interval":
         """The benchmark's score with its 95 % interval over items."""
         from loratune.statistics import bootstrap_mean
 
@@ -104,7 +111,7 @@ def describe_model(name: str) -> str:
 
 
 def shipped_note(shipped: str, scored: bool) -> str:
-    """Whose scores a table shows beside those of the model handed over, or that it lacks that one."""
+    """The note under a table of scores: which model is handed over, and whose scores a trial's are."""
     if shipped.isdigit():
         return f"Handed over is the study's own run of {describe_model(shipped)}" + ("." if scored else ", which is not scored.")
     also = "scored as a model of its own" if scored else "and not scored yet"
@@ -141,7 +148,7 @@ def _lock_file(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         return os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror}. Open the folder, then run again.") from error
+        raise StorageError(f"cannot write {folder}: {error.strerror}. Make the folder writable, then run again.") from error
 
 
 def _wait_for_orphans(handle: int) -> None:
@@ -206,27 +213,16 @@ def read_results(folder: Path, *, begun: bool = False) -> list[Result]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreCell:
-    """A place of the table model x benchmark."""
-
-    score: "Interval"
-    n: int  # items
-    chance: float | None
-    done: bool
-
-
-def score_cells(results: Sequence[Result]) -> dict[str, dict[str, ScoreCell]]:
-    """model -> benchmark -> score, in the results' order."""
-    rows: dict[str, dict[str, ScoreCell]] = {}
+def by_model(results: Iterable[Result]) -> dict[str, dict[str, Result]]:
+    """model -> benchmark -> result, in the results' order."""
+    rows: dict[str, dict[str, Result]] = {}
     for result in results:
-        cell = ScoreCell(score=result.interval(), n=len(result.scores), chance=result.chance, done=result.done)
-        rows.setdefault(result.model, {})[result.benchmark] = cell
+        rows.setdefault(result.model, {})[result.benchmark] = result
     return rows
 
 
 def adapter_fingerprint(adapter: Path | None) -> str | None:
-    """SHA-256 of a PEFT folder's configuration and weights: what was scored. None is the bare model. Raises StorageError."""
+    """SHA-256 of a PEFT folder's configuration and weights; None for the bare model. Raises StorageError."""
     if adapter is None:
         return None
     try:

@@ -32,13 +32,11 @@ def search_items(study: Path) -> dict[str, set[str]]:
 
 
 def keep_search_items(study: Path, drawn: Mapping[str, Sequence[str]]) -> None:
-    """Note what was drawn. Raises StorageError when a trial was scored on other items."""
+    """Write down the items drawn. Raises StorageError when a trial was scored on other items."""
     path = study / FOLDER / "items.json"
     if _drawn(study) != drawn:
         if any(path.parent.glob("*/*.jsonl")):
-            raise StorageError(
-                f"{path}: the items of {', '.join(drawn)} are others now. Restore the benchmarks' data, or begin a new study."
-            )
+            raise StorageError(f"{path}: the items of {', '.join(drawn)} have changed. Restore the benchmarks' data, or start a new study.")
         write_atomically(path, json.dumps(drawn))
 
 
@@ -49,4 +47,4 @@ def _drawn(study: Path) -> dict[str, list[str]]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {path}: {error}. It says which items must not be reported; restore it.") from error
+        raise StorageError(f"cannot read {path}: {error}. It lists the items that must not be reported; restore it.") from error

@@ -68,7 +68,7 @@ warden()
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use."""
+    """The resources of one program."""
 
     timeout: float = 3.0  # seconds of wall-clock time, from the program's start to the verdict
     memory_bytes: int = 512 << 20  # address space of each process, interpreter included
@@ -94,7 +94,7 @@ class ProgramTest:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramResult:
-    """What became of a program.
+    """The result of a program.
 
     kind: "ok" (passed), "failed" (an exception, a wrong answer, or it ended by itself), "timeout" (wall-clock or CPU
         time), "memory", "output" (printed too much), "killed" (by a signal, such as a segmentation fault).

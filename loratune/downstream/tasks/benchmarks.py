@@ -49,7 +49,7 @@ def build_benchmark(name: str, data: Path | None = None, *, weaker: bool = False
 
 
 def may_run(own: Sequence[Benchmark], foreign: Sequence[str], tasks: Path | None, *, allow: bool, weaker: bool) -> None:
-    """Refuse what cannot or may not be done: `own` benchmarks, and `foreign` tasks of lm-evaluation-harness.
+    """Refuse `own` benchmarks, and `foreign` tasks of lm-evaluation-harness, that cannot or may not run.
 
     Raises EvaluationError, and MissingExtraError where the harness is not installed.
     """
