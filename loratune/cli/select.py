@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
         for event in events:
             if isinstance(event, Selected):
                 record = event.record
-            elif (line := told(event)) is not None:
+            elif (line := event_line(event)) is not None:
                 print(line, flush=True)
             if isinstance(event, Planned) and event.most.runs and not args.yes and not _agreed():
                 return 0
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def told(event: "SelectEvent") -> str | None:
+def event_line(event: "SelectEvent") -> str | None:
     """The event in a line; None for progress."""
     from loratune.selection import Note, Planned, Ran
     from loratune.system.formatting import duration, loss

@@ -108,7 +108,7 @@ class AdapterChecker:
             if not difference:
                 raise EvaluationError(f"{name}: its logits equal the bare model's: the adapter is off, or learned nothing. Not scored.")
             return AdapterCheck(**facts, text=f"its logits differ from the bare model's; no loss was recorded; {own.mean:.4f} {where}")  # type: ignore[arg-type]
-        slack = self.tolerance if whole else self.tolerance + _ERRORS * _error(own, len(self.validation))
+        slack = self.tolerance if whole else self.tolerance + _ERRORS * _error(own.nll, own.count, len(self.validation))
         if not abs(own.mean - recorded) <= slack:
             off = ": the adapter is not on" if not difference else ""
             raise EvaluationError(
@@ -117,7 +117,7 @@ class AdapterChecker:
             )
         recorded_base = bare.mean if self.recorded_base is None else self.recorded_base
         gain, recorded_gain = bare.mean - own.mean, recorded_base - recorded
-        slack = 2 * self.tolerance if whole else 2 * self.tolerance + _ERRORS * _paired_error(bare, own, len(self.validation))
+        slack = 2 * self.tolerance if whole else 2 * self.tolerance + _ERRORS * _error(bare.nll - own.nll, own.count, len(self.validation))
         if abs(gain - recorded_gain) > slack:
             raise EvaluationError(
                 f"{name}: {gain:.4f} below the bare model's validation loss {where}, but {recorded_gain:.4f} was recorded "
@@ -171,18 +171,9 @@ def _sample(tokens: Tokens, limit: int) -> np.ndarray:
     return np.sort(drawn[: max(30, int(np.searchsorted(lengths[drawn].cumsum(), limit)))])
 
 
-def _error(losses: _Losses, of: int) -> float:
-    """Standard error of sum(nll) / sum(count), a ratio of sums, sampled without replacement from `of` examples."""
-    return _ratio_error(losses.nll - losses.mean * losses.count, losses.count, of)
-
-
-def _paired_error(bare: _Losses, own: _Losses, of: int) -> float:
-    gain = bare.nll - own.nll
-    return _ratio_error(gain - gain.sum() / own.count.sum() * own.count, own.count, of)
-
-
-def _ratio_error(residuals: np.ndarray, count: np.ndarray, of: int) -> float:
-    m = len(residuals)
+def _error(sums: np.ndarray, count: np.ndarray, of: int) -> float:
+    """Standard error of sum(sums) / sum(count), a ratio of sums, sampled without replacement from `of` examples."""
+    m, residuals = len(sums), sums - sums.sum() / count.sum() * count
     return float(residuals.std(ddof=1) * math.sqrt(m * max(0.0, 1 - m / of)) / count.sum())
 
 

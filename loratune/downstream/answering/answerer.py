@@ -1,6 +1,6 @@
 """A model with one or several adapters answers the items of a benchmark.
 
-Fast by: a KV cache; prompts of similar length together; the beginning that a group's prompts share computed once per
+Fast by: a KV cache; prompts of similar length together; the prefix that a group's prompts share computed once per
 adapter; several adapters in one pass over the frozen base; a prompt run once for all choices behind it; a last layer that
 works on the last token alone (last_token.py); wide decoding (generation.py); an end as soon as the benchmark calls an answer decided.
 None of it changes an answer, to float rounding: rows are padded on the left, padding is masked and takes no position.
@@ -25,7 +25,7 @@ from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel, autocast
 
 _CPU_CACHE = 2**30  # bytes of keys and values
-_SHARED = 16  # a shared beginning of fewer tokens is not worth its own pass
+_SHARED = 16  # a shared prefix of fewer tokens is not worth its own pass
 _FEW = 4  # a group of fewer items is answered with those of other groups: wide batches are worth more
 
 Done = list[tuple[int, list["ModelAnswer"]]]  # (an item's place, an answer of each block)
@@ -43,7 +43,7 @@ class ModelAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class _PassGroup:
-    """RowMaker of equal company may share a pass (finetune/rope.py)."""
+    """Rows of an equal pass group may share a pass (finetune/rope.py)."""
 
     alone: bool = False  # one item's rows alone: what is run for them changes its side on the way
     which: int = 0  # side, or the item's place
@@ -85,11 +85,11 @@ class Answerer:
             blocks = len(order)
             writer = Writer(self.forward, benchmark, blocks, memory=self._memory(), seed=seed, interrupted=interrupted, most=self.rows)
             before = _FIRST
-            for company, rows in self._groups(benchmark, items):
-                if company != before and writer.pending:
+            for pass_group, rows in self._groups(benchmark, items):
+                if pass_group != before and writer.pending:
                     yield found(_written(writer.finish()))
-                before = company
-                if rows[0].scored and company.alone:
+                before = pass_group
+                if rows[0].scored and pass_group.alone:
                     run: Callable[..., Done] = partial(self._score_whole, blocks)
                 else:
                     run = partial(self._score, blocks) if rows[0].scored else partial(_begun, writer)
@@ -102,7 +102,7 @@ class Answerer:
                 yield found(done)
 
     def _groups(self, benchmark: Benchmark, items: Sequence[Item]) -> Iterator[tuple["_PassGroup", list[PromptRow]]]:
-        """The items' rows by shared beginning; last, together, those that share none with enough others.
+        """The items' rows by shared prefix; last, together, those that share none with enough others.
 
         Where a model computes long sequences otherwise, those come behind, and one by one the items that may cross its border.
         """
@@ -116,21 +116,21 @@ class Answerer:
             rows = make.to_score(members) if members[0][1].choices else make.to_write(benchmark, members)
             alike: dict[tuple[_PassGroup, int], list[PromptRow]] = {}  # those that lost examples share less
             for own in _by_item(rows):
-                alike.setdefault((self._company(benchmark, own), own[0].item.shared), []).extend(own)
-            for (company, _), rows in alike.items():
+                alike.setdefault((self._pass_group(benchmark, own), own[0].item.shared), []).extend(own)
+            for (pass_group, _), rows in alike.items():
                 if not self.share or len(_by_item(rows)) < _FEW:
-                    pools.setdefault(company, []).extend(rows)
-                elif company == _FIRST:
-                    yield company, rows
+                    pools.setdefault(pass_group, []).extend(rows)
+                elif pass_group == _FIRST:
+                    yield pass_group, rows
                 else:
-                    later.append((company, rows))
-        for company, pool in pools.items():
-            yield from [one for one in later if one[0] == company]
+                    later.append((pass_group, rows))
+        for pass_group, pool in pools.items():
+            yield from [one for one in later if one[0] == pass_group]
             if pool:
-                yield company, pool
+                yield pass_group, pool
         yield from [one for one in later if one[0] not in pools]
 
-    def _company(self, benchmark: Benchmark, rows: list[PromptRow]) -> "_PassGroup":
+    def _pass_group(self, benchmark: Benchmark, rows: list[PromptRow]) -> "_PassGroup":
         """Whom an item's rows may share a pass with: those of their side, whatever is written or scored behind them."""
         sides = {self.forward.side(len(row.ids)) for row in rows}
         if len(sides) > 1 or any(turns(self.forward, benchmark, row) for row in rows):
@@ -147,13 +147,13 @@ class Answerer:
     ) -> Iterator[Done]:
         """What `run(rows, prefix, shared)` gives for batches of all rows of some items, longest first."""
         shared = common(rows) if self.share and len(rows) > 1 else 0
-        alike = self.forward.side(shared) == self.forward.side(len(rows[0].ids))  # else the beginning alone is another one
+        alike = self.forward.side(shared) == self.forward.side(len(rows[0].ids))  # else the prefix alone is another one
         shared = shared if shared >= _SHARED and alike else 0
         by_item: dict[int, list[PromptRow]] = {}
         for row in sorted(rows, key=lambda row: (-len(row.ids), row.place)):
             by_item.setdefault(row.place, []).append(row)
         waiting = list(by_item.values())
-        prefix = self.forward.beginning(rows[0].ids[:shared], blocks) if shared else None
+        prefix = self.forward.shared_prefix(rows[0].ids[:shared], blocks) if shared else None
         at_most = len(waiting)
         while waiting:
             if interrupted():

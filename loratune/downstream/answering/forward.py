@@ -1,6 +1,6 @@
 """Forward passes of the frozen model behind a key-value cache: rows padded on the left, K blocks of them.
 
-Notation: K adapters, n rows each, R = K n; P tokens of a shared beginning, T tokens after it, V words;
+Notation: K adapters, n rows each, R = K n; P tokens of a shared prefix, T tokens after it, V words;
 G key and value heads, D their features.
 """
 
@@ -71,14 +71,14 @@ class Forward:
         """Sequences of so many tokens may share a pass with others of the same number (finetune/rope.py)."""
         return int(self._sides(np.asarray([length]))[0])
 
-    def beginning(self, ids: Sequence[int], blocks: int) -> Any:
-        """The cache of a beginning [P], once per block."""
+    def shared_prefix(self, ids: Sequence[int], blocks: int) -> Any:
+        """The cache of a shared prefix [P], once per block."""
         return self.prompts([ids], None, 0, blocks)[1]
 
     def prompts(self, parts: Sequence[Sequence[int]], prefix: Any, shared: int, blocks: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
-        """Run n prompts behind a `beginning` of `shared` tokens, in each block: the last logits [R, V], cache, mask [R, P + T].
+        """Run n prompts behind a `shared_prefix` of `shared` tokens, in each block: the last logits [R, V], cache, mask [R, P + T].
 
-        parts: each prompt's tokens after the beginning.
+        parts: each prompt's tokens after the prefix.
         """
         longest = max(map(len, parts))
         ids = torch.full((len(parts), longest), self.base.pad_id)
@@ -104,7 +104,7 @@ class Forward:
         return torch.cat(found)
 
     def _in_blocks(self, ids: torch.Tensor, mask: torch.Tensor, prefix: Any, blocks: int) -> tuple[torch.Tensor, Any]:
-        """RowMaker [R, T] of K blocks behind a beginning, as many blocks in a pass as its tokens allow."""
+        """Rows [R, T] of K blocks behind a shared prefix, as many blocks in a pass as its tokens allow."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         ids, mask, positions = (t.to(self.base.device) for t in (ids, mask, positions))
         rows = len(ids) // blocks

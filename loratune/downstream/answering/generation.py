@@ -1,7 +1,7 @@
 """Continuing prompts: greedily or by sampling, until each answer is decided, ended or long enough.
 
 A pass over prompts is limited by their tokens, a decoding step by the number of rows: few rows leave the machine idle.
-So prompts are run in small batches, also of different beginnings; what is then undecided is collected and decoded
+So prompts are run in small batches, also of different prefixes; what is then undecided is collected and decoded
 together. Each adapter's rows leave as they end; blocks stay of equal length, finished rows fill the gaps.
 
 Sampling (temperature > 0) draws its uniform numbers per (item, seed, token): the same for all adapters, whatever
@@ -59,7 +59,7 @@ class Completion:
 
 @dataclass(kw_only=True)
 class _Batch:
-    """RowMaker [R] whose prompts have been run, K blocks of equal length, and their next tokens."""
+    """Rows [R] whose prompts have been run, K blocks of equal length, and their next tokens."""
 
     completions: list[Completion]
     layers: Layers

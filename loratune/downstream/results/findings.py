@@ -152,7 +152,7 @@ def _capital(text: str) -> str:
 
 def _protocol(own: Mapping[str, Result]) -> list[str]:
     """Notes on the protocol that are needed to read the scores."""
-    return list(dict.fromkeys(str(said) for result in own.values() if (said := result.facts.get("protocol"))))
+    return list(dict.fromkeys(str(result.facts["protocol"]) for result in own.values() if result.facts.get("protocol")))
 
 
 def _correlation(own: Mapping[str, Result], losses: Mapping[str, float]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which items of a benchmark guided a study's search: what chose must not be reported as held-out evidence.
+"""The benchmark items that guided a study's search, which must not be reported as held-out evidence.
 
 scoring/items.json     benchmark -> ids of the items, drawn before the first trial, the same for all trials
 """

@@ -77,13 +77,20 @@ class PrefixBenchmark(Benchmark):
     protocol = "Right is an answer that begins with the expected one; an answer that first explains counts as wrong."
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
-        return [Verdict(score=float(answer.strip().startswith(item.targets)), why="") for item, answer in zip(items, answers, strict=True)]
+        return [Verdict(score=float(answer.strip().startswith(item.targets))) for item, answer in zip(items, answers, strict=True)]
 
     def decided(self, item: Item, text: str) -> bool:
         begun = text.strip()
         if begun.endswith("\ufffd"):  # the first bytes of a letter whose others are still to come
             return False
         return begun.startswith(item.targets) or not any(target.startswith(begun) for target in item.targets)
+
+
+class ChoiceBenchmark(Benchmark):
+    """Right is a likeliest choice that is among the targets."""
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
+        return [Verdict(score=float(answer in item.targets)) for item, answer in zip(items, answers, strict=True)]
 
 
 def constant_scores(items: Sequence[Item]) -> tuple[float, float] | None:

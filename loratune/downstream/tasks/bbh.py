@@ -72,7 +72,7 @@ class Bbh(PrefixBenchmark):
 def options(task: str, question: str) -> list[str]:
     """The answers that a guesser would choose from; empty where the answer is to be worked out."""
     listed = question.partition("\nOptions:\n")[2].splitlines()
-    lettered = [found.group(0) for line in listed if (found := re.match(r"\([A-Z]\)", line))]
+    lettered = re.findall(r"^\([A-Z]\)", "\n".join(listed), re.MULTILINE)
     return lettered or [line.removeprefix("- ").strip() for line in listed if line.startswith("- ")] or _UNLISTED.get(task, [])
 
 

@@ -1,6 +1,6 @@
-"""Benchmarks of the demo model: the same small world as its instructions, from the part that no data file holds.
+"""Benchmarks of the demo model: the same small world as its instructions, from the held-out part.
 
-What is asked here was held out by its key (`tools/make_demo/tasks.py`), so in every wording. They show an evaluation working in
+Each item was held out by its key (`tools/make_demo/tasks.py`), so in every wording. They show an evaluation working in
 minutes; they say nothing about other models.
 
 `demo_choice`  the likeliest of four answers; the wrong ones are drawn from the same kind of words
@@ -16,7 +16,7 @@ from typing import Any
 from loratune.data.prompts import alpaca_prompt
 from loratune.demo import held_out_file
 from loratune.downstream.sandbox.runner import ProgramTest, run_programs
-from loratune.downstream.tasks.base import Benchmark, Item, Verdict
+from loratune.downstream.tasks.base import Benchmark, ChoiceBenchmark, Item, Verdict
 
 # Kinds with one right answer among very many; the others (a letter, a number of words, the bigger of two) can be guessed.
 _MATCHED = (
@@ -45,7 +45,7 @@ class _Demo(Benchmark):
         return (item.prompt.partition("### Instruction:\n")[2].removesuffix("### Response:").replace("### Input:\n", ""),)
 
 
-class DemoChoice(_Demo):
+class DemoChoice(_Demo, ChoiceBenchmark):
     """One of four by log-likelihood."""
 
     name, title = "demo_choice", "Demo: choice"
@@ -65,9 +65,6 @@ class DemoChoice(_Demo):
             for number, record in enumerate(_held_out()[kind])
             if "choices" in record
         ]
-
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
-        return [Verdict(score=float(answer in item.targets)) for item, answer in zip(items, answers, strict=True)]
 
 
 class DemoMatch(_Demo):

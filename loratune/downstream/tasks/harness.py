@@ -1,7 +1,7 @@
 """Any task of lm-evaluation-harness (`pip install 'loratune[eval]'`), by its own name, in the same table of results.
 
 The harness writes the prompts, cuts them and judges; the model that it is given is our frozen base with one adapter
-hooked in, which has been proved to be on.
+hooked in, which has passed the adapter check.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratune.downstream.tasks.base import Benchmark, Item, PrefixBenchmark, Verdict
+from loratune.downstream.tasks.base import Benchmark, ChoiceBenchmark, Item, PrefixBenchmark
 from loratune.downstream.tasks.folders import find_data, hub_rows
 from loratune.errors import DataError
 
@@ -61,7 +61,7 @@ class Mmlu(_Questions, PrefixBenchmark):
         )
 
 
-class MmluLoglikelihood(_Questions):
+class MmluLoglikelihood(_Questions, ChoiceBenchmark):
     """lm-evaluation-harness's: the likeliest letter."""
 
     name, title = "mmlu_loglikelihood", "MMLU (log-likelihood)"
@@ -87,9 +87,6 @@ class MmluLoglikelihood(_Questions):
                 )
             )
         return found
-
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
-        return [Verdict(score=float(answer in item.targets)) for item, answer in zip(items, answers, strict=True)]
 
 
 def question_text(row: Row, *, strip: bool = False) -> str:
