@@ -99,7 +99,7 @@ def test_the_real_benchmarks(shared_data):
         benchmark = build_benchmark(name, shared_data, weaker=True)
         sets.append([benchmark.texts(item) for item in benchmark.items()])
     planted = [sets[0][7][0], sets[1][100][0]]
-    code, bbh = held_items(sets, ["A merger about a cat.", *[f"ModelAnswer this.\n{text}\nThank you." for text in planted]])
+    code, bbh = held_items(sets, ["A merger about a cat.", *[f"ItemAnswer this.\n{text}\nThank you." for text in planted]])
     assert code.documents == {7: [1], 29: [1]}  # two problems with the same head and half a sentence in common
     assert bbh.documents == {100: [2]}
     assert code.compared == 164

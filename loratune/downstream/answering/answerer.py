@@ -28,11 +28,11 @@ _CPU_CACHE = 2**30  # bytes of keys and values
 _SHARED = 16  # a shared prefix of fewer tokens is not worth its own pass
 _FEW = 4  # a group of fewer items is answered with those of other groups: wide batches are worth more
 
-Done = list[tuple[int, list["ModelAnswer"]]]  # (an item's place, an answer of each block)
+Done = list[tuple[int, list["ItemAnswer"]]]  # (an item's place, an answer of each block)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelAnswer:
+class ItemAnswer:
     """One model's answer to one item."""
 
     text: str  # what it wrote, or the likeliest choice
@@ -70,7 +70,7 @@ class Answerer:
         *,
         seed: int = 0,
         interrupted: Callable[[], bool] = lambda: False,
-    ) -> Iterator[tuple[list[Item], list[list[ModelAnswer]]]]:
+    ) -> Iterator[tuple[list[Item], list[list[ItemAnswer]]]]:
         """Some at a time, the items done and the answers of each of `places`, in the order of `places`.
 
         Raises InterruptedError when `interrupted` says so, between two tokens; what was yielded is done.
@@ -78,7 +78,7 @@ class Answerer:
         order = self.adapters.by_rank(places)
         back = [order.index(place) for place in places]
 
-        def found(done: Done) -> tuple[list[Item], list[list[ModelAnswer]]]:
+        def found(done: Done) -> tuple[list[Item], list[list[ItemAnswer]]]:
             return [items[place] for place, _ in done], [[answers[block] for _, answers in done] for block in back]
 
         with torch.inference_mode(), autocast(self.base), self.adapters.use(order), decoding(self.base.model):
@@ -254,9 +254,9 @@ def _at(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (rows.gather(-1, wanted[:, 1].expand(len(logits), -1).unsqueeze(-1)).squeeze(-1) - rows.logsumexp(-1)).double().cpu()
 
 
-def _likeliest(row: PromptRow, likely: list[float]) -> ModelAnswer:
+def _likeliest(row: PromptRow, likely: list[float]) -> ItemAnswer:
     best = likely.index(max(likely))  # ties go to the first, as in lm-evaluation-harness
-    return ModelAnswer(text=row.item.choices[best], log_likelihoods=tuple(likely), cut=row.cut)
+    return ItemAnswer(text=row.item.choices[best], log_likelihoods=tuple(likely), cut=row.cut)
 
 
 def _begun(writer: Writer, rows: list[PromptRow], prefix: Any, shared: int) -> Done:
@@ -267,6 +267,6 @@ def _written(completions: list[list[Completion]]) -> Done:
     return [(own[0].row.place, [_answer(completion) for completion in own]) for own in completions]
 
 
-def _answer(completion: Completion) -> ModelAnswer:
+def _answer(completion: Completion) -> ItemAnswer:
     shots = completion.row.item.shots
-    return ModelAnswer(text=completion.text, shots=len(shots) - 1 if shots else None, cut=completion.row.cut)
+    return ItemAnswer(text=completion.text, shots=len(shots) - 1 if shots else None, cut=completion.row.cut)
