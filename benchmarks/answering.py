@@ -42,8 +42,8 @@ import torch
 from loratune import demo
 from loratune.downstream.answering.adapter_stack import Adapters, read_adapter
 from loratune.downstream.answering.answerer import Answerer
-from loratune.downstream.answering.rows import Row, Rows
-from loratune.downstream.job import Model
+from loratune.downstream.answering.rows import PromptRow, RowMaker
+from loratune.downstream.job import EvaluatedModel
 from loratune.downstream.parallel import deal
 from loratune.downstream.tasks.base import Benchmark, Item, stratified
 from loratune.downstream.tasks.bbh import Bbh
@@ -162,7 +162,7 @@ class Crew:
     """`number` processes with the adapters and the threads dealt out among them, loaded."""
 
     def __init__(self, model: Path, folders: list[Path], threads: int, *, number: int = 1, together: bool = True) -> None:
-        cards = [Model(name=str(n), adapter=folder, loss=None) for n, folder in enumerate(folders)]
+        cards = [EvaluatedModel(name=str(n), adapter=folder, loss=None) for n, folder in enumerate(folders)]
         context = multiprocessing.get_context("spawn")
         self._connections, self._processes = [], []
         for names in deal(cards, number):
@@ -197,7 +197,7 @@ class Crew:
 
 def with_peft(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], watch: Watch) -> Answers:
     found: Answers = {}
-    make, members = Rows(base, base.model.config.max_position_embeddings), list(enumerate(items))
+    make, members = RowMaker(base, base.model.config.max_position_embeddings), list(enumerate(items))
     with watch:
         rows = to_score(make, members) if items[0].choices else make.to_write(benchmark, members)
         rows.sort(key=lambda row: -len(row.ids))
@@ -211,7 +211,7 @@ def with_peft(base: BaseModel, folders: list[Path], benchmark: Any, items: list[
     return found
 
 
-def to_score(make: Rows, members: list[tuple[int, Item]]) -> list[Row]:
+def to_score(make: RowMaker, members: list[tuple[int, Item]]) -> list[PromptRow]:
     """A row per choice, the choice's tokens but the last behind the prompt; one for all where each is a single token."""
     rows = make.to_score(members)
     if all(len(tokens) == 1 for row in rows for _, tokens in row.scored):
@@ -219,7 +219,7 @@ def to_score(make: Rows, members: list[tuple[int, Item]]) -> list[Row]:
     return [replace(row, ids=row.ids + tokens[:-1], scored=[(choice, tokens)]) for row in rows for choice, tokens in row.scored]
 
 
-def one_with_peft(base: BaseModel, model: Any, benchmark: Any, items: list[Item], rows: list[Row]) -> dict[str, str]:
+def one_with_peft(base: BaseModel, model: Any, benchmark: Any, items: list[Item], rows: list[PromptRow]) -> dict[str, str]:
     found: dict[str, str] = {}
     likely: dict[str, dict[int, float]] = {}
     waiting = rows
@@ -241,8 +241,8 @@ def one_with_peft(base: BaseModel, model: Any, benchmark: Any, items: list[Item]
 
 
 def write(
-    base: BaseModel, model: Any, benchmark: Any, batch: list[Row], ids: torch.Tensor, mask: torch.Tensor
-) -> Iterator[tuple[Row, Any]]:
+    base: BaseModel, model: Any, benchmark: Any, batch: list[PromptRow], ids: torch.Tensor, mask: torch.Tensor
+) -> Iterator[tuple[PromptRow, Any]]:
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=benchmark.max_new_tokens, do_sample=False, pad_token_id=base.pad_id
     )
@@ -252,7 +252,7 @@ def write(
         yield row, text[len(before) :]
 
 
-def score(model: Any, batch: list[Row], ids: torch.Tensor, mask: torch.Tensor, likely: dict[str, dict[int, float]]) -> None:
+def score(model: Any, batch: list[PromptRow], ids: torch.Tensor, mask: torch.Tensor, likely: dict[str, dict[int, float]]) -> None:
     """Add the log-likelihoods of the rows' choices to `likely`: item -> choice -> sum over its tokens."""
     keep = max(len(tokens) for row in batch for _, tokens in row.scored)
     positions = (mask.cumsum(1) - 1).clamp(min=0)

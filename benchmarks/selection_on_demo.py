@@ -1,6 +1,6 @@
 """Is the adapter that `loratune select` ships no worse than the study's raw minimum, on data that nobody used?
 
-    python benchmarks/selection_on_demo.py [--studies 10] [--folder runs/selection_on_demo]
+    python -m benchmarks.selection_on_demo [--studies 10] [--folder runs/selection_on_demo]
 
 Small studies of the embedded model: ten random trials each (the first are the defaults), 160 training and 200 validation examples,
 each study with a seed of its own, which also draws its data. The learning rates are near the optimum, as after a good sampler's
@@ -28,7 +28,6 @@ from loratune.data.cache import cache_folder
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe, DataSource
-from loratune.demo.tasks import examples
 from loratune.errors import StorageError
 from loratune.record import COMPLETE, read
 from loratune.record.adapters import find_adapter
@@ -39,6 +38,7 @@ from loratune.study.driver import tune
 from loratune.system.files import write_atomically
 from loratune.system.machine import environment
 from loratune.work import ModelRecipe
+from tools.make_demo.tasks import examples
 
 RESULTS = Path(__file__).resolve().parent / "results" / "selection_on_demo"
 TRIALS, TRAIN, VALIDATION, TEST = 10, 160, 200, 1500

@@ -17,6 +17,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Self
 
 
@@ -205,6 +206,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)  # JSON has no inf or nan; `_typed` reads them back
+    if isinstance(value, Path):
+        return str(value)
     return value
 
 
@@ -225,8 +228,8 @@ def _typed(kind: Any, value: Any) -> Any:
         hints = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
         return kind(**{name: _typed(hints[name], item) for name, item in value.items() if name in known})
-    if kind is float:
-        return float(value)
+    if kind is float or kind is Path:
+        return kind(value)
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return kind(value)
     return value

@@ -12,11 +12,13 @@ from test_study import Broken, Formula, events, load, outline, spec_of, until_it
 from test_study_objectives import HALVING, SEVERAL, Measured, parameters
 
 from loratune.downstream import scoring
-from loratune.downstream.results.search_items import items_that_guided
+from loratune.downstream.job import EvaluationJob
+from loratune.downstream.results.search_items import search_items
 from loratune.errors import EvaluationError, SpecError, StorageError
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, StudyRecord, read
 from loratune.spec import StudySpec
 from loratune.study.loop import Event
+from loratune.work import ModelRecipe
 
 OBJECTIVES = ["validation_loss", "mmlu"]
 SECONDS = 2.0
@@ -28,14 +30,14 @@ class Scores:
     def __init__(self) -> None:
         self.scored: list[int] = []
 
-    def __call__(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[scoring.Scored]:
+    def __call__(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[scoring.ScoringProgress]:
         assert loss is not None
         assert adapter.as_posix().endswith(f"trials/{trial:04d}/main/adapter")
         for batch in range(2):
-            yield scoring.Scored(done=batch, total=2, seconds=batch / 2)
+            yield scoring.ScoringProgress(done=batch, total=2, seconds=batch / 2)
         if not stop.is_set():
             self.scored.append(trial)
-            yield scoring.Scored(done=2, total=2, seconds=SECONDS, scores={"mmlu": score(loss)})
+            yield scoring.ScoringProgress(done=2, total=2, seconds=SECONDS, scores={"mmlu": score(loss)})
 
 
 def score(loss: float) -> float:
@@ -162,35 +164,35 @@ def study_of(folder: Path, **more: Any) -> StudySpec:
 def test_a_real_study_of_loss_and_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped in the middle of a scoring, continued, shown, and evaluated on the items that did not guide it."""
     from loratune.cli import main
-    from loratune.downstream.results.scores import Ledger, read_results
+    from loratune.downstream.results.scores import ResultWriter, read_results
     from loratune.study.driver import tune
 
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
     spec = study_of(tmp_path / "study")
-    keep = Ledger.add
+    keep = ResultWriter.add
     kept: list[str] = []
 
-    def killed_in_the_second(self: Ledger, lines: list[dict[str, Any]], seconds: float) -> None:
+    def killed_in_the_second(self: ResultWriter, lines: list[dict[str, Any]], seconds: float) -> None:
         for line in lines:  # item by item, as if every batch had one
             if len(kept) == 20:
                 raise Broken
             keep(self, [line], seconds / len(lines))
             kept.append(line["id"])
 
-    monkeypatch.setattr(Ledger, "add", killed_in_the_second)
+    monkeypatch.setattr(ResultWriter, "add", killed_in_the_second)
     with pytest.raises(Broken):
         list(tune(spec))
     first = read(spec.folder)
     assert [bool(o.scores) for t in first.trials for o in t.outcomes] == [True, False]
     before = (spec.folder / "scoring" / "0001" / "demo_choice.jsonl").read_text()
     assert len(before.splitlines()) == 4
-    monkeypatch.setattr(Ledger, "add", keep)
+    monkeypatch.setattr(ResultWriter, "add", keep)
     list(tune(spec))
     record = read(spec.folder)
     assert [t.state for t in record.trials] == [COMPLETE] * 3
     assert (spec.folder / "scoring" / "0001" / "demo_choice.jsonl").read_text().startswith(before), "what was answered is not asked again"
 
-    guided = items_that_guided(spec.folder)
+    guided = search_items(spec.folder)
     assert len(guided["demo_choice"]) == 16
     assert guided["demo_match"] == guided["demo_choice"], "the same questions in another form"
     for trial in record.trials:
@@ -219,20 +221,19 @@ def test_a_real_study_of_loss_and_score(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_cannot_be_scored_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scorer(**more: Any) -> scoring.Scorer:
-        from loratune.work import ModelRecipe
-
-        given: dict[str, Any] = {"benchmarks": ["demo_choice"], "items": 24, "seed": 0, "recipe": ModelRecipe(name_or_path="m")}
-        return scoring.Scorer(folder=tmp_path, validation=tmp_path, **{**given, **more})
+        given: dict[str, Any] = {"benchmarks": ("demo_choice",), "subset": 24, "recipe": ModelRecipe(name_or_path="m")}
+        job = EvaluationJob(folder=tmp_path / "scoring", models=(), validation=tmp_path, leave_out={}, **{**given, **more})
+        return scoring.Scorer(job=job)
 
     with pytest.raises(SpecError, match=r"scoring.items: got 16; demo_code has 30, of which at most half \(15\) may guide the search"):
-        scorer(benchmarks=["demo_code"], items=16).prepare()
+        scorer(benchmarks=("demo_code",), subset=16).prepare()
     with pytest.raises(EvaluationError, match="demo_code runs programs"):
-        scorer(benchmarks=["demo_code"], items=15).prepare()
+        scorer(benchmarks=("demo_code",), subset=15).prepare()
     scorer().prepare()
-    scorer(items=20).prepare()  # before the first trial, mending is free
+    scorer(subset=20).prepare()  # before the first trial, mending is free
     answers = tmp_path / "scoring" / "0000" / "demo_choice.jsonl"
     answers.parent.mkdir()
     answers.write_text("")
-    scorer(items=20).prepare()
-    with pytest.raises(StorageError, match="the items of demo_choice are others now"):
-        scorer(items=24).prepare()
+    scorer(subset=20).prepare()
+    with pytest.raises(StorageError, match="the items of demo_choice have changed"):
+        scorer(subset=24).prepare()

@@ -18,16 +18,16 @@ from loratune.system.names import nearest
 
 COMMANDS = {
     "run": "search for the best hyperparameters, or continue a study",
-    "status": "what a study is doing, and its best trials so far",
+    "status": "show what a study is doing, and its best trials so far",
     "evaluate": "score the best adapters, the default and the bare model on benchmarks",
-    "select": "race the best trials with fresh seeds, and say which adapter to ship",
+    "select": "race the best trials with fresh seeds, and choose the adapter to ship",
     "report": "write the report of one study, or the comparison of several",
     "dashboard": "open optuna-dashboard on a study",
-    "compare": "let people, or a model, say blindly which of two models answers better",
+    "compare": "let people, or a model, judge blindly which of two models answers better",
     "export": "copy a trial's adapter, or the model merged with it",
     "init": "write a commented study description to start from",
     "schema": "print the JSON Schema of a study description, for editors",
-    "doctor": "check this machine and what is installed",
+    "doctor": "check this machine and the installed packages",
 }
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # its state, no fault of ours
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _MACHINE:
             return _bug()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python stumbles again over what it could not print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again on the output that it could not print
         print(
-            f"loratune: {error.strerror}: {error.filename or 'the output'}. Nothing computed is lost; the same command goes on.",
+            f"loratune: {error.strerror}: {error.filename or 'the output'}. Nothing computed is lost; the same command continues.",
             file=sys.stderr,
         )
         return StorageError.exit_code
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _bug() -> int:
     print(masked(traceback.format_exc()), file=sys.stderr)
-    print("loratune: this is a bug. Please report it with the text above and what `loratune doctor` prints.", file=sys.stderr)
+    print("loratune: this is a bug. Please report it with the text above and the output of `loratune doctor`.", file=sys.stderr)
     return _BUG
 
 
@@ -84,7 +84,7 @@ def _run(argv: list[str]) -> int:
         prog="loratune",
         usage="loratune COMMAND ...",
         description="Find the LoRA hyperparameters for your model, your instruction data and your GPU budget.",
-        epilog=f"commands:\n{lines}\n\n`loratune COMMAND --help` tells more. First try: loratune run --demo",
+        epilog=f"commands:\n{lines}\n\nSee `loratune COMMAND --help` for details. First try: loratune run --demo",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     args, rest = parser.parse_known_args(argv)

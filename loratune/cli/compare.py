@@ -1,19 +1,17 @@
-"""Let people say, blindly, which of two models answers better: tuned, default, base, trial:NUMBER, or an adapter's folder.
+"""Let people judge blindly which of two models answers better: tuned, default, base, trial:NUMBER, or an adapter's folder.
 
-Answers are generated once and kept; then a page opens in the browser, and every vote is stored at once. Stop it
-with Ctrl-C and go on later with the same command. A language model can judge too, apart from people (--judge)."""
+Answers are generated once and kept; then a page opens in the browser, and every vote is stored at once. After
+Ctrl-C the same command continues. A language model can judge too, separately from people (--judge)."""
 
 import argparse
 import datetime
 import os
 import re
 import secrets
-import sys
-import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratune.cli.parser import add_trust
+from loratune.cli.parser import add_no_browser, add_trust, open_browser
 from loratune.errors import DataError, MissingExtraError, SpecError, StorageError
 
 if TYPE_CHECKING:
@@ -28,37 +26,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "first",
         metavar="A",
-        help="tuned (what select chose, else the lowest loss), default (trial 0), base, trial:17, or an adapter's folder",
+        help="tuned (the choice of select, else the lowest loss), default (trial 0), base, trial:17, or an adapter's folder",
     )
     parser.add_argument("second", metavar="B", help="likewise")
     add_trust(parser)
-    parser.add_argument("--study", metavar="FOLDER", type=Path, help="default: the current folder, if it is a study's")
+    parser.add_argument("--study", metavar="FOLDER", type=Path, help="default: the current folder, if it is a study")
     parser.add_argument(
-        "--questions", metavar="FILE", type=Path, help="JSON Lines (Vicuna's form, or a question each), or text, one per line"
+        "--questions", metavar="FILE", type=Path, help="JSON Lines (Vicuna's format, or one question each), or text, one question per line"
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: preference/A-vs-B in the study's folder")
     parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of sampling (default: 0); sides and order are drawn at random, in secret"
+        "--seed", metavar="N", type=int, default=0, help="seed of sampling (default: 0); sides and order are random and secret"
     )
 
     answers = parser.add_argument_group("answers")
-    answers.add_argument("--model", metavar="NAME", help="base model, when there is no study to say it")
+    answers.add_argument("--model", metavar="NAME", help="base model, when no study names it")
     answers.add_argument("--prompt", choices=("auto", "alpaca", "chat"), help="default: the study's own, else auto, by the tokenizer")
     answers.add_argument("--max-new-tokens", metavar="N", type=_positive, default=512, help="length limit of an answer (default: 512)")
     answers.add_argument("--temperature", metavar="T", type=_temperature, default=0.0, help="default: 0, the likeliest token each time")
-    answers.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="questions at a time (default: 8)")
+    answers.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="questions per batch (default: 8)")
     answers.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
     page = parser.add_argument_group("page")
-    page.add_argument("--no-page", action="store_true", help="generate, judge and print the results only")
-    page.add_argument("--no-browser", action="store_true", help="print the page's address, open nothing")
+    page.add_argument("--no-page", action="store_true", help="only generate, judge and print the results")
+    add_no_browser(page)
     page.add_argument("--port", metavar="N", type=int, help="default: 8652, or any free one")
-    page.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="whom to listen to, 0.0.0.0 for everyone; needs --token")
-    page.add_argument("--token", metavar="TEXT", nargs="?", const="", help="ask for a token; without TEXT one is made up at every start")
-    page.add_argument("--raters", metavar="NAME", nargs="+", default=[], help="who may vote; default: anyone who opens the page")
+    page.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, with --token")
+    page.add_argument("--token", metavar="TEXT", nargs="?", const="", help="require a token; without TEXT, a new one at every start")
+    page.add_argument("--raters", metavar="NAME", nargs="+", default=[], help="raters who may vote (default: anyone who opens the page)")
 
     page.add_argument(
-        "--readmit", metavar="NAME", nargs="+", default=[], help="let these raters vote from a new browser, which lost its cookie, say"
+        "--readmit", metavar="NAME", nargs="+", default=[], help="let these raters vote from a new browser, for example after a lost cookie"
     )
 
     judge = parser.add_argument_group("language model as judge")
@@ -79,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     study = _study(args.study, args.trust_remote_code)
     comparison = _comparison(args, study)
     folder = args.out or _default_folder(comparison, study)
-    page = None if args.no_page else _open_port(args)  # a mistake in it is told before minutes of generation
+    page = None if args.no_page else _open_port(args)  # its errors come before minutes of generation
     try:
         comparison = settle(comparison, folder)
         write_answers(comparison, folder, device=args.device)
@@ -91,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
         if page is not None:
             page.close()
     print(summary_text(read_preferences(folder)))
-    print(f"Kept in {folder}")
+    print(f"Stored in {folder}")
     return 0
 
 
@@ -194,7 +192,7 @@ def _open_port(args: argparse.Namespace) -> Any:
         args.token = secrets.token_urlsafe(16)
     if args.token is not None and not re.fullmatch(r"[\w-]{8,200}", args.token, re.ASCII):
         raise SpecError(
-            "--token: use at least 8 letters, digits, '-' or '_', because it becomes part of a link. Without TEXT one is made up."
+            "--token: use at least 8 letters, digits, '-' or '_', because it becomes part of a link. Without TEXT one is generated."
         )
     return listen(args.host, args.port, args.token)
 
@@ -206,7 +204,7 @@ def _vote(args: argparse.Namespace, folder: Path, listening: Any) -> None:
 
     record = read_preferences(folder)
     if not record.pairs:
-        print("Both gave the same answer to every question; there is nothing to vote on.")
+        print("Both models gave the same answer to every question; there is nothing to vote on.")
         return
     with Votes(folder / NAME) as votes:
         for name in args.readmit:
@@ -215,11 +213,10 @@ def _vote(args: argparse.Namespace, folder: Path, listening: Any) -> None:
         app = create_app(record.pairs, votes, seed=record.comparison.seed, raters=args.raters, token=args.token)
         address = _address(args, listening.getsockname()[1])
         print(
-            f"Vote at {address}\nEvery vote is stored at once. Ctrl-C ends the page and shows the results; the same command goes on.",
+            f"Vote at {address}\nEvery vote is stored at once. Ctrl-C closes the page and shows the results; the same command continues.",
             flush=True,
         )
-        if not args.no_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            webbrowser.open(address)
+        open_browser(args, address)
         try:
             serve_page(app, listening)
         except KeyboardInterrupt:  # uvicorn raises the signal again when it has closed

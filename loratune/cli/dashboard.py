@@ -1,19 +1,17 @@
-"""Open optuna-dashboard on a study: its trials as they come, every plot that Optuna has. It shows; it changes nothing.
+"""Open optuna-dashboard on a study, read-only: its trials as they come, and all of Optuna's plots.
 
-Only this machine is served (over SSH: ssh -L 8080:localhost:8080 HOST). Works while the study runs; Ctrl-C ends it."""
+Only this machine is served (over SSH: ssh -L 8080:localhost:8080 HOST). Works while the study runs; press Ctrl-C to end it."""
 
 import argparse
 import json
-import os
 import re
 import socketserver
-import sys
-import webbrowser
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from loratune.cli.parser import add_no_browser, open_browser
 from loratune.errors import LoratuneError, MissingExtraError, StorageError
 from loratune.system.masking import masked, unmasked
 
@@ -26,19 +24,18 @@ _HERE = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # whatever the port: an SSH 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="STUDY", help="the study's folder")
-    parser.add_argument("--storage", metavar="URL", help="of the study, where its password was not kept (default: as the study says)")
+    parser.add_argument("--storage", metavar="URL", help="the study's storage, if its password was not kept (default: from the study)")
     parser.add_argument("--port", type=int, metavar="N", help=f"default: {PORT}, or any free one")
-    parser.add_argument("--no-browser", action="store_true", help="print the page's address, open nothing")
+    add_no_browser(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     from loratune.record import read
 
-    with serve(read(Path(args.folder)), args.port, args.storage) as server:
+    with dashboard_server(read(Path(args.folder)), args.port, args.storage) as server:
         address = f"http://{HOST}:{server.server_port}{server.page}"
-        print(f"Dashboard at {address}\nIt shows the study and changes nothing. Ctrl-C ends it.", flush=True)
-        if not args.no_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            webbrowser.open(address)
+        print(f"Dashboard at {address}\nThe study is read-only here. Press Ctrl-C to end it.", flush=True)
+        open_browser(args, address)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -53,7 +50,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
     page = "/dashboard"  # of the study
 
 
-def serve(record: "StudyRecord", port: int | None, url: str | None = None) -> Server:
+def dashboard_server(record: "StudyRecord", port: int | None, url: str | None = None) -> Server:
     """A listening server of the study's dashboard. Raises MissingExtraError, StorageError, and LoratuneError for a port that is taken."""
     try:
         from optuna_dashboard import wsgi
@@ -83,7 +80,7 @@ def guarded(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes
         if not re.fullmatch(_HERE, environ.get("HTTP_HOST", ""), re.IGNORECASE):
             reason = "The Host header does not name this machine: open the page as http://localhost or http://127.0.0.1."
         elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            reason = "loratune shows the dashboard read-only, so that the study can go on as it was."
+            reason = "loratune serves the dashboard read-only, so that the study can continue unchanged."
         else:
             return app(environ, start_response)
         start_response("403 Forbidden", [("Content-Type", "application/json")])
@@ -109,7 +106,7 @@ def _open(record: "StudyRecord", url: str | None) -> tuple[Any, int]:
     journal = where.endswith((".log", ".journal"))
     file = Path(where.removeprefix("sqlite:///"))
     if (journal or where.startswith("sqlite:///")) and not file.is_file():  # which either would make, empty
-        raise StorageError(f"the study has no storage yet: {file} is not there. `loratune run` makes it.")
+        raise StorageError(f"the study has no storage yet: {file} does not exist. `loratune run` creates it.")
     try:
         # An RDBStorage makes the tables that are missing, unless told not to.
         storage = JournalStorage(JournalFileBackend(where)) if journal else RDBStorage(where, skip_table_creation=True)

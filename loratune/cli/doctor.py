@@ -1,5 +1,5 @@
-"""Check this machine and what is installed. Each line says ok or missing, with the command that mends it; a line of
-three dots says what is being looked at."""
+"""Check this machine and the installed packages. Each line says ok or missing, with the command that fixes it; a line of
+three dots names the check in progress."""
 
 import argparse
 import os
@@ -18,19 +18,19 @@ _OPTIONAL = {"nni": ("nni", "nni"), "bitsandbytes": ("bitsandbytes", "4bit")}  #
 
 
 @dataclass(frozen=True)
-class Line:
-    """One finding. `mend` is the command that helps, if any."""
+class CheckResult:
+    """The result of a check. `fix` is the command that helps, if any."""
 
     what: str
     ok: bool
     text: str
-    mend: str = ""
+    fix: str = ""
     needed: bool = True
 
 
 @dataclass(frozen=True)
-class Doing:
-    """What is being done now; told before, for it may take a minute on a machine that reads the libraries for the first time."""
+class CheckBegan:
+    """Announces a check, which may take a minute on a machine that reads the libraries for the first time."""
 
     what: str
     text: str
@@ -45,84 +45,86 @@ def main(args: argparse.Namespace) -> int:
     failed = 0
     for check in (python, packages, extras, machine, devices, lora_step, nomad):
         for line in check():
-            if isinstance(line, Doing):
-                _say("...", line.what, line.text, over=True)
+            if isinstance(line, CheckBegan):
+                _print_line("...", line.what, line.text, over=True)
                 continue
-            _say("ok" if line.ok else "missing" if line.needed else "optional", line.what, line.text, line.mend if not line.ok else "")
+            _print_line(
+                "ok" if line.ok else "missing" if line.needed else "optional", line.what, line.text, line.fix if not line.ok else ""
+            )
             failed += line.needed and not line.ok
-    print(f"\n{failed} missing." if failed else "\nAll that loratune needs is here. First try: loratune run --demo")
+    print(f"\n{failed} missing." if failed else "\nEverything that loratune needs is installed. First try: loratune run --demo")
     return 1 if failed else 0
 
 
-def _say(word: str, what: str, text: str, mend: str = "", *, over: bool = False) -> None:
+def _print_line(word: str, what: str, text: str, fix: str = "", *, over: bool = False) -> None:
     """A line, shown at once; on a terminal the next one is written over it when `over`."""
-    line = f"{word:<9}{what:<14} {text}{f'; mend with: {mend}' if mend else ''}"
+    line = f"{word:<9}{what:<14} {text}{f'; fix with: {fix}' if fix else ''}"
     terminal = sys.stdout.isatty()
     print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and over else "\n", flush=True)
 
 
-def python() -> list[Line]:
+def python() -> list[CheckResult]:
     version = sys.version.split()[0]
-    return [Line("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")]
+    return [CheckResult("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")]
 
 
-def packages() -> Iterator[Line | Doing]:
+def packages() -> Iterator[CheckResult | CheckBegan]:
     for name in _NEEDED:
         yield from _package(name, name, f"pip install --upgrade {name}")
     yield from _package("PyNomadBBO", "PyNomad", "pip install --upgrade PyNomadBBO")
 
 
-def extras() -> Iterator[Line | Doing]:
+def extras() -> Iterator[CheckResult | CheckBegan]:
     for name, (module, extra) in _OPTIONAL.items():
         yield from _package(name, module, f"pip install 'loratune[{extra}]'", needed=False)
 
 
-def machine() -> list[Line]:
+def machine() -> list[CheckResult]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     writable = os.access(Path.cwd(), os.W_OK)
     return [
-        Line("processor", True, f"{usable_cores()} cores, {memory:.0f} GiB of memory"),
-        Line(
+        CheckResult("processor", True, f"{usable_cores()} cores, {memory:.0f} GiB of memory"),
+        CheckResult(
             "disk", writable and free > 1, f"{free:.0f} GiB free here{'' if writable else ', but this folder is read-only'}", "cd elsewhere"
         ),
     ]
 
 
-def devices() -> Iterator[Line | Doing]:
-    yield Doing("gpu", "asking torch for GPUs")
+def devices() -> Iterator[CheckResult | CheckBegan]:
+    yield CheckBegan("gpu", "asking torch for GPUs")
     try:
         from loratune.finetune.selfcheck import gpus
     except Exception:
-        return  # told by `packages`
+        return  # reported by `packages`
     found = gpus()
     if not found:
         gpu = any(Path("/dev").glob("nvidia[0-9]*"))
         text = "a GPU is here, but this torch cannot use it" if gpu else "no GPU; trials run on the CPU"
-        yield Line("gpu", not gpu, text, "install a CUDA build of torch, see https://pytorch.org/get-started", needed=False)
+        yield CheckResult("gpu", not gpu, text, "install a CUDA build of torch, see https://pytorch.org/get-started", needed=False)
     for index, text in enumerate(found):
-        yield Line(f"gpu {index}", True, text)
+        yield CheckResult(f"gpu {index}", True, text)
 
 
-def lora_step() -> Iterator[Line | Doing]:
+def lora_step() -> Iterator[CheckResult | CheckBegan]:
     """One LoRA step of a random tiny Llama, on the device that trials would use."""
-    mend = "pip install --upgrade torch transformers peft"
-    yield Doing("LoRA step", "training a tiny model")
+    fix = "pip install --upgrade torch transformers peft"
+    yield CheckBegan("LoRA step", "training a tiny model")
     try:
         from loratune.finetune.selfcheck import one_step
 
         device, before, after = one_step()
     except Exception as error:
-        yield Line("LoRA step", False, f"{type(error).__name__}: {error}", mend)
+        yield CheckResult("LoRA step", False, f"{type(error).__name__}: {error}", fix)
         return
     ok = after < before
-    yield Line("LoRA step", ok, f"runs on {device}" if ok else "the loss did not fall", mend)
+    yield CheckResult("LoRA step", ok, f"runs on {device}" if ok else "the loss did not fall", fix)
 
 
-def nomad() -> Iterator[Line | Doing]:
+def nomad() -> Iterator[CheckResult | CheckBegan]:
     """Three proposals of NOMAD for a parabola."""
-    mend = "pip install --force-reinstall PyNomadBBO"
-    yield Doing("NOMAD", "asking for three proposals")
+    fix = "pip install --force-reinstall PyNomadBBO"
+    yield CheckBegan("NOMAD", "asking for three proposals")
     try:
         import optuna
 
@@ -132,18 +134,18 @@ def nomad() -> Iterator[Line | Doing]:
         study = optuna.create_study(sampler=NomadSampler(search_space={"x": optuna.distributions.FloatDistribution(-1, 1)}, seed=0))
         study.optimize(lambda trial: (trial.suggest_float("x", -1, 1) - 0.3) ** 2, n_trials=3)
     except Exception as error:
-        yield Line("NOMAD", False, f"does not answer: {type(error).__name__}: {error}", mend)
+        yield CheckResult("NOMAD", False, f"does not answer: {type(error).__name__}: {error}", fix)
         return
-    yield Line("NOMAD", True, "answers")
+    yield CheckResult("NOMAD", True, "answers")
 
 
-def _package(name: str, module: str, mend: str, *, needed: bool = True) -> Iterator[Line | Doing]:
-    yield Doing(name, "importing")
+def _package(name: str, module: str, fix: str, *, needed: bool = True) -> Iterator[CheckResult | CheckBegan]:
+    yield CheckBegan(name, "importing")
     try:
         import_module(module)
-        yield Line(name, True, metadata.version(name), needed=needed)
+        yield CheckResult(name, True, metadata.version(name), needed=needed)
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == module
-        yield Line(name, False, "not installed" if absent else f"cannot be imported: {error}", mend, needed)
+        yield CheckResult(name, False, "not installed" if absent else f"cannot be imported: {error}", fix, needed)
     except Exception as error:  # a broken build: whatever its import raises
-        yield Line(name, False, f"cannot be imported: {type(error).__name__}: {error}", mend, needed)
+        yield CheckResult(name, False, f"cannot be imported: {type(error).__name__}: {error}", fix, needed)

@@ -1,6 +1,6 @@
 """`loratune run --dry-run`: what a study will cost. A first estimate at once, from sizes alone; then the measured one.
 
-The libraries, the data and the model can take minutes to load, so each stage says what it does, and that it still does it.
+The libraries, the data and the model can take minutes to load, so each stage is announced, and reported while it is running.
 """
 
 import json
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.cli.run import quiet
-from loratune.cli.trial_lines import count, duration
+from loratune.system.formatting import count, duration
 
 if TYPE_CHECKING:
     from loratune.spec import StudySpec
 
-_STILL = 10.0  # seconds after which a stage says that it goes on
+_STILL = 10.0  # seconds between two lines of a stage that is running
 _CHARACTERS = 4  # per token, of English text in a usual vocabulary
 _TEMPLATE = 40  # tokens around an example, as in Alpaca's prompt
 _LARGEST = 100 << 20  # bytes of a file that is read for the first estimate
@@ -52,13 +52,13 @@ def dry_run(spec: "StudySpec") -> int:
 
 @contextmanager
 def _stage(what: str) -> Iterator[None]:
-    """Say what begins, and every ten seconds that it goes on."""
+    """Announce a stage, and every ten seconds that it is still running."""
     print(f"{what} ...", flush=True)
     began, done = time.monotonic(), threading.Event()
 
     def tell() -> None:
         while not done.wait(_STILL):
-            print(f"  still at it, {duration(time.monotonic() - began)}", flush=True)
+            print(f"  still running, {duration(time.monotonic() - began)}", flush=True)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -81,7 +81,7 @@ def first_estimate(spec: "StudySpec") -> list[str]:
     runs, validations = expected(spec)
     size = _data(spec)
     if size is None:
-        return ["data          counted when it is loaded: it is no file on this machine, or a very large one"]
+        return ["data          counted when it is loaded: no file on this machine, or a very large one"]
     train, validation, tokens = size
     steps = int(train * default.epochs) // default.batch_size
     trained, validated = runs * steps * default.batch_size * tokens, validations * validation * tokens
@@ -91,7 +91,7 @@ def first_estimate(spec: "StudySpec") -> list[str]:
     ]
     weights = _weights(spec)
     if weights is None:
-        return [*lines, "model         not on this machine yet; its speed is told when it is loaded"]
+        return [*lines, "model         not on this machine yet; its speed is measured once it is loaded"]
     work = weights * (_TRAINING * trained + _VALIDATION * validated)
     lines.append(f"model         {count(weights)} weights")
     if spec.executor.device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
@@ -165,7 +165,7 @@ def _listed(path: Path) -> int:
             header = json.loads(file.read(min(_LARGEST, int.from_bytes(file.read(8), "little"))))
         return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return path.stat().st_size // 2  # damaged, which loading it tells; 16 bits each are usual
+        return path.stat().st_size // 2  # damaged, as loading it reports; 16 bits each are usual
 
 
 def _speed() -> float:

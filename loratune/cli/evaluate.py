@@ -6,13 +6,12 @@
 
 Benchmarks: mmlu, mmlu_loglikelihood, bbh, drop, humaneval, humaneval_fenced (an answer within ``` fences, which fails in the
 published protocol, is taken out of them), and any task of lm-evaluation-harness as lm_eval:TASK.
-After `loratune select` the adapter that is handed over is scored too, as a model of its own where another seed made it.
-Before anything is scored, each adapter is shown to be on. Answers are kept in FOLDER/evaluation: stopped by Ctrl-C or
-killed, the same command goes on. A report that the study has is written anew.
+After `loratune select` the adapter to ship is scored too, as a separate model if it was trained with another seed.
+Before anything is scored, each adapter is checked to be active. Answers are kept in STUDY/evaluation: after Ctrl-C or a
+kill, the same command continues. The study's report, if there is one, is rewritten.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,28 +19,27 @@ from typing import TYPE_CHECKING
 from loratune.cli.parser import add_trust
 
 if TYPE_CHECKING:
-    from loratune.downstream.events import Progress
+    from loratune.downstream.events import BenchmarkProgress
 
-INTERRUPTED = 130
 TOP = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="STUDY", help="the study's folder")
-    parser.add_argument("--benchmarks", metavar="NAMES", help="separated by commas (default: the published four; the demo's own for it)")
+    parser.add_argument("--benchmarks", metavar="NAMES", help="comma-separated (default: the published four; for the demo, its own)")
     parser.add_argument("--data", metavar="FOLDER", help="the benchmarks' data (default: the Hugging Face hub)")
-    parser.add_argument("--tasks", metavar="FOLDER", help="descriptions of lm-evaluation-harness tasks of your own")
-    parser.add_argument("--subset", type=int, metavar="N", help="so many items of each benchmark, the same every time")
-    parser.add_argument("--top", type=int, default=TOP, metavar="N", help=f"trials with the lowest validation loss (default: {TOP})")
+    parser.add_argument("--tasks", metavar="FOLDER", help="your own lm-evaluation-harness tasks")
+    parser.add_argument("--subset", type=int, metavar="N", help="number of items per benchmark, always the same ones")
+    parser.add_argument("--top", type=int, default=TOP, metavar="N", help=f"number of trials, by lowest validation loss (default: {TOP})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the study's")
     add_trust(parser)
-    parser.add_argument("--allow-code-execution", action="store_true", help="run, in a sandbox, the programs that models write")
-    parser.add_argument("--weaker-sandbox", action="store_true", help="accept the sandbox without namespaces where they are missing")
+    parser.add_argument("--allow-code-execution", action="store_true", help="run programs that models write, in a sandbox")
+    parser.add_argument("--weaker-sandbox", action="store_true", help="accept a sandbox without namespaces where they are missing")
 
 
 def main(args: argparse.Namespace) -> int:
-    from loratune.cli.interrupt import Interrupt
-    from loratune.downstream.events import Progress
+    from loratune.cli.interrupt import Interrupt, stopped
+    from loratune.downstream.events import BenchmarkProgress
     from loratune.record.paths import StudyPaths
     from loratune.study.evaluation import Scored, evaluate
 
@@ -62,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
             stop=interrupt.stop,
         )
         for event in events:
-            if isinstance(event, Progress):
+            if isinstance(event, BenchmarkProgress):
                 line.show(event)
                 continue
             line.end()
@@ -72,15 +70,14 @@ def main(args: argparse.Namespace) -> int:
                 print(event.text, flush=True)
         line.end()
     if scored is None:
-        print(f"Stopped; nothing is lost. Go on with: {shlex.join(args.command_line)}")
-        return INTERRUPTED
+        return stopped(args.command_line)
     print(f"\n{scored.text}\n\nEvery answer: {scored.folder}")
     _refresh(StudyPaths(args.folder).report)
     return 0
 
 
 def _refresh(report: Path) -> None:
-    """Write the study's report and the adapter's card anew, where it has them: they show the scores."""
+    """Rewrite the study's report and the adapter's card, if there are any: they show the scores."""
     if report.is_file():
         from loratune.delivery.handover import refresh_card
         from loratune.record import read
@@ -91,12 +88,12 @@ def _refresh(report: Path) -> None:
 
 
 class _Line:
-    """Progress on one line that is written over; where output is no terminal, a line at each tenth."""
+    """Progress on one line that is overwritten; where the output is no terminal, a line at each tenth."""
 
     def __init__(self) -> None:
         self._open, self._tenth = False, -1
 
-    def show(self, event: "Progress") -> None:
+    def show(self, event: "BenchmarkProgress") -> None:
         from loratune.cli.trial_lines import clock
 
         left = f", about {clock(event.seconds_left)} left" if event.seconds_left is not None and event.done < event.total else ""

@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> int:
         raise StorageError(f"{path} is a folder. Name a file, for example {path / 'study.yaml'}.")
     if path.exists() and not args.force:
         raise StorageError(f"{path} exists. Choose another name, or replace it with --force.")
-    given = {name: value for name in ("model", "data") if (value := getattr(args, name)) is not None}
+    given = {name: value for name, value in (("model", args.model), ("data", args.data)) if value is not None}
     write_atomically(path, template(**given))
     missing = [name for name in ("model", "data") if name not in given]
     todo = f"Set {' and '.join(missing)} in it, then" if missing else "Next"

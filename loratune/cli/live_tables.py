@@ -9,8 +9,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from loratune.cli.trial_lines import duration, label, loss, params, show, totals, varied
+from loratune.cli.trial_lines import params, standing, totals, varied_parameters
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, RUNNING, Trial
+from loratune.system.formatting import NOTHING, duration, label, loss, show
 
 _BAR = 12  # characters of a progress bar
 _STYLES = {COMPLETE: "", RUNNING: "cyan", FAILED: "red", DIVERGED: "yellow", INFEASIBLE: "yellow"}
@@ -25,15 +26,14 @@ def live(
         parts += [trial_table(ended[-shown:], best), ""]
     if snapshot.get("running"):
         parts += [running_table(snapshot["running"], trials), ""]
-    parts.append(standing(best, default, base))
-    parts.append(Text(" · ".join(filter(None, totals(snapshot))) if snapshot else "preparing ...", style="dim"))
+    parts += [*standing_lines(best, default, base), Text(" · ".join(totals(snapshot)) if snapshot else "preparing ...", style="dim")]
     return Group(*parts)
 
 
 def trial_table(trials: Sequence[Trial], best: Trial | None) -> Table:
     """One row per trial; the best is marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    names = varied(trials)
+    names = varied_parameters(trials)
     table.add_column("trial", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("loss", justify="right", no_wrap=True)
@@ -46,7 +46,7 @@ def trial_table(trials: Sequence[Trial], best: Trial | None) -> Table:
         table.add_row(
             f"{'* ' if is_best else ''}{trial.number}",
             trial.state,
-            loss(trial.value) if trial.state not in (DIVERGED, INFEASIBLE) else "–",
+            loss(trial.value) if trial.state not in (DIVERGED, INFEASIBLE) else NOTHING,
             *cells,
             duration(trial.device_seconds),
             style="bold green" if is_best else _STYLES.get(trial.state, "dim"),
@@ -73,15 +73,7 @@ def running_table(rows: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> Ta
     return table
 
 
-def standing(best: Trial | None, default: Trial | None, base: float | None) -> Text:
-    """Best, default and base model, a line each."""
-    text = Text()
-    if best is not None:
-        text.append(f"best     {loss(best.value)}  trial {best.number}: {params(best.params)}\n", style="green")
-    if default is not None and default.state == COMPLETE and default.value is not None:
-        lower = f", {default.value - best.value:.4f} above the best" if best is not None and best.value is not None and best.number else ""
-        text.append(f"default  {loss(default.value)}  trial {default.number}{lower}\n")
-    if base is not None:
-        text.append(f"base     {loss(base)}  the untuned model\n")
-    text.rstrip()
-    return text
+def standing_lines(best: Trial | None, default: Trial | None, base: float | None) -> list[Text]:
+    """Best, default and base model, the best in green."""
+    lines = standing(best, default, base)
+    return [Text(line, style="green" if best is not None and line is lines[0] else "") for line in lines]

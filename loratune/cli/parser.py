@@ -1,6 +1,7 @@
 """Argument parsing: argparse, with the nearest name for a misspelt flag, and any field of the study as a flag."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -86,7 +87,18 @@ def field_names() -> list[str]:
     return names
 
 
+def add_no_browser(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--no-browser", action="store_true", help="print the page's address without opening it")
+
+
+def open_browser(args: argparse.Namespace, address: str) -> None:
+    """Open a page where there is a screen, unless --no-browser."""
+    if not args.no_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        import webbrowser
+
+        webbrowser.open(address)
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """The user's consent to code that comes with the model: a study's folder, which may come from somebody else, cannot give it."""
-    what = "let code run that comes with the model, where the study asks for it"
-    parser.add_argument("--trust-remote-code", action="store_true", help=what)
+    """The user's consent to code that comes with the model. A study's folder, which may come from somebody else, cannot give it."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model, where the study asks for it")

@@ -5,29 +5,25 @@ Give a study description (see `loratune init`), the folder of a study to continu
     loratune run --demo                                        a minute on any machine, nothing to download
     loratune run --model meta-llama/Llama-2-7b-hf --data alpaca.json
     loratune run study.yaml --budget.trials 30 --training.epochs 1
-    loratune run runs/study                                    go on where it stopped
+    loratune run runs/study                                    continue where it stopped
 
 Any field of the description is also a flag: --training.batch_size 64, --search_space.lora_r '[8, 16]',
---data.train.0.format alpaca. Stopped by Ctrl-C or killed: the same command goes on.
+--data.train.0.format alpaca. After Ctrl-C or a kill, the same command continues.
 """
 
 import argparse
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.errors import ModelError, SpecError, StorageError, TrainingError
-from loratune.system.masking import masked_command
 
 if TYPE_CHECKING:
     from loratune.spec import StudySpec
-    from loratune.study.driver import Delivery
 
 _HELD_OUT = "0.1"
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", action="append", default=[], help="instruction data to train on; may be repeated")
     parser.add_argument("--validation", metavar="PATH", action="append", default=[], help="data to validate on; may be repeated")
     parser.add_argument("--output", metavar="FOLDER", help="the study's folder (default: runs/<name>)")
-    parser.add_argument("--trials", metavar="N", help="trials in all")
+    parser.add_argument("--trials", metavar="N", help="number of trials")
     parser.add_argument("--sampler", metavar="NAME", help="nomad, nni_tpe, tpe, gp, cmaes, qmc, random or nsga2")
-    parser.add_argument("--demo", action="store_true", help="the embedded model and data; other flags still count")
-    parser.add_argument("--dry-run", action="store_true", help="tell what the study will cost, and do not start it")
+    parser.add_argument("--demo", action="store_true", help="use the embedded model and data; other flags still apply")
+    parser.add_argument("--dry-run", action="store_true", help="estimate what the study will cost, without starting it")
     parser.set_defaults(overrides=None)
 
 
@@ -53,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def load_spec(args: argparse.Namespace) -> "StudySpec":
-    """The study that the command line describes. Raises SpecError with every mistake, StorageError for a folder that is no study."""
+    """The study that the command line describes. Raises SpecError with all errors, StorageError for a folder that is no study."""
     from loratune.record.paths import StudyPaths
     from loratune.spec import StudySpec
 
@@ -84,7 +80,7 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
 
 
 def _check_consent(spec: "StudySpec", given: set[str]) -> None:
-    """What lets code run is the user's own to say, and not the folder's: it may have come from somebody else. Raises ModelError."""
+    """Only the user can consent to running code, not the folder, which may come from somebody else. Raises ModelError."""
     asked = {
         "model.trust_remote_code": spec.model.trust_remote_code,
         "model.attn_implementation": "/" in (spec.model.attn_implementation or ""),  # code of a hub's repository
@@ -124,7 +120,8 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _search(spec: "StudySpec", command_line: list[str]) -> int:
-    from loratune.cli.interrupt import Interrupt
+    from loratune.cli.interrupt import Interrupt, stopped
+    from loratune.cli.trial_lines import delivered, result
     from loratune.cli.view import open_view
     from loratune.record.paths import StudyPaths
     from loratune.study.driver import deliver, tune
@@ -134,19 +131,18 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
     print(f"{word} {spec.name} in {spec.folder}: {spec.budget.trials} trials by {spec.sampler.name}")
     with Interrupt() as interrupt:
         with open_view(spec, sys.stdout) as view:
-            interrupt.tell = view.note
+            interrupt.show = view.note
             for event in tune(spec, interrupt.stop):
                 view.show(event)
         if interrupt.stop.is_set():
-            print(f"Stopped; nothing is lost. Go on with: {shlex.join(masked_command(command_line))}")
-            return INTERRUPTED
+            return stopped(command_line)
         delivery = deliver(spec.folder, trust_remote_code=spec.model.trust_remote_code)
-    _tell(delivery)
-    return 0 if delivery.best is not None else TrainingError.exit_code  # what was asked for is not there
+    print("\n".join(["", *result(delivery.record), "", *delivered(delivery)]))
+    return 0 if delivery.best is not None else TrainingError.exit_code  # nothing to hand over
 
 
 def quiet() -> None:
-    """Keep the libraries' own messages from the terminal; workers write theirs to the trials' logs."""
+    """Keep the libraries' own messages off the terminal; workers write theirs to the trials' logs."""
     import warnings
 
     import optuna
@@ -155,14 +151,3 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _tell(delivery: "Delivery") -> None:
-    from loratune.cli.trial_lines import result
-
-    print("\n".join(["", *result(delivery.record), ""]))
-    if delivery.best is not None:
-        print(f"Settings: {delivery.best}")
-    print(f"Report:   {delivery.report}")
-    if delivery.adapter is not None:
-        print(f"Adapter:  {delivery.adapter}")

@@ -1,4 +1,4 @@
-"""Print the JSON Schema of a study description. Editors that read it complete and check the YAML as you type."""
+"""Print the JSON Schema of a study description, for editors that complete and check YAML."""
 
 import argparse
 import json

@@ -13,7 +13,7 @@ from loratune.record.adapters import shipped_run
 _TOP = 10  # trials, as published
 
 
-def scored(record: StudyRecord) -> list[dict[str, Any]]:
+def score_summary(record: StudyRecord) -> list[dict[str, Any]]:
     """One entry per benchmark that was begun; scores in [0, 1]. Raises StorageError for damaged files.
 
     default, base, shipped (what a selection hands over): None where not scored.

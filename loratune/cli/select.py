@@ -1,4 +1,4 @@
-"""Choose the trial to ship: race the best ones with fresh seeds, apply a rule, and tell what the chosen one is really worth.
+"""Choose the trial to ship: race the best ones with fresh seeds, apply a rule, and estimate the true loss of the chosen one.
 
     loratune select runs/study
     loratune select runs/study --require 'adapter_mb <= 50' --prefer loss,mmlu,adapter_mb
@@ -6,8 +6,8 @@
 
 The trials whose losses differ from the lowest only by noise are trained again with fresh seeds, those that fall behind drop
 out, and the rule picks one: by default the lowest loss, ties within noise by downstream score (see `loratune evaluate`), then
-by the smaller adapter. What it chooses is handed over: best.yaml, adapter/ and the report. Stopped or killed: the same command
-goes on.
+by the smaller adapter. The chosen adapter is handed over with best.yaml and the report. After Ctrl-C or a kill, the same
+command continues.
 """
 
 import argparse
@@ -22,14 +22,12 @@ from loratune.work import Progress
 if TYPE_CHECKING:
     from loratune.selection import SelectEvent, SelectionRecord
 
-INTERRUPTED = 130
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="STUDY", help="the study's folder")
-    parser.add_argument("--finalists", type=int, default=8, metavar="N", help="trials that race, at most (default: 8)")
-    parser.add_argument("--runs", type=int, metavar="N", help="re-trainings in all, at most (default: 3 for each finalist, plus 6)")
-    parser.add_argument("--no-rerun", action="store_true", help="train nothing; choose by the study's own losses")
+    parser.add_argument("--finalists", type=int, default=8, metavar="N", help="maximum number of trials that race (default: 8)")
+    parser.add_argument("--runs", type=int, metavar="N", help="maximum number of re-trainings (default: 3 per finalist, plus 6)")
+    parser.add_argument("--no-rerun", action="store_true", help="choose by the study's own losses, without training")
     parser.add_argument(
         "--require", action="append", default=[], metavar="'METRIC <= N'", help="a constraint, like 'adapter_mb <= 50'; may be repeated"
     )
@@ -39,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from loratune.cli.interrupt import Interrupt
+    from loratune.cli.interrupt import Interrupt, stopped
     from loratune.selection import Planned, Selected, select
 
     record: SelectionRecord | None = None
@@ -57,21 +55,20 @@ def main(args: argparse.Namespace) -> int:
         for event in events:
             if isinstance(event, Selected):
                 record = event.record
-            elif (line := told(event)) is not None:
+            elif (line := event_line(event)) is not None:
                 print(line, flush=True)
             if isinstance(event, Planned) and event.most.runs and not args.yes and not _agreed():
                 return 0
     if record is None:
-        print(f"Stopped; nothing is lost. Go on with: {shlex.join(args.command_line)}")
-        return INTERRUPTED
+        return stopped(args.command_line)
     _hand_over(record, Path(args.folder), args.trust_remote_code)
     return 0
 
 
-def told(event: "SelectEvent") -> str | None:
-    """The event in a line; None for what happens too often to tell."""
-    from loratune.cli.trial_lines import duration, loss
+def event_line(event: "SelectEvent") -> str | None:
+    """The event in a line; None for progress."""
     from loratune.selection import Note, Planned, RerunFinished
+    from loratune.system.formatting import duration, loss
 
     match event:
         case Planned(text, _) | Note(text):
@@ -93,18 +90,16 @@ def _agreed() -> bool:
 
 
 def _hand_over(record: "SelectionRecord", folder: Path, trusted: bool) -> None:
+    from loratune.cli.trial_lines import delivered
     from loratune.record.paths import StudyPaths
     from loratune.selection.rerun import AGAIN
     from loratune.study.driver import deliver
 
     print("\n" + record.explain())
     spent = f"{record.runs} runs, {record.tokens:,} training tokens, {record.device_seconds / 3600:.2g} device-hours"
-    print(f"Spent on it: {spent}.\n")
+    print(f"Cost: {spent}.\n")
     delivery = deliver(folder, trust_remote_code=trusted)
     print(f"Choice:   {StudyPaths(folder).selection}")
-    print(f"Settings: {delivery.best}")
-    print(f"Report:   {delivery.report}")
-    if delivery.adapter is not None:
-        print(f"Adapter:  {delivery.adapter}")
+    print("\n".join(delivered(delivery)))
     if record.shipped.run != AGAIN and any(StudyPaths(folder).evaluation.glob("*/*.json")):
         print(f"\nThe scores so far are of the study's own runs; `loratune evaluate {shlex.quote(str(folder))}` scores this adapter.")

@@ -1,4 +1,4 @@
-"""What a study is doing, and its best trials so far. Reads only; works while the study runs."""
+"""Show what a study is doing, and its best trials so far. Reads only; works while the study runs."""
 
 import argparse
 import fcntl
@@ -21,13 +21,13 @@ _BEST = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="the study's folder (default: the newest under runs/)")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> int:
     from loratune.record import read
 
-    folder = Path(args.folder) if args.folder else newest(Path("runs"))
+    folder = Path(args.folder) if args.folder else newest_study(Path("runs"))
     record = read(folder)
     if args.json:
         print(json.dumps(facts(record), indent=1))
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def newest(runs: Path) -> Path:
+def newest_study(runs: Path) -> Path:
     """The study under `runs` that was written last. Raises StorageError when there is none."""
     studies = [path.parent for path in runs.glob("*/spec.yaml")]
     if not studies:
@@ -67,7 +67,7 @@ def is_running(folder: Path) -> bool:
 
 def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
-    from loratune.cli.scored import scored
+    from loratune.cli.scored import score_summary
 
     progress, running = record.progress, is_running(record.folder)
     states = [trial.state for trial in record.trials]
@@ -88,7 +88,7 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "shipped": _shipped(record),
         "default": _brief(record.default),
         "base_loss": record.base_loss,
-        "scores": scored(record),
+        "scores": score_summary(record),
         "tokens": record.tokens,
         "tokens_per_second": progress.get("tokens_per_second") if running else None,
         "device_seconds": record.device_seconds,
@@ -131,21 +131,14 @@ def _print(record: "StudyRecord") -> None:
 
     from loratune.cli import live_tables
     from loratune.cli.scored import score_table
-    from loratune.cli.trial_lines import count, counts, duration
+    from loratune.cli.trial_lines import counts, totals
     from loratune.record import FAILED, INFEASIBLE
 
     console = Console(highlight=False)
     now = facts(record)
     console.print(Text(f"{record.name}  {_state(now)}", style="bold"), soft_wrap=True)
-    console.print(f"{len(record.trials)} of {now['budget_trials']} trials begun: {counts(record.trials, at_work=now['running'])}")
-    costs = [
-        f"{duration(now['wall_seconds'])} elapsed",
-        f"{now['device_seconds'] / 3600:.2f} device-hours",
-        f"{count(now['tokens'])} training tokens",
-        f"{count(now['tokens_per_second'])} tokens/s" if now["tokens_per_second"] else "",
-        f"about {duration(now['seconds_left'])} left" if now["seconds_left"] is not None else "",
-    ]
-    console.print(" · ".join(filter(None, costs)))
+    console.print(f"{len(record.trials)} of {now['budget_trials']} trials begun: {counts(record.trials, active=now['running'])}")
+    console.print(" · ".join(totals(now)))
     trained = [trial for trial in record.trials if trial.outcomes or trial.state == INFEASIBLE]
     if now["in_training"]:
         console.print()
@@ -161,7 +154,8 @@ def _print(record: "StudyRecord") -> None:
         console.print(f"\nfront of {len(now['front'])}: no trial is better in every objective")
         console.print(_front_table(now["front"]))
     console.print()
-    console.print(live_tables.standing(record.best, record.default, record.base_loss))
+    for line in live_tables.standing_lines(record.best, record.default, record.base_loss):
+        console.print(line, soft_wrap=True)
     if now["scores"]:
         console.print("\nscores in %")
         console.print(score_table(now["scores"]))
@@ -176,16 +170,16 @@ def _print(record: "StudyRecord") -> None:
 
 
 def _print_shipped(console: "Console", now: dict[str, Any]) -> None:
-    """The scores of the adapter that is handed over, on a line of their own, and whose the table's are."""
+    """The scores of the adapter that is handed over, on a line of their own, and a note on whose scores the table has."""
     from rich.text import Text
 
-    from loratune.downstream.results.scores import in_words, model_name, whose
+    from loratune.downstream.results.scores import describe_model, model_name, shipped_note
 
     name = model_name(now["shipped"]["trial"], now["shipped"]["run"])
     own = [f"{entry['title']} {100 * entry['shipped']:.1f}" for entry in now["scores"] if entry["shipped"] is not None]
     if own:
-        console.print(Text(f"handed over, {in_words(name)}: {', '.join(own)}", style="bold green"), soft_wrap=True)
-    console.print(Text(whose(name, bool(own))), soft_wrap=True)
+        console.print(Text(f"handed over, {describe_model(name)}: {', '.join(own)}", style="bold green"), soft_wrap=True)
+    console.print(Text(shipped_note(name, bool(own))), soft_wrap=True)
 
 
 def _front_table(front: list[dict[str, Any]]) -> "Table":
@@ -206,8 +200,8 @@ def _front_table(front: list[dict[str, Any]]) -> "Table":
 
 def _state(now: dict[str, Any]) -> str:
     if now["running"]:
-        ago = f", last sign of life {now['seconds_since_update']:.0f} s ago" if now["seconds_since_update"] is not None else ""
+        ago = f", last heartbeat {now['seconds_since_update']:.0f} s ago" if now["seconds_since_update"] is not None else ""
         return f"running (process {now['pid']} on {now['host']}{ago})"
     if now["finished"]:
         return "finished"
-    return f"stopped; go on with: loratune run {now['folder']}"
+    return f"stopped; to continue: loratune run {now['folder']}"

@@ -1,13 +1,14 @@
-"""Trials and studies in a few words, for lines and tables of the terminal."""
+"""Trials and studies in few words, for lines and tables of the terminal."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.record import COMPLETE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
-from loratune.system.formatting import count, duration, in_order, label, loss, plural, show
+from loratune.system.formatting import count, duration, in_order, label, loss, show
 from loratune.work import Outcome
 
-__all__ = ["clock", "count", "counts", "duration", "ended", "label", "loss", "params", "plural", "result", "show", "totals", "varied"]
+if TYPE_CHECKING:
+    from loratune.study.driver import Delivery
 
 
 def params(values: dict[str, Any]) -> str:
@@ -15,8 +16,8 @@ def params(values: dict[str, Any]) -> str:
     return ", ".join(f"{label(name)} {show(values[name])}" for name in in_order(set(values)))
 
 
-def varied(trials: Iterable[Trial]) -> list[str]:
-    """The searched parameters, those with one value in all trials left out, unless all have."""
+def varied_parameters(trials: Iterable[Trial]) -> list[str]:
+    """The searched parameters, without those that have one value in all trials, unless all have."""
     seen: dict[str, set[str]] = {}
     for trial in trials:
         for name, value in trial.params.items():
@@ -31,60 +32,72 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def counts(trials: Iterable[Trial], *, at_work: bool = True) -> str:
-    """`12 complete, 3 pruned, 1 failed`. Without a driver `at_work`, no trial is running."""
+def counts(trials: Iterable[Trial], *, active: bool = True) -> str:
+    """`12 complete, 3 pruned, 1 failed`. In a study that is not `active`, no trial is running."""
     numbers: dict[str, int] = {}
     for trial in trials:
-        state = "interrupted" if trial.state == RUNNING and not at_work else trial.state
+        state = "interrupted" if trial.state == RUNNING and not active else trial.state
         numbers[state] = numbers.get(state, 0) + 1
     order = [COMPLETE, PRUNED, PAUSED, *numbers]
     return ", ".join(f"{numbers[state]} {state}" for state in dict.fromkeys(order) if state in numbers) or "none yet"
 
 
-def totals(snapshot: dict[str, Any]) -> list[str]:
-    """Trials, speed, costs and time left, in words."""
-    speed, left = snapshot.get("tokens_per_second"), snapshot.get("seconds_left")
-    return [
-        f"{snapshot['trials_ended']}/{snapshot['budget_trials']} trials",
+def totals(numbers: dict[str, Any]) -> list[str]:
+    """Trials, speed, cost and time left, from progress.json or from `loratune status --json`."""
+    tokens, speed, left = numbers.get("tokens"), numbers.get("tokens_per_second"), numbers.get("seconds_left")
+    said = [
+        f"{numbers['trials_ended']}/{numbers['budget_trials']} trials" if "trials_ended" in numbers else "",
         f"{count(speed)} tokens/s" if speed else "",
-        f"{duration(snapshot['wall_seconds'])} elapsed",
-        f"{snapshot['device_seconds'] / 3600:.2f} device-hours",
+        f"{duration(numbers['wall_seconds'])} elapsed",
+        f"{numbers['device_seconds'] / 3600:.2f} device-hours",
+        f"{count(tokens)} training tokens" if tokens is not None else "",
         f"about {duration(left)} left" if left is not None else "",
     ]
+    return [part for part in said if part]
 
 
 def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
-    """What became of a trial's segment, in one line."""
-    seconds = f"{duration(outcome.train_seconds + outcome.validation_seconds + outcome.scoring_seconds)}"
-    if trial.state in (COMPLETE, PAUSED, RUNNING):
-        first = f" (base model {loss(base)})" if base is not None else ""
-        waits = f", paused at step {outcome.key.rpartition('/')[2].lstrip('0')}" if trial.state == PAUSED else ""
-        scores = "".join(f", {name} {score:.3f}" for name, score in outcome.scores.items())
-        last = outcome.curve[-1].step if outcome.curve else None
-        at = f" at step {trial.kept_step}, its lowest" if trial.kept_step not in (None, last) else ""
-        return f"trial {trial.number}: validation loss {loss(trial.value)}{at}{first}{scores}{waits}, {seconds}"
-    return f"trial {trial.number} {trial.state} after {seconds}: {trial.message}".rstrip(": ")
+    """The result of a trial's segment, in one line."""
+    seconds = duration(outcome.train_seconds + outcome.validation_seconds + outcome.scoring_seconds)
+    if trial.state not in (COMPLETE, PAUSED, RUNNING):
+        return f"trial {trial.number} {trial.state} after {seconds}: {trial.message}".rstrip(": ")
+    first = f" (base model {loss(base)})" if base is not None else ""
+    paused = f", paused at step {outcome.key.rpartition('/')[2].lstrip('0')}" if trial.state == PAUSED else ""
+    scores = "".join(f", {name} {score:.3f}" for name, score in outcome.scores.items())
+    last = outcome.curve[-1].step if outcome.curve else None
+    at = f" at step {trial.kept_step}, its lowest" if trial.kept_step not in (None, last) else ""
+    return f"trial {trial.number}: validation loss {loss(trial.value)}{at}{first}{scores}{paused}, {seconds}"
+
+
+def standing(best: Trial | None, default: Trial | None, base: float | None) -> list[str]:
+    """Best, default and base model, a line each."""
+    rows = []
+    if best is not None:
+        rows.append((f"best, trial {best.number}", best.value, params(best.params)))
+    if default is not None and default.value is not None and default.state == COMPLETE:
+        gap = ""
+        if best is not None and best.value is not None:
+            gap = f"{default.value - best.value:.4f} above the best; " if best.number else "no trial is better; "
+        rows.append((f"default, trial {default.number}", default.value, gap + params(default.params)))
+    if base is not None:
+        rows.append(("base model, untuned", base, ""))
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return [f"{name:<{width}}  {loss(value)}  {text}".rstrip() for name, value, text in rows]
 
 
 def result(record: StudyRecord) -> list[str]:
-    """Best against default against base model, and what it cost: the lines that end a run."""
-    best, default, base = record.best, record.default, record.base_loss
-    if best is None or best.value is None:
-        return [f"No trial was trained to its end ({counts(record.trials)}).", *_reasons(record)]
-    rows = [(f"best, trial {best.number}", best.value, params(best.params))]
-    if default is not None and default.value is not None and default.state == COMPLETE:
-        gain = f"; the best is {default.value - best.value:.4f} lower" if best.number else "; nothing was better"
-        rows.append((f"default, trial {default.number}", default.value, params(default.params) + gain))
-    if base is not None:
-        rows.append(("base model, untuned", base, ""))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"Validation loss after {len(record.trials)} trials ({counts(record.trials)}):"]
-    lines += [f"  {name:<{width}}  {loss(value)}  {text}".rstrip() for name, value, text in rows]
-    lines.append(f"Cost: {record.device_seconds / 3600:.2f} device-hours, {count(record.tokens)} training tokens.")
-    return lines
+    """Best against default against base model, and the cost: the lines that end a run."""
+    if record.best is None or record.best.value is None:
+        messages = [f"The last message, of trial {trial.number}: {trial.message}" for trial in record.trials if trial.message]
+        return [f"No trial was trained to its end ({counts(record.trials)}).", *messages[-1:]]
+    return [
+        f"Validation loss after {len(record.trials)} trials ({counts(record.trials)}):",
+        *(f"  {line}" for line in standing(record.best, record.default, record.base_loss)),
+        f"Cost: {record.device_seconds / 3600:.2f} device-hours, {count(record.tokens)} training tokens.",
+    ]
 
 
-def _reasons(record: StudyRecord) -> list[str]:
-    """What the last failed trial said."""
-    said = [trial for trial in record.trials if trial.message]
-    return [f"Trial {said[-1].number} said: {said[-1].message}"] if said else []
+def delivered(delivery: "Delivery") -> list[str]:
+    """Where the results of a study are."""
+    found = {"Settings": delivery.best, "Report": delivery.report, "Adapter": delivery.adapter}
+    return [f"{name + ':':<9} {path}" for name, path in found.items() if path is not None]

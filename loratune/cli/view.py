@@ -1,18 +1,18 @@
-"""What a running study shows: a live table on a terminal, plain lines elsewhere (a pipe, a log file).
+"""The view of a running study: a live table on a terminal, plain lines elsewhere (a pipe, a log file).
 
-The numbers come from `progress.json`, which `loratune status` reads too, so both say the same.
+The numbers come from `progress.json`, which `loratune status` reads too, so both show the same.
 """
 
 import contextlib
 import json
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loratune.cli.trial_lines import clock, ended, loss, params, plural, totals
+from loratune.cli.trial_lines import clock, ended, params, totals
 from loratune.record import COMPLETE, Trial, read
+from loratune.system.formatting import loss, plural
 from loratune.work import Outcome, Progress
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _LINE_EVERY = 30.0  # seconds between lines of progress, where lines stay
 _SHOWN = 10  # latest trials in the live table
 
 
-class View(ABC):
+class View:
     """Shows the events of a study."""
 
     def __init__(self, spec: "StudySpec") -> None:
@@ -36,11 +36,11 @@ class View(ABC):
         self.trials: dict[int, Trial] = {}
         self._best: Trial | None = None
         earlier = read(self._folder).trials if StudyPaths(self._folder).spec.is_file() else ()
-        self._replayed = {outcome.key for trial in earlier for outcome in trial.outcomes}  # told when they came, in an earlier start
+        self._replayed = {outcome.key for trial in earlier for outcome in trial.outcomes}  # shown when they came, in an earlier start
         self._numbers = {trial.number for trial in earlier if trial.outcomes}
 
     def show(self, event: "Event") -> None:
-        """Take one event. What was told in an earlier start of the study is summed up in a line."""
+        """Take one event. The events of an earlier start are summed up in a line."""
         from loratune.study.loop import Message, SegmentFinished, TrialStarted
 
         match event:
@@ -49,14 +49,14 @@ class View(ABC):
             case TrialStarted(trial):
                 self.trials[trial.number] = trial
                 if trial.number not in self._numbers:
-                    self.asked(trial)
+                    self.trial_started(trial)
             case SegmentFinished(trial, outcome):
                 self.trials[trial.number] = trial
                 improved = trial.state == COMPLETE and (self._best is None or _rank(trial) < _rank(self._best))
                 if improved:
                     self._best = trial
                 if outcome.key not in self._replayed:
-                    self.settled(trial, outcome, improved)
+                    self.segment_finished(trial, outcome, improved)
                     return
                 self._replayed.remove(outcome.key)
                 if not self._replayed:
@@ -91,17 +91,17 @@ class View(ABC):
             return {}
         return snapshot if snapshot["pid"] == os.getpid() else {}
 
-    @abstractmethod
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        raise NotImplementedError
 
-    @abstractmethod
-    def asked(self, trial: Trial) -> None: ...
+    def trial_started(self, trial: Trial) -> None:
+        pass
 
-    @abstractmethod
-    def settled(self, trial: Trial, outcome: Outcome, improved: bool) -> None: ...
+    def segment_finished(self, trial: Trial, outcome: Outcome, improved: bool) -> None:
+        pass
 
-    @abstractmethod
-    def progressed(self, progress: Progress) -> None: ...
+    def progressed(self, progress: Progress) -> None:
+        pass
 
 
 class Lines(View):
@@ -116,10 +116,10 @@ class Lines(View):
         for line in text.splitlines():
             print(f"[{clock(time.monotonic() - self._started):>7}] {line}", file=self._stream, flush=True)
 
-    def asked(self, trial: Trial) -> None:
+    def trial_started(self, trial: Trial) -> None:
         self.note(f"trial {trial.number} begins: {params(trial.params)}")
 
-    def settled(self, trial: Trial, outcome: Outcome, improved: bool) -> None:
+    def segment_finished(self, trial: Trial, outcome: Outcome, improved: bool) -> None:
         base = self.base_loss if trial is self._first_trained() else None
         self.note(ended(trial, outcome, base) + ("  <- best so far" if improved else ""))
         self._said = time.monotonic()
@@ -161,15 +161,9 @@ class Table(View):
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def asked(self, trial: Trial) -> None:
-        pass  # its row appears by itself
-
-    def settled(self, trial: Trial, outcome: Outcome, improved: bool) -> None:
+    def segment_finished(self, trial: Trial, outcome: Outcome, improved: bool) -> None:
         if trial.message:
             self.note(ended(trial, outcome, None))
-
-    def progressed(self, progress: Progress) -> None:
-        pass
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from loratune.downstream.results.scores import BASE, Cell, in_words, model_name
+from loratune.downstream.results.scores import BASE, Result, describe_model, model_name
 from loratune.record import StudyRecord, Trial
 from loratune.record.paths import MAIN
 from loratune.report import spec_summary, tables
@@ -152,9 +152,9 @@ def _scores(record: StudyRecord, trial: Trial, selection: SelectionRecord | None
     own_run = model_name(trial.number)
     rows = {this: "**this adapter**"}
     if this != own_run:
-        rows[own_run] = f"{in_words(own_run)} as the study trained it, another seed"
+        rows[own_run] = f"{describe_model(own_run)} as the study trained it, another seed"
     if found.default is not None and found.default not in rows:
-        rows[found.default] = f"default hyperparameters, {in_words(found.default)}"
+        rows[found.default] = f"default hyperparameters, {describe_model(found.default)}"
     rows[BASE] = "base model"
     names = {f.benchmark: f.title for f in found.findings if any(_done(found, model, f.benchmark) for model in rows)}
     if not names:
@@ -175,12 +175,12 @@ def _scores(record: StudyRecord, trial: Trial, selection: SelectionRecord | None
     ]
 
 
-def _done(found: Downstream, model: str, benchmark: str) -> Cell | None:
+def _done(found: Downstream, model: str, benchmark: str) -> Result | None:
     cell = found.cells.get(model, {}).get(benchmark)
     return cell if cell is not None and cell.done else None
 
 
-def _score(cell: Cell | None) -> str:
+def _score(cell: Result | None) -> str:
     if cell is None:
         return "–"
     score = cell.score

@@ -19,6 +19,16 @@ def data_files() -> tuple[Path, Path]:
     return _HERE / "train.jsonl", _HERE / "validation.jsonl"
 
 
+def held_out_file() -> Path:
+    """What the demo's benchmarks ask: instructions that neither data file holds in any wording, some with four `choices`."""
+    return _HERE / "held_out.jsonl"
+
+
+def questions_file() -> Path:
+    """Forty held-out instructions for a blind comparison."""
+    return _HERE / "questions.jsonl"
+
+
 def study() -> dict[str, Any]:
     """The demo study, in the sections of a study's YAML file: 20 trials, about two minutes on two CPU cores."""
     train, validation = data_files()

@@ -1,18 +1,13 @@
-"""What an evaluation tells while it runs, and one orderly stream of it out of several processes."""
+"""The events of an evaluation, and one ordered stream of them from several processes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Note:
-    """Something worth a line."""
-
-    text: str
+from loratune.work import Json, Message
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class BenchmarkProgress(Json):
     """How far a benchmark is, all models together."""
 
     benchmark: str
@@ -23,45 +18,70 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Began:
-    """A process has come to the benchmark of this number; `Story` makes a Note of it."""
+class BenchmarkBegan(Json):
+    """A process has come to the benchmark of this number; `EventMerger` makes a Message of it."""
 
     number: int
 
 
-Event = Note | Progress
+@dataclass(frozen=True, kw_only=True)
+class JobEnded(Json):
+    """The last event of a process."""
+
+    stopped: bool = False
+    error: str = ""  # the name of its LoratuneError
+    text: str = ""
 
 
-class Story:
-    """Merges the events of processes that go through the same benchmarks, each for models of its own.
+Event = Message | BenchmarkProgress
+JobEvent = Event | BenchmarkBegan | JobEnded
+_KINDS = {kind.__name__: kind for kind in (Message, BenchmarkProgress, BenchmarkBegan, JobEnded)}
 
-    A benchmark begins when the last process has come to it; what others have done of later ones is told then.
+
+def to_line(event: JobEvent) -> str:
+    """The event as one line, for a pipe between processes: `BenchmarkBegan {"number": 0}`."""
+    return f"{type(event).__name__} {event.to_json()}\n"
+
+
+def from_line(line: str) -> JobEvent | None:
+    """The inverse of `to_line`; None for any other line: a library's output, or half of an event whose writer died."""
+    kind, _, text = line.partition(" ")
+    if kind not in _KINDS or not line.endswith("\n"):
+        return None
+    event: JobEvent = _KINDS[kind].from_json(text)
+    return event
+
+
+class EventMerger:
+    """Merges the events of processes that go through the same benchmarks, each with its own models.
+
+    A benchmark begins when the last process has come to it; progress that others have made on later ones is reported then.
     """
 
-    def __init__(self, beginnings: Sequence[str], parts: Sequence[Sequence[Progress]]) -> None:
-        """beginnings: a line for the beginning of each benchmark. parts: how far each process is with each benchmark."""
-        self._beginnings, self._known = beginnings, [list(own) for own in parts]
-        self._at = [-1] * len(parts)
+    def __init__(self, titles: Sequence[str], jobs: Sequence[Sequence[BenchmarkProgress]]) -> None:
+        """titles: the line that announces each benchmark. jobs: how far each process is with each benchmark."""
+        self._titles, self._known = titles, [list(job) for job in jobs]
+        self._at = [-1] * len(jobs)
 
-    def tell(self, part: int, event: Event | Began) -> Iterator[Event]:
-        """What is to be told when process `part` says `event`."""
-        if isinstance(event, Note):
+    def merge(self, job: int, event: Event | BenchmarkBegan) -> Iterator[Event]:
+        """The events of the stream that follow from an event of process `job`."""
+        if isinstance(event, Message):
             yield event
-        elif isinstance(event, Began):
-            before, self._at[part] = min(self._at), event.number
+        elif isinstance(event, BenchmarkBegan):
+            before, self._at[job] = min(self._at), event.number
             for number in range(before + 1, min(self._at) + 1):
-                yield Note(self._beginnings[number])
-                if any(own[number].seconds_left is not None for own in self._known):
+                yield Message(text=self._titles[number])
+                if any(known[number].seconds_left is not None for known in self._known):
                     yield self._together(number)
         else:
-            number = self._at[part]
-            self._known[part][number] = event
+            number = self._at[job]
+            self._known[job][number] = event
             if number == min(self._at):
                 yield self._together(number)
 
-    def _together(self, number: int) -> Progress:
-        known = [own[number] for own in self._known]
-        return Progress(
+    def _together(self, number: int) -> BenchmarkProgress:
+        known = [progress[number] for progress in self._known]
+        return BenchmarkProgress(
             benchmark=known[0].benchmark,
             done=sum(one.done for one in known),
             total=sum(one.total for one in known),

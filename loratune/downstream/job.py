@@ -1,7 +1,7 @@
-"""What one process does of an evaluation: load the model with some adapters, prove them, answer, keep every answer.
+"""One process's share of an evaluation: load the model with some adapters, check them, answer, keep every answer.
 
-A `Part` holds all that it takes, and crosses a process border by pickle. Results are kept per model, so that parts of the
-same evaluation never meet. torch is imported by `run`.
+An `EvaluationJob` is the description of it, and crosses a process border as JSON. Results are kept per model, so that the jobs of one
+evaluation never write the same file. torch is imported by `run_job`.
 """
 
 import time
@@ -10,19 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from loratune.downstream.events import Began, Event, Note, Progress
-from loratune.downstream.results.scores import Ledger, in_words
-from loratune.downstream.tasks.base import Benchmark, Item, constant_scores
+from loratune.downstream.events import BenchmarkBegan, BenchmarkProgress, Event
+from loratune.downstream.results.scores import ResultWriter, adapter_fingerprint, describe_model
+from loratune.downstream.tasks.base import Benchmark, Item, constant_scores, stratified
+from loratune.downstream.tasks.benchmarks import HARNESS, build_benchmark
 from loratune.system.files import write_atomically
-from loratune.work import ModelRecipe
+from loratune.work import Json, Message, ModelRecipe
 
 if TYPE_CHECKING:
     from loratune.finetune.model import BaseModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """What is scored: the bare model (`adapter` None) or a trial's adapter on it."""
+class EvaluatedModel(Json):
+    """The bare model (`adapter` None), or a trial's adapter on it."""
 
     name: str  # of its folder: `scores.model_name`, or base
     adapter: Path | None
@@ -30,18 +31,52 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class EvaluationJob(Json):
+    """Models, benchmarks, and how the ones are scored on the others."""
+
+    folder: Path  # of the results
+    recipe: ModelRecipe
+    models: tuple[EvaluatedModel, ...]
+    benchmarks: tuple[str, ...]
+    validation: Path  # the prepared data (data/prepare.py) whose losses were recorded
+    recorded_base: float | None = None  # the bare model's validation loss
+    data: Path | None = None  # the benchmarks' own data; None: the hub
+    tasks: Path | None = None  # folder with descriptions of lm-evaluation-harness tasks
+    subset: int | None = None  # items per benchmark, drawn with `seed`
+    leave_out: dict[str, tuple[str, ...]] | None = None  # benchmark -> ids of items that must not count; None: the study's search items
+    seed: int = 0
+    device: str = "auto"
+    allow_code_execution: bool = False
+    weaker_sandbox: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return [model.name for model in self.models]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRun:
     """A benchmark, its items, and each model's results."""
 
     benchmark: Benchmark
     items: list[Item]
-    ledgers: dict[str, Ledger]
+    writers: dict[str, ResultWriter]  # by model
+    left_out: int  # items that guided the search
+    left: int  # items without them, before a subset was drawn
+
+    def title(self, number: int, of: int) -> str:
+        """The line that announces it."""
+        return f"Benchmark {number} of {of}: {self.benchmark.title}, {len(self.items):,} items, {len(self.writers)} models"
+
+    def of(self, names: Collection[str]) -> Self:
+        """The run of these models alone."""
+        return replace(self, writers={name: writer for name, writer in self.writers.items() if name in names})
 
     def lacking(self) -> dict[tuple[str, ...], list[Item]]:
         """Items by the models that lack them, so that one pass serves all of these."""
         found: dict[tuple[str, ...], list[Item]] = {}
         for item in self.items:
-            models = tuple(name for name, ledger in self.ledgers.items() if item.id not in ledger.done)
+            models = tuple(name for name, writer in self.writers.items() if item.id not in writer.done)
             if models:
                 found.setdefault(models, []).append(item)
         return found
@@ -50,15 +85,15 @@ class Work:
         """The models that lack something."""
         return {name for names in self.lacking() for name in names}
 
-    def standing(self) -> Progress:
+    def standing(self) -> BenchmarkProgress:
         """How far it is at the start."""
-        total = len(self.items) * len(self.ledgers)
+        total = len(self.items) * len(self.writers)
         left = sum(len(names) * len(items) for names, items in self.lacking().items())
-        return Progress(benchmark=self.benchmark.name, done=total - left, total=total, seconds=0.0, seconds_left=None)
+        return BenchmarkProgress(benchmark=self.benchmark.name, done=total - left, total=total, seconds=0.0, seconds_left=None)
 
-    def describe(self, model: Model, subset: int | None) -> None:
-        """Write what the model's answers are measured with. Raises StorageError."""
-        self.ledgers[model.name].describe(
+    def describe(self, model: EvaluatedModel, subset: int | None) -> None:
+        """Write down how the model's answers are measured. Raises StorageError."""
+        self.writers[model.name].describe(
             {
                 "title": self.benchmark.title,
                 "chance": self.benchmark.chance,
@@ -73,138 +108,160 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class HarnessRun:
     """A task of lm-evaluation-harness, and each model's results: all of them or none."""
 
     task: str
-    ledgers: dict[str, Ledger]
+    writers: dict[str, ResultWriter]
 
-    @property
-    def name(self) -> str:
-        return name_of(self.task)
+    def title(self, number: int, of: int) -> str:
+        return f"lm-evaluation-harness task {self.task}, {len(self.writers)} models one after the other"
+
+    def of(self, names: Collection[str]) -> Self:
+        return replace(self, writers={name: writer for name, writer in self.writers.items() if name in names})
 
     def unfinished(self) -> set[str]:
         """The models without results."""
-        return {name for name, ledger in self.ledgers.items() if not ledger.done}
+        return {name for name, writer in self.writers.items() if not writer.done}
 
-    def standing(self) -> Progress:
+    def standing(self) -> BenchmarkProgress:
         """How far it is at the start, in models."""
-        total = len(self.ledgers)
-        return Progress(benchmark=self.name, done=total - len(self.unfinished()), total=total, seconds=0.0, seconds_left=None)
+        total, name = len(self.writers), harness_name(self.task)
+        return BenchmarkProgress(benchmark=name, done=total - len(self.unfinished()), total=total, seconds=0.0, seconds_left=None)
 
 
-def name_of(task: str) -> str:
-    """Of a harness's task among the results."""
+def harness_name(task: str) -> str:
+    """The name of a harness's task among the results."""
     return f"lm_eval-{task}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Models, what they are scored on, and how; the arguments of `evaluate`."""
-
-    folder: Path
-    recipe: ModelRecipe
-    device: str
-    models: tuple[Model, ...]
-    works: tuple[Work | Task, ...]
-    validation: Path
-    recorded_base: float | None
-    tasks: Path | None
-    subset: int | None
-    seed: int
-    allow_code_execution: bool
-
-    def of(self, names: Collection[str]) -> Self:
-        """What of it concerns these models."""
-        works = [replace(work, ledgers={name: ledger for name, ledger in work.ledgers.items() if name in names}) for work in self.works]
-        return replace(self, models=tuple(model for model in self.models if model.name in names), works=tuple(works))
+def build_all(job: EvaluationJob) -> tuple[list[Benchmark], list[str]]:
+    """The job's benchmarks, and its tasks of lm-evaluation-harness. Raises EvaluationError, DataError."""
+    own = [build_benchmark(name, job.data, weaker=job.weaker_sandbox) for name in job.benchmarks if not name.startswith(HARNESS)]
+    return own, [name.removeprefix(HARNESS) for name in job.benchmarks if name.startswith(HARNESS)]
 
 
-def run(part: Part, *, interrupted: Callable[[], bool], loaded: "BaseModel | None" = None) -> Iterator[Event | Began]:
-    """Prove the adapters, then go through the works. Each announces itself by Began, after which its Progress follows.
+def open_runs(job: EvaluationJob, benchmarks: Sequence[Benchmark], tasks: Sequence[str]) -> list[BenchmarkRun | HarnessRun]:
+    """Draw the items and open the results of all models. Raises DataError, StorageError."""
+    fingerprints = {model.name: adapter_fingerprint(model.adapter) for model in job.models}
+    origin = f"{job.recipe.name_or_path}@{job.recipe.revision or 'main'}"
 
-    Raises InterruptedError when `interrupted` says so, and what `evaluate` raises; what was answered is kept.
+    def writers(name: str, **more: Any) -> dict[str, ResultWriter]:
+        return {
+            model: ResultWriter(
+                job.folder, model, name, {"benchmark": name, "base": origin, "adapter": fingerprint, "seed": job.seed, **more}
+            )
+            for model, fingerprint in fingerprints.items()
+        }
+
+    runs: list[BenchmarkRun | HarnessRun] = []
+    for benchmark in benchmarks:
+        items = benchmark.items()
+        excluded = set((job.leave_out or {}).get(benchmark.name, ()))
+        allowed = [item for item in items if item.id not in excluded]
+        run = BenchmarkRun(
+            benchmark=benchmark,
+            items=stratified(allowed, job.subset, job.seed),
+            writers=writers(benchmark.name, version=benchmark.version),
+            left_out=len(excluded),
+            left=len(allowed),
+        )
+        for model in job.models:
+            run.describe(model, job.subset)
+        runs.append(run)
+    return runs + [HarnessRun(task=task, writers=writers(harness_name(task), subset=job.subset)) for task in tasks]
+
+
+def run_job(
+    job: EvaluationJob,
+    runs: Sequence[BenchmarkRun | HarnessRun],
+    *,
+    interrupted: Callable[[], bool],
+    loaded: "BaseModel | None" = None,
+) -> Iterator[Event | BenchmarkBegan]:
+    """Check the adapters, then go through the job's runs. Each announces itself by BenchmarkBegan; its progress follows.
+
+    Raises InterruptedError when `interrupted` says so, and the errors of `score_models`; the answers so far are kept.
     """
-    running = _Run(part, interrupted, loaded)
+    running = _Running(job, interrupted, loaded)
     try:
-        yield from running.prove()
-        for number, work in enumerate(part.works):
-            yield Began(number)
-            yield from running.answer(work) if isinstance(work, Work) else running.judge(work)
+        yield from running.check_adapters()
+        for number, run in enumerate(runs):
+            yield BenchmarkBegan(number)
+            yield from running.answer(run) if isinstance(run, BenchmarkRun) else running.judge(run)
     finally:
         running.adapters.close()
 
 
-class _Run:
-    """The frozen model with the part's adapters hooked in."""
+class _Running:
+    """The frozen model with the job's adapters hooked in."""
 
-    def __init__(self, part: Part, interrupted: Callable[[], bool], loaded: "BaseModel | None") -> None:
+    def __init__(self, job: EvaluationJob, interrupted: Callable[[], bool], loaded: "BaseModel | None") -> None:
         from loratune.downstream.answering.adapter_stack import Adapters, read_adapter
         from loratune.finetune.model import choose_device, load
 
-        self.part, self.interrupted = part, interrupted
-        self.base = loaded or load(part.recipe, choose_device(part.device))
-        self.tuned = [model for model in part.models if model.adapter is not None]
+        self.job, self.interrupted = job, interrupted
+        self.base = loaded or load(job.recipe, choose_device(job.device))
+        self.tuned = [model for model in job.models if model.adapter is not None]
         adapters = [read_adapter(model.adapter, self.base) for model in self.tuned if model.adapter]
         self.adapters = Adapters(self.base, [None, *adapters])  # the bare model has a place in any case
-        self.places = {model.name: 0 for model in part.models} | {model.name: place for place, model in enumerate(self.tuned, 1)}
+        self.places = {model.name: 0 for model in job.models} | {model.name: place for place, model in enumerate(self.tuned, 1)}
 
-    def prove(self) -> Iterator[Event]:
+    def check_adapters(self) -> Iterator[Event]:
         from loratune.data.prepared import Prepared
-        from loratune.downstream.answering.adapter_check import Prover, summary
+        from loratune.downstream.answering.adapter_check import AdapterChecker, check_summary
 
         if not self.tuned:
             return
-        tokens, recorded_base = Prepared.load(self.part.validation).validation, self.part.recorded_base
-        prover = Prover(self.base, self.adapters, tokens, base_place=0, recorded_base=recorded_base, interrupted=self.interrupted)
-        proofs = []
+        tokens, recorded_base = Prepared.load(self.job.validation).validation, self.job.recorded_base
+        checker = AdapterChecker(self.base, self.adapters, tokens, base_place=0, recorded_base=recorded_base, interrupted=self.interrupted)
+        checks = []
         for model in self.tuned:
-            proofs.append(prover.prove(self.places[model.name], in_words(model.name), model.loss))
-            write_atomically(self.part.folder / model.name / "proof.json", proofs[-1].to_json() + "\n")
-        yield Note(f"Proved: {summary(proofs)}.")
+            checks.append(checker.check(self.places[model.name], describe_model(model.name), model.loss))
+            write_atomically(self.job.folder / model.name / "proof.json", checks[-1].to_json() + "\n")
+        yield Message(text=f"Adapter check: {check_summary(checks)}.")
 
-    def answer(self, work: Work) -> Iterator[Event]:
+    def answer(self, run: BenchmarkRun) -> Iterator[Event]:
         from loratune.downstream.answering.answerer import Answerer
 
-        answerer, benchmark, began = Answerer(self.base, self.adapters), work.benchmark, time.monotonic()
-        standing = work.standing()
+        answerer, benchmark, began = Answerer(self.base, self.adapters), run.benchmark, time.monotonic()
+        standing = run.standing()
         done, total = standing.done, standing.total
-        for names, items in work.lacking().items():
+        for names, items in run.lacking().items():
             mark = time.monotonic()
             places = [self.places[name] for name in names]
-            answered = answerer.answers(benchmark, items, places, seed=self.part.seed, interrupted=self.interrupted)
+            answered = answerer.answers(benchmark, items, places, seed=self.job.seed, interrupted=self.interrupted)
             for batch, answers in answered:
                 judged = _judged(benchmark, batch, [[answer.text for answer in own] for own in answers])
                 seconds = (time.monotonic() - mark) / len(names)
                 for name, own, verdicts in zip(names, answers, judged, strict=True):
-                    work.ledgers[name].add([_line(*one) for one in zip(batch, own, verdicts, strict=True)], seconds)
+                    run.writers[name].add([_line(*one) for one in zip(batch, own, verdicts, strict=True)], seconds)
                 mark = time.monotonic()
                 done += len(batch) * len(names)
                 spent = mark - began
                 left = spent * (total - done) / (done - standing.done)
-                yield Progress(benchmark=benchmark.name, done=done, total=total, seconds=spent, seconds_left=left)
-        for model in self.part.models:  # once more, with the seconds it took
-            work.describe(model, self.part.subset)
+                yield BenchmarkProgress(benchmark=benchmark.name, done=done, total=total, seconds=spent, seconds_left=left)
+        for model in self.job.models:  # once more, with the seconds it took
+            run.describe(model, self.job.subset)
 
-    def judge(self, work: Task) -> Iterator[Event]:
-        from loratune.downstream.tasks.harness import judge
+    def judge(self, run: HarnessRun) -> Iterator[Event]:
+        from loratune.downstream.tasks.harness import run_task
 
-        began, part, standing, unfinished = time.monotonic(), self.part, work.standing(), work.unfinished()
-        models = [model for model in part.models if model.name in unfinished]
+        began, job, standing, unfinished = time.monotonic(), self.job, run.standing(), run.unfinished()
+        models = [model for model in job.models if model.name in unfinished]
         for number, model in enumerate(models, 1):
             if self.interrupted():
                 raise InterruptedError
-            mark, place, code = time.monotonic(), self.places[model.name], part.allow_code_execution
-            judged = judge(
-                work.task, self.base, self.adapters, place, folder=part.tasks, limit=part.subset, allow_code=code, seed=part.seed
-            )
-            facts = {"title": work.task, "chance": judged.chance, "version": judged.version, "metric": judged.metric}
+            mark, place, code = time.monotonic(), self.places[model.name], job.allow_code_execution
+            judged = run_task(run.task, self.base, self.adapters, place, folder=job.tasks, limit=job.subset, allow_code=code, seed=job.seed)
+            facts = {"title": run.task, "chance": judged.chance, "version": judged.version, "metric": judged.metric}
             facts |= {"mean_over_groups": False, "items": len(judged.lines), "validation_loss": model.loss}
-            work.ledgers[model.name].describe(facts)
-            work.ledgers[model.name].add(judged.lines, time.monotonic() - mark)
+            run.writers[model.name].describe(facts)
+            run.writers[model.name].add(judged.lines, time.monotonic() - mark)
             spent = time.monotonic() - began
             left = spent / number * (len(models) - number)
-            yield Progress(benchmark=work.name, done=standing.done + number, total=standing.total, seconds=spent, seconds_left=left)
+            name, done = standing.benchmark, standing.done + number
+            yield BenchmarkProgress(benchmark=name, done=done, total=standing.total, seconds=spent, seconds_left=left)
 
 
 def _line(item: Item, answer: Any, verdict: Any) -> dict[str, Any]:

@@ -1,55 +1,51 @@
-"""A process that does a part of an evaluation, started by `parallel.py`.
+"""A process that does one job of an evaluation: `python -m loratune.downstream.job_process`, started by parallel.py.
 
-    python -m loratune.downstream.job_process FILE_DESCRIPTOR
-
-The descriptor is a socket to the evaluation. In come the `Part`, then GO when all parts have proved their adapters, and STOP;
-out go the part's events and, last, `Ended`. The loss of the socket means that the evaluation is gone: this process then ends
-at once, since another may be about to go on with its models. Whatever libraries print goes to the log.
+Lines come in by standard input: the job as JSON, GO when all processes have checked their adapters, STOP. Events go out by standard
+output, one a line. The end of the input means that the evaluation is gone: this process then ends at once, since another evaluation may
+be about to go on with its models. The output of libraries goes to standard error, the log.
 """
 
 import os
-import sys
 import threading
-from multiprocessing.connection import Connection
+from typing import BinaryIO
 
-from loratune.downstream.events import Began
-from loratune.downstream.job import Part, run
-from loratune.downstream.parallel import STOP, Ended
-from loratune.downstream.results.scores import beside
+from loratune.downstream.events import BenchmarkBegan, JobEnded, to_line
+from loratune.downstream.job import EvaluationJob, build_all, open_runs, run_job
+from loratune.downstream.parallel import STOP
+from loratune.downstream.results.scores import join_evaluation
 from loratune.downstream.sandbox import runner
 from loratune.errors import LoratuneError
 
 
-def main(evaluation: Connection) -> None:
-    part: Part = evaluation.recv()
+def main() -> None:
+    commands = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115 - unbuffered: a thread that reads holds no lock at the exit
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    job = EvaluationJob.from_json(commands.readline().decode())
     stop, go = threading.Event(), threading.Event()
-    threading.Thread(target=_listen, args=(evaluation, stop, go), daemon=True).start()
-    beside(part.folder)
-    runner.AT_ONCE = int(os.environ["OMP_NUM_THREADS"])  # the other parts run programs too
+    threading.Thread(target=_listen, args=(commands, stop, go), daemon=True).start()
+    join_evaluation(job.folder)
+    runner.AT_ONCE = int(os.environ["OMP_NUM_THREADS"])  # the other processes run programs too
     try:
-        for event in run(part, interrupted=stop.is_set):
-            evaluation.send(event)
-            if isinstance(event, Began):
+        for event in run_job(job, open_runs(job, *build_all(job)), interrupted=stop.is_set):
+            events.write(to_line(event))
+            if isinstance(event, BenchmarkBegan):
                 go.wait()
-        ended = Ended()
+        ended = JobEnded()
     except InterruptedError:
-        ended = Ended(stopped=True)
+        ended = JobEnded(stopped=True)
     except LoratuneError as error:
-        ended = Ended(error=type(error).__name__, text=str(error))
-    evaluation.send(ended)
+        ended = JobEnded(error=type(error).__name__, text=str(error))
+    events.write(to_line(ended))
 
 
-def _listen(evaluation: Connection, stop: threading.Event, go: threading.Event) -> None:
-    try:
-        while True:
-            if evaluation.recv() == STOP:
-                stop.set()
-            go.set()
-    except (EOFError, OSError):
-        os._exit(3)
+def _listen(commands: BinaryIO, stop: threading.Event, go: threading.Event) -> None:
+    while line := commands.readline():
+        if line.decode().strip() == STOP:
+            stop.set()
+        go.set()
+    os._exit(3)
 
 
 if __name__ == "__main__":
-    descriptor = int(sys.argv[1])
-    os.set_inheritable(descriptor, False)  # nothing that is started from here holds it open
-    main(Connection(descriptor))
+    main()

@@ -1,35 +1,33 @@
 """Scores that guide the search: a finished trial's adapter, on some items of each benchmark that the study names.
 
-Answers lie in the study's folder `scoring/`, laid out as `evaluation/` is (scores.py), and are no evidence. What was
-answered is kept item by item, so that a killed study goes on with the next one. The model is loaded for each trial and
-given back after: between two trials the device is training's.
+Answers lie in the study's folder `scoring/`, laid out as `evaluation/` is (scores.py), and are no evidence. Answers
+are kept item by item, so that a killed study continues with the next one. The model is loaded for each trial and
+released after it: between two trials the device is training's.
 """
 
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratune.downstream.evaluator import evaluate
-from loratune.downstream.events import Event, Progress
-from loratune.downstream.job import Model
+from loratune.downstream.evaluator import score_models
+from loratune.downstream.events import BenchmarkProgress, Event
+from loratune.downstream.job import EvaluatedModel, EvaluationJob
 from loratune.downstream.results.scores import model_name, read_results
-from loratune.downstream.results.search_items import keep_drawn
+from loratune.downstream.results.search_items import keep_search_items
 from loratune.downstream.tasks.base import stratified
-from loratune.downstream.tasks.benchmarks import build
+from loratune.downstream.tasks.benchmarks import build_benchmark
 from loratune.errors import EvaluationError, SpecError
-from loratune.record.paths import StudyPaths
-from loratune.work import ModelRecipe
 
 if TYPE_CHECKING:
     from loratune.finetune.model import BaseModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ScoringProgress:
     """How far the scoring of a trial is; the last one of a finished scoring has its scores."""
 
     done: int  # answers, of the benchmark at work
@@ -40,90 +38,66 @@ class Scored:
 
 @dataclass(kw_only=True)
 class Scorer:
-    """Scores the trials of the study in `folder` on `items` items of each of `benchmarks`, drawn with `seed`.
+    """Scores a study's trials, each as `job` says; its `subset` of items is drawn once for all trials.
 
     hold: load the model in `prepare`, once for all. Needed where this process trains too, in another thread: Transformers
     changes torch's default dtype while it loads, for all threads.
     """
 
-    folder: Path
-    benchmarks: Sequence[str]
-    items: int
-    seed: int
-    recipe: ModelRecipe
-    validation: Path  # the prepared data, whose losses prove that the adapter is on
-    data: Path | None = None
-    device: str = "auto"
-    allow_code_execution: bool = False
-    weaker_sandbox: bool = False
+    job: EvaluationJob  # without models; its folder is the study's `scoring`
     hold: bool = False
     _loaded: "BaseModel | None" = field(default=None, init=False)
 
     def prepare(self) -> None:
-        """Draw the items, or see that they are still the same ones, and that all of it may and can be scored.
+        """Draw the items, or check that they are still the same, and that the benchmarks may and can be scored.
 
         Raises SpecError when too few would be left to report with, StorageError when the benchmark's data changed, and
-        what `evaluate` raises before anything is computed.
+        the errors that `score_models` raises before anything is computed.
         """
-        drawn = {}
-        for name in self.benchmarks:
-            everything = build(name, self.data, weaker=self.weaker_sandbox).items()
-            if 2 * self.items > len(everything):
+        drawn, job, number = {}, self.job, self.job.subset or 0
+        for name in job.benchmarks:
+            everything = build_benchmark(name, job.data, weaker=job.weaker_sandbox).items()
+            if 2 * number > len(everything):
                 raise SpecError(
-                    f"scoring.items: got {self.items}; {name} has {len(everything):,}, of which at most half ({len(everything) // 2:,}) "
-                    "may guide the search: the others are there to report what it found"
+                    f"scoring.items: got {number}; {name} has {len(everything):,}, of which at most half ({len(everything) // 2:,}) "
+                    "may guide the search: the others are needed to report its result"
                 )
-            drawn[name] = [item.id for item in stratified(everything, self.items, self.seed)]
-        keep_drawn(self.folder, drawn)
-        for _ in self._evaluate([], threading.Event()):
+            drawn[name] = [item.id for item in stratified(everything, number, job.seed)]
+        keep_search_items(job.folder.parent, drawn)
+        for _ in self._evaluate((), threading.Event()):
             pass
         if self.hold:
             from loratune.finetune.model import choose_device, load  # torch
 
-            self._loaded = load(self.recipe, choose_device(self.device))
+            self._loaded = load(job.recipe, choose_device(job.device))
 
-    def score(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[Scored]:
-        """Score a trial's adapter, telling how far it is after each batch of answers.
+    def score(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[ScoringProgress]:
+        """Score a trial's adapter, and report progress after each batch of answers.
 
-        What was answered in an earlier start counts. Without scores at its end it was stopped by `stop`. loss: as recorded.
-        Raises what `evaluate` raises, and EvaluationError where memory runs out.
+        Answers of an earlier start count. Without scores at its end it was stopped by `stop`. loss: as recorded.
+        Raises the errors of `score_models`, and EvaluationError where memory runs out.
         """
-        began, name, done, total = time.monotonic(), model_name(trial), 0, self.items
-        for event in self._evaluate([Model(name=name, adapter=adapter, loss=loss)], stop):
-            if isinstance(event, Progress):
+        began, name, done, total = time.monotonic(), model_name(trial), 0, self.job.subset or 0
+        for event in self._evaluate((EvaluatedModel(name=name, adapter=adapter, loss=loss),), stop):
+            if isinstance(event, BenchmarkProgress):
                 done, total = event.done, event.total
-            yield Scored(done=done, total=total, seconds=time.monotonic() - began)
-        found = {result.benchmark: result for result in read_results(StudyPaths(self.folder).scoring) if result.model == name}
-        if all(benchmark in found and found[benchmark].done for benchmark in self.benchmarks):
-            scores = {benchmark: found[benchmark].interval().value for benchmark in self.benchmarks}
-            yield Scored(done=total, total=total, seconds=time.monotonic() - began, scores=scores)
+            yield ScoringProgress(done=done, total=total, seconds=time.monotonic() - began)
+        found = {result.benchmark: result for result in read_results(self.job.folder) if result.model == name}
+        if all(benchmark in found and found[benchmark].done for benchmark in self.job.benchmarks):
+            scores = {benchmark: found[benchmark].score.value for benchmark in self.job.benchmarks}
+            yield ScoringProgress(done=total, total=total, seconds=time.monotonic() - began, scores=scores)
 
-    def _evaluate(self, models: Sequence[Model], stop: threading.Event) -> Iterator[Event]:
+    def _evaluate(self, models: tuple[EvaluatedModel, ...], stop: threading.Event) -> Iterator[Event]:
         try:
-            yield from evaluate(
-                StudyPaths(self.folder).scoring,
-                recipe=self.recipe,
-                models=models,
-                benchmarks=self.benchmarks,
-                validation=self.validation,
-                data=self.data,
-                subset=self.items,
-                leave_out={},
-                seed=self.seed,
-                device=self.device,
-                allow_code_execution=self.allow_code_execution,
-                weaker_sandbox=self.weaker_sandbox,
-                loaded=self._loaded,
-                stop=stop,
-            )
+            yield from score_models(replace(self.job, models=models), loaded=self._loaded, stop=stop)
         except (RuntimeError, MemoryError) as error:
             from loratune.finetune.memory import is_out_of_memory
 
             if not is_out_of_memory(error):
                 raise
             raise EvaluationError(
-                f"out of memory while scoring trial {int(models[0].name)}: for its scores the model stands on {self.device} once more, "
-                "beside training. A smaller training.tokens_per_pass leaves room for it; the same command goes on."
+                f"out of memory while scoring trial {int(models[0].name)}: scoring loads the model on {self.job.device} a second time, "
+                "beside training. A smaller training.tokens_per_pass leaves room for it; the same command continues."
             ) from error
         finally:
             if "torch" in sys.modules:  # else nothing was loaded

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune.demo import questions_file
 from loratune.errors import DataError
 from loratune.work import Json
 
 FIELDS = ("turns", "question", "prompt", "instruction")  # where a question's text may stand
-_DEMO = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +50,9 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     return tuple(found)
 
 
-def demo_questions(number: int = _DEMO) -> tuple[Question, ...]:
+def demo_questions() -> tuple[Question, ...]:
     """Questions about the demo's small world; none stands in its training or validation data."""
-    from loratune.demo.tasks import examples
-
-    rows = examples("test", number, seed=1)
-    return tuple(
-        Question(id=str(place), category=row["task"], instruction=row["instruction"], input=row["input"])
-        for place, row in enumerate(rows, 1)
-    )
+    return read_questions(questions_file())
 
 
 def _from_json(line: str, place: str, number: int) -> Question:

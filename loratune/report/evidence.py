@@ -4,10 +4,9 @@ import shlex
 from dataclasses import dataclass
 from functools import cached_property
 
-from loratune.downstream.results.contamination import Contamination
-from loratune.downstream.results.contamination import read as read_contamination
+from loratune.downstream.results.contamination import Contamination, read_contamination
 from loratune.downstream.results.findings import Finding, findings
-from loratune.downstream.results.scores import BASE, Cell, Result, in_words, model_name, read_results, table, whose
+from loratune.downstream.results.scores import BASE, Result, by_model, describe_model, model_name, read_results, shipped_note
 from loratune.preference import PreferenceRecord, find_comparisons
 from loratune.record import StudyRecord, Trial
 from loratune.report import tables
@@ -30,9 +29,9 @@ class Downstream:
     shipped: str | None = None  # what a selection hands over, scored or not
 
     @cached_property
-    def cells(self) -> dict[str, dict[str, Cell]]:
+    def cells(self) -> dict[str, dict[str, Result]]:
         """model -> benchmark -> score with its interval."""
-        return table(self.results)
+        return by_model(self.results)
 
     @cached_property
     def findings(self) -> list[Finding]:
@@ -49,12 +48,12 @@ class Downstream:
         return [name for name in self.cells if name not in (*self.best, self.default, self.shipped, BASE)]
 
     def called(self, name: str) -> str:
-        return in_words(name)
+        return describe_model(name)
 
     @property
     def whose(self) -> str:
         """Whose scores the table shows; empty where nothing was selected."""
-        return whose(self.shipped, self.shipped in self.cells) if self.shipped is not None else ""
+        return shipped_note(self.shipped, self.shipped in self.cells) if self.shipped is not None else ""
 
     def items(self, benchmark: str) -> int:
         """How many items were answered by the model that answered most."""
@@ -74,7 +73,7 @@ class Downstream:
         pairs = {name: (own.get((self.gaining, name)), own.get((self.default, name))) for name in self.benchmarks}
         return {name: first.against(second) for name, (first, second) in pairs.items() if first is not None and second is not None}
 
-    def points(self, benchmark: str) -> list[tuple[str, float, Cell]]:
+    def points(self, benchmark: str) -> list[tuple[str, float, Result]]:
         """(model, validation loss, score) of the scored trials, in the results' order; without the base model."""
         return [
             (name, self.losses[name], cells[benchmark])
@@ -117,7 +116,7 @@ class Evidence:
         if self.downstream is None:
             found.append(("Downstream scores: whether a lower loss also is a better model.", f"loratune evaluate {folder}"))
         elif self.downstream.shipped is not None and self.downstream.shipped not in self.downstream.cells:
-            what = f"Downstream scores of the adapter that is handed over, {in_words(self.downstream.shipped)}."
+            what = f"Downstream scores of the adapter that is handed over, {describe_model(self.downstream.shipped)}."
             found.append((what, f"loratune evaluate {folder}"))
         if self.selection is None:
             told = again if self.outdated else "The noise of a loss, which trial to ship, and how sure that is."

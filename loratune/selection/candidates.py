@@ -71,7 +71,7 @@ def candidates(trials: Sequence[Trial], losses: Mapping[int, Sequence[float]], s
 def metric_of(trial: Trial, name: str, scores: Scores) -> float:
     """One number, in the metric's unit (see METRICS); NaN where it was not measured."""
     own = scores.get(trial.number, {})
-    means = {benchmark: result.interval().value for benchmark, result in own.items()}  # over groups, where the benchmark is
+    means = {benchmark: result.score.value for benchmark, result in own.items()}  # over groups, where the benchmark is
     if name == "validation_loss":
         return loss_of(trial)
     if name == "score":

@@ -189,21 +189,24 @@ def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int
     """What scores the trials, where benchmarks are among the objectives and constraints."""
     if not spec.scores:
         return None
+    from loratune.downstream.job import EvaluationJob
     from loratune.downstream.scoring import Scorer  # scipy: a second of import
 
-    return Scorer(
-        folder=folder,
-        benchmarks=spec.scores,
-        items=spec.scoring.items,
-        seed=spec.seed,
+    job = EvaluationJob(
+        folder=StudyPaths(folder).scoring,
         recipe=spec.recipe("").model,
+        models=(),
+        benchmarks=tuple(spec.scores),
         validation=data.folder,
         data=Path(spec.scoring.data) if spec.scoring.data else None,
+        subset=spec.scoring.items,
+        leave_out={},
+        seed=spec.seed,
         device=seen_as(devices[0]) if devices else "cpu",
         allow_code_execution=spec.scoring.allow_code_execution,
         weaker_sandbox=spec.scoring.weaker_sandbox,
-        hold=EXECUTORS[spec.executor.name].in_process,
     )
+    return Scorer(job=job, hold=EXECUTORS[spec.executor.name].in_process)
 
 
 def _adopt(spec: StudySpec, record: Record) -> None:

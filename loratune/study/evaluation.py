@@ -14,19 +14,20 @@ from pathlib import Path
 
 from loratune import demo, selection
 from loratune.data.cache import prepare_data
-from loratune.downstream import evaluator as downstream
-from loratune.downstream.events import Event, Note
-from loratune.downstream.job import Model
-from loratune.downstream.results import contamination
-from loratune.downstream.results.findings import lines
-from loratune.downstream.results.scores import BASE, Result, in_words, model_name, read_results
-from loratune.downstream.tasks.benchmarks import EMBEDDED, HARNESS, PUBLISHED, build
+from loratune.downstream.evaluator import score_models
+from loratune.downstream.events import Event
+from loratune.downstream.job import EvaluatedModel, EvaluationJob
+from loratune.downstream.results.contamination import contamination_lines, find_contamination
+from loratune.downstream.results.findings import finding_lines
+from loratune.downstream.results.scores import BASE, Result, describe_model, model_name, read_results
+from loratune.downstream.tasks.benchmarks import EMBEDDED, HARNESS, PUBLISHED, build_benchmark
 from loratune.errors import EvaluationError, StorageError
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import find_adapter, shipped_run
 from loratune.record.trials import WRITTEN_ANEW
 from loratune.spec import StudySpec
 from loratune.system.files import AnyPath, parsed
+from loratune.work import Message
 
 TOP = 10  # trials with the lowest validation loss
 
@@ -75,23 +76,23 @@ def evaluate(
         raise EvaluationError("no benchmark is named.")
     models, lacking = choose(record, top)
     if lacking:
-        yield Note(
-            f"Not on disk, so not scored: the adapters of trials {', '.join(lacking)} (output.keep_adapters says how many are kept)."
+        yield Message(
+            text=f"Not on disk, so not scored: the adapters of trials {', '.join(lacking)} (output.keep_adapters says how many are kept)."
         )
     tuned, shipped = sum(model.adapter is not None for model in models), shipped_name(record)
     scored = {model.name for model in models}
     if shipped is not None and shipped not in scored:
-        yield Note(
-            f"Not on disk, so not scored: the adapter that is handed over, {in_words(shipped)}. "
+        yield Message(
+            text=f"Not on disk, so not scored: the adapter that is handed over, {describe_model(shipped)}. "
             f"`loratune select {record.folder}` trains it again."
         )
-    handed = f", among them the one handed over, {in_words(shipped)}," if shipped in scored and shipped is not None else ""
-    yield Note(f"Scoring {tuned} adapters of study {record.name}{handed} and the bare model on {', '.join(names)}")
-    yield from downstream.evaluate(
-        record.paths.evaluation,
+    handed = f", among them the one handed over, {describe_model(shipped)}," if shipped in scored and shipped is not None else ""
+    yield Message(text=f"Scoring {tuned} adapters of study {record.name}{handed} and the bare model on {', '.join(names)}")
+    job = EvaluationJob(
+        folder=record.paths.evaluation,
         recipe=record.base_model,
-        models=models,
-        benchmarks=names,
+        models=tuple(models),
+        benchmarks=tuple(names),
         validation=_validation(record),
         recorded_base=record.base_loss,
         data=Path(data) if data is not None else None,
@@ -100,32 +101,35 @@ def evaluate(
         device=device or record.spec["executor"]["device"],
         allow_code_execution=allow_code_execution,
         weaker_sandbox=weaker_sandbox,
-        stop=stop,
     )
+    yield from score_models(job, stop=stop)
     if not stop.is_set():
-        yield Note("Looking for the benchmarks' items in the training data")
+        yield Message(text="Looking for the benchmarks' items in the training data")
         said = _contamination(record, names, Path(data) if data is not None else None)
         scores = _scored(record, models, names, top)
         yield replace(scores, text="\n".join([scores.text, "", *said])) if said else scores
 
 
-def choose(record: StudyRecord, top: int) -> tuple[list[Model], list[str]]:
+def choose(record: StudyRecord, top: int) -> tuple[list[EvaluatedModel], list[str]]:
     """(what is handed over, the best `top` trials, the default's and the bare model; the numbers of trials whose adapters are not on disk).
 
     Raises StorageError when no adapter is there."""
     wanted = {trial.number: trial for trial in _best(record, top)}
     if record.default is not None:
         wanted.setdefault(record.default.number, record.default)
-    places = {trial.number: find_adapter(record, trial, handed_over=True) for trial in wanted.values()}
-    found = _shipped(record)
-    found += [Model(name=_name(trial), adapter=place, loss=trial.value) for n, trial in wanted.items() if (place := places[n]) is not None]
+    found, lacking = _shipped(record), []
+    for trial in wanted.values():
+        if (adapter := find_adapter(record, trial, handed_over=True)) is not None:
+            found.append(EvaluatedModel(name=_name(trial), adapter=adapter, loss=trial.value))
+        else:
+            lacking.append(str(trial.number))
     found = list({model.name: model for model in found}.values())  # what is handed over may be a trial's own run
     if not found:
         raise StorageError(
             f"{record.folder} holds no adapter of a finished trial. Let a trial finish; output.keep_adapters says how many are kept."
         )
-    base = Model(name=BASE, adapter=None, loss=record.base_loss)
-    return [*found, base], [str(number) for number, place in places.items() if place is None]
+    base = EvaluatedModel(name=BASE, adapter=None, loss=record.base_loss)
+    return [*found, base], lacking
 
 
 def default_benchmarks(record: StudyRecord) -> list[str]:
@@ -140,16 +144,16 @@ def shipped_name(record: StudyRecord) -> str | None:
     return model_name(*chosen) if chosen is not None else None
 
 
-def _shipped(record: StudyRecord) -> list[Model]:
+def _shipped(record: StudyRecord) -> list[EvaluatedModel]:
     """The adapter that a selection hands over, as a model; nothing where there is none, or its files are gone."""
     made, name = selection.read_selection(record.folder), shipped_name(record)
     if made is None or name is None:
         return []
     adapter = find_adapter(record, made.trial_of(record), made.shipped.run)
-    return [Model(name=name, adapter=adapter, loss=made.shipped.validation_loss)] if adapter is not None else []
+    return [EvaluatedModel(name=name, adapter=adapter, loss=made.shipped.validation_loss)] if adapter is not None else []
 
 
-def _scored(record: StudyRecord, models: Sequence[Model], benchmarks: Sequence[str], top: int) -> Scored:
+def _scored(record: StudyRecord, models: Sequence[EvaluatedModel], benchmarks: Sequence[str], top: int) -> Scored:
     folder, losses = record.paths.evaluation, {model.name: model.loss for model in models if model.loss is not None}
     asked, order = {model.name for model in models}, [name.replace(":", "-") for name in benchmarks]
     results = [result for result in read_results(folder) if result.model in asked and result.benchmark in order]
@@ -157,16 +161,16 @@ def _scored(record: StudyRecord, models: Sequence[Model], benchmarks: Sequence[s
     best = [_name(trial) for trial in _best(record, top) if _name(trial) in asked]
     default = _name(record.default) if record.default is not None and _name(record.default) in asked else None
     shipped = shipped_name(record)
-    return Scored(folder, tuple(results), "\n".join(lines(results, losses, best, default, shipped)), shipped)
+    return Scored(folder, tuple(results), "\n".join(finding_lines(results, losses, best, default, shipped)), shipped)
 
 
 def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None) -> list[str]:
     """Whether training data hold the items that were scored, in words. What goes wrong is told: the scores are there all the same."""
     try:
         # Nothing is run here, so the sandbox's strength does not matter.
-        benchmarks = [build(name, data, weaker=True) for name in names if not name.startswith(HARNESS)]
+        benchmarks = [build_benchmark(name, data, weaker=True) for name in names if not name.startswith(HARNESS)]
         trusted = record.base_model.trust_remote_code
-        said = contamination.lines(contamination.check(record.paths.evaluation, _validation(record), benchmarks, trust_remote_code=trusted))
+        said = contamination_lines(find_contamination(record.paths.evaluation, _validation(record), benchmarks, trust_remote_code=trusted))
     except Exception as error:  # of any kind, a tokenizer's own code among them
         said = [f"Whether benchmark items stand in the training data could not be checked: {type(error).__name__}: {error}"]
     foreign = [name for name in names if name.startswith(HARNESS)]

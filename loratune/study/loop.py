@@ -32,7 +32,7 @@ from loratune.study.objectives import Objectives, Sizes
 from loratune.work import Message, Outcome, Progress, Segment, State
 
 if TYPE_CHECKING:
-    from loratune.downstream.scoring import Scored
+    from loratune.downstream.scoring import ScoringProgress
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SegmentFinished:
 
 
 Event = TrialStarted | SegmentFinished | Message | Progress
-Score = Callable[[int, Path, float | None, threading.Event], Iterator["Scored"]]
+Score = Callable[[int, Path, float | None, threading.Event], Iterator["ScoringProgress"]]
 """`downstream.scoring.Scorer.score`."""
 
 

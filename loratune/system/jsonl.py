@@ -22,20 +22,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise StorageError(f"{path}, line {number} is damaged: {error}. Remove the line; its item is then done again.") from error
+            raise StorageError(f"{path}, line {number} is damaged: {error}. Remove the line; its result is then computed again.") from error
     return rows
 
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add the objects and flush them to the disk. Raises StorageError."""
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="surrogatepass")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
-            if (size := file.tell()) and os.pread(file.fileno(), 1, size - 1) != b"\n":  # what a kill left of a last line
+            file.seek(max(0, file.tell() - 1))
+            if file.read() not in (b"", b"\n"):  # what a kill left of a last line
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(data)
+            file.write(text.encode(errors="backslashreplace"))  # a lone surrogate becomes JSON's own escape of it
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

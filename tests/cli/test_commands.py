@@ -47,8 +47,8 @@ def test_status_of_a_finished_study(loratune, done) -> None:
     assert "finished" in answer.out.splitlines()[0]
     assert "3 of 3 trials begun: 3 complete" in answer.out
     assert record.best is not None
-    assert f"best     {record.best.value:.4f}  trial {record.best.number}" in answer.out
-    assert f"base     {record.base_loss:.4f}" in answer.out
+    assert f"best, trial {record.best.number}" in answer.out
+    assert f"base model, untuned  {record.base_loss:.4f}" in answer.out
 
 
 def test_status_as_json(loratune, done) -> None:
@@ -87,7 +87,7 @@ def test_status_of_a_study_that_has_only_begun(loratune, tmp_path: Path) -> None
     (tmp_path / "spec.yaml").write_text("name: young\nbudget: {trials: 4}\n")
     answer = loratune("status", tmp_path)
     assert answer.code == 0
-    assert f"young  stopped; go on with: loratune run {tmp_path}" in answer.out
+    assert f"young  stopped; to continue: loratune run {tmp_path}" in answer.out
     assert "0 of 4 trials begun: none yet" in answer.out
 
 
@@ -157,7 +157,7 @@ def test_doctor_says_what_is_missing_and_what_mends_it(loratune, monkeypatch: py
     answer = loratune("doctor")
     assert answer.code == 1
     assert "missing  PyNomadBBO" in answer.out
-    assert "mend with: pip install --upgrade PyNomadBBO" in answer.out
+    assert "fix with: pip install --upgrade PyNomadBBO" in answer.out
 
 
 def test_doctor_tells_what_it_is_doing_before_it_does_it() -> None:
@@ -183,7 +183,7 @@ main(["doctor"])
     assert started.poll() is None
     started.stdin.write("\n")
     started.stdin.flush()
-    assert started.stdout.readline().startswith("missing  slow_package   not installed; mend with: pip install")
+    assert started.stdout.readline().startswith("missing  slow_package   not installed; fix with: pip install")
     started.communicate(timeout=60)
 
 

@@ -40,7 +40,7 @@ def fill(folder: Path) -> None:
 def address(study: Path) -> Iterator[str]:
     pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed (the extra `dashboard`)")
     fill(study)
-    with dashboard.serve(read(study), 0) as server:
+    with dashboard.dashboard_server(read(study), 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield f"http://{server.server_address[0]}:{server.server_port}{server.page}"
@@ -116,7 +116,7 @@ def test_the_command_prints_the_address_and_ends_with_ctrl_c(tmp_path: Path) -> 
         found = re.fullmatch(r"Dashboard at (http://127\.0\.0\.1:\d+/dashboard/studies/1)\n", said)
         assert found, said + process.stdout.read()
         assert ask(found[1])[0] == 200
-        assert "changes nothing" in process.stdout.readline()
+        assert "read-only" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)
         assert process.returncode == 0

@@ -19,7 +19,7 @@ def test_table_at_chance(loratune: Callable[..., Any], study: Path, shared_data:
     asked = ("evaluate", study, "--benchmarks", "mmlu_loglikelihood", "--data", shared_data, "--subset", 24)
     answer = loratune(*asked)
     assert answer.code == 0, answer.err
-    assert "Proved: " in answer.out
+    assert "Adapter check: " in answer.out
     assert "default, trial 0" in answer.out
     assert "base model, untuned" in answer.out
     assert "No model is above chance (25.0 %; choosing the same for every item scores " in answer.out
@@ -32,7 +32,7 @@ def test_table_at_chance(loratune: Callable[..., Any], study: Path, shared_data:
     report.unlink()
     again = loratune(*asked)
     assert not report.exists()
-    assert "All of it was scored before." in again.out
+    assert "Nothing to do: everything is already scored." in again.out
     assert again.out.partition("Scores in %")[2] in answer.out
 
 

@@ -181,7 +181,7 @@ def test_a_stage_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(dry_run, "_STILL", 0.1)
     with dry_run._stage("Thinking"):
         time.sleep(0.35)
-    assert capsys.readouterr().out.startswith("Thinking ...\n  still at it, ")
+    assert capsys.readouterr().out.startswith("Thinking ...\n  still running, ")
 
 
 def test_dry_run_refuses_what_cannot_be_trained(loratune, done, tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_stopped_and_continued_is_the_same_study(loratune, done, tmp_path: Path)
     if started.returncode == 0:
         pytest.fail("the study was over before the interrupt came")
     assert started.returncode == 130
-    assert out.splitlines()[-1] == f"Stopped; nothing is lost. Go on with: loratune {' '.join(argv)}"
-    assert "Stopping after the running steps; once more to stop at once." in out
+    assert out.splitlines()[-1] == f"Stopped; nothing is lost. To continue: loratune {' '.join(argv)}"
+    assert "Stopping after the running steps. Press Ctrl-C again to stop at once." in out
     facts = json.loads(loratune("status", folder, "--json").out)
     assert not facts["running"]
     assert not facts["finished"]
@@ -249,7 +249,7 @@ with Interrupt() as interrupt:
         assert waiting.stdout is not None
         assert waiting.stdout.readline() == "ready\n"
         waiting.send_signal(signal.SIGTERM)
-        assert waiting.stdout.readline() == "Stopping after the running steps; once more to stop at once.\n"
+        assert waiting.stdout.readline() == "Stopping after the running steps. Press Ctrl-C again to stop at once.\n"
         assert waiting.poll() is None
         waiting.send_signal(signal.SIGINT)
         assert waiting.wait(timeout=20) == 130

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loratune.downstream.results.scores import Ledger, read_results
+from loratune.downstream.results.scores import ResultWriter, read_results
 from loratune.record import read
 from loratune.record.paths import StudyPaths
 
@@ -26,10 +26,10 @@ def study(done: tuple[Path, str], tmp_path: Path) -> Path:
 
 def answer(study: Path, model: str, benchmark: str, right: list[int], *, of: int = ITEMS, grouped: bool = False) -> None:
     """One model's results: item n is right where right[n] is 1; groups of sizes 1 and the rest."""
-    ledger = Ledger(study / model, benchmark, {"adapter": model})
-    ledger.describe({"title": benchmark.upper(), "chance": 0.25, "items": of, "mean_over_groups": grouped})
+    writer = ResultWriter(StudyPaths(study).evaluation, model, benchmark, {"adapter": model})
+    writer.describe({"title": benchmark.upper(), "chance": 0.25, "items": of, "mean_over_groups": grouped})
     if right:
-        ledger.add([{"id": str(n), "group": str(min(n, 1)), "answer": "", "score": score} for n, score in enumerate(right)], 1.0)
+        writer.add([{"id": str(n), "group": str(min(n, 1)), "answer": "", "score": score} for n, score in enumerate(right)], 1.0)
 
 
 def entry(loratune: Callable[..., Any], study: Path, benchmark: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def test_same_score_as_the_table_of_intervals(study: Path) -> None:
     values = {result.benchmark: result.value for result in read_results(StudyPaths(study).evaluation)}
     assert values == pytest.approx({"plain": 2 / 5, "grouped": (1 + 1 / 4) / 2})
     for result in read_results(StudyPaths(study).evaluation):
-        assert result.interval().value == pytest.approx(result.value)
+        assert result.score.value == pytest.approx(result.value)
 
 
 def test_light(study: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loratune.cli import view as views
-from loratune.cli.trial_lines import clock, counts, params, result, varied
+from loratune.cli.trial_lines import clock, counts, params, result, varied_parameters
 from loratune.cli.view import Lines, Table, open_view
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Trial
 from loratune.spec import StudySpec
@@ -137,9 +137,9 @@ def test_the_table_shows_all_and_fits(spec: StudySpec, width: int, monkeypatch: 
         "* 1   complete   1.2000     16   70 s",
         "3   diverged",
         "40/120  1.2500           –  rank 16, learning rate 1e-5",
-        "best     1.2000  trial 1: rank 16, learning rate 1e-5",
-        "default  1.3000  trial 0, 0.1000 above the best",
-        "base     2.5000  the untuned model",
+        "best, trial 1        1.2000  rank 16, learning rate 1e-5",
+        "default, trial 0     1.3000  0.1000 above the best; rank 8, learning rate 1e-5",
+        "base model, untuned  2.5000",
         "1/30 trials · 1.23 k tokens/s · 1 h 2 min elapsed · 1.50 device-hours",
     ):
         assert said in text, text
@@ -168,7 +168,7 @@ def test_result_compares_best_default_and_base(tmp_path: Path) -> None:
     assert lines == [
         "Validation loss after 4 trials (3 complete, 1 diverged):",
         "  best, trial 1        1.2000  rank 16, learning rate 1e-5",
-        "  default, trial 0     1.3000  rank 8, learning rate 1e-5; the best is 0.1000 lower",
+        "  default, trial 0     1.3000  0.1000 above the best; rank 8, learning rate 1e-5",
         "  base model, untuned  2.5000",
         "Cost: 0.08 device-hours, 0 training tokens.",
     ]
@@ -177,7 +177,7 @@ def test_result_compares_best_default_and_base(tmp_path: Path) -> None:
 def test_result_without_a_finished_trial_says_why(tmp_path: Path) -> None:
     failed = trial(0, state=FAILED, message="the worker died")
     lines = result(StudyRecord(folder=tmp_path, name="x", spec={}, trials=(failed,)))
-    assert lines == ["No trial was trained to its end (1 failed).", "Trial 0 said: the worker died"]
+    assert lines == ["No trial was trained to its end (1 failed).", "The last message, of trial 0: the worker died"]
 
 
 def test_words() -> None:
@@ -185,6 +185,6 @@ def test_words() -> None:
     assert params({"learning_rate": 3e-4, "lora_r": 8, "use_rslora": True}) == "rank 8, learning rate 3e-4, rsLoRA yes"
     mixed = [trial(0, state=RUNNING), trial(1, state=PAUSED), trial(2, state=COMPLETE), trial(3, state=COMPLETE)]
     assert counts(mixed) == "2 complete, 1 paused, 1 running"
-    assert counts(mixed, at_work=False) == "2 complete, 1 paused, 1 interrupted"
-    assert varied(mixed) == ["lora_r"]
-    assert varied(mixed[:1]) == ["lora_r", "learning_rate"]
+    assert counts(mixed, active=False) == "2 complete, 1 paused, 1 interrupted"
+    assert varied_parameters(mixed) == ["lora_r"]
+    assert varied_parameters(mixed[:1]) == ["lora_r", "learning_rate"]

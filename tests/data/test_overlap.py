@@ -92,14 +92,14 @@ def test_several_benchmarks_at_once():
 
 
 def test_the_real_benchmarks(shared_data):
-    from loratune.downstream.tasks.benchmarks import build
+    from loratune.downstream.tasks.benchmarks import build_benchmark
 
     sets = []
     for name in ("humaneval", "bbh"):
-        benchmark = build(name, shared_data, weaker=True)
+        benchmark = build_benchmark(name, shared_data, weaker=True)
         sets.append([benchmark.texts(item) for item in benchmark.items()])
     planted = [sets[0][7][0], sets[1][100][0]]
-    code, bbh = held_items(sets, ["A story about a cat.", *[f"Answer this.\n{text}\nThank you." for text in planted]])
+    code, bbh = held_items(sets, ["A merger about a cat.", *[f"ItemAnswer this.\n{text}\nThank you." for text in planted]])
     assert code.documents == {7: [1], 29: [1]}  # two problems with the same head and half a sentence in common
     assert bbh.documents == {100: [2]}
     assert code.compared == 164

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune import demo
-from loratune.demo.pretrain import INPUT, RESPONSE, WITH_INPUT, WITHOUT_INPUT
+from tools.make_demo.pretrain import INPUT, RESPONSE, WITH_INPUT, WITHOUT_INPUT
 
 torch.set_num_threads(1)
 STEPS = 12

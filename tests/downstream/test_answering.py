@@ -9,7 +9,7 @@ import torch
 from random_adapters import load_base, write_adapters
 
 from loratune.downstream.answering.adapter_stack import Adapters, read_adapter
-from loratune.downstream.answering.answerer import Answer, Answerer
+from loratune.downstream.answering.answerer import Answerer, ItemAnswer
 from loratune.downstream.tasks.base import Benchmark, Item, Verdict, stratified
 from loratune.downstream.tasks.bbh import Bbh
 from loratune.downstream.tasks.mmlu import Mmlu, MmluLoglikelihood
@@ -59,7 +59,7 @@ def adapters(base: BaseModel, folders: list[Path]) -> Iterator[Adapters]:
     hooked.close()
 
 
-def asked(answerer: Answerer, benchmark: Benchmark, items: Sequence[Item], places: Sequence[int]) -> dict[tuple[int, str], Answer]:
+def asked(answerer: Answerer, benchmark: Benchmark, items: Sequence[Item], places: Sequence[int]) -> dict[tuple[int, str], ItemAnswer]:
     found = {}
     for batch, answers in answerer.answers(benchmark, items, places, seed=7):
         for place, own in zip(places, answers, strict=True):
@@ -68,7 +68,7 @@ def asked(answerer: Answerer, benchmark: Benchmark, items: Sequence[Item], place
     return found
 
 
-def texts(found: dict[tuple[int, str], Answer]) -> dict[tuple[int, str], str]:
+def texts(found: dict[tuple[int, str], ItemAnswer]) -> dict[tuple[int, str], str]:
     return {key: answer.text for key, answer in found.items()}
 
 
@@ -107,7 +107,7 @@ def test_real_prompts(base: BaseModel, adapters: Adapters, shared_data: Path) ->
     for benchmark, number in ((Mmlu(shared_data), 6), (Bbh(shared_data), 4)):
         items = stratified(benchmark.items(), number)
         together = asked(Answerer(base, adapters), benchmark, items, [4, 0])
-        alone: dict[tuple[int, str], Answer] = {}
+        alone: dict[tuple[int, str], ItemAnswer] = {}
         for place in (4, 0):
             alone |= asked(Answerer(base, adapters, rows=1, share=False), benchmark, items, [place])
         assert together == alone

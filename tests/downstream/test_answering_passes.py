@@ -8,8 +8,8 @@ import transformers
 from random_adapters import load_base
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from loratune.downstream.answering.decode_attention import attention, decoding
-from loratune.downstream.answering.forward import SPARE, Forward, joined, layers_of
+from loratune.downstream.answering.decode_attention import decode_attention, decoding
+from loratune.downstream.answering.forward import SPARE, Forward, cached_layers, joined
 from loratune.finetune.model import BaseModel
 
 
@@ -28,7 +28,7 @@ def test_attention_of_one_token(groups: int) -> None:
     seen[..., 0] = True
     expected, _ = sdpa_attention_forward(module, query, key, value, seen, scaling=0.3)
     added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
-    torch.testing.assert_close(attention(module, query, key, value, added, scaling=0.3)[0], expected)
+    torch.testing.assert_close(decode_attention(module, query, key, value, added, scaling=0.3)[0], expected)
 
 
 def test_last_layer_works_on_the_last_position(base: BaseModel) -> None:
@@ -51,7 +51,7 @@ def test_more_tokens_than_there_was_room_for(base: BaseModel) -> None:
     more = torch.arange(3, 3 + 2 * SPARE + 1)
     with torch.inference_mode(), decoding(base.model):
         _, cache = forward.run(ids)
-        cache = joined([layers_of(cache, slice(None))], 1)
+        cache = joined([cached_layers(cache, slice(None))], 1)
         mask = torch.zeros(1, ids.shape[1] + 4 * SPARE, dtype=torch.long)
         mask[:, : ids.shape[1]] = 1
         for token in more:

@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 
 from loratune.downstream.tasks.bbh import Bbh
-from loratune.downstream.tasks.drop import Drop
+from loratune.downstream.tasks.drop import DropBenchmark
 from loratune.downstream.tasks.mmlu import Mmlu
 from loratune.errors import DataError
 from loratune.system.hub import reachable
@@ -30,7 +30,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     reachable.cache_clear()
 
 
-@pytest.mark.parametrize("benchmark", [Mmlu, Bbh, Drop])
+@pytest.mark.parametrize("benchmark", [Mmlu, Bbh, DropBenchmark])
 def test_unreachable(benchmark: type, no_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)

@@ -98,4 +98,4 @@ def test_killed_at_random_moments(study: Path, tmp_path: Path) -> None:
     assert answers(killed) == len(expected)  # no item of a model stands twice
     assert not list(StudyPaths(killed).evaluation.rglob("*.bak"))
     again = subprocess.run(evaluate(killed), check=True, capture_output=True, text=True)
-    assert "All of it was scored before." in again.stdout
+    assert "Nothing to do: everything is already scored." in again.stdout

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loratune.downstream.sandbox.runner import run_all
-from loratune.downstream.tasks.benchmarks import build
+from loratune.downstream.sandbox.runner import run_programs
+from loratune.downstream.tasks.benchmarks import build_benchmark
 from loratune.downstream.tasks.humaneval import HumanEval, HumanEvalFenced, completion, job
 from loratune.errors import DataError
 
@@ -34,7 +34,7 @@ def test_every_reference_program_passes(benchmark: HumanEval) -> None:
 
 def test_every_empty_program_fails(benchmark: HumanEval) -> None:
     items = benchmark.items()
-    results = run_all([job(item, "    pass") for item in items], weaker=True)
+    results = run_programs([job(item, "    pass") for item in items], weaker=True)
     assert {ran.kind for ran in results} == {"failed"}
 
 
@@ -82,7 +82,7 @@ FENCED = [
 def both(tmp_path: Path) -> tuple[HumanEval, HumanEvalFenced]:
     described = {**PROBLEM, "prompt": 'def f(x):\n    """x itself."""\n'}  # as all of the benchmark are
     (tmp_path / "HumanEval.jsonl").write_text(json.dumps(described))
-    published, fenced = build("humaneval", tmp_path, weaker=True), build("humaneval_fenced", tmp_path, weaker=True)
+    published, fenced = build_benchmark("humaneval", tmp_path, weaker=True), build_benchmark("humaneval_fenced", tmp_path, weaker=True)
     assert isinstance(published, HumanEval)
     assert isinstance(fenced, HumanEvalFenced)
     return published, fenced

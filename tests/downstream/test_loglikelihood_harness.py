@@ -90,14 +90,14 @@ def test_harness_task(tinystories: Path, shared_data: Path, tmp_path: Path, monk
     write_task(tmp_path, shared_data, items, 0)
     base = load_base(tinystories)
     adapters = Adapters(base, [None])
-    harness.check(["local_mmlu"], tmp_path)
-    judged = harness.judge("local_mmlu", base, adapters, 0, folder=tmp_path, limit=10, allow_code=False, seed=0)
+    harness.check_tasks(["local_mmlu"], tmp_path)
+    judged = harness.run_task("local_mmlu", base, adapters, 0, folder=tmp_path, limit=10, allow_code=False, seed=0)
     adapters.close()
     assert [line["id"] for line in judged.lines] == [f"local_mmlu/{n}" for n in range(10)]
     assert {line["score"] for line in judged.lines} <= {0.0, 1.0}
     assert (judged.metric, judged.chance) == ("acc", 0.25)
     monkeypatch.setattr(harness, "_listed", lambda folder, *, defaults: listed(folder, defaults=False))
     with pytest.raises(EvaluationError, match="did you mean 'local_mmlu"):
-        harness.check(["local_mmlo"], tmp_path)
+        harness.check_tasks(["local_mmlo"], tmp_path)
     with pytest.raises(DataError, match="no folder"):
-        harness.check(["local_mmlu"], tmp_path / "none")
+        harness.check_tasks(["local_mmlu"], tmp_path / "none")

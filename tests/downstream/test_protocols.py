@@ -7,8 +7,8 @@ import pytest
 
 from loratune.downstream.tasks.base import Benchmark, Item, stratified
 from loratune.downstream.tasks.bbh import Bbh
-from loratune.downstream.tasks.benchmarks import NAMES, build
-from loratune.downstream.tasks.drop import Drop
+from loratune.downstream.tasks.benchmarks import NAMES, build_benchmark
+from loratune.downstream.tasks.drop import DropBenchmark
 from loratune.downstream.tasks.embedded import DemoChoice, DemoCode, DemoMatch
 from loratune.downstream.tasks.mmlu import Mmlu, MmluLoglikelihood
 from loratune.errors import DataError, EvaluationError
@@ -24,7 +24,7 @@ def by_id(benchmark: Benchmark) -> dict[str, Item]:
 
 @pytest.fixture(scope="module", params=[*REAL, "demo_choice", "demo_match"])
 def benchmark(request: pytest.FixtureRequest, shared_data: Path) -> Benchmark:
-    return build(request.param, shared_data)
+    return build_benchmark(request.param, shared_data)
 
 
 # --- oracle and guesser -----------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def test_items(benchmark: Benchmark) -> None:
         assert not item.prompt.endswith((" ", "\n"))
         assert not item.choices or (item.targets[0] in item.choices and len(set(item.choices)) == len(item.choices))
         assert not item.shots or item.shots[-1] == item.shared
-    assert items == build(benchmark.name, getattr(benchmark, "data", None) or _folder(benchmark)).items()
+    assert items == build_benchmark(benchmark.name, getattr(benchmark, "data", None) or _folder(benchmark)).items()
 
 
 def _folder(benchmark: Benchmark) -> Path | None:
@@ -216,7 +216,7 @@ def test_bbh_prompts(shared_data: Path, item: str, prompt: str, target: str) -> 
     ],
 )
 def test_drop_prompts(shared_data: Path, item: str, begins: str, ends: str, target: str) -> None:
-    found = by_id(Drop(shared_data))[item]
+    found = by_id(DropBenchmark(shared_data))[item]
     shown, asked = found.prompt[: found.shared], found.prompt[found.shared :]
     assert shown.startswith("In a game that was hyped by wide receiver Terrell Owens' return to Philadelphia as a Cowboy")
     assert "division rivals. Which team does Qwens play for?\nAnswer: Cowboys\n\nFollowing the conquest of the temple fort" in shown
@@ -245,24 +245,24 @@ def test_subset(shared_data: Path) -> None:
 def test_names() -> None:
     assert set(ITEMS) <= set(NAMES)
     with pytest.raises(EvaluationError, match="did you mean 'mmlu'"):
-        build("mmul")
+        build_benchmark("mmul")
     with pytest.raises(EvaluationError, match="lm_eval:TASK"):
-        build("zzz")
+        build_benchmark("zzz")
 
 
 def test_bad_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no folder"):
-        build("mmlu", tmp_path / "none").items()
+        build_benchmark("mmlu", tmp_path / "none").items()
     with pytest.raises(DataError, match=r"neither .* holds"):
-        build("bbh", tmp_path).items()
+        build_benchmark("bbh", tmp_path).items()
     for split in ("dev", "test"):
         (tmp_path / split).mkdir()
         (tmp_path / split / f"virology_{split}.csv").write_text("Which?,a,b,c,d,E\n")
     with pytest.raises(DataError, match=r"virology_dev.csv, row 1.*'E'"):
-        build("mmlu", tmp_path).items()
+        build_benchmark("mmlu", tmp_path).items()
     (tmp_path / "drop_validation.jsonl").write_text('{"query_id": "a"}\n')
     with pytest.raises(DataError, match=r"line 1: expected query_id, passage"):
-        build("drop", tmp_path).items()
+        build_benchmark("drop", tmp_path).items()
 
 
 def test_drop_release(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_drop_release(tmp_path: Path) -> None:
         for n in range(6)
     }
     (tmp_path / "drop_dataset_dev.json").write_text(json.dumps(passages))
-    items = by_id(Drop(tmp_path))
+    items = by_id(DropBenchmark(tmp_path))
     assert {name.split("-")[0] for name in items} == {"number", "date"}
     assert {item.targets for name, item in items.items() if name.startswith("date")} == {("3 May 1900",)}
     shown = next(iter(items.values())).prompt.count("Passage") - 1

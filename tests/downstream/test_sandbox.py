@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from loratune.downstream.sandbox import runner, walls
-from loratune.downstream.sandbox.runner import Job, Limits, Ran, run, run_all
+from loratune.downstream.sandbox.runner import Limits, ProgramResult, ProgramTest, run_program, run_programs
 from loratune.downstream.sandbox.values import NotPlainError, decode, encode
 from loratune.errors import SandboxError
 
@@ -240,17 +240,17 @@ def outside(mode: str) -> Iterator[Outside]:
 
 
 @pytest.fixture(scope="module")
-def verdicts(mode: str, outside: Outside) -> dict[str, Ran]:
+def verdicts(mode: str, outside: Outside) -> dict[str, ProgramResult]:
     """The whole zoo, side by side, between good programs."""
     port = outside.tcp.getsockname()[1]
     texts = {name: text.replace("{decoy}", str(outside.folder)).replace("{port}", str(port)) for name, (text, _, _) in ZOO.items()}
-    jobs = [Job(program=text, entry_point="f", tests=TESTS) for text in (GOOD, *texts.values(), GOOD)]
-    results = run_all(jobs, limits=LIMITS, weaker=mode == "weaker", workers=4)
+    jobs = [ProgramTest(program=text, entry_point="f", tests=TESTS) for text in (GOOD, *texts.values(), GOOD)]
+    results = run_programs(jobs, limits=LIMITS, weaker=mode == "weaker", workers=4)
     return dict(zip(("good before", *texts, "good after"), results, strict=True))
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_hostile_program_gets_its_verdict(name: str, verdicts: dict[str, Ran], mode: str) -> None:
+def test_hostile_program_gets_its_verdict(name: str, verdicts: dict[str, ProgramResult], mode: str) -> None:
     _, kinds, why = ZOO[name]
     if mode == "weaker" and not walls.landlock_version() and "{decoy}" in ZOO[name][0]:
         pytest.skip("files are not protected without namespaces and Landlock, as documented")
@@ -259,11 +259,11 @@ def test_hostile_program_gets_its_verdict(name: str, verdicts: dict[str, Ran], m
     assert verdicts[name].seconds < LIMITS.timeout + 1
 
 
-def test_the_run_goes_on_and_nothing_stays(verdicts: dict[str, Ran], outside: Outside, mode: str) -> None:
+def test_the_run_goes_on_and_nothing_stays(verdicts: dict[str, ProgramResult], outside: Outside, mode: str) -> None:
     assert verdicts["good before"].kind == verdicts["good after"].kind == "ok"
     time.sleep(1.2)  # by now the daemon would have written its file
     outside.assert_clean()
-    assert run(Job(program=GOOD, entry_point="f", tests=TESTS), weaker=mode == "weaker").kind == "ok"
+    assert run_program(ProgramTest(program=GOOD, entry_point="f", tests=TESTS), weaker=mode == "weaker").kind == "ok"
 
 
 def test_everything_ends_with_loratune(outside: Outside, mode: str) -> None:
@@ -272,9 +272,9 @@ def test_everything_ends_with_loratune(outside: Outside, mode: str) -> None:
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1e4)\nopen('a', 'w').close()\ndef f(x):\n    time.sleep(1e4)"
     )
     text = (
-        "from loratune.downstream import sandbox\n"
-        f"sandbox.START = {runner.START!r}\n"
-        f"sandbox._run(runner.Job(program={program!r}, entry_point='f', tests='candidate(1)'), runner.Limits(timeout=60), "
+        "from loratune.downstream.sandbox import runner\n"
+        f"runner.START = {runner.START!r}\n"
+        f"runner._run(runner.ProgramTest(program={program!r}, entry_point='f', tests='candidate(1)'), runner.Limits(timeout=60), "
         f"namespaces={mode == 'namespaces'})"
     )
     environment = {**os.environ, "TMPDIR": str(outside.folder / "temporary")}
@@ -308,34 +308,37 @@ def test_what_a_good_program_may_do(mode: str) -> None:
         "    return (numpy.sum([1.5, 2]), counts, {k}, float('inf'), 10**40, None, b'z', len(os.listdir('.')))"
     )
     tests = "got = candidate('aab', k=(1, 2))\nassert got == (3.5, {'a': 2, 'b': 1}, {(1, 2)}, float('inf'), 10**40, None, b'z', 0), got"
-    assert run(Job(program=program, entry_point="f", tests=tests), limits=Limits(timeout=20), weaker=mode == "weaker").kind == "ok"
+    assert (
+        run_program(ProgramTest(program=program, entry_point="f", tests=tests), limits=Limits(timeout=20), weaker=mode == "weaker").kind
+        == "ok"
+    )
 
 
 def test_verdicts_do_not_depend_on_hash_seeds(mode: str) -> None:
-    job = Job(
+    job = ProgramTest(
         program="def f():\n    return list({'a', 'b', 'c', 'd', 'e', 'f', 'g'})",
         entry_point="f",
         tests="assert not candidate(), candidate()",
     )
-    results = run_all([job] * 4, weaker=mode == "weaker")
+    results = run_programs([job] * 4, weaker=mode == "weaker")
     assert len({ran.why for ran in results}) == 1
 
 
 def test_refuses_without_namespaces_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "namespaces_missing", lambda: "unshare: Operation not permitted")
     with pytest.raises(SandboxError, match=r"unshare: Operation not permitted.*weaker=True"):
-        run(Job(program=GOOD, entry_point="f", tests=TESTS))
+        run_program(ProgramTest(program=GOOD, entry_point="f", tests=TESTS))
 
 
 def test_a_broken_sandbox_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "START", "raise RuntimeError('no walls')")
     with pytest.raises(SandboxError, match="no walls"):
-        runner._run(Job(program=GOOD, entry_point="f", tests=TESTS), LIMITS, namespaces=True)
+        runner._run(ProgramTest(program=GOOD, entry_point="f", tests=TESTS), LIMITS, namespaces=True)
 
 
 def test_progress_is_told() -> None:
     told: list[int] = []
-    run_all([Job(program=GOOD, entry_point="f", tests=TESTS)] * 3, weaker=True, settled=told.append)
+    run_programs([ProgramTest(program=GOOD, entry_point="f", tests=TESTS)] * 3, weaker=True, settled=told.append)
     assert told == [1, 2, 3]
 
 

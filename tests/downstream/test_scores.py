@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loratune.downstream.results.findings import findings, lines
-from loratune.downstream.results.scores import Ledger, Result, alone, fingerprint, read_results, table
+from loratune.downstream.results.findings import finding_lines, findings
+from loratune.downstream.results.scores import Result, ResultWriter, adapter_fingerprint, by_model, read_results, sole_evaluation
 from loratune.downstream.tasks.base import Item, constant_scores
 from loratune.errors import StorageError
 
@@ -20,16 +20,16 @@ def line(number: int, score: float = 1.0, group: str = "g") -> dict[str, Any]:
     return {"id": str(number), "group": group, "answer": f"a\u2028{number}", "score": score, "why": ""}
 
 
-def written(folder: Path, count: int = 3) -> Ledger:
-    ledger = Ledger(folder, "0001", "b", IDENTITY)
-    ledger.describe({"title": "B", "chance": 0.5, "items": 4})
-    ledger.add([line(n, n % 2) for n in range(count)], 2.0)
-    return ledger
+def written(folder: Path, count: int = 3) -> ResultWriter:
+    writer = ResultWriter(folder, "0001", "b", IDENTITY)
+    writer.describe({"title": "B", "chance": 0.5, "items": 4})
+    writer.add([line(n, n % 2) for n in range(count)], 2.0)
+    return writer
 
 
 def test_appends_and_reads(tmp_path: Path) -> None:
     written(tmp_path)
-    again = Ledger(tmp_path, "0001", "b", IDENTITY)
+    again = ResultWriter(tmp_path, "0001", "b", IDENTITY)
     assert again.done == {"0", "1", "2"}
     (result,) = read_results(tmp_path)
     assert (result.model, result.benchmark, result.done, result.chance) == ("0001", "b", False, 0.5)
@@ -39,7 +39,7 @@ def test_appends_and_reads(tmp_path: Path) -> None:
     again.describe({"title": "B", "chance": 0.5, "items": 4})
     (result,) = read_results(tmp_path)
     assert result.done
-    assert table([result])["0001"]["b"].score.value == 0.5
+    assert by_model([result])["0001"]["b"].score.value == 0.5
 
 
 @pytest.mark.parametrize("kept", [1, 10, -1])
@@ -52,9 +52,9 @@ def test_torn_last_line(tmp_path: Path, kept: int) -> None:
     file.write_bytes(whole + last[:kept])
     (result,) = read_results(tmp_path)
     assert set(result.scores) == {"0", "1", "2"}
-    ledger = Ledger(tmp_path, "0001", "b", IDENTITY)
-    assert ledger.done == {"0", "1", "2"}
-    ledger.add([line(3)], 0.0)
+    writer = ResultWriter(tmp_path, "0001", "b", IDENTITY)
+    assert writer.done == {"0", "1", "2"}
+    writer.add([line(3)], 1.0)
     assert file.read_bytes() == whole + json.dumps(line(3), ensure_ascii=False).encode() + b"\n"
 
 
@@ -70,21 +70,21 @@ def test_damaged_middle(tmp_path: Path) -> None:
 def test_another_identity_is_put_aside(tmp_path: Path, change: dict[str, Any]) -> None:
     written(tmp_path)
     before = (tmp_path / "0001" / "b.jsonl").read_text()
-    ledger = Ledger(tmp_path, "0001", "b", IDENTITY | change)
-    assert not ledger.done
+    writer = ResultWriter(tmp_path, "0001", "b", IDENTITY | change)
+    assert not writer.done
     assert (tmp_path / "0001" / "b.jsonl.1.bak").read_text() == before
     assert not read_results(tmp_path)
 
 
 def test_fingerprint(tmp_path: Path) -> None:
-    assert fingerprint(None) is None
+    assert adapter_fingerprint(None) is None
     with pytest.raises(StorageError, match=r"adapter_config\.json"):
-        fingerprint(tmp_path)
+        adapter_fingerprint(tmp_path)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text(name)
-    first = fingerprint(tmp_path)
+    first = adapter_fingerprint(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_text("changed")
-    assert fingerprint(tmp_path) != first
+    assert adapter_fingerprint(tmp_path) != first
 
 
 def made(model: str, share: float, items: int = 400, chance: float = 0.25, constant: tuple[float, float] | None = None) -> Result:
@@ -104,7 +104,7 @@ def test_findings_of_a_clear_case() -> None:
     assert "11 of 12 models are above chance" in said
     assert "scores higher than the default: +50.0 points" in said
     assert "lower validation loss goes with a higher B score" in said
-    text = "\n".join(lines(results, losses, names, "0000"))
+    text = "\n".join(finding_lines(results, losses, names, "0000"))
     assert "anded over" not in text
     assert (
         text.index("best, trial 1") < text.index("default, trial 0") < text.index("base model, untuned") < text.index("mean of the 10 best")
@@ -121,7 +121,7 @@ def test_findings_at_chance() -> None:
     assert "data cannot tell" in said or "little" in said
     below = findings([made("0000", 0.05), made("base", 0.1)], {}, [], "0000")[0].sentences
     assert below[0].startswith("Every model is below chance (25.0 %)")
-    assert lines([], {}, [], None) == ["Nothing was scored yet."]
+    assert finding_lines([], {}, [], None) == ["Nothing has been scored yet."]
 
 
 def test_findings_where_always_the_same_letter_is_off_chance() -> None:
@@ -137,7 +137,7 @@ def test_findings_where_always_the_same_letter_is_off_chance() -> None:
 
 
 def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
-    with alone(tmp_path / "evaluation"):
+    with sole_evaluation(tmp_path / "evaluation"):
         pass
     code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     other = subprocess.Popen(
@@ -145,9 +145,9 @@ def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
     )
     assert other.stdout is not None
     other.stdout.readline()
-    with pytest.raises(StorageError, match="is being written by another evaluation"), alone(tmp_path / "evaluation"):
+    with pytest.raises(StorageError, match="is being written by another evaluation"), sole_evaluation(tmp_path / "evaluation"):
         pass
     other.kill()
     other.communicate()
-    with alone(tmp_path / "evaluation"):
+    with sole_evaluation(tmp_path / "evaluation"):
         pass

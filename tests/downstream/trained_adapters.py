@@ -1,6 +1,8 @@
 """Adapters of the demo's model after a few steps of training, with their true validation losses; and how they are scored."""
 
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,8 @@ import torch
 
 from loratune import demo
 from loratune.data.prepared import Prepared
-from loratune.downstream.evaluator import evaluate
-from loratune.downstream.job import Model
+from loratune.downstream.evaluator import score_models
+from loratune.downstream.job import EvaluatedModel, EvaluationJob
 from loratune.downstream.results.scores import read_results
 from loratune.finetune import lora
 from loratune.finetune.model import BaseModel, output_head
@@ -17,10 +19,11 @@ from loratune.finetune.peft_layers import detach
 from loratune.finetune.validation import validate
 from loratune.work import Hyperparameters, ModelRecipe
 
+NOTHING_TO_DO = "Nothing to do: everything is already scored."
 RECIPE = ModelRecipe(name_or_path=str(demo.model_folder()))
 
 
-def trained(base: BaseModel, data: Prepared, folder: Path, steps: int, h: Hyperparameters) -> Model:
+def trained(base: BaseModel, data: Prepared, folder: Path, steps: int, h: Hyperparameters) -> EvaluatedModel:
     """An adapter after a few plain AdamW steps, with its true validation loss."""
     wrapped, _ = lora.attach(base.model, h, seed=0)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=h.learning_rate, weight_decay=0)
@@ -33,21 +36,32 @@ def trained(base: BaseModel, data: Prepared, folder: Path, steps: int, h: Hyperp
     loss, _ = validate(wrapped, data.validation, batch_size=16, pad_id=base.pad_id, head=output_head(base.model))
     wrapped.save_pretrained(str(folder))
     detach(base.model)
-    return Model(name=folder.name, adapter=folder, loss=loss)
+    return EvaluatedModel(name=folder.name, adapter=folder, loss=loss)
 
 
-def trained_models(base: BaseModel, prepared: Path, home: Path) -> list[Model]:
+def trained_models(base: BaseModel, prepared: Path, home: Path) -> list[EvaluatedModel]:
     """Two that learnt, one whose adapter is silent, and the bare model."""
     data = Prepared.load(prepared)
     h = Hyperparameters(lora_r=8, lora_alpha=32, lora_dropout=0, learning_rate=1e-3, target_modules="all-linear")
     found = [trained(base, data, home / f"{n:04d}", steps, h) for n, steps in ((1, 40), (2, 15), (3, 0))]
     bare, _ = validate(base.model, data.validation, batch_size=16, pad_id=base.pad_id, head=output_head(base.model))
-    return [*found, Model(name="base", adapter=None, loss=bare)]
+    return [*found, EvaluatedModel(name="base", adapter=None, loss=bare)]
 
 
-def scored(folder: Path, models: list[Model], data: Path, benchmarks: list[str], **options: Any) -> Iterator[Any]:
-    arguments = {"recipe": RECIPE, "validation": data, "recorded_base": models[-1].loss, "device": "cpu", "subset": 16}
-    return evaluate(folder, models=models, benchmarks=benchmarks, **arguments | options)
+def scored(
+    folder: Path, models: list[EvaluatedModel], data: Path, benchmarks: list[str], *, stop: threading.Event | None = None, **options: Any
+) -> Iterator[Any]:
+    job = EvaluationJob(
+        folder=folder,
+        recipe=RECIPE,
+        models=tuple(models),
+        benchmarks=tuple(benchmarks),
+        validation=data,
+        recorded_base=models[-1].loss,
+        device="cpu",
+        subset=16,
+    )
+    return score_models(replace(job, **options), stop=stop)
 
 
 def kept(folder: Path) -> dict[tuple[str, str, str], tuple[str, float]]:

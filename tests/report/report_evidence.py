@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from loratune.downstream.results.scores import Ledger
+from loratune.downstream.results.scores import ResultWriter
 from loratune.preference.analysis import Vote
 from loratune.preference.answers import Generation
 from loratune.preference.comparison import Comparison, settle
@@ -38,10 +38,10 @@ def evaluated(record: StudyRecord, benchmarks: dict[str, float], items: int = 40
         rng = random.Random(benchmark)
         hard = [rng.random() for _ in range(items)]  # how easily an item is answered wrongly
         for model, loss in models.items():
-            ledger = Ledger(record.folder / model, benchmark, {"version": 1, "seed": 0})
-            ledger.describe({"title": benchmark.upper(), "chance": chance, "items": items, "mean_over_groups": False})
+            writer = ResultWriter(record.paths.evaluation, model, benchmark, {"version": 1, "seed": 0})
+            writer.describe({"title": benchmark.upper(), "chance": chance, "items": items, "mean_over_groups": False})
             right = [h + rng.gauss(0, 0.15) < 1.3 - 0.6 * loss or rng.random() < chance for h in hard]
-            ledger.add([{"id": str(n), "group": "", "answer": "A", "score": float(r)} for n, r in enumerate(right)], seconds=1.0)
+            writer.add([{"id": str(n), "group": "", "answer": "A", "score": float(r)} for n, r in enumerate(right)], seconds=1.0)
 
 
 def selected(record: StudyRecord, noise: float = 0.004, seed: int = 0) -> SelectionRecord:

@@ -12,7 +12,7 @@ from report_studies import spread
 
 from loratune import preference
 from loratune.cli import trial_lines as cli_words
-from loratune.downstream.results.findings import lines
+from loratune.downstream.results.findings import finding_lines
 from loratune.downstream.results.scores import Result
 from loratune.preference.analysis import PositionBias, Tally, summarise_judge, summarise_votes
 from loratune.preference.summary_lines import summary_text
@@ -80,7 +80,7 @@ def test_scores_of_few_items(scores: dict[str, float]) -> None:
     results = [
         Result(model=name, benchmark="t", facts=facts, scores=scores, groups=dict.fromkeys(scores, "")) for name in ("0001", "0000", "base")
     ]
-    text = "\n".join(lines([result for result in results if result.scores], {"0001": 1.0}, ["0001"], "0000", "0001"))
+    text = "\n".join(finding_lines([result for result in results if result.scores], {"0001": 1.0}, ["0001"], "0000", "0001"))
     assert not NAN.search(text), text
 
 

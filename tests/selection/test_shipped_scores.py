@@ -13,8 +13,7 @@ import yaml
 from loratune.cli import main
 from loratune.delivery import export
 from loratune.demo import study as demo_study
-from loratune.downstream.events import Note
-from loratune.downstream.results.scores import fingerprint, model_name, read_results
+from loratune.downstream.results.scores import adapter_fingerprint, model_name, read_results
 from loratune.errors import StorageError
 from loratune.record import open_record, read
 from loratune.record.adapters import find_adapter
@@ -27,6 +26,7 @@ from loratune.spec import StudySpec
 from loratune.study.driver import deliver, tune
 from loratune.study.evaluation import Scored, evaluate
 from loratune.system.formatting import loss
+from loratune.work import Message
 
 ITEMS = 16
 
@@ -65,7 +65,7 @@ def scored(folder: Path, notes: list[str] | None = None) -> Scored:
     last: Any = None
     for event in evaluate(folder, benchmarks=["demo_choice"], subset=ITEMS):
         last = event
-        if isinstance(event, Note) and notes is not None:
+        if isinstance(event, Message) and notes is not None:
             notes.append(event.text)
     assert isinstance(last, Scored)
     return last
@@ -110,7 +110,7 @@ def test_the_adapter_handed_over_is_scored_as_a_model_of_its_own(home: Path, stu
     source = find_adapter(read(study), choice.trial_of(read(study)), choice.shipped.run)
     assert source is not None
     assert (adapter / weights).read_bytes() == (source / weights).read_bytes()
-    assert by_model[name].facts["adapter"] == fingerprint(source)
+    assert by_model[name].facts["adapter"] == adapter_fingerprint(source)
     assert by_model[name].facts["validation_loss"] == choice.shipped.validation_loss
     proof = json.loads((StudyPaths(study).evaluation / name / "proof.json").read_text())
     assert proof["loss"] == pytest.approx(choice.shipped.validation_loss, abs=1e-4)
@@ -119,7 +119,7 @@ def test_the_adapter_handed_over_is_scored_as_a_model_of_its_own(home: Path, stu
     # Said again, nothing is scored again, and the text says whose scores they are.
     notes: list[str] = []
     again = scored(study, notes)
-    assert "All of it was scored before." in notes
+    assert "Nothing to do: everything is already scored." in notes
     assert f"among them the one handed over, trial {choice.chosen} ({choice.shipped.run})," in notes[0]
     lines = again.text.splitlines()
     assert lines[2].split("  ")[1] == f"handed over, trial {choice.chosen} ({choice.shipped.run})"
@@ -139,7 +139,7 @@ def test_another_seed_is_scored_anew_and_the_own_run_not_twice(study: Path) -> N
     value = ship(study, "race-07")
     notes: list[str] = []
     last = scored(study, notes)
-    assert "All of it was scored before." not in notes
+    assert "Nothing to do: everything is already scored." not in notes
     assert last.shipped == model_name(choice.chosen, "race-07")
     assert {r.model for r in last.results} == {"0000", "0001", "0002", last.shipped, "base"}
     after = {r.model: r for r in read_results(StudyPaths(study).evaluation)}
@@ -150,7 +150,7 @@ def test_another_seed_is_scored_anew_and_the_own_run_not_twice(study: Path) -> N
     ship(study, "main")
     notes.clear()
     own = scored(study, notes)
-    assert "All of it was scored before." in notes
+    assert "Nothing to do: everything is already scored." in notes
     assert own.shipped == f"{choice.chosen:04d}"
     assert f"Handed over is the study's own run of trial {choice.chosen}." in own.text
     assert own.text.count(f"trial {choice.chosen}\n") == 0

@@ -1,4 +1,4 @@
-"""Proof that an adapter is on before anything is scored with it, through the same hooks that will answer.
+"""Check that an adapter is on before anything is scored with it, through the same hooks that will answer.
 
 1. On fixed texts its logits differ from the bare model's.
 2. Its validation loss is the recorded one. A validation set of few tokens is gone through whole; then the two numbers must
@@ -38,8 +38,8 @@ _BATCH = 4096  # tokens per pass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proof(Json):
-    """What was found for one adapter."""
+class AdapterCheck(Json):
+    """The result for one adapter."""
 
     logits_differ: bool
     largest_difference: float  # of logits on the probe
@@ -63,7 +63,7 @@ class _Losses:
         return float(self.nll.sum() / self.count.sum())
 
 
-class Prover:
+class AdapterChecker:
     """Checks the adapters of `adapters` one by one; the bare model, at place `base_place`, is measured once."""
 
     def __init__(
@@ -86,7 +86,7 @@ class Prover:
         self._base_losses: _Losses | None = None
         self._base_logits: torch.Tensor | None = None
 
-    def prove(self, place: int, name: str, recorded: float | None) -> Proof:
+    def check(self, place: int, name: str, recorded: float | None) -> AdapterCheck:
         """Raises EvaluationError, in one line, when the adapter at `place` cannot be the recorded trial's."""
         if self._base_losses is None or self._base_logits is None:
             self._base_losses, self._base_logits = self._losses(self.base_place), self._logits(self.base_place)
@@ -106,18 +106,18 @@ class Prover:
         where = "over the whole validation set" if whole else f"over {len(self.chosen):,} of {len(self.validation):,} validation examples"
         if recorded is None:
             if not difference:
-                raise EvaluationError(f"{name}: its logits equal the bare model's: the adapter is not on, or learnt nothing. Not scored.")
-            return Proof(**facts, text=f"its logits differ from the bare model's; no loss was recorded; {own.mean:.4f} {where}")  # type: ignore[arg-type]
-        slack = self.tolerance if whole else self.tolerance + _ERRORS * _error(own, len(self.validation))
+                raise EvaluationError(f"{name}: its logits equal the bare model's: the adapter is off, or learned nothing. Not scored.")
+            return AdapterCheck(**facts, text=f"its logits differ from the bare model's; no loss was recorded; {own.mean:.4f} {where}")  # type: ignore[arg-type]
+        slack = self.tolerance if whole else self.tolerance + _ERRORS * _error(own.nll, own.count, len(self.validation))
         if not abs(own.mean - recorded) <= slack:
             off = ": the adapter is not on" if not difference else ""
             raise EvaluationError(
                 f"{name}: validation loss {own.mean:.4f} {where}, but {recorded:.4f} was recorded (allowed difference {slack:.4f}){off}. "
-                "Its scores would not be this trial's; nothing was scored. Were adapter, base model or data changed since?"
+                "Its scores would not be this trial's; nothing was scored. Did the adapter, the base model or the data change?"
             )
         recorded_base = bare.mean if self.recorded_base is None else self.recorded_base
         gain, recorded_gain = bare.mean - own.mean, recorded_base - recorded
-        slack = 2 * self.tolerance if whole else 2 * self.tolerance + _ERRORS * _paired_error(bare, own, len(self.validation))
+        slack = 2 * self.tolerance if whole else 2 * self.tolerance + _ERRORS * _error(bare.nll - own.nll, own.count, len(self.validation))
         if abs(gain - recorded_gain) > slack:
             raise EvaluationError(
                 f"{name}: {gain:.4f} below the bare model's validation loss {where}, but {recorded_gain:.4f} was recorded "
@@ -130,7 +130,7 @@ class Prover:
                 f"{recorded_base:.4f}: the adapter is not on. Nothing was scored."
             )
         effect = "no effect on the logits, as its recorded loss says" if silent else "its logits differ from the bare model's"
-        return Proof(**facts, text=f"{effect}; validation loss {own.mean:.4f} {where}, recorded {recorded:.4f}")  # type: ignore[arg-type]
+        return AdapterCheck(**facts, text=f"{effect}; validation loss {own.mean:.4f} {where}, recorded {recorded:.4f}")  # type: ignore[arg-type]
 
     def _logits(self, place: int) -> torch.Tensor:
         found = []
@@ -171,26 +171,17 @@ def _sample(tokens: Tokens, limit: int) -> np.ndarray:
     return np.sort(drawn[: max(30, int(np.searchsorted(lengths[drawn].cumsum(), limit)))])
 
 
-def _error(losses: _Losses, of: int) -> float:
-    """Standard error of sum(nll) / sum(count), a ratio of sums, sampled without replacement from `of` examples."""
-    return _ratio_error(losses.nll - losses.mean * losses.count, losses.count, of)
-
-
-def _paired_error(bare: _Losses, own: _Losses, of: int) -> float:
-    gain = bare.nll - own.nll
-    return _ratio_error(gain - gain.sum() / own.count.sum() * own.count, own.count, of)
-
-
-def _ratio_error(residuals: np.ndarray, count: np.ndarray, of: int) -> float:
-    m = len(residuals)
+def _error(sums: np.ndarray, count: np.ndarray, of: int) -> float:
+    """Standard error of sum(sums) / sum(count), a ratio of sums, sampled without replacement from `of` examples."""
+    m, residuals = len(sums), sums - sums.sum() / count.sum() * count
     return float(residuals.std(ddof=1) * math.sqrt(m * max(0.0, 1 - m / of)) / count.sum())
 
 
-def summary(proofs: Sequence[Proof]) -> str:
-    """One line for several adapters that were proved."""
-    worst = max((abs(p.loss - p.recorded) for p in proofs if p.recorded is not None), default=0.0)
-    whole = all(p.examples == p.of for p in proofs)
-    over = "the whole validation set" if whole else f"{proofs[0].examples:,} of {proofs[0].of:,} validation examples"
-    silent = sum(not p.logits_differ for p in proofs)
+def check_summary(checks: Sequence[AdapterCheck]) -> str:
+    """One line for several adapters that passed."""
+    worst = max((abs(p.loss - p.recorded) for p in checks if p.recorded is not None), default=0.0)
+    whole = all(p.examples == p.of for p in checks)
+    over = "the whole validation set" if whole else f"{checks[0].examples:,} of {checks[0].of:,} validation examples"
+    silent = sum(not p.logits_differ for p in checks)
     note = f"; {silent} of them without effect, as recorded" if silent else ""
-    return f"{len(proofs)} adapters are on{note}: their losses over {over} are the recorded ones, within {worst:.1g}"
+    return f"{len(checks)} adapters are on{note}: their losses over {over} are the recorded ones, within {worst:.1g}"

@@ -1,8 +1,8 @@
 """A model with one or several adapters answers the items of a benchmark.
 
-Fast by: a KV cache; prompts of similar length together; the beginning that a group's prompts share computed once per
+Fast by: a KV cache; prompts of similar length together; the prefix that a group's prompts share computed once per
 adapter; several adapters in one pass over the frozen base; a prompt run once for all choices behind it; a last layer that
-works where it is read (narrow.py); wide decoding (writing.py); an end as soon as the benchmark calls an answer decided.
+works on the last token alone (last_token.py); wide decoding (generation.py); an end as soon as the benchmark calls an answer decided.
 None of it changes an answer, to float rounding: rows are padded on the left, padding is masked and takes no position.
 
 Notation: K adapters, n items (or choices) of a batch, V words.
@@ -18,22 +18,22 @@ import torch
 from loratune.downstream.answering.adapter_stack import Adapters
 from loratune.downstream.answering.decode_attention import decoding
 from loratune.downstream.answering.forward import Forward
-from loratune.downstream.answering.generation import Lane, Writer, turns
-from loratune.downstream.answering.rows import Row, Rows, common
+from loratune.downstream.answering.generation import Completion, Writer, turns
+from loratune.downstream.answering.rows import PromptRow, RowMaker, common
 from loratune.downstream.tasks.base import Benchmark, Item
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel, autocast
 
 _CPU_CACHE = 2**30  # bytes of keys and values
-_SHARED = 16  # a shared beginning of fewer tokens is not worth its own pass
+_SHARED = 16  # a shared prefix of fewer tokens is not worth its own pass
 _FEW = 4  # a group of fewer items is answered with those of other groups: wide batches are worth more
 
-Done = list[tuple[int, list["Answer"]]]  # (an item's place, an answer of each block)
+Done = list[tuple[int, list["ItemAnswer"]]]  # (an item's place, an answer of each block)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What one model answered to one item."""
+class ItemAnswer:
+    """One model's answer to one item."""
 
     text: str  # what it wrote, or the likeliest choice
     log_likelihoods: tuple[float, ...] = ()  # of the choices, natural logarithm, summed over tokens
@@ -42,14 +42,14 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Company:
-    """Rows of equal company may share a pass (finetune/rope.py)."""
+class _PassGroup:
+    """Rows of an equal pass group may share a pass (finetune/rope.py)."""
 
     alone: bool = False  # one item's rows alone: what is run for them changes its side on the way
     which: int = 0  # side, or the item's place
 
 
-_FIRST = _Company()
+_FIRST = _PassGroup()
 
 
 class Answerer:
@@ -70,7 +70,7 @@ class Answerer:
         *,
         seed: int = 0,
         interrupted: Callable[[], bool] = lambda: False,
-    ) -> Iterator[tuple[list[Item], list[list[Answer]]]]:
+    ) -> Iterator[tuple[list[Item], list[list[ItemAnswer]]]]:
         """Some at a time, the items done and the answers of each of `places`, in the order of `places`.
 
         Raises InterruptedError when `interrupted` says so, between two tokens; what was yielded is done.
@@ -78,18 +78,18 @@ class Answerer:
         order = self.adapters.by_rank(places)
         back = [order.index(place) for place in places]
 
-        def found(done: Done) -> tuple[list[Item], list[list[Answer]]]:
+        def found(done: Done) -> tuple[list[Item], list[list[ItemAnswer]]]:
             return [items[place] for place, _ in done], [[answers[block] for _, answers in done] for block in back]
 
         with torch.inference_mode(), autocast(self.base), self.adapters.use(order), decoding(self.base.model):
             blocks = len(order)
             writer = Writer(self.forward, benchmark, blocks, memory=self._memory(), seed=seed, interrupted=interrupted, most=self.rows)
             before = _FIRST
-            for company, rows in self._groups(benchmark, items):
-                if company != before and writer.pending:
+            for pass_group, rows in self._groups(benchmark, items):
+                if pass_group != before and writer.pending:
                     yield found(_written(writer.finish()))
-                before = company
-                if rows[0].scored and company.alone:
+                before = pass_group
+                if rows[0].scored and pass_group.alone:
                     run: Callable[..., Done] = partial(self._score_whole, blocks)
                 else:
                     run = partial(self._score, blocks) if rows[0].scored else partial(_begun, writer)
@@ -101,59 +101,59 @@ class Answerer:
             if done := _written(writer.finish()):
                 yield found(done)
 
-    def _groups(self, benchmark: Benchmark, items: Sequence[Item]) -> Iterator[tuple["_Company", list[Row]]]:
-        """The items' rows by shared beginning; last, together, those that share none with enough others.
+    def _groups(self, benchmark: Benchmark, items: Sequence[Item]) -> Iterator[tuple["_PassGroup", list[PromptRow]]]:
+        """The items' rows by shared prefix; last, together, those that share none with enough others.
 
         Where a model computes long sequences otherwise, those come behind, and one by one the items that may cross its border.
         """
-        make = Rows(self.base, self.forward.context)
+        make = RowMaker(self.base, self.forward.context)
         groups: dict[str, list[tuple[int, Item]]] = {}
         for number, item in enumerate(items):
             groups.setdefault(item.prompt[: item.shared], []).append((number, item))
-        pools: dict[_Company, list[Row]] = {_FIRST: []}
-        later: list[tuple[_Company, list[Row]]] = []
+        pools: dict[_PassGroup, list[PromptRow]] = {_FIRST: []}
+        later: list[tuple[_PassGroup, list[PromptRow]]] = []
         for members in groups.values():
             rows = make.to_score(members) if members[0][1].choices else make.to_write(benchmark, members)
-            alike: dict[tuple[_Company, int], list[Row]] = {}  # those that lost examples share less
+            alike: dict[tuple[_PassGroup, int], list[PromptRow]] = {}  # those that lost examples share less
             for own in _by_item(rows):
-                alike.setdefault((self._company(benchmark, own), own[0].item.shared), []).extend(own)
-            for (company, _), rows in alike.items():
+                alike.setdefault((self._pass_group(benchmark, own), own[0].item.shared), []).extend(own)
+            for (pass_group, _), rows in alike.items():
                 if not self.share or len(_by_item(rows)) < _FEW:
-                    pools.setdefault(company, []).extend(rows)
-                elif company == _FIRST:
-                    yield company, rows
+                    pools.setdefault(pass_group, []).extend(rows)
+                elif pass_group == _FIRST:
+                    yield pass_group, rows
                 else:
-                    later.append((company, rows))
-        for company, pool in pools.items():
-            yield from [one for one in later if one[0] == company]
+                    later.append((pass_group, rows))
+        for pass_group, pool in pools.items():
+            yield from [one for one in later if one[0] == pass_group]
             if pool:
-                yield company, pool
+                yield pass_group, pool
         yield from [one for one in later if one[0] not in pools]
 
-    def _company(self, benchmark: Benchmark, rows: list[Row]) -> "_Company":
+    def _pass_group(self, benchmark: Benchmark, rows: list[PromptRow]) -> "_PassGroup":
         """Whom an item's rows may share a pass with: those of their side, whatever is written or scored behind them."""
         sides = {self.forward.side(len(row.ids)) for row in rows}
         if len(sides) > 1 or any(turns(self.forward, benchmark, row) for row in rows):
-            return _Company(alone=True, which=rows[0].place)
-        return _Company(which=sides.pop())
+            return _PassGroup(alone=True, which=rows[0].place)
+        return _PassGroup(which=sides.pop())
 
     def _batches(
         self,
         benchmark: Benchmark,
-        rows: list[Row],
+        rows: list[PromptRow],
         blocks: int,
-        run: Callable[[list[Row], Any, int], Done],
+        run: Callable[[list[PromptRow], Any, int], Done],
         interrupted: Callable[[], bool],
     ) -> Iterator[Done]:
         """What `run(rows, prefix, shared)` gives for batches of all rows of some items, longest first."""
         shared = common(rows) if self.share and len(rows) > 1 else 0
-        alike = self.forward.side(shared) == self.forward.side(len(rows[0].ids))  # else the beginning alone is another one
+        alike = self.forward.side(shared) == self.forward.side(len(rows[0].ids))  # else the prefix alone is another one
         shared = shared if shared >= _SHARED and alike else 0
-        by_item: dict[int, list[Row]] = {}
+        by_item: dict[int, list[PromptRow]] = {}
         for row in sorted(rows, key=lambda row: (-len(row.ids), row.place)):
             by_item.setdefault(row.place, []).append(row)
         waiting = list(by_item.values())
-        prefix = self.forward.beginning(rows[0].ids[:shared], blocks) if shared else None
+        prefix = self.forward.shared_prefix(rows[0].ids[:shared], blocks) if shared else None
         at_most = len(waiting)
         while waiting:
             if interrupted():
@@ -178,7 +178,7 @@ class Answerer:
         """Bytes of keys and values that may be held."""
         return torch.cuda.mem_get_info(self.base.device)[0] // 3 if self.base.device.type == "cuda" else _CPU_CACHE
 
-    def _fitting(self, benchmark: Benchmark, waiting: list[list[Row]], blocks: int, shared: int) -> int:
+    def _fitting(self, benchmark: Benchmark, waiting: list[list[PromptRow]], blocks: int, shared: int) -> int:
         """How many of the waiting items, longest first, make the next batch."""
         longest = max(len(row.ids) for row in waiting[0])
         count = run = held = 0
@@ -192,7 +192,7 @@ class Answerer:
             count += 1
         return count
 
-    def _score(self, blocks: int, rows: list[Row], prefix: Any, shared: int) -> Done:
+    def _score(self, blocks: int, rows: list[PromptRow], prefix: Any, shared: int) -> Done:
         """Log-likelihoods of the choices: sums of float32 log-probabilities over their tokens, behind a prompt that is run once."""
         logits, cache, mask = self.forward.prompts([row.ids[shared:] for row in rows], prefix, shared, blocks)
         spoken = [(number, choice, tokens) for number, row in enumerate(rows) for choice, tokens in row.scored]
@@ -213,7 +213,7 @@ class Answerer:
                 likely[:, at] += _at(after[:, number], wanted).sum(1)
         return _chosen(rows, spoken, likely)
 
-    def _score_whole(self, blocks: int, rows: list[Row], prefix: Any, shared: int) -> Done:
+    def _score_whole(self, blocks: int, rows: list[PromptRow], prefix: Any, shared: int) -> Done:
         """As `_score`, each choice behind its prompt in a pass of its own: to the model the prompt alone is another one."""
         spoken = [(number, choice, tokens) for number, row in enumerate(rows) for choice, tokens in row.scored]
         likely = torch.zeros(blocks, len(spoken), dtype=torch.float64)
@@ -224,7 +224,7 @@ class Answerer:
         return _chosen(rows, spoken, likely)
 
 
-def _chosen(rows: list[Row], spoken: Sequence[tuple[int, int, list[int]]], likely: torch.Tensor) -> Done:
+def _chosen(rows: list[PromptRow], spoken: Sequence[tuple[int, int, list[int]]], likely: torch.Tensor) -> Done:
     """Each item's likeliest choice: `likely` [K, m] are the log-likelihoods of m `spoken` (row, choice, tokens)."""
     values: dict[int, dict[int, list[float]]] = {}
     for (number, choice, _), value in zip(spoken, likely.T.tolist(), strict=True):
@@ -241,8 +241,8 @@ def _chosen(rows: list[Row], spoken: Sequence[tuple[int, int, list[int]]], likel
     ]
 
 
-def _by_item(rows: Sequence[Row]) -> list[list[Row]]:
-    found: dict[int, list[Row]] = {}
+def _by_item(rows: Sequence[PromptRow]) -> list[list[PromptRow]]:
+    found: dict[int, list[PromptRow]] = {}
     for row in rows:
         found.setdefault(row.place, []).append(row)
     return list(found.values())
@@ -254,19 +254,19 @@ def _at(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (rows.gather(-1, wanted[:, 1].expand(len(logits), -1).unsqueeze(-1)).squeeze(-1) - rows.logsumexp(-1)).double().cpu()
 
 
-def _likeliest(row: Row, likely: list[float]) -> Answer:
+def _likeliest(row: PromptRow, likely: list[float]) -> ItemAnswer:
     best = likely.index(max(likely))  # ties go to the first, as in lm-evaluation-harness
-    return Answer(text=row.item.choices[best], log_likelihoods=tuple(likely), cut=row.cut)
+    return ItemAnswer(text=row.item.choices[best], log_likelihoods=tuple(likely), cut=row.cut)
 
 
-def _begun(writer: Writer, rows: list[Row], prefix: Any, shared: int) -> Done:
+def _begun(writer: Writer, rows: list[PromptRow], prefix: Any, shared: int) -> Done:
     return _written(writer.begin(rows, prefix, shared))
 
 
-def _written(lanes: list[list[Lane]]) -> Done:
-    return [(own[0].row.place, [_answer(lane) for lane in own]) for own in lanes]
+def _written(completions: list[list[Completion]]) -> Done:
+    return [(own[0].row.place, [_answer(completion) for completion in own]) for own in completions]
 
 
-def _answer(lane: Lane) -> Answer:
-    shots = lane.row.item.shots
-    return Answer(text=lane.text, shots=len(shots) - 1 if shots else None, cut=lane.row.cut)
+def _answer(completion: Completion) -> ItemAnswer:
+    shots = completion.row.item.shots
+    return ItemAnswer(text=completion.text, shots=len(shots) - 1 if shots else None, cut=completion.row.cut)

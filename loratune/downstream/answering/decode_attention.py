@@ -28,7 +28,7 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
     if before != "sdpa" or not model._supports_attention_backend:
         yield
         return
-    AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(NAME, decode_attention)
     AttentionMaskInterface.register(NAME, additive_mask)
     config._attn_implementation = NAME
     try:
@@ -45,7 +45,7 @@ def additive_mask(*args: Any, **options: Any) -> torch.Tensor | None:
     return torch.zeros(mask.shape, dtype=options["dtype"]).masked_fill_(~mask, -torch.inf)
 
 
-def attention(
+def decode_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -58,7 +58,7 @@ def attention(
     """Transformers' signature: query [R, H, 1, D], key and value [R, G, S, D] -> [R, 1, H, D]."""
     if getattr(module, ONLY_LAST, False) and query.shape[2] > 1:
         seen = None if attention_mask is None else attention_mask[:, :, -1:]
-        out, _ = attention(module, query[:, :, -1:], key, value, seen, scaling=scaling, **more)
+        out, _ = decode_attention(module, query[:, :, -1:], key, value, seen, scaling=scaling, **more)
         return functional.pad(out, (0, 0, 0, 0, query.shape[2] - 1, 0)), None
     plain = query.shape[2] == 1 and query.device.type == "cpu" and query.dtype in _EXACT and key.is_contiguous()
     if not plain or more.get("softcap") is not None or more.get("position_bias") is not None:

@@ -1,6 +1,6 @@
 """Forward passes of the frozen model behind a key-value cache: rows padded on the left, K blocks of them.
 
-Notation: K adapters, n rows each, R = K n; P tokens of a shared beginning, T tokens after it, V words;
+Notation: K adapters, n rows each, R = K n; P tokens of a shared prefix, T tokens after it, V words;
 G key and value heads, D their features.
 """
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicLayer
 
-from loratune.downstream.answering.last_token import Narrow
+from loratune.downstream.answering.last_token import LastTokenOnly
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel
 from loratune.finetune.rope import sides_of
@@ -46,7 +46,7 @@ class Forward:
         self._sides = sides_of(config)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._narrow = Narrow(base.model)
+        self._last_token = LastTokenOnly(base.model)
         self.token_bytes = 2 * config.num_hidden_layers * heads * width * torch.empty((), dtype=base.dtype).element_size()
 
     def run(
@@ -62,7 +62,7 @@ class Forward:
         cache = transformers.DynamicCache() if cache is None else cache
         options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         given = {name: value for name, value in options.items() if value is not None and name in self._known}
-        with self._narrow.last_position() if ids.shape[1] > keep == 1 else contextlib.nullcontext():
+        with self._last_token.last_position() if ids.shape[1] > keep == 1 else contextlib.nullcontext():
             out = self.base.model(input_ids=ids.to(self.base.device), past_key_values=cache, use_cache=True, **given)
         logits = out.logits[:, -keep:]
         return logits if logits.dtype == torch.float64 else logits.float(), out.past_key_values
@@ -71,14 +71,14 @@ class Forward:
         """Sequences of so many tokens may share a pass with others of the same number (finetune/rope.py)."""
         return int(self._sides(np.asarray([length]))[0])
 
-    def beginning(self, ids: Sequence[int], blocks: int) -> Any:
-        """The cache of a beginning [P], once per block."""
+    def shared_prefix(self, ids: Sequence[int], blocks: int) -> Any:
+        """The cache of a shared prefix [P], once per block."""
         return self.prompts([ids], None, 0, blocks)[1]
 
     def prompts(self, parts: Sequence[Sequence[int]], prefix: Any, shared: int, blocks: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
-        """Run n prompts behind a `beginning` of `shared` tokens, in each block: the last logits [R, V], cache, mask [R, P + T].
+        """Run n prompts behind a `shared_prefix` of `shared` tokens, in each block: the last logits [R, V], cache, mask [R, P + T].
 
-        parts: each prompt's tokens after the beginning.
+        parts: each prompt's tokens after the prefix.
         """
         longest = max(map(len, parts))
         ids = torch.full((len(parts), longest), self.base.pad_id)
@@ -104,7 +104,7 @@ class Forward:
         return torch.cat(found)
 
     def _in_blocks(self, ids: torch.Tensor, mask: torch.Tensor, prefix: Any, blocks: int) -> tuple[torch.Tensor, Any]:
-        """Rows [R, T] of K blocks behind a beginning, as many blocks in a pass as its tokens allow."""
+        """Rows [R, T] of K blocks behind a shared prefix, as many blocks in a pass as its tokens allow."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         ids, mask, positions = (t.to(self.base.device) for t in (ids, mask, positions))
         rows = len(ids) // blocks
@@ -138,7 +138,7 @@ class Forward:
 def selected(cache: Any, rows: torch.Tensor) -> Any:
     """A new cache of some rows [r] of another."""
     found = transformers.DynamicCache()
-    for number, (keys, values) in enumerate(layers_of(cache, rows)):
+    for number, (keys, values) in enumerate(cached_layers(cache, rows)):
         found.update(keys, values, number)
     return found
 
@@ -152,7 +152,7 @@ def _stacked(caches: Sequence[Any]) -> Any:
     return found
 
 
-def layers_of(cache: Any, rows: torch.Tensor | slice) -> Layers:
+def cached_layers(cache: Any, rows: torch.Tensor | slice) -> Layers:
     """The keys and values of some rows [r]."""
     return [(layer.keys[rows], layer.values[rows]) for layer in cache.layers]
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 ONLY_LAST = "loratune_only_last"  # set on a module whose attention is asked for the last position
 
 
-class Narrow:
+class LastTokenOnly:
     """Finds what of the last layer of `model` works on each position by itself; nothing in a model that names it otherwise."""
 
     def __init__(self, model: Any) -> None:
@@ -27,7 +27,7 @@ class Narrow:
     @contextlib.contextmanager
     def last_position(self) -> Iterator[None]:
         """While open, the last position's output of these parts is right, the others' is 0."""
-        hooks = [part.register_forward_pre_hook(_narrow) for part in self._parts]
+        hooks = [part.register_forward_pre_hook(_last_token) for part in self._parts]
         widths: list[int] = []
         for part in self._parts:
             hooks.append(part.register_forward_pre_hook(lambda _, arguments: widths.append(arguments[0].shape[1]), prepend=True))
@@ -43,7 +43,7 @@ class Narrow:
                 hook.remove()
 
 
-def _narrow(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+def _last_token(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     return (arguments[0][:, -1:].contiguous(),)
 
 

@@ -8,7 +8,7 @@ from loratune.finetune.model import BaseModel
 
 
 @dataclass(kw_only=True)
-class Row:
+class PromptRow:
     """A prompt to run: one that the model continues, or one behind which choices are scored."""
 
     item: Item
@@ -21,13 +21,13 @@ class Row:
 Members = Sequence[tuple[int, Item]]  # (place, item)
 
 
-class Rows:
+class RowMaker:
     """Makes rows for `base`, of at most `context` tokens."""
 
     def __init__(self, base: BaseModel, context: int) -> None:
         self.base, self.context = base, context
 
-    def to_write(self, benchmark: Benchmark, members: Members) -> list[Row]:
+    def to_write(self, benchmark: Benchmark, members: Members) -> list[PromptRow]:
         """One row per item. A prompt that is too long loses its last examples, then its beginning."""
         room = max(self.context - benchmark.max_new_tokens, self.context // 2)  # a small context is shared by both
         limit = min(room, benchmark.max_prompt_tokens or room)
@@ -37,10 +37,10 @@ class Rows:
             while len(ids) > limit and (shorter := fitted.without_last_shot()) is not None:
                 fitted = shorter
                 ids = self._encode([fitted.prompt])[0]
-            rows.append(Row(item=fitted, place=place, ids=ids[-room:], cut=len(ids) > room))
+            rows.append(PromptRow(item=fitted, place=place, ids=ids[-room:], cut=len(ids) > room))
         return rows
 
-    def to_score(self, members: Members) -> list[Row]:
+    def to_score(self, members: Members) -> list[PromptRow]:
         """As lm-evaluation-harness: a choice's tokens are those that the prompt gets by having it appended.
 
         One row per item; where prompt and choices exceed the context one per choice, cut at its left as far as the choice needs.
@@ -52,10 +52,10 @@ class Rows:
             scored = [(number, next(wholes)[len(context) :][-self.context :]) for number in range(len(item.choices))]
             room = [self.context + 1 - max(1, len(tokens)) for _, tokens in scored]  # the last token is never run
             if len(context) <= min(room) or max(room) == min(room):
-                rows.append(Row(item=item, place=place, ids=context[-min(room) :], scored=scored, cut=len(context) > min(room)))
+                rows.append(PromptRow(item=item, place=place, ids=context[-min(room) :], scored=scored, cut=len(context) > min(room)))
                 continue
             rows += [
-                Row(item=item, place=place, ids=context[-left:], scored=[one], cut=len(context) > left)
+                PromptRow(item=item, place=place, ids=context[-left:], scored=[one], cut=len(context) > left)
                 for left, one in zip(room, scored, strict=True)
             ]
         return rows
@@ -67,7 +67,7 @@ class Rows:
         return [ids[:-1] if ids[-1:] == [end] else ids for ids in encoded]
 
 
-def common(rows: Sequence[Row]) -> int:
+def common(rows: Sequence[PromptRow]) -> int:
     """How many tokens all rows begin with, and may share: each keeps the one that its first prediction needs."""
     sequences = [row.ids for row in rows]
     first, last = min(sequences), max(sequences)  # in lexicographic order these two differ earliest

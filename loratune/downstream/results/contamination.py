@@ -1,4 +1,4 @@
-"""Whether training data hold what the benchmarks ask: a score is worth less where they do. No torch.
+"""Benchmark items in the training data, which make a score worth less. No torch.
 
 Compared are the training examples as they were trained, decoded from the prepared data (the sources may be gone), with the
 items that were scored, by runs of 13 words (`data/overlap.py` says how). The result lies beside the answers, in
@@ -29,7 +29,7 @@ _CHUNK = 1000  # examples decoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Json):
+class ContaminatedItem(Json):
     """An item that stands in the training data."""
 
     item: str
@@ -48,7 +48,7 @@ class Contamination(Json):
     compared: int  # of these, long enough
     found: int  # of these, in the training data
     examples: int  # training examples that hold one
-    samples: tuple[Sample, ...] = ()  # those with most in common first
+    samples: tuple[ContaminatedItem, ...] = ()  # those with most in common first
 
     def sentence(self) -> str:
         """The counts in words."""
@@ -65,7 +65,9 @@ class _All(Json):
     found: tuple[Contamination, ...]
 
 
-def check(folder: Path, prepared: Path, benchmarks: Sequence[Benchmark], *, trust_remote_code: bool = False) -> list[Contamination]:
+def find_contamination(
+    folder: Path, prepared: Path, benchmarks: Sequence[Benchmark], *, trust_remote_code: bool = False
+) -> list[Contamination]:
     """Compare the items that have scores in `folder` with the training examples of the `prepared` data.
 
     What was compared before is only read. Raises DataError, ModelError, StorageError.
@@ -76,7 +78,7 @@ def check(folder: Path, prepared: Path, benchmarks: Sequence[Benchmark], *, trus
         scored.setdefault(result.benchmark, set()).update(result.scores)
     asked = [benchmark for benchmark in benchmarks if scored.get(benchmark.name)]
     identities = {b.name: _digest([_VERSION, data.manifest.hash, b.name, b.version, sorted(scored[b.name])]) for b in asked}
-    known = {one.benchmark: one for one in read(folder)}
+    known = {one.benchmark: one for one in read_contamination(folder)}
     lacking = [b for b in asked if b.name not in known or known[b.name].identity != identities[b.name]]
     if lacking:
         tokenizer = load_tokenizer(data.manifest.tokenizer, data.manifest.revision, trust_remote_code)
@@ -92,7 +94,7 @@ def check(folder: Path, prepared: Path, benchmarks: Sequence[Benchmark], *, trus
                 found=len(found.documents),
                 examples=len({place for places in found.documents.values() for place in places}),
                 samples=tuple(
-                    Sample(item=own[item].id, words=found.shown[item], example=found.documents[item][0])
+                    ContaminatedItem(item=own[item].id, words=found.shown[item], example=found.documents[item][0])
                     for item in sorted(found.runs, key=lambda item: (-found.runs[item], item))[:_SHOWN]
                 ),
             )
@@ -100,15 +102,15 @@ def check(folder: Path, prepared: Path, benchmarks: Sequence[Benchmark], *, trus
     return [known[b.name] for b in asked]
 
 
-def read(folder: Path) -> list[Contamination]:
-    """What was compared before; nothing where it was not, or where the file is damaged: it is made anew then."""
+def read_contamination(folder: Path) -> list[Contamination]:
+    """The comparisons made so far; none where the file is absent or damaged: it is made anew then."""
     try:
         return list(_All.from_json((folder / FILE).read_text()).found)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []
 
 
-def lines(found: Sequence[Contamination]) -> list[str]:
+def contamination_lines(found: Sequence[Contamination]) -> list[str]:
     """For a terminal; empty where nothing was compared."""
     text = [f"Benchmark items in the training data ({RULE}):"] if found else []
     for one in found:

@@ -1,4 +1,4 @@
-"""What the scores of a study's models say, in a table and in sentences. Plain text; no torch.
+"""The scores of a study's models in a table, and conclusions in sentences. Plain text; no torch.
 
 The published table: over the trials with the lowest validation loss the minimum, maximum, mean and standard deviation
 of each benchmark's score, beside the default's and the bare model's. Then what may be concluded: whether anything is
@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loratune.downstream.results.scores import BASE, Cell, Result, in_words, table, whose
+from loratune.downstream.results.scores import BASE, Result, by_model, describe_model, shipped_note
 from loratune.statistics import Summary, sentence, summarise
 
 _SEED = 0  # of the bootstraps
@@ -40,7 +40,7 @@ def findings(
     found = []
     for benchmark in dict.fromkeys(result.benchmark for result in results):
         own = {result.model: result for result in results if result.benchmark == benchmark}
-        top = [own[name].interval().value for name in best if name in own]
+        top = [own[name].score.value for name in best if name in own]
         some = next(iter(own.values()))
         said = [*_protocol(own), *_chance(own), *_against(own, best, default, shipped), *_correlation(own, losses)]
         found.append(
@@ -55,20 +55,20 @@ def findings(
     return found
 
 
-def lines(
+def finding_lines(
     results: Sequence[Result], losses: Mapping[str, float], best: Sequence[str], default: str | None, shipped: str | None = None
 ) -> list[str]:
     """The table and the sentences, for a terminal; arguments as of `findings`. `losses` may hold `base`."""
     if not results:
-        return ["Nothing was scored yet."]
-    cells = table(results)
+        return ["Nothing has been scored yet."]
+    cells = by_model(results)
     found = findings(results, losses, best, default, shipped)
     order = [*dict.fromkeys([*([shipped] if shipped else []), *best, *([default] if default else []), *sorted(cells)])]
     head = ["", "loss", *(finding.title for finding in found)]
     rows = [head]
     for name in (name for name in order if name in cells):
         loss = f"{losses[name]:.4f}" if name in losses else ""
-        rows.append([label(name, best, default, shipped), loss, *(_cell(cells[name].get(finding.benchmark)) for finding in found)])
+        rows.append([model_label(name, best, default, shipped), loss, *(_cell(cells[name].get(finding.benchmark)) for finding in found)])
     summaries = [finding.best for finding in found]
     for what in ("min", "max", "mean", "sd") if any(summaries) else ():
         values = [f"{100 * getattr(one, what):.1f}" if one else "" for one in summaries]
@@ -78,19 +78,19 @@ def lines(
     text = ["Scores in %, with 95 % intervals over items:"]
     text += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if shipped is not None:
-        text += ["", whose(shipped, shipped in cells)]
+        text += ["", shipped_note(shipped, shipped in cells)]
     for finding in found:
         text += ["", f"{finding.title}:", *(f"  {line}" for line in finding.sentences)]
     return text
 
 
-def label(name: str, best: Sequence[str], default: str | None, shipped: str | None = None) -> str:
+def model_label(name: str, best: Sequence[str], default: str | None, shipped: str | None = None) -> str:
     """`handed over, trial 7 (race-01)`, `best, trial 7`, `default, trial 0`, `trial 12`, `base model, untuned`."""
     roles = {"handed over": name == shipped, "best": name in best[:1], "default": name == default}
-    return ", ".join([*(role for role, has in roles.items() if has), in_words(name)])
+    return ", ".join([*(role for role, has in roles.items() if has), describe_model(name)])
 
 
-def _cell(cell: Cell | None) -> str:
+def _cell(cell: Result | None) -> str:
     if cell is None:
         return ""
     score = cell.score
@@ -105,13 +105,13 @@ def _chance(own: Mapping[str, Result]) -> list[str]:
     chance, constant = some.chance, some.facts.get("constant")
     if chance is None:
         return []
-    intervals = {name: result.interval() for name, result in own.items()}
+    intervals = {name: result.score for name, result in own.items()}
     low, high = constant or (chance, chance)
     above = [name for name, interval in intervals.items() if interval.known and interval.low > max(chance, high)]
     same = f"; choosing the same for every item scores {100 * low:.1f} to {100 * high:.1f} %" if constant else ""
     what = f"chance ({100 * chance:.1f} %{same})"
     if not above and chance == 0:
-        return ["No model answers anything right." if not any(i.value for i in intervals.values()) else "No model is clearly above 0."]
+        return ["No model answers any item correctly." if not any(i.value for i in intervals.values()) else "No model is clearly above 0."]
     if not above and all(interval.known and interval.high < min(chance, low) for interval in intervals.values()):
         return [f"Every model is below {what}, as happens when answers are none of the options: the scores do not say which is better."]
     if not above:
@@ -151,8 +151,8 @@ def _capital(text: str) -> str:
 
 
 def _protocol(own: Mapping[str, Result]) -> list[str]:
-    """What one must know of the protocol to read the scores."""
-    return list(dict.fromkeys(str(said) for result in own.values() if (said := result.facts.get("protocol"))))
+    """Notes on the protocol that are needed to read the scores."""
+    return list(dict.fromkeys(str(result.facts["protocol"]) for result in own.values() if result.facts.get("protocol")))
 
 
 def _correlation(own: Mapping[str, Result], losses: Mapping[str, float]) -> list[str]:
@@ -160,7 +160,7 @@ def _correlation(own: Mapping[str, Result], losses: Mapping[str, float]) -> list
     names = [name for name in own if name in losses and name.isdigit()]
     if len(names) < 3:
         return []
-    loss, intervals = [losses[name] for name in names], [own[name].interval() for name in names]
+    loss, intervals = [losses[name] for name in names], [own[name].score for name in names]
     score = [interval.value for interval in intervals]
     widths = [interval.high - interval.low for interval in intervals if interval.known]
     error = math.sqrt(sum(w * w for w in widths) / len(widths)) / (2 * 1.96) if widths else None

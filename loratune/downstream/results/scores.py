@@ -1,19 +1,20 @@
-"""What was answered and what it is worth, kept with the study and read back. No torch.
+"""Answers and their scores, kept with the study and read back. No torch.
 
     evaluation/
       0007/                  a model: a trial's number, or `base`; 0007-race-01: the trial trained again by a selection, which ships it
         mmlu.jsonl           one line per item, in the order they were done: id, group, answer, score, why
-        mmlu.json            what it was measured with: version, seed, model, adapter, number of items, seconds
-        proof.json           that the adapter was on
-      part-0.log             what a process printed that shared in the work and died; else none
+        mmlu.json            how it was measured: version, seed, model, adapter, number of items, seconds
+        proof.json           the adapter check
+      part-0.log             the output of one of several processes, if it died
       lock                   an empty file
 
-Lines are only ever appended; a crash can tear the last one, which is then dropped. What was measured with another
-adapter, version or seed is put aside, never mixed in. Of a benchmark only the items that were done count.
+Lines are only ever appended; a crash can tear the last one, which is then dropped. Results of another adapter, version or seed are
+put aside, never mixed in.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -50,6 +51,11 @@ class Result:
     answers: dict[str, str] = field(default_factory=dict)
 
     @property
+    def n(self) -> int:
+        """Items with a score."""
+        return len(self.scores)
+
+    @property
     def title(self) -> str:
         return str(self.facts.get("title", self.benchmark))
 
@@ -72,7 +78,8 @@ class Result:
             members.setdefault(self.groups[item] if self.facts.get("mean_over_groups") else "", []).append(score)
         return fmean(map(fmean, members.values()))
 
-    def interval(self) -> "Interval":
+    @functools.cached_property
+    def score(self) -> "Interval":
         """The benchmark's score with its 95 % interval over items."""
         from loratune.statistics import bootstrap_mean
 
@@ -94,7 +101,7 @@ def model_name(trial: int, run: str = MAIN) -> str:
     return f"{trial:04d}" + (f"-{run}" if run != MAIN else "")
 
 
-def in_words(name: str) -> str:
+def describe_model(name: str) -> str:
     """`trial 7`, `trial 7 (race-01)`, `base model, untuned`: a model by its folder's name."""
     number, _, run = name.partition("-")
     if number.isdigit():
@@ -102,21 +109,21 @@ def in_words(name: str) -> str:
     return "base model, untuned" if name == BASE else name
 
 
-def whose(shipped: str, scored: bool) -> str:
-    """Whose scores a table shows beside those of the model handed over, or that it lacks that one."""
+def shipped_note(shipped: str, scored: bool) -> str:
+    """The note under a table of scores: which model is handed over, and whose scores a trial's are."""
     if shipped.isdigit():
-        return f"Handed over is the study's own run of {in_words(shipped)}" + ("." if scored else ", which is not scored.")
+        return f"Handed over is the study's own run of {describe_model(shipped)}" + ("." if scored else ", which is not scored.")
     also = "scored as a model of its own" if scored else "and not scored yet"
     own = "A trial's scores are of its run in the study."
-    return f"Handed over is {in_words(shipped)}, trained with another seed, {also}. {own}"
+    return f"Handed over is {describe_model(shipped)}, trained with another seed, {also}. {own}"
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def sole_evaluation(folder: Path) -> Iterator[None]:
     """While open, no other evaluation answers into `folder`. Raises StorageError while one does.
 
     A POSIX lock: it ends with the process, whatever children of a killed one are still about. Of these only the ones that
-    write are waited for (`beside`); they end by themselves.
+    write are waited for (`join_evaluation`); they end by themselves.
     """
     handle = _lock_file(folder)
     try:
@@ -130,7 +137,7 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def beside(folder: Path) -> None:
+def join_evaluation(folder: Path) -> None:
     """Until this process ends, it answers into `folder` on behalf of the evaluation that started it."""
     fcntl.lockf(_lock_file(folder), fcntl.LOCK_SH, 1, _PROCESSES)
 
@@ -140,7 +147,7 @@ def _lock_file(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         return os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror}. Open the folder, then run again.") from error
+        raise StorageError(f"cannot write {folder}: {error.strerror}. Make the folder writable, then run again.") from error
 
 
 def _wait_for_orphans(handle: int) -> None:
@@ -158,19 +165,17 @@ def _wait_for_orphans(handle: int) -> None:
             return
 
 
-class Ledger:
-    """Where one model's results on one benchmark are written. `identity` decides what may stand together."""
+class ResultWriter:
+    """Writes one model's results on one benchmark. `identity` decides which results may stand together."""
 
     def __init__(self, folder: Path, model: str, benchmark: str, identity: dict[str, Any]) -> None:
         self._lines, self._facts = folder / model / f"{benchmark}.jsonl", folder / model / f"{benchmark}.json"
         self._identity = identity
-        if self._facts.is_file():
-            before = _json(self._facts)
-            if any(before.get(name) != value for name, value in identity.items()):
-                _put_aside(self._facts, self._lines)
-        elif self._lines.is_file():
-            _put_aside(self._lines)
-        self.seconds = float(_json(self._facts).get("seconds", 0.0)) if self._facts.is_file() else 0.0
+        before = _facts(self._facts) if self._facts.is_file() else {}
+        if any(before.get(name, self) != value for name, value in identity.items()):
+            _put_aside(self._facts, self._lines)
+            before = {}
+        self.seconds = float(before.get("seconds", 0.0))
         self.done = {str(line["id"]) for line in read_lines(self._lines)}
 
     def add(self, lines: Sequence[dict[str, Any]], seconds: float) -> None:
@@ -180,7 +185,7 @@ class Ledger:
         self.seconds += seconds
 
     def describe(self, facts: dict[str, Any]) -> None:
-        """Write what the lines were measured with, before the first of them."""
+        """Write down how the lines are measured, before the first of them."""
         write_atomically(self._facts, json.dumps({**self._identity, **facts, "seconds": round(self.seconds, 3)}, indent=1) + "\n")
 
 
@@ -198,7 +203,7 @@ def read_results(folder: Path, *, begun: bool = False) -> list[Result]:
             Result(
                 model=facts.parent.name,
                 benchmark=facts.stem,
-                facts=_json(facts),
+                facts=_facts(facts),
                 scores={line["id"]: float(line["score"]) for line in lines},
                 groups={line["id"]: str(line["group"]) for line in lines},
                 answers={line["id"]: str(line["answer"]) for line in lines},
@@ -207,27 +212,16 @@ def read_results(folder: Path, *, begun: bool = False) -> list[Result]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A place of the table model x benchmark."""
-
-    score: "Interval"
-    n: int  # items
-    chance: float | None
-    done: bool
-
-
-def table(results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
-    """model -> benchmark -> score, in the results' order."""
-    rows: dict[str, dict[str, Cell]] = {}
+def by_model(results: Iterable[Result]) -> dict[str, dict[str, Result]]:
+    """model -> benchmark -> result, in the results' order."""
+    rows: dict[str, dict[str, Result]] = {}
     for result in results:
-        cell = Cell(score=result.interval(), n=len(result.scores), chance=result.chance, done=result.done)
-        rows.setdefault(result.model, {})[result.benchmark] = cell
+        rows.setdefault(result.model, {})[result.benchmark] = result
     return rows
 
 
-def fingerprint(adapter: Path | None) -> str | None:
-    """SHA-256 of a PEFT folder's configuration and weights: what was scored. None is the bare model. Raises StorageError."""
+def adapter_fingerprint(adapter: Path | None) -> str | None:
+    """SHA-256 of a PEFT folder's configuration and weights; None for the bare model. Raises StorageError."""
     if adapter is None:
         return None
     try:
@@ -236,7 +230,7 @@ def fingerprint(adapter: Path | None) -> str | None:
         raise StorageError(f"{adapter} holds no adapter: {error.strerror}, {Path(str(error.filename)).name}.") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:

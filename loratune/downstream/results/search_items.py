@@ -1,4 +1,4 @@
-"""Which items of a benchmark guided a study's search: what chose must not be reported as held-out evidence.
+"""The benchmark items that guided a study's search, which must not be reported as held-out evidence.
 
 scoring/items.json     benchmark -> ids of the items, drawn before the first trial, the same for all trials
 """
@@ -18,7 +18,7 @@ _ALIKE = (
 )  # ask the same questions, under the same ids
 
 
-def items_that_guided(study: Path) -> dict[str, set[str]]:
+def search_items(study: Path) -> dict[str, set[str]]:
     """Benchmark -> ids of the items that guided the search of the study in that folder; empty when no score did.
 
     Benchmarks that ask the same questions in another form share them. Raises StorageError.
@@ -31,14 +31,12 @@ def items_that_guided(study: Path) -> dict[str, set[str]]:
     return found
 
 
-def keep_drawn(study: Path, drawn: Mapping[str, Sequence[str]]) -> None:
-    """Note what was drawn. Raises StorageError when a trial was scored on other items."""
+def keep_search_items(study: Path, drawn: Mapping[str, Sequence[str]]) -> None:
+    """Write down the items drawn. Raises StorageError when a trial was scored on other items."""
     path = StudyPaths(study).scoring / "items.json"
     if _drawn(study) != drawn:
         if any(path.parent.glob("*/*.jsonl")):
-            raise StorageError(
-                f"{path}: the items of {', '.join(drawn)} are others now. Restore the benchmarks' data, or begin a new study."
-            )
+            raise StorageError(f"{path}: the items of {', '.join(drawn)} have changed. Restore the benchmarks' data, or start a new study.")
         write_atomically(path, json.dumps(drawn))
 
 
@@ -49,4 +47,4 @@ def _drawn(study: Path) -> dict[str, list[str]]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {path}: {error}. It says which items must not be reported; restore it.") from error
+        raise StorageError(f"cannot read {path}: {error}. It lists the items that must not be reported; restore it.") from error

@@ -51,7 +51,7 @@ from loratune.errors import SandboxError
 from loratune.system.machine import usable_cores
 
 Kind = Literal["ok", "failed", "timeout", "memory", "output", "killed"]
-AT_ONCE = usable_cores()  # programs, unless `run_all` is told; less in a process that shares the processors with others
+AT_ONCE = usable_cores()  # programs, unless `run_programs` is told; less in a process that shares the processors with others
 PACKAGE = Path(__file__).parents[2]
 LEEWAY = 30.0  # seconds beyond the program's own after which the warden itself is taken for dead
 
@@ -68,7 +68,7 @@ warden()
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use."""
+    """The resources of one program."""
 
     timeout: float = 3.0  # seconds of wall-clock time, from the program's start to the verdict
     memory_bytes: int = 512 << 20  # address space of each process, interpreter included
@@ -78,7 +78,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ProgramTest:
     """A program and its test.
 
     program: untrusted text that defines the function `entry_point`.
@@ -93,8 +93,8 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
-    """What became of a program.
+class ProgramResult:
+    """The result of a program.
 
     kind: "ok" (passed), "failed" (an exception, a wrong answer, or it ended by itself), "timeout" (wall-clock or CPU
         time), "memory", "output" (printed too much), "killed" (by a signal, such as a segmentation fault).
@@ -111,26 +111,28 @@ def namespaces_missing() -> str:
     """Why namespaces cannot be used here, found out once by trying; "" when they can."""
     try:
         _run(
-            Job(program="def one():\n    return 1", entry_point="one", tests="assert candidate() == 1"), Limits(timeout=20), namespaces=True
+            ProgramTest(program="def one():\n    return 1", entry_point="one", tests="assert candidate() == 1"),
+            Limits(timeout=20),
+            namespaces=True,
         )
     except SandboxError as error:
         return str(error)
     return ""
 
 
-def run(job: Job, *, limits: Limits = Limits(), weaker: bool = False) -> Ran:
-    """Run one program against its tests. For `weaker`, and what is raised, see `run_all`."""
-    return run_all([job], limits=limits, workers=1, weaker=weaker)[0]
+def run_program(job: ProgramTest, *, limits: Limits = Limits(), weaker: bool = False) -> ProgramResult:
+    """Run one program against its tests. For `weaker`, and what is raised, see `run_programs`."""
+    return run_programs([job], limits=limits, workers=1, weaker=weaker)[0]
 
 
-def run_all(
-    jobs: Sequence[Job],
+def run_programs(
+    jobs: Sequence[ProgramTest],
     *,
     limits: Limits = Limits(),
     workers: int = 0,
     weaker: bool = False,
     settled: Callable[[int], None] = lambda number: None,
-) -> list[Ran]:
+) -> list[ProgramResult]:
     """Run programs side by side, each in a sandbox of its own; the results stand in the order of the jobs.
 
     workers: programs at a time; 0: AT_ONCE, one per processor. weaker: accept the weaker walls where namespaces are missing.
@@ -155,7 +157,7 @@ def run_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _run(job: Job, limits: Limits, *, namespaces: bool) -> Ran:
+def _run(job: ProgramTest, limits: Limits, *, namespaces: bool) -> ProgramResult:
     if not sys.platform.startswith("linux"):
         raise SandboxError(f"programs can only be isolated on Linux, this is {sys.platform}")
     with nullcontext("/tmp") if namespaces else tempfile.TemporaryDirectory(prefix="loratune-sandbox-") as scratch:
@@ -203,7 +205,7 @@ def _run(job: Job, limits: Limits, *, namespaces: bool) -> Ran:
         raise SandboxError(f"the sandbox broke: {last or f'exit status {process.returncode}'}") from None
     if answer["kind"] == "setup":
         raise SandboxError(answer["why"])
-    return Ran(**answer)
+    return ProgramResult(**answer)
 
 
 def _framed(message: Any) -> bytes:

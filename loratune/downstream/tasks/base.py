@@ -1,4 +1,4 @@
-"""What a benchmark is: items with prompts, and a verdict on each answer. No model and no torch here.
+"""Benchmarks: items with prompts, and a verdict on each answer. No model and no torch here.
 
 A model answers an item in one of two ways: it continues the prompt (`choices` empty), or the log-likelihood of each of
 the item's `choices` as a continuation is compared and the likeliest is the answer.
@@ -34,7 +34,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What an answer is worth, in [0, 1], and why where it is not obvious."""
+    """An answer's score in [0, 1], and the reason where it is not obvious."""
 
     score: float
     why: str = ""
@@ -52,7 +52,7 @@ class Benchmark(ABC):
     temperature: float = 0.0  # 0: greedy
     mean_over_groups: bool = False  # the benchmark's score: unweighted mean over groups, else over items
     runs_code: bool = False  # scoring executes what the model wrote
-    protocol: str = ""  # what one must know of it to read the scores, in a sentence; shown with them
+    protocol: str = ""  # a sentence that readers of the scores need; shown with them
 
     @abstractmethod
     def items(self) -> list[Item]:
@@ -63,7 +63,7 @@ class Benchmark(ABC):
         """A verdict per item. An answer is the text written, or the chosen one of `choices`."""
 
     def texts(self, item: Item) -> tuple[str, ...]:
-        """What training data must not hold: the question without examples and template, and parts of it that may stand alone."""
+        """Texts that training data must not hold: the question without examples and template, and parts of it that may stand alone."""
         return (item.prompt[item.shared :].removesuffix("Answer:"),)
 
     def decided(self, item: Item, text: str) -> bool:
@@ -77,13 +77,20 @@ class PrefixBenchmark(Benchmark):
     protocol = "Right is an answer that begins with the expected one; an answer that first explains counts as wrong."
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
-        return [Verdict(score=float(answer.strip().startswith(item.targets)), why="") for item, answer in zip(items, answers, strict=True)]
+        return [Verdict(score=float(answer.strip().startswith(item.targets))) for item, answer in zip(items, answers, strict=True)]
 
     def decided(self, item: Item, text: str) -> bool:
         begun = text.strip()
         if begun.endswith("\ufffd"):  # the first bytes of a letter whose others are still to come
             return False
         return begun.startswith(item.targets) or not any(target.startswith(begun) for target in item.targets)
+
+
+class ChoiceBenchmark(Benchmark):
+    """Right is a likeliest choice that is among the targets."""
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
+        return [Verdict(score=float(answer in item.targets)) for item, answer in zip(items, answers, strict=True)]
 
 
 def constant_scores(items: Sequence[Item]) -> tuple[float, float] | None:

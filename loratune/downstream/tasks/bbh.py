@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.downstream.tasks.base import Item, PrefixBenchmark
-from loratune.downstream.tasks.folders import find, hub
+from loratune.downstream.tasks.folders import find_data, hub_rows
 from loratune.errors import DataError
 
 HUB = "lukaemon/bbh"
@@ -59,8 +59,8 @@ class Bbh(PrefixBenchmark):
     @functools.cached_property
     def _tasks(self) -> dict[str, list[dict[str, Any]]]:
         if self.data is None:
-            return {task: hub(HUB, task, "test") for task in TASKS}
-        folder = find(self.data, "bbh", ("bbh", "boolean_expressions.json"), "one JSON file per task, of BIG-Bench-Hard's folder bbh")
+            return {task: hub_rows(HUB, task, "test") for task in TASKS}
+        folder = find_data(self.data, "bbh", ("bbh", "boolean_expressions.json"), "one JSON file per task, of BIG-Bench-Hard's folder bbh")
         folder = folder.parent if folder.is_file() else folder
         files = {path.stem: path for path in sorted(folder.glob("*.json"))}
         lacking = [task for task in TASKS if task not in files]
@@ -72,7 +72,7 @@ class Bbh(PrefixBenchmark):
 def options(task: str, question: str) -> list[str]:
     """The answers that a guesser would choose from; empty where the answer is to be worked out."""
     listed = question.partition("\nOptions:\n")[2].splitlines()
-    lettered = [found.group(0) for line in listed if (found := re.match(r"\([A-Z]\)", line))]
+    lettered = re.findall(r"^\([A-Z]\)", "\n".join(listed), re.MULTILINE)
     return lettered or [line.removeprefix("- ").strip() for line in listed if line.startswith("- ")] or _UNLISTED.get(task, [])
 
 

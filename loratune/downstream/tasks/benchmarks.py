@@ -13,7 +13,7 @@ EMBEDDED = ("demo_choice", "demo_match", "demo_code")
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
 
 
-def build(name: str, data: Path | None = None, *, weaker: bool = False) -> Benchmark:
+def build_benchmark(name: str, data: Path | None = None, *, weaker: bool = False) -> Benchmark:
     """The benchmark called `name`, its data from the folder `data`, else from the hub.
 
     weaker: for those that run code, accept the sandbox's weaker walls where namespaces are missing.
@@ -27,7 +27,7 @@ def build(name: str, data: Path | None = None, *, weaker: bool = False) -> Bench
 
 
 def may_run(own: Sequence[Benchmark], foreign: Sequence[str], tasks: Path | None, *, allow: bool, weaker: bool) -> None:
-    """Refuse what cannot or may not be done: `own` benchmarks, and `foreign` tasks of lm-evaluation-harness.
+    """Refuse `own` benchmarks, and `foreign` tasks of lm-evaluation-harness, that cannot or may not run.
 
     Raises EvaluationError, and MissingExtraError where the harness is not installed.
     """
@@ -48,5 +48,5 @@ def may_run(own: Sequence[Benchmark], foreign: Sequence[str], tasks: Path | None
     if foreign:
         from loratune.downstream.tasks import harness
 
-        harness.require()
-        harness.check(foreign, tasks)
+        harness.require_harness()
+        harness.check_tasks(foreign, tasks)

@@ -2,7 +2,7 @@
 
 Instruct-Eval's protocol (declare-lab/instruct-eval, drop.py): questions whose annotators all gave the same answer; three
 of them, drawn by `random.sample` with seed 0, are the examples, and no other question about their passages is
-asked; the model writes 8 tokens; right is an answer that begins with the annotated one (not F1). A prompt of more
+passage_text; the model writes 8 tokens; right is an answer that begins with the annotated one (not F1). A prompt of more
 than 2,048 tokens leaves out its last example until it fits.
 
 Published scores are of the development set. The version names the file that was read.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.downstream.tasks.base import Item, PrefixBenchmark
-from loratune.downstream.tasks.folders import find, hub
+from loratune.downstream.tasks.folders import find_data, hub_rows
 from loratune.errors import DataError
 
 HUB = "ucinlp/drop"
@@ -23,7 +23,7 @@ SHOTS, SEED = 3, 0
 _PLACES = ("drop_dataset_dev.json", "drop_dataset/drop_dataset_dev.json", "drop_validation.jsonl", "drop_train_salvaged.jsonl")
 
 
-class Drop(PrefixBenchmark):
+class DropBenchmark(PrefixBenchmark):
     """Of the development set, or of the part of the training set that a folder holds."""
 
     name, title = "drop", "DROP"
@@ -31,7 +31,7 @@ class Drop(PrefixBenchmark):
     max_new_tokens, max_prompt_tokens = 8, 2048
 
     def __init__(self, data: Path | None = None) -> None:
-        self.file = None if data is None else find(data, "drop", _PLACES, "the release's dev file, or one question per line")
+        self.file = None if data is None else find_data(data, "drop", _PLACES, "the release's dev file, or one question per line")
         self.version = f"drop/{self.file.stem if self.file else 'hub-validation'}/instruct-eval-3-shot/1"
 
     def items(self) -> list[Item]:
@@ -43,11 +43,11 @@ class Drop(PrefixBenchmark):
         prompt, starts = "", []
         for row in examples:
             starts.append(len(prompt))
-            prompt += f"{asked(row)} {row['spans'][0]}\n\n"
+            prompt += f"{passage_text(row)} {row['spans'][0]}\n\n"
         return [
             Item(
                 id=row["id"],
-                prompt=prompt + asked(row),
+                prompt=prompt + passage_text(row),
                 shared=len(prompt),
                 shots=(*starts, len(prompt)),
                 targets=(row["spans"][0],),
@@ -59,7 +59,7 @@ class Drop(PrefixBenchmark):
     def _rows(self) -> Iterator[dict[str, Any]]:
         """`id`, `passage`, `question` and `spans`, the annotators' answers."""
         if self.file is None:
-            yield from (_row(row, f"{HUB}, row {n}") for n, row in enumerate(hub(HUB, None, "validation")))
+            yield from (_row(row, f"{HUB}, row {n}") for n, row in enumerate(hub_rows(HUB, None, "validation")))
             return
         try:
             text = self.file.read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ class Drop(PrefixBenchmark):
             yield from _released(_parsed(text, self.file, 1), self.file)
 
 
-def asked(row: dict[str, Any]) -> str:
+def passage_text(row: dict[str, Any]) -> str:
     """Passage, question and "Answer:"."""
     return f"{row['passage'].strip()} {row['question'].strip()}\nAnswer:"
 

@@ -1,6 +1,6 @@
-"""Benchmarks of the demo model: the same small world as its instructions, from the part that no data file holds.
+"""Benchmarks of the demo model: the same small world as its instructions, from the held-out part.
 
-What is asked here was held out by its key (`demo/tasks.py`), so in every wording. They show an evaluation working in
+Each item was held out by its key (`tools/make_demo/tasks.py`), so in every wording. They show an evaluation working in
 minutes; they say nothing about other models.
 
 `demo_choice`  the likeliest of four answers; the wrong ones are drawn from the same kind of words
@@ -9,19 +9,15 @@ minutes; they say nothing about other models.
 """
 
 import functools
-import random
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from loratune.data.prompts import alpaca_prompt
-from loratune.demo.tasks import examples
-from loratune.demo.words import ATTRIBUTES, CATEGORIES, OPPOSITE_OF, PLURALS
-from loratune.demo.world import values
-from loratune.downstream.sandbox.runner import Job, run_all
-from loratune.downstream.tasks.base import Benchmark, Item, Verdict
+from loratune.demo import held_out_file
+from loratune.downstream.sandbox.runner import ProgramTest, run_programs
+from loratune.downstream.tasks.base import Benchmark, ChoiceBenchmark, Item, Verdict
 
-SEED = 3
-_DRAWN = 1500  # examples of the part, all kinds together
-_PER_KIND = 30
 # Kinds with one right answer among very many; the others (a letter, a number of words, the bigger of two) can be guessed.
 _MATCHED = (
     *("copy", "reverse", "sort_words", "sort_numbers", "capitals", "pick", "opposite", "category", "odd_one", "knowledge"),
@@ -30,15 +26,16 @@ _MATCHED = (
 
 
 @functools.cache
-def _examples() -> dict[str, list[dict[str, str]]]:
-    """The part's examples by kind, at most `_PER_KIND` each, in a fixed order."""
-    found: dict[str, list[dict[str, str]]] = {}
-    for record in examples("test", _DRAWN, SEED):
-        found.setdefault(record["task"], []).append(record)
-    return {kind: records[:_PER_KIND] for kind, records in found.items()}
+def _held_out() -> dict[str, list[dict[str, Any]]]:
+    """The held-out instructions by kind of task, in the file's order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    with held_out_file().open(encoding="utf-8") as lines:
+        for record in map(json.loads, lines):
+            found.setdefault(record["task"], []).append(record)
+    return found
 
 
-def _prompt(record: dict[str, str]) -> str:
+def _prompt(record: dict[str, Any]) -> str:
     return alpaca_prompt(record["instruction"], record["input"])
 
 
@@ -48,7 +45,7 @@ class _Demo(Benchmark):
         return (item.prompt.partition("### Instruction:\n")[2].removesuffix("### Response:").replace("### Input:\n", ""),)
 
 
-class DemoChoice(_Demo):
+class DemoChoice(_Demo, ChoiceBenchmark):
     """One of four by log-likelihood."""
 
     name, title = "demo_choice", "Demo: choice"
@@ -56,25 +53,18 @@ class DemoChoice(_Demo):
     chance = 0.25
 
     def items(self) -> list[Item]:
-        pools = {"opposite": sorted(OPPOSITE_OF), "category": sorted(CATEGORIES), "plural": sorted(PLURALS.values())}
-        found = []
-        for kind in ("opposite", "category", "plural", "knowledge"):
-            for number, record in enumerate(_examples()[kind]):
-                right = record["output"]
-                pool = pools[kind] if kind in pools else next(v for a in ATTRIBUTES if right in (v := values(a)))
-                wrong = [word for word in pool if word != right]
-                if len(wrong) < 3:
-                    continue
-                rng = random.Random(f"{SEED} {kind} {number}")
-                choices = [f" {word}" for word in (right, *rng.sample(wrong, 3))]
-                rng.shuffle(choices)
-                found.append(
-                    Item(id=f"{kind}/{number}", group=kind, prompt=_prompt(record), choices=tuple(choices), targets=(f" {right}",))
-                )
-        return found
-
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
-        return [Verdict(score=float(answer in item.targets)) for item, answer in zip(items, answers, strict=True)]
+        return [
+            Item(
+                id=f"{kind}/{number}",
+                group=kind,
+                prompt=_prompt(record),
+                choices=tuple(f" {word}" for word in record["choices"]),
+                targets=(f" {record['output']}",),
+            )
+            for kind in ("opposite", "category", "plural", "knowledge")
+            for number, record in enumerate(_held_out()[kind])
+            if "choices" in record
+        ]
 
 
 class DemoMatch(_Demo):
@@ -90,7 +80,7 @@ class DemoMatch(_Demo):
         return [
             Item(id=f"{kind}/{number}", group=kind, prompt=_prompt(record), targets=(record["output"],))
             for kind in _MATCHED
-            for number, record in enumerate(_examples()[kind])
+            for number, record in enumerate(_held_out()[kind])
         ]
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
@@ -117,7 +107,7 @@ class DemoCode(_Demo):
 
     def items(self) -> list[Item]:
         found = []
-        for number, record in enumerate(_examples()["program"]):
+        for number, record in enumerate(_held_out()["program"]):
             name, test = _test(record["output"])
             facts = {"entry_point": name, "test": test}
             found.append(Item(id=f"program/{number}", prompt=_prompt(record), targets=(record["output"],), facts=facts))
@@ -126,10 +116,10 @@ class DemoCode(_Demo):
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
         """1 when the program passes its test in the sandbox. Raises SandboxError when it cannot be set up."""
         jobs = [
-            Job(program=answer.strip(), entry_point=item.facts["entry_point"], tests=item.facts["test"])
+            ProgramTest(program=answer.strip(), entry_point=item.facts["entry_point"], tests=item.facts["test"])
             for item, answer in zip(items, answers, strict=True)
         ]
-        runs = run_all(jobs, weaker=self._weaker)
+        runs = run_programs(jobs, weaker=self._weaker)
         return [Verdict(score=float(run.kind == "ok"), why="" if run.kind == "ok" else f"{run.kind}: {run.why}") for run in runs]
 
 

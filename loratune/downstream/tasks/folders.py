@@ -8,7 +8,7 @@ from loratune.errors import DataError
 from loratune.system.hub import asked_once, reachable
 
 
-def find(data: Path, name: str, places: Iterable[str], wanted: str) -> Path:
+def find_data(data: Path, name: str, places: Iterable[str], wanted: str) -> Path:
     """The first of `places` that is a folder or file below `data`, or below `data`/`name`. Raises DataError.
 
     wanted: what should be there, in words, for the error.
@@ -23,7 +23,7 @@ def find(data: Path, name: str, places: Iterable[str], wanted: str) -> Path:
     raise DataError(f"{name}: neither {data / name} nor {data} holds {' or '.join(places)} ({wanted}).")
 
 
-def hub(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
+def hub_rows(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
     """The rows of a data set of the hub, or of its cache on this machine. Raises DataError, naming the local alternative."""
     import datasets
 

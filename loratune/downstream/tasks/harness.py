@@ -1,7 +1,7 @@
 """Any task of lm-evaluation-harness (`pip install 'loratune[eval]'`), by its own name, in the same table of results.
 
 The harness writes the prompts, cuts them and judges; the model that it is given is our frozen base with one adapter
-hooked in, which has been proved to be on.
+hooked in, which has passed the adapter check.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from loratune.system.names import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """One model's results on a task: a line per document, as `scores.Ledger.add` takes them, and what they mean."""
+class HarnessResult:
+    """One model's results on a task: a line per document, as `scores.ResultWriter.add` takes them, and what they mean."""
 
     lines: list[dict[str, Any]]
     metric: str
@@ -31,7 +31,7 @@ class Judged:
     chance: float | None  # of choosing among the options; None where the model writes
 
 
-def require() -> None:
+def require_harness() -> None:
     """Raises MissingExtraError when the harness is not installed."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
@@ -39,7 +39,7 @@ def require() -> None:
         raise MissingExtraError("lm-evaluation-harness", "eval", str(error)) from error
 
 
-def check(tasks: Sequence[str], folder: Path | None) -> None:
+def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
     """See that the harness knows the tasks, those below `folder` included. Raises EvaluationError naming near ones."""
     known = _manager(folder, tasks).all_tasks
     for task in tasks:
@@ -48,9 +48,9 @@ def check(tasks: Sequence[str], folder: Path | None) -> None:
             raise EvaluationError(f"lm-evaluation-harness has no task {task!r}{hint}")
 
 
-def judge(
+def run_task(
     task: str, base: BaseModel, adapters: Adapters, place: int, *, folder: Path | None, limit: int | None, allow_code: bool, seed: int
-) -> Judged:
+) -> HarnessResult:
     """Score the model at `place` on `task`, its first metric per document. limit: the first so many documents of each subtask.
 
     Raises DataError when the task's data cannot be had, EvaluationError for a task without a score per document.
@@ -87,7 +87,7 @@ def judge(
             answer = str(sample.get("filtered_resps", ""))[:2000]
             name = f"{subtask}/{sample['doc_id']}"
             lines.append({"id": name, "group": subtask, "answer": answer, "score": float(sample[metric]), "why": ""})
-    return Judged(
+    return HarnessResult(
         lines=lines,
         metric=", ".join(sorted(set(metrics))),
         version="; ".join(versions[:3]) + (" ..." if len(versions) > 3 else ""),

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loratune.downstream.sandbox.runner import Job, Limits, run_all
+from loratune.downstream.sandbox.runner import Limits, ProgramTest, run_programs
 from loratune.downstream.tasks.base import Benchmark, Item, Verdict
 from loratune.errors import DataError
 
@@ -74,7 +74,7 @@ class HumanEval(Benchmark):
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
         """1 when the program passes its tests in the sandbox. Raises SandboxError when it cannot be set up."""
         jobs = [job(item, self.completion(answer)) for item, answer in zip(items, answers, strict=True)]
-        results = run_all(jobs, limits=Limits(timeout=3.0), weaker=self._weaker)
+        results = run_programs(jobs, limits=Limits(timeout=3.0), weaker=self._weaker)
         return [Verdict(score=float(ran.kind == "ok"), why="" if ran.kind == "ok" else f"{ran.kind}: {ran.why}") for ran in results]
 
     def decided(self, item: Item, text: str) -> bool:
@@ -119,14 +119,14 @@ def completion(answer: str) -> str:
     return "\n".join(lines).lstrip("\n").partition("\n\n")[0]
 
 
-def job(item: Item, body: str) -> Job:
+def job(item: Item, body: str) -> ProgramTest:
     """The program that `body` completes, and its tests.
 
     The tests run behind the head of the problem (some use its imports and helper functions) with the function replaced
     by the program's, in another process: helpers that the program redefines do not reach them.
     """
     head, name = item.facts["head"], item.facts["entry_point"]
-    return Job(program=head + body, entry_point=name, tests=f"{head}\n{name} = candidate\n{item.facts['test']}\ncheck({name})\n")
+    return ProgramTest(program=head + body, entry_point=name, tests=f"{head}\n{name} = candidate\n{item.facts['test']}\ncheck({name})\n")
 
 
 def _find(folder: Path) -> Path:

@@ -13,8 +13,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratune.downstream.tasks.base import Benchmark, Item, PrefixBenchmark, Verdict
-from loratune.downstream.tasks.folders import find, hub
+from loratune.downstream.tasks.base import Benchmark, ChoiceBenchmark, Item, PrefixBenchmark
+from loratune.downstream.tasks.folders import find_data, hub_rows
 from loratune.errors import DataError
 
 LETTERS = "ABCD"
@@ -49,11 +49,11 @@ class Mmlu(_Questions, PrefixBenchmark):
         starts = []
         for example in examples:
             starts.append(len(prompt))
-            prompt += f"{asked(example)} {example[2]}\n\n"
+            prompt += f"{question_text(example)} {example[2]}\n\n"
         return Item(
             id=f"{subject}/{number}",
             group=subject,
-            prompt=prompt + asked(row),
+            prompt=prompt + question_text(row),
             shared=len(prompt),
             shots=(*starts, len(prompt)),
             targets=(row[2],),
@@ -61,7 +61,7 @@ class Mmlu(_Questions, PrefixBenchmark):
         )
 
 
-class MmluLoglikelihood(_Questions):
+class MmluLoglikelihood(_Questions, ChoiceBenchmark):
     """lm-evaluation-harness's: the likeliest letter."""
 
     name, title = "mmlu_loglikelihood", "MMLU (log-likelihood)"
@@ -75,12 +75,12 @@ class MmluLoglikelihood(_Questions):
         found = []
         for subject, row, number, examples in _questions(self.data, self.shots):
             shared = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-            shared += "".join(f"{asked(example, strip=True)} {example[2]}\n\n" for example in examples)
+            shared += "".join(f"{question_text(example, strip=True)} {example[2]}\n\n" for example in examples)
             found.append(
                 Item(
                     id=f"{subject}/{number}",
                     group=subject,
-                    prompt=shared + asked(row, strip=True),
+                    prompt=shared + question_text(row, strip=True),
                     shared=len(shared),
                     targets=(f" {row[2]}",),
                     choices=tuple(f" {letter}" for letter in LETTERS),
@@ -88,11 +88,8 @@ class MmluLoglikelihood(_Questions):
             )
         return found
 
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
-        return [Verdict(score=float(answer in item.targets)) for item, answer in zip(items, answers, strict=True)]
 
-
-def asked(row: Row, *, strip: bool = False) -> str:
+def question_text(row: Row, *, strip: bool = False) -> str:
     """The question, its options by letter, and "Answer:"."""
     question, options, _ = row
     lines = [question.strip() if strip else question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))]
@@ -115,11 +112,11 @@ def _questions(data: Path | None, shots: int) -> list[tuple[str, Row, int, list[
 def _rows(data: Path | None, split: str) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     if data is None:
-        for row in hub(HUB, "all", split):
+        for row in hub_rows(HUB, "all", split):
             options = tuple(map(str, row["choices"]))
             found.setdefault(row["subject"], []).append((row["question"], options, LETTERS[row["answer"]]))
         return found
-    folder = find(data, "mmlu", (split, f"data/{split}"), f"headerless CSV files, <subject>_{split}.csv")
+    folder = find_data(data, "mmlu", (split, f"data/{split}"), f"headerless CSV files, <subject>_{split}.csv")
     for file in sorted(folder.glob(f"*_{split}.csv")):
         with open(file, newline="", encoding="utf-8") as text:
             found[file.name.removesuffix(f"_{split}.csv")] = [_row(cells, file, line) for line, cells in enumerate(csv.reader(text), 1)]

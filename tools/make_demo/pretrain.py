@@ -1,7 +1,7 @@
-"""Makes the demo's base model: `python -m loratune.demo.pretrain [--folder FOLDER]`, ten minutes on one core.
+"""Makes the demo's base model: `python -m tools.make_demo.pretrain [--folder FOLDER]`, ten minutes on one core.
 
 Trains a byte-level BPE tokenizer and a Llama of half a million parameters on the text of `world.py`,
-one pass, no token seen twice. The only file of the demo that imports torch.
+one pass, no token seen twice.
 """
 
 import argparse
@@ -17,9 +17,10 @@ from safetensors.torch import save as serialized
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loratune.demo.tasks import SEED, TRAIN_EXAMPLES, examples
-from loratune.demo.world import documents
+from loratune.demo import model_folder
 from loratune.system.files import write_atomically
+from tools.make_demo.tasks import SEED, TRAIN_EXAMPLES, examples
+from tools.make_demo.world import documents
 
 PRETRAINING_SEED = 20261123
 VOCABULARY = 992
@@ -206,7 +207,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's tokenizer and base model.")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model", help="where to write (default: beside this file)")
+    parser.add_argument("--folder", type=Path, default=model_folder(), help="where to write (default: the package's demo folder)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default: {STEPS})")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the rounding, and so the weights, depend on the number of threads

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loratune.demo import model_folder, pretrain, tasks
-from loratune.demo.world import documents
+from loratune.demo import model_folder
+from tools.make_demo import pretrain, tasks
+from tools.make_demo.world import documents
 
 torch.set_num_threads(1)
 

@@ -4,7 +4,7 @@ One small function per task kind draws one item: several wordings, one short ans
 *key* naming what must be known or done for it ("fact frog colour", "reverse cow ant frog"); a hash
 of the key alone puts it in one part, so a fact held out is held out in every wording and every kind.
 
-`python -m loratune.demo.tasks` writes the two files beside this one.
+`python -m tools.make_demo.tasks` writes the demo's four data files.
 """
 
 import argparse
@@ -14,9 +14,12 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from loratune.demo.words import ANIMALS, ATTRIBUTES, CATEGORIES, CATEGORY_OF, LETTERS, NOUNS, OPPOSITE_OF, PEOPLE, PLURALS, SIZE
-from loratune.demo.world import (
+from loratune.demo import model_folder
+from loratune.system.files import write_atomically
+from tools.make_demo.words import ANIMALS, ATTRIBUTES, CATEGORIES, CATEGORY_OF, LETTERS, NOUNS, OPPOSITE_OF, PEOPLE, PLURALS, SIZE
+from tools.make_demo.world import (
     QUESTIONS,
     SENTENCES,
     fact,
@@ -26,13 +29,17 @@ from loratune.demo.world import (
     some_sequence,
     some_story,
     some_words,
+    values,
 )
-from loratune.system.files import write_atomically
 
 SEED = 1
 TRAIN_EXAMPLES = 2000
 VALIDATION_EXAMPLES = 600
-PARTS = ("train", "validation", "test")  # no file is made of "test": it is kept for benchmarks
+HELD_OUT_SEED = 3
+HELD_OUT_EXAMPLES = 1500  # drawn, all kinds together; of each kind the first PER_KIND are kept
+PER_KIND = 30
+COMPARISON_QUESTIONS = 40
+PARTS = ("train", "validation", "test")  # "test" is kept for benchmarks and comparisons
 SHARES = (0.7, 0.15, 0.15)  # of the keys, not of the examples
 
 
@@ -285,17 +292,48 @@ def examples(part: str, number: int, seed: int) -> list[dict[str, str]]:
     return records
 
 
-def write(folder: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `validation.jsonl`; the same bytes every time."""
-    paths = folder / "train.jsonl", folder / "validation.jsonl"
-    for path, part, number in zip(paths, PARTS, (TRAIN_EXAMPLES, VALIDATION_EXAMPLES), strict=False):
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in examples(part, number, SEED)))
-    return paths
+def held_out() -> list[dict[str, Any]]:
+    """What the benchmarks ask, kind by kind; where there are three wrong answers of the same sort, with four `choices`."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for record in examples("test", HELD_OUT_EXAMPLES, HELD_OUT_SEED):
+        kinds.setdefault(record["task"], []).append(record)
+    pools = {"opposite": sorted(OPPOSITE_OF), "category": sorted(CATEGORIES), "plural": sorted(PLURALS.values())}
+    for kind in (*pools, "knowledge"):
+        for number, record in enumerate(kinds[kind][:PER_KIND]):
+            right = record["output"]
+            pool = pools[kind] if kind in pools else next(v for v in map(values, ATTRIBUTES) if right in v)
+            wrong = [word for word in pool if word != right]
+            if len(wrong) >= 3:
+                rng = random.Random(f"{HELD_OUT_SEED} {kind} {number}")
+                record["choices"] = [right, *rng.sample(wrong, 3)]
+                rng.shuffle(record["choices"])
+    return [record for records in kinds.values() for record in records[:PER_KIND]]
+
+
+def questions() -> list[dict[str, Any]]:
+    """What a comparison asks, in the form of its question files."""
+    return [
+        {"question_id": number, "category": row["task"], "instruction": row["instruction"], "input": row["input"]}
+        for number, row in enumerate(examples("test", COMPARISON_QUESTIONS, seed=1), 1)
+    ]
+
+
+def write(folder: Path) -> list[Path]:
+    """Write the four data files; the same bytes every time."""
+    files = {
+        "train": examples("train", TRAIN_EXAMPLES, SEED),
+        "validation": examples("validation", VALIDATION_EXAMPLES, SEED),
+        "held_out": held_out(),
+        "questions": questions(),
+    }
+    for name, records in files.items():
+        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    return [folder / f"{name}.jsonl" for name in files]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the demo's instruction data.")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where to write (default: beside this file)")
+    parser.add_argument("--folder", type=Path, default=model_folder().parent, help="where to write (default: the package's demo folder)")
     for path in write(parser.parse_args().folder):
         print(path)
 

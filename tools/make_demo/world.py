@@ -10,7 +10,7 @@ Deterministic: the text is a function of the generator that is passed in.
 import random
 from collections.abc import Callable, Iterator
 
-from loratune.demo.words import (
+from tools.make_demo.words import (
     ADJECTIVES,
     ANIMALS,
     ATTRIBUTES,

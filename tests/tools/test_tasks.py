@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from loratune.demo import data_files, tasks
-from loratune.demo.words import OPPOSITE_OF, SIZE
+from loratune.demo import data_files, held_out_file, questions_file
+from tools.make_demo import tasks
+from tools.make_demo.words import OPPOSITE_OF, SIZE
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -31,7 +32,7 @@ def validation() -> list[dict[str, str]]:
 
 
 def test_committed_data_is_what_the_generator_writes(tmp_path: Path) -> None:
-    for written, committed in zip(tasks.write(tmp_path), data_files(), strict=True):
+    for written, committed in zip(tasks.write(tmp_path), (*data_files(), held_out_file(), questions_file()), strict=True):
         assert written.read_bytes() == committed.read_bytes()
 
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from loratune.demo import words
-from loratune.demo.world import PARAGRAPHS, SENTENCES, documents, fact
+from tools.make_demo import words
+from tools.make_demo.world import PARAGRAPHS, SENTENCES, documents, fact
 
 
 def some_documents(seed: int, number: int = 3000) -> list[str]:

@@ -1,0 +1,1 @@
+"""Scripts that make files of the package; none of them is installed with it."""
