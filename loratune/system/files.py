@@ -21,6 +21,7 @@ AnyPath = str | os.PathLike[str]
 
 T = TypeVar("T")
 
+_swept: set[Path] = set()  # folders that this process has written to, and so cleared of what killed ones left
 _ASIDE = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp")
 
 
@@ -39,6 +40,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent not in _swept:
+            _swept.add(path.parent)
+            sweep(path.parent)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(handle, "wb") as file:
             file.write(data)

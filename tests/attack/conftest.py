@@ -1,6 +1,10 @@
 """A small study of the embedded model, finished, for tests that damage or forge its folder."""
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +31,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "study"
     assert main(["run", "--demo", "--output", str(folder), *SMALL, "--training.validations", "2", *HALVING]) == 0
     return folder
+
+
+@pytest.fixture
+def keep_figures() -> Callable[[str, dict[str, Any]], None]:
+    """Adds an attack's figures to the file that ATTACK_RESULTS names, if it names one."""
+
+    def keep(name: str, figures: dict[str, Any]) -> None:
+        if "ATTACK_RESULTS" in os.environ:
+            path = Path(os.environ["ATTACK_RESULTS"])
+            before = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(before | {name: figures}, indent=1) + "\n")
+
+    return keep

@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,9 @@ def test_each_kind_of_file_half_written(finished: Path, tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_every_damage_to_every_kind_of_file(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_damage_to_every_kind_of_file(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], keep_figures: Callable[[str, dict[str, Any]], None]
+) -> None:
     os.chdir(tmp_path)
     before = read(finished)
     count = refused = 0
@@ -94,6 +97,7 @@ def test_every_damage_to_every_kind_of_file(finished: Path, tmp_path: Path, caps
                     path,
                     name,
                 )
+    keep_figures("damaged files", {"files": count, "commands": count * len(ALL), "refused by run": refused})
     with capsys.disabled():
         print(f"{count} damaged files, {count * len(ALL)} commands: no traceback; `run` refused {refused} of them")
     assert count >= 80

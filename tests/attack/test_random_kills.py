@@ -28,7 +28,7 @@ INLINE = ["run", "--demo", "--output", "STUDY", *SMALL, "--executor.name", "inli
 HALVING = [*INLINE[:-4], "--sampler", "tpe", "--trials", "3", "--schedule.name", "halving", "--schedule.min_resource", "1/3"]
 WORKERS = [*INLINE, "--executor.name", "local", "--executor.workers", "2", "--executor.threads", "1"]
 EVALUATE = ["evaluate", "STUDY", "--benchmarks", "demo_choice", "--subset", "12"]
-SELECT = ["select", "STUDY", "--yes", "--finalists", "2", "--budget", "4"]
+SELECT = ["select", "STUDY", "--yes", "--finalists", "2", "--runs", "10"]
 # (command, what must have run before it, kills at a write, kills by the clock)
 LIVES: dict[str, tuple[list[str], list[list[str]], int, int]] = {
     "run": (INLINE, [], 20, 5),
@@ -107,7 +107,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", LIVES)
-def test_a_command_killed_at_random_moments(name: str, before: Path, tmp_path: Path) -> None:
+def test_a_command_killed_at_random_moments(name: str, before: Path, tmp_path: Path, keep_figures: Any) -> None:
     command, earlier, at_writes, by_clock = LIVES[name]
     study = tmp_path / "study"
 
@@ -133,4 +133,6 @@ def test_a_command_killed_at_random_moments(name: str, before: Path, tmp_path: P
         run(command, study)
         assert remains(study) == expected, (name, moment, clock, words_said[-1])
         assert not leftovers(study), (name, moment, clock, words_said[-1])
+    figures = {"kills": len(moments), "before a write": len(spread), "writes": writes, "by the clock": by_clock, "seconds": round(seconds)}
+    keep_figures(f"kills: {name}", figures | {"moments": words_said})
     print(f"\n{name}: {len(moments)} kills, at {len(spread)} of {writes} writes and {by_clock} times within {seconds:.0f} s: the same end")
