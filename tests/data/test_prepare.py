@@ -197,7 +197,7 @@ def test_a_follow_up_that_links_everything_is_told(tmp_path, tokenizer):
     prepared = prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert (len(prepared.validation), prepared.manifest.shared) == (10, 0)
     assert "20 of 40 rows form one group on one side of the split" in prepared.summary()
-    assert 'most of all "go on" (20 rows)' in prepared.summary()
+    assert 'above all "go on" (20 rows)' in prepared.summary()
 
 
 def test_fields_that_are_not_read_are_told_also_from_the_cache(tmp_path, tokenizer):

@@ -93,7 +93,7 @@ def test_folders_and_their_splits(tmp_path):
         only(tmp_path)
     with pytest.raises(DataError, match="no file name contains split dev"):
         only(tmp_path, split="dev")
-    with pytest.raises(DataError, match="split applies to folders"):
+    with pytest.raises(DataError, match="a single file has no splits"):
         only(tmp_path / "data" / "test.jsonl", split="test")
 
 

@@ -213,7 +213,7 @@ def test_quotas():
     assert quotas([10, 20], [4, None], None, 10) == [4, 6]
     assert quotas([52_002, 15_011], [None, None], [0.7, 0.3], 53_610) == [37_527, 16_083]
     for counts in ([4, 5], [11, None]):
-        with pytest.raises(DataError, match=r"own counts give .* of the 10 asked for"):
+        with pytest.raises(DataError, match=r"own counts give .* of the 10 requested"):
             quotas([10, 20], counts, None, 10)
     with pytest.raises(DataError, match="own counts give 4 of the 10"):
         quotas([10, 0], [4, None], None, 10)  # nothing left to share
