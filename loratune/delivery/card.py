@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
@@ -13,15 +13,17 @@ from loratune.downstream.results.scores import BASE, Result, describe_model, mod
 from loratune.record import StudyRecord, Trial
 from loratune.record.paths import MAIN
 from loratune.report import spec_summary, tables
-from loratune.report.evidence import Downstream, downstream_of
-from loratune.selection import SelectionRecord
 from loratune.system.formatting import count, duration, loss, percent, perplexity, plural, show, signed
 from loratune.system.machine import version_of_loratune
+
+if TYPE_CHECKING:
+    from loratune.report.evidence import Downstream
+    from loratune.selection import SelectionRecord
 
 HERE = "path/to/this/folder"
 
 
-def model_card(record: StudyRecord, trial: Trial, selection: SelectionRecord | None = None, *, merged: bool = False) -> str:
+def model_card(record: StudyRecord, trial: Trial, selection: "SelectionRecord | None" = None, *, merged: bool = False) -> str:
     """The card of the trial's adapter; selection: the one that chose it, and which of its runs."""
     found, cost, told = tables.headline(record), tables.study_cost(record), dict(spec_summary.spec_rows(record))
     base, revision = spec_summary.base_model(record), record.spec.get("model", {}).get("revision")
@@ -143,8 +145,12 @@ def chat_end(record: StudyRecord) -> str:
 # --- downstream scores
 
 
-def _scores(record: StudyRecord, trial: Trial, selection: SelectionRecord | None) -> list[str]:
+def _scores(record: StudyRecord, trial: Trial, selection: "SelectionRecord | None") -> list[str]:
     """Blocks of Markdown on the benchmarks that were answered to their end; none where nothing was."""
+    if not record.paths.evaluation.is_dir():
+        return []
+    from loratune.report.evidence import downstream_of  # scipy: a second of import
+
     found = downstream_of(record, selection)
     if found is None:
         return []
@@ -175,7 +181,7 @@ def _scores(record: StudyRecord, trial: Trial, selection: SelectionRecord | None
     ]
 
 
-def _done(found: Downstream, model: str, benchmark: str) -> Result | None:
+def _done(found: "Downstream", model: str, benchmark: str) -> Result | None:
     cell = found.cells.get(model, {}).get(benchmark)
     return cell if cell is not None and cell.done else None
 

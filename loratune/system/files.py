@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,8 @@ AnyPath = str | os.PathLike[str]
 
 T = TypeVar("T")
 
-_swept: set[Path] = set()  # folders that this process has written to, and so cleared of what killed ones left
+_cleared: set[Path] = set()  # folders that this process has written to
+_clearing = threading.Lock()
 _ASIDE = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp")
 
 
@@ -40,9 +42,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent not in _swept:
-            _swept.add(path.parent)
-            sweep(path.parent)
+        _clear(path.parent)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -68,7 +68,7 @@ def new_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     fresh, old = aside(target), aside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target.parent)
+        _clear(target.parent)
         fresh.mkdir()
         yield fresh
         for path in (*fresh.rglob("*"), fresh):
@@ -138,6 +138,14 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Sweep a folder before this process writes to it for the first time: later, what stands aside may be its own."""
+    with _clearing:
+        if folder not in _cleared:
+            _cleared.add(folder)
+            sweep(folder)
 
 
 def alive(pid: int) -> bool:

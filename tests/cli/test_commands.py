@@ -110,7 +110,7 @@ def test_export_copies_the_best_adapter(loratune, done, tmp_path: Path) -> None:
     trained = home / "study" / "trials" / f"{best.number:04d}" / "main" / "adapter"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (target / name).read_bytes() == (trained / name).read_bytes()
-    assert f"{best.value}" in (target / "README.md").read_text()
+    assert f"{best.value:.4f}" in (target / "README.md").read_text()
     assert [path.name for path in target.parent.iterdir()] == ["adapter"]
 
 

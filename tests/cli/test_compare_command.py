@@ -55,7 +55,7 @@ def choose(study: StudyRecord, finished: int, run: str = "race-00") -> None:
         runner_up_share=0.0,
         why=(),
         what_would_change=(),
-        honest=None,
+        unbiased=None,
         shipped=Shipped(run=run, seed=1, validation_loss=1.5, lowest_of=2),
         runs=0,
         tokens=0,

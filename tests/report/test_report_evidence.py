@@ -138,7 +138,7 @@ def test_a_judge_is_told_apart_from_people(study: Study) -> None:
     told = " ".join(sentences(judged))
     assert "Judge gpt, each question in both orders: 1 for trial 1 (tuned), 0 for trial 0 (default); sign test p = 1, so that" in told
     assert "contradict each other on 2 (counted as ties), and 1 was left out as unreadable. The answer shown as A won 5 of 6" in told
-    drawn = figures.proof.votes(judged)
+    drawn = figures.post_search.votes(judged)
     assert drawn is not None
     assert "judge gpt: 67%" in drawn.alt
     assert "Blue: judged by a language model" in drawn.caption
