@@ -122,7 +122,7 @@ BENCHMARKS = Registry(
         BenchmarkPlug(name="mmlu", make="loratune.downstream.tasks.mmlu:Mmlu"),
         BenchmarkPlug(name="mmlu_loglikelihood", make="loratune.downstream.tasks.mmlu:MmluLoglikelihood"),
         BenchmarkPlug(name="bbh", make="loratune.downstream.tasks.bbh:Bbh"),
-        BenchmarkPlug(name="drop", make="loratune.downstream.tasks.drop:Drop"),
+        BenchmarkPlug(name="drop", make="loratune.downstream.tasks.drop:DropBenchmark"),
         BenchmarkPlug(name="humaneval", make="loratune.downstream.tasks.humaneval:HumanEval", runs_code=True),
         BenchmarkPlug(  # an answer within ``` is taken out of them
             name="humaneval_fenced", make="loratune.downstream.tasks.humaneval:HumanEvalFenced", runs_code=True

@@ -213,7 +213,7 @@ def test_an_export_is_the_adapter_it_tells_of(study: Path, tmp_path: Path) -> No
     assert loss(choice.shipped.validation_loss) in (chosen / "README.md").read_text()
     own = export(study, tmp_path / "own", trial=trial.number)
     assert (own / weights).read_bytes() != (source / weights).read_bytes()
-    assert str(trial.value) in (own / "README.md").read_text()
+    assert loss(trial.value) in (own / "README.md").read_text()
     merged = export(study, tmp_path / "merged", merged=True)
     card = (merged / "README.md").read_text()
     assert str(choice.shipped.validation_loss) in card
