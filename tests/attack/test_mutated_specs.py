@@ -1,7 +1,9 @@
 """Descriptions with random faults: read, or refused with mistakes that are named; never a traceback."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -72,8 +74,9 @@ def test_some_mutated_specs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_thousands_of_mutated_specs(tmp_path: Path) -> None:
+def test_thousands_of_mutated_specs(tmp_path: Path, keep_figures: Callable[[str, dict[str, Any]], None]) -> None:
     read, refused = attack(tmp_path, 2500, seed=1)
+    keep_figures("mutated specs", {"specs": read + refused, "read": read, "refused": refused})
     print(f"{read + refused} mutated specs: {read} read, {refused} refused")
     assert read > 100
     assert refused > 1000
