@@ -22,10 +22,11 @@ from loratune import executors, samplers
 from loratune.environment import environment
 from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
-from loratune.files import AnyPath, text_of, write_atomically
+from loratune.files import AnyPath, parsed, text_of, write_atomically
 from loratune.finetune import hub
 from loratune.finetune.data import DataRecipe
 from loratune.finetune.prepare import Prepared, prepare
+from loratune.guess import Guess, guess, prior_of, with_guess
 from loratune.masking import masked_command
 from loratune.plan import slots_for, workers_for
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
@@ -59,7 +60,11 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
     _sampler(spec, workers=1)  # a mistake in its options is told before the data are read
     with open_record(spec.folder) as record:
+        guessed = _guessed(spec, record)
+        spec = with_guess(spec, guessed.recommendation) if guessed is not None else spec
         _adopt(spec, record)
+        if guessed is not None:
+            write_atomically(record.folder / "guess.json", guessed.to_json())
         yield from map(Note, until_free(spec.storage, record.folder, stop))
         if stop.is_set():
             return
@@ -88,9 +93,14 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             hang_timeout=spec.executor.hang_timeout,
         )
         try:
-            sampler = _sampler(spec, workers=executor.capacity)
+            sampler = _sampler(spec, workers=executor.capacity, guessed=guessed)
             study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
-            meter = Meter(budget_trials=spec.budget.trials, workers=executor.processes, earlier_seconds=session.earlier_seconds)
+            meter = Meter(
+                budget_trials=spec.budget.most,
+                budget_runs=spec.budget.full_runs,
+                workers=executor.processes,
+                earlier_seconds=session.earlier_seconds,
+            )
             loop = Loop(
                 spec=spec,
                 record=record,
@@ -168,7 +178,17 @@ def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:
     return Delivery(record=record, report=report, best=best, adapter=adapter)
 
 
-def _sampler(spec: StudySpec, workers: int) -> BaseSampler:
+def _guessed(spec: StudySpec, record: Record) -> Guess | None:
+    """The study's first guess, where it begins with one: that of its first start, as long as there is one. Raises what `guess` does."""
+    if spec.sampler.name != "bracket" and not spec.search_space.unwritten:
+        return None
+    path = record.folder / "guess.json"
+    if path.exists() and (record.folder / "trials").exists():
+        return parsed(path, Guess.from_json, "Restore it from a copy: what the sampler proposes follows from it.")
+    return guess(spec)
+
+
+def _sampler(spec: StudySpec, workers: int, guessed: Guess | None = None) -> BaseSampler:
     ordinals = samplers.ordinals(spec.sampler.name)
     return samplers.build(
         spec.sampler.name,
@@ -178,6 +198,8 @@ def _sampler(spec: StudySpec, workers: int) -> BaseSampler:
         x0=spec.search_space.defaults(ordinals),
         workers=workers,
         conditional=spec.search_space.conditional,
+        prior=prior_of(spec, guessed.recommendation) if guessed is not None else None,
+        constants=asdict(spec.hyperparameters(spec.search_space.default_values())),
     )
 
 

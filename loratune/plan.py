@@ -20,6 +20,7 @@ from loratune.finetune.hub import weights_on_disk
 from loratune.finetune.order import order, total_steps
 from loratune.finetune.prepared import Prepared
 from loratune.record.goals import Goals
+from loratune.samplers.bracket import Options
 from loratune.spec import StudySpec
 from loratune.spec.objectives import KNOWN
 from loratune.work import Hyperparameters
@@ -27,6 +28,7 @@ from loratune.work import Hyperparameters
 _BYTES = 4  # of an adapter's parameter: float32
 _FILLS_CPU, _FILLS_CUDA = 64, 16_384  # training tokens, of one batch of every slot, that keep a device busy
 _MOST_SLOTS = _MOST_WORKERS = 8
+_WAVE = 3  # trials that the bracket search begins together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,11 @@ class Plan:
                 yield f"budget        {name}: {limit:g} ends it earlier, after about {int(self.trials * limit / needed)} trials"
 
 
-def plan(spec: StudySpec, data: Prepared) -> Plan:
-    """Count and probe. Trains for some seconds; leaves nothing behind. Raises ModelError, DataError, TrainingError."""
+def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
+    """Count and probe. Trains for some seconds; leaves nothing behind. Raises ModelError, DataError, TrainingError.
+
+    guard: whether the bracket search begins with its short runs.
+    """
     from loratune.finetune.engine import probe  # torch
     from loratune.work import State
 
@@ -113,13 +118,14 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
     default = spec.hyperparameters(spec.search_space.default_values())
     steps = total_steps(len(data.train), default.batch_size, default.epochs)
     shown = order(spec.seed, len(data.train), steps * default.batch_size)
-    runs, validations = expected(spec)
+    runs, validations = expected(spec, guard)
+    trials = _simulated(spec, random.Random(0), guard)[2]
     largest = _largest(spec, default)
     probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest, threads=_threads(spec))
     adapter = probed.trainable_parameters * _BYTES
     kept = spec.output.keep_adapters
     return Plan(
-        trials=spec.budget.trials,
+        trials=trials,
         full_runs=runs * _expected_epochs(spec, default) / default.epochs,
         steps=steps,
         trial_tokens=int(data.train.lengths[shown].sum()),
@@ -134,7 +140,7 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
         peak_memory_bytes=probed.peak_memory_bytes,
         largest_rank=largest.lora_r,
         adapter_bytes=adapter,
-        adapters_kept=spec.budget.trials if kept is None else min(spec.budget.trials, kept + 1),
+        adapters_kept=trials if kept is None else min(trials, kept + 1),
         problem="" if probed.state is State.COMPLETED else f"{probed.state.value.replace('_', ' ')}: {probed.message}",
         max_hours=spec.budget.max_hours,
         max_device_hours=spec.budget.max_device_hours,
@@ -146,7 +152,8 @@ def slots_for(spec: StudySpec, data: Prepared) -> int:
     """How many trials one process should train together: as the spec says, else the fewest that fill the device.
 
     slots = ceil(tokens that fill the device / tokens of one batch at the defaults), at most 8, and few enough that
-    the sampler chooses at least four times: each of its choices knows the results of all but the trials in training.
+    the sampler chooses at least four times: each of its choices knows the results of all but the trials in training. For the
+    bracket search no more than a wave has.
     """
     if spec.training.slots is not None:
         return spec.training.slots
@@ -154,20 +161,24 @@ def slots_for(spec: StudySpec, data: Prepared) -> int:
         return 1
     tokens = spec.hyperparameters(spec.search_space.default_values()).batch_size * float(data.train.lengths.mean())
     fills = _FILLS_CUDA if _devices(spec) else _FILLS_CPU
-    return max(1, min(math.ceil(fills / tokens), _MOST_SLOTS, math.ceil(spec.budget.trials / (4 * _processes(spec)))))
+    most = math.ceil(spec.budget.most / (4 * _processes(spec)))
+    if spec.sampler.name == "bracket":
+        most = _WAVE // _processes(spec)
+    return max(1, min(math.ceil(fills / tokens), _MOST_SLOTS, most))
 
 
 def workers_for(spec: StudySpec) -> int:
     """How many processes should train on a CPU: as the spec says, else one per core as far as memory allows.
 
-    At most 8, and few enough that the sampler chooses at least ten times; 1 where the model is not on this machine yet.
+    At most 8, and few enough that the sampler chooses at least ten times, for the bracket search as many as a wave has; 1 where
+    the model is not on this machine yet.
     """
     if spec.executor.workers is not None:
         return spec.executor.workers
     if spec.executor.name == "inline" or spec.training.devices_per_trial > 1:
         return 1
     weights = weights_on_disk(spec.model.name_or_path, spec.model.revision)
-    return cpu_processes(weights, min(_MOST_WORKERS, spec.budget.trials // 10))
+    return cpu_processes(weights, _WAVE if spec.sampler.name == "bracket" else min(_MOST_WORKERS, spec.budget.most // 10))
 
 
 def _processes(spec: StudySpec) -> int:
@@ -188,17 +199,18 @@ def _devices(spec: StudySpec) -> list[int]:
     return cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
 
 
-def expected(spec: StudySpec) -> tuple[float, float]:
+def expected(spec: StudySpec, guard: bool = False) -> tuple[float, float]:
     """(full runs, validations) that the schedule is expected to spend, the base model's validation included."""
     repeats = 1 if spec.schedule.name == "full" else 20
-    spent = [_simulated(spec, random.Random(seed)) for seed in range(repeats)]
-    return fmean(runs for runs, _ in spent), fmean(count for _, count in spent)
+    spent = [_simulated(spec, random.Random(seed), guard) for seed in range(repeats)]
+    return fmean(runs for runs, _, _ in spent), fmean(count for _, count, _ in spent)
 
 
-def _simulated(spec: StudySpec, chance: random.Random) -> tuple[float, float]:
+def _simulated(spec: StudySpec, chance: random.Random, guard: bool = False) -> tuple[float, float, int]:
+    """(full runs, validations, trials) of one course of the schedule."""
     schedule = schedules.build(
         spec.schedule.name,
-        trials=spec.budget.trials,
+        trials=spec.budget.most,
         yardstick=spec.sampler.defaults_first,
         fidelity=spec.schedule.fidelity,
         reduction_factor=spec.schedule.reduction_factor,
@@ -207,11 +219,18 @@ def _simulated(spec: StudySpec, chance: random.Random) -> tuple[float, float]:
     runs, validations = 0.0, 1.0
     values: dict[int, float] = {}
     each = spec.training.validations
-    while (stretch := schedule.next(may_start=True)) is not None:
+    rule = Options()
+    for _ in range(rule.guard_points if guard and spec.sampler.name == "bracket" else 0):
+        stretch = schedule.next(may_start=True)
+        runs += float(rule.guard_length)
+        validations += each
+        if stretch is not None:
+            schedule.tell(stretch, values.setdefault(stretch.trial, chance.random()))
+    while runs < (spec.budget.full_runs or math.inf) and (stretch := schedule.next(may_start=True)) is not None:
         runs += float(stretch.length * (stretch.stop - stretch.start))
         validations += 1 + sum(stretch.start * each < i < stretch.stop * each for i in range(1, each))
         schedule.tell(stretch, values.setdefault(stretch.trial, chance.random()))
-    return runs, validations
+    return runs, validations, max(1, len(values))
 
 
 def _not_counted(spec: StudySpec) -> tuple[str, ...]:

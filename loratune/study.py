@@ -26,6 +26,7 @@ from loratune.finetune.order import total_steps
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
 from loratune.record.goals import Goals, Sizes
 from loratune.record.progress import Meter
+from loratune.record.spending import Spending
 from loratune.samplers.distinct import Distinct
 from loratune.schedules import Fate, Stretch
 from loratune.spec import StudySpec
@@ -87,7 +88,7 @@ class Loop:
         self._ordinals, self._distinct = samplers.ordinals(spec.sampler.name), Distinct(spec)
         self._schedule = schedules.build(
             spec.schedule.name,
-            trials=spec.budget.trials,
+            trials=spec.budget.most,
             yardstick=spec.sampler.defaults_first,
             fidelity=spec.schedule.fidelity,
             reduction_factor=spec.schedule.reduction_factor,
@@ -100,6 +101,8 @@ class Loop:
         self._arrived: dict[str, Outcome] = {}
         self._settled = 0
         self._first: int | None = None  # the first trial that was trained, which measures the untuned model too
+        self._short: dict[int, Fraction] = {}  # trials that the sampler wants shorter than a full run
+        self._spending = Spending(spec, examples)
         self._began_at = record.began_at()  # trial -> segments settled when it began the first time
         self._spent = ""  # why the sampler proposes no more
 
@@ -130,11 +133,13 @@ class Loop:
             if stretch.trial not in self._trials:
                 trial = self._trials[stretch.trial] = self._ask(stretch.trial)
                 yield Asked(trial)
+                stretch = stretch.shortened(self._short.get(stretch.trial, Fraction(1)))
                 if trial.state == INFEASIBLE:
                     yield from self._refuse(stretch, trial)
                     continue
             self._first = stretch.trial if self._first is None else self._first
             segment = self._segment(stretch)
+            self._spending.sent(segment)
             end = self._clock + self._work(segment)
             self._earliest = self._earliest or end  # no result before the first, which has the untuned model's loss
             heapq.heappush(self._flying, (max(end, self._earliest), self._sent, stretch, segment))
@@ -151,10 +156,10 @@ class Loop:
         number = len(self._trials)
         if number in self._began_at:
             return self._settled >= self._began_at[number] or not self._flying
-        if self._out_of_budget():
+        if self._spending.spent(self._trials.values(), self._meter.wall_seconds):
             return False
         try:
-            self._spent = self._spent or self._distinct.used_up(self._trials.values())
+            self._spent = self._spent or self._distinct.used_up(t for t in self._trials.values() if t.number not in self._short)
             may = not self._spent and samplers.ready(self._study)
         except SearchSpentError as error:
             self._spent, may = str(error), False
@@ -162,29 +167,27 @@ class Loop:
             self._schedule.no_more()
         return may
 
-    def _out_of_budget(self) -> bool:
-        budget = self._spec.budget
-        hours, device_hours = self._meter.wall_seconds / 3600, sum(t.device_seconds for t in self._trials.values()) / 3600
-        return hours >= (budget.max_hours or math.inf) or device_hours >= (budget.max_device_hours or math.inf)
-
     def _ask(self, number: int) -> Trial:
         """The trial of that number: from the storage, or from the sampler."""
         space, stored = self._spec.search_space, self._study.get_trials(deepcopy=False)
         if number not in self._began_at:
             self._record.begin(number, self._settled)
-        if not stored and self._spec.sampler.defaults_first:
+        if not stored and self._spec.sampler.defaults_first and not samplers.starts_itself(self._spec.sampler.name):
             self._study.enqueue_trial(space.defaults(self._ordinals))
         if number < len(stored) and stored[number].state.is_finished():
             values = space.decode(stored[number].params, self._ordinals)
         else:
             begun = number < len(stored) and stored[number].state is TrialState.RUNNING  # its parameters may be half written
             asked = optuna.Trial(self._study, stored[number]._trial_id) if begun else self._study.ask()
-            asked, values = self._distinct.suggest(asked, self._trials.values())
+            asked, values = self._distinct.suggest(asked, self._trials.values(), self._short)
             for name, value in values.items():
                 if name not in asked.params:  # ordinals as indices, fixed values: what a dashboard would otherwise not show
                     asked.set_user_attr(name, value)
             self._open[number] = asked
-        trial = Trial(number=number, hyperparameters=self._spec.hyperparameters(values), params=values)
+        length = samplers.length(self._study, number)
+        if length < 1:
+            self._short[number] = length
+        trial = Trial(number=number, hyperparameters=self._spec.hyperparameters(values), params=values, length=float(length))
         refusal = self._goals.refusal(trial.hyperparameters)
         if refusal:
             trial = self._goals.valued(replace(trial, state=INFEASIBLE, message=refusal), self._trials.values())
@@ -202,7 +205,7 @@ class Loop:
         given, curve = self._trials[stretch.trial].hyperparameters, self._trials[stretch.trial].curve
         total = math.ceil(stretch.length * total_steps(self._examples, given.batch_size, given.epochs))
         start, stop = math.ceil(stretch.start * total), math.ceil(stretch.stop * total)
-        shares = range(1, self._spec.training.validations)
+        shares = range(1, self._spec.training.validations if stretch.trial not in self._short else 1)
         points = {math.ceil(Fraction(i, self._spec.training.validations) * total) for i in shares}
         points |= {0} if stretch.trial == self._first else set()  # the base model's own loss, once per study
         return Segment(
@@ -269,11 +272,17 @@ class Loop:
         trial = replace(trial, outcomes=(*trial.outcomes, outcome))
         broken = self._goals.broken(trial, end=stretch.length * stretch.stop == 1) if outcome.state is State.COMPLETED else ""
         fate = self._schedule.tell(stretch, None if broken else outcome.validation_loss, self._goals.minimised(trial))
-        state = _STATES.get(outcome.state) or (INFEASIBLE if broken else {Fate.COMPLETE: COMPLETE, Fate.PAUSED: PAUSED}[fate])
+        fates = {Fate.COMPLETE: COMPLETE, Fate.PAUSED: PAUSED, Fate.SHORT: PRUNED}
+        state = _STATES.get(outcome.state) or (INFEASIBLE if broken else fates[fate])
         trial = replace(trial, state=state, message=broken or outcome.message)
         trial = self._goals.valued(trial, self._trials.values())
         self._trials[trial.number] = trial
+        untuned = next((p.validation_loss for p in outcome.curve if p.step == 0), None)
+        if untuned is not None:
+            samplers.tell_untuned(self._study, untuned)
         self._tell(trial, outcome)
+        outlook = samplers.outlook(self._study)
+        self._meter.spent(self._spending.share(segment), outlook and outlook.left)
         return Settled(trial, outcome)
 
     def _tell(self, trial: Trial, outcome: Outcome | None = None) -> None:
@@ -291,10 +300,17 @@ class Loop:
             if trial.state == PAUSED:
                 self._trials[trial.number] = replace(trial, state=PRUNED)
                 self._tell(self._trials[trial.number])
-        if self._spent:
-            yield Note(f"{self._spent} The study ends after {len(self._trials)} of {self._spec.budget.trials} trials.")
-        if self._out_of_budget() and len(self._trials) < self._spec.budget.trials:
-            yield Note(f"The time budget is spent after {len(self._trials)} of {self._spec.budget.trials} trials.")
+        trials = self._trials.values()
+        spent = self._spending.spent(trials, self._meter.wall_seconds) if len(trials) < self._spec.budget.most else ""
+        if self._spent or spent:
+            yield Note(
+                f"{self._spent} The study ends {self._spending.after(trials)}."
+                if self._spent
+                else f"{spent} {self._spending.after(trials)}."
+            )
+        outlook = samplers.outlook(self._study)
+        if outlook is not None and outlook.best is not None and math.isfinite(outlook.left):
+            yield Note(f"Left to find, with 90 %: not more than {outlook.left:.4f} below the best.")
 
 
 _STATES = {State.DIVERGED: DIVERGED, State.OUT_OF_MEMORY: INFEASIBLE, State.CRASHED: FAILED}

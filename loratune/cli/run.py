@@ -31,15 +31,23 @@ INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_study_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="tell what the study will cost, and do not start it")
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """What describes a study, as `load_spec` reads it."""
     parser.add_argument("target", nargs="?", metavar="SPEC.yaml|FOLDER", help="study description, or folder of a study to continue")
     parser.add_argument("--model", metavar="PATH", help="base model: local folder or hub id")
     parser.add_argument("--data", metavar="PATH", action="append", default=[], help="instruction data to train on; may be repeated")
     parser.add_argument("--validation", metavar="PATH", action="append", default=[], help="data to validate on; may be repeated")
     parser.add_argument("--output", metavar="FOLDER", help="the study's folder (default: runs/<name>)")
     parser.add_argument("--trials", metavar="N", help="trials in all")
-    parser.add_argument("--sampler", metavar="NAME", help="nomad, nni_tpe, tpe, gp, cmaes, qmc, random or nsga2")
+    parser.add_argument("--sampler", metavar="NAME", help="bracket, nomad, nni_tpe, tpe, gp, cmaes, qmc, random or nsga2")
+    parser.add_argument(
+        "--warm-start", metavar="FOLDER", nargs="+", default=[], help="earlier studies, whose best sharpens the first guess"
+    )
     parser.add_argument("--demo", action="store_true", help="the embedded model and data; other flags still count")
-    parser.add_argument("--dry-run", action="store_true", help="tell what the study will cost, and do not start it")
     parser.set_defaults(overrides=None)
 
 
@@ -117,6 +125,8 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
         flags.append(("output.folder", json.dumps(args.output)))
     if args.sampler is not None:
         flags.append(("sampler", args.sampler))
+    if args.warm_start:
+        flags.append(("sampler.warm_start", json.dumps(args.warm_start)))
     if args.trials is not None:
         flags.append(("budget.trials", args.trials))
     return flags
@@ -125,11 +135,12 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
 def _search(spec: "StudySpec", command_line: list[str]) -> int:
     from loratune.cli.interrupt import Interrupt
     from loratune.cli.view import open_view
+    from loratune.cli.words import budget
     from loratune.driver import deliver, tune
 
     quiet()
     word = "Continuing study" if (spec.folder / "spec.yaml").is_file() else "Study"
-    print(f"{word} {spec.name} in {spec.folder}: {spec.budget.trials} trials by {spec.sampler.name}")
+    print(f"{word} {spec.name} in {spec.folder}: {budget(spec)} by {spec.sampler.name}")
     with Interrupt() as interrupt:
         with open_view(spec, sys.stdout) as view:
             interrupt.tell = view.note

@@ -1,13 +1,37 @@
 """Trials and studies in a few words, for lines and tables of the terminal."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.record import COMPLETE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
 from loratune.report.words import count, duration, in_order, label, loss, plural, show
 from loratune.work import Outcome
 
-__all__ = ["clock", "count", "counts", "duration", "ended", "label", "loss", "params", "plural", "result", "show", "totals", "varied"]
+if TYPE_CHECKING:
+    from loratune.spec import StudySpec
+
+__all__ = [
+    "budget",
+    "clock",
+    "count",
+    "counts",
+    "duration",
+    "ended",
+    "label",
+    "loss",
+    "params",
+    "plural",
+    "result",
+    "show",
+    "totals",
+    "varied",
+]
+
+
+def budget(spec: "StudySpec") -> str:
+    """`3 full runs`, `100 trials`: the first limit that a study's description names."""
+    given = spec.budget
+    return f"{given.full_runs:g} full runs" if given.full_runs is not None else f"{given.most} trials"
 
 
 def params(values: dict[str, Any]) -> str:
@@ -45,12 +69,21 @@ def totals(snapshot: dict[str, Any]) -> list[str]:
     """Trials, speed, costs and time left, in words."""
     speed, left = snapshot.get("tokens_per_second"), snapshot.get("seconds_left")
     return [
-        f"{snapshot['trials_ended']}/{snapshot['budget_trials']} trials",
+        *_budget(snapshot),
         f"{count(speed)} tokens/s" if speed else "",
         f"{duration(snapshot['wall_seconds'])} elapsed",
         f"{snapshot['device_seconds'] / 3600:.2f} device-hours",
         f"about {duration(left)} left" if left is not None else "",
     ]
+
+
+def _budget(snapshot: dict[str, Any]) -> list[str]:
+    """`7/100 trials`, or `1.7 of 3 full runs, 11 trials` and what is left to find."""
+    runs, left = snapshot.get("budget_full_runs"), snapshot.get("left_to_find")
+    if runs is None:
+        return [f"{snapshot['trials_ended']}/{snapshot['budget_trials']} trials"]
+    spent = f"{snapshot['full_runs']:.1f} of {runs:g} full runs, {plural(snapshot['trials_ended'], 'trial')}"
+    return [spent, f"at most {left:.4f} left to find (90 %)" if left is not None else ""]
 
 
 def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:

@@ -104,7 +104,7 @@ def decide(
     guards = [run for run in here if run.length < 1]
     best = min((run for run in history if _finite(run) and run.length == 1), key=lambda run: run.loss or 0.0, default=None)
 
-    wrong = _wrong(known, prior, options)
+    wrong, before = _wrong(known, prior, options), prior
     if options.guard == "always" or (options.guard == "auto" and (guards or prior.outside or wrong)):
         todo = missing(guards, prior.centre, options)
         if todo or any(run.loss is None for run in guards):
@@ -112,8 +112,11 @@ def decide(
                 Step(u=u, at=at, length=options.guard_length, why="a short run, to see where the learning rate lies") for u in todo
             )
             return Decision(steps=steps, phase="guard", best=best)
+        if not any(_finite(run) for run in guards):
+            return Decision(stop="no short run learned anything at any learning rate", phase="guard", best=best)
         prior = weighed(prior if prior.outside else Prior(centre=prior.centre, sd=max(prior.sd, 1.0), outside=True), guards, options)
-    asked = _line(known, prior, options)
+    lean = -1.0 if guards and prior.centre < before.centre else 1.0  # the short runs pull further than the posterior went
+    asked = _line(known, prior, options, lean, guarded=bool(guards))
     flying = [run for run in history if run.loss is None and run.fits]
     free = min(options.slots, _WAVE) - len(flying)
     if asked.expected >= options.tolerance:
@@ -145,18 +148,23 @@ class _Asked:
     why: str
 
 
-def _line(known: list[Run], prior: Prior, options: Options) -> _Asked:
-    """`known`: full runs at one place of the other axes, ascending u, all with a loss."""
+def _line(known: list[Run], prior: Prior, options: Options, lean: float, guarded: bool) -> _Asked:
+    """`known`: full runs at one place of the other axes, ascending u, all with a loss.
+
+    lean: 1 or -1, the side that is tried first. guarded: the prior has seen short runs.
+    """
     d = max(options.step if options.slots == 1 else options.wave_step, 0.7 * min(prior.sd, 0.7))
     centre = min(max(prior.centre, options.low), options.high)
     curvature = findings()["curvature"]["value"]
     unknown = curvature * prior.sd**2  # mean regret of a guess
     if not any(_finite(run) for run in known):
         if not known:
-            points, why = [centre, centre + d, centre - d], "the guess"
+            points, why = [centre, centre + lean * d, centre - lean * d], "the guess"
         else:  # all diverged: lower, and lower
             points, why = [known[0].u - 2 * d * 2**i for i in range(3)], "lower, as the others diverged"
         return _Asked(_within(points, options), math.inf, math.inf, why)
+    if guarded and all(abs(run.u - centre) > d for run in known):
+        return _Asked([centre], math.inf, math.inf, "where the short runs and the prior see the best learning rate")
     best = min(range(len(known)), key=lambda i: _loss(known[i]))
     here = known[best].u
     below, above = known[best - 1] if best else None, known[best + 1] if best + 1 < len(known) else None
@@ -164,7 +172,7 @@ def _line(known: list[Run], prior: Prior, options: Options) -> _Asked:
     if any(ended):
         far = 2 if len(known) > 3 else 1  # longer steps, where the first ones ran to the bracket's end
         down, up = [here - far * d * i for i in (1, 2)], [here + far * d * i for i in (1, 2)]
-        points = [up[0], down[0]] if all(ended) else down if ended[0] else up
+        points = [up[0], down[0]][:: int(lean)] if all(ended) else down if ended[0] else up
         other = below or above
         fell = _loss(other) - _loss(known[best]) if other is not None and _finite(other) else 0.0
         left = max(_SURE**2 * 1.65 * unknown, 2 * fell)
@@ -211,11 +219,13 @@ def _questions(best: Run, runs: list[Run], axes: Sequence[Axis]) -> list[_Questi
             continue
         place = axis.values.index(here)
         near = [place + 1, place - 1] if axis.ordered else [i for i in range(len(axis.values)) if i != place]
+        sds = known.get(axis.name, known["other"])
         tried = {run.at.get(axis.name) for run in runs}
-        sd = known.get(axis.name, known["other"])["sd"]
         worse = sum(value in tried and value != here for value in axis.values)
-        for value in (axis.values[i] for i in near if 0 <= i < len(axis.values)):
+        for i in near:
+            value = axis.values[i] if 0 <= i < len(axis.values) else here
             if value not in tried:
+                sd = sds["up" if i > place else "down"]
                 expected = _improvement(0.0, sd) / (1 + worse)  # each answer that was no better makes the next less likely to be
                 step = Step(u=best.u, at={**best.at, axis.name: value}, why=f"{axis.name} {value}, at the best learning rate")
                 found.append(_Question(step, expected, sd))

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Iterable
+from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.study import Study
 
+    from loratune.samplers.bracket import Decision
+    from loratune.samplers.prior import Prior
+
 _CLASSES = {
+    "bracket": "loratune.samplers.bracket_sampler:BracketSampler",
     "nomad": "loratune.samplers.nomad:NomadSampler",
     "nni_tpe": "loratune.samplers.nni_tpe:NniTpeSampler",
     "tpe": "optuna.samplers:TPESampler",
@@ -26,8 +31,8 @@ _CLASSES = {
 }
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 _NUMERIC = ("tpe", "gp", "cmaes", "qmc")  # model an ordinal better as a number
-_UNCONDITIONAL = ("nomad", "nni_tpe")
-_NOT_OPTIONS = ("seed", "sequence_seed", "search_space", "when_spent")  # the study's to decide
+_UNCONDITIONAL = ("bracket", "nomad", "nni_tpe")
+_NOT_OPTIONS = ("seed", "sequence_seed", "search_space", "when_spent", "start", "spread", "outside", "slots")  # the study's to decide
 _SCALARS: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "None": type(None)}
 
 
@@ -40,6 +45,8 @@ def build(
     x0: dict[str, Any] | None = None,
     workers: int = 1,
     conditional: bool = False,
+    prior: "Prior | None" = None,
+    constants: dict[str, Any] | None = None,
 ) -> "BaseSampler":
     """The sampler of a study; what it proposes depends on the stored trials and the trial's number alone.
 
@@ -48,6 +55,7 @@ def build(
         a poor point, its first population stays too near (worse than random search after 45 trials).
     workers: trials that train at the same time.
     conditional: whether some parameters of the space exist only for some values of others.
+    prior, constants: of bracket; how sure `x0` is as the first guess, and the hyperparameters that are not searched.
 
     Raises SpecError for an unknown name, an unknown option or one of a wrong type, a conditional
     space where the sampler cannot search one; MissingExtraError for nni_tpe without nni.
@@ -66,6 +74,10 @@ def build(
         if name == "nomad":
             options.setdefault("block_size", workers)
             return ViewSampler(sampler_class(search_space=search_space, x0=x0, seed=seed, **options))
+        if name == "bracket":
+            sure = {} if prior is None else {"spread": prior.sd, "outside": prior.outside}
+            start = {**{name: value for name, value in (constants or {}).items() if name not in search_space}, **(x0 or {})}
+            return ViewSampler(sampler_class(search_space, start=start, slots=workers, seed=seed, **sure, **options))
         if name == "nni_tpe":
             return ViewSampler(sampler_class(search_space=search_space, seed=seed, **options))
         if name == "tpe" and conditional:
@@ -82,6 +94,31 @@ def build(
 def ordinals(name: str) -> Literal["index", "choice"]:
     """Whether the sampler wants an ordinal parameter as an integer index or as a categorical of its values."""
     return "index" if _known(name) in _NUMERIC else "choice"
+
+
+def starts_itself(name: str) -> bool:
+    """Whether the sampler proposes the first trial too, rather than being given the space's defaults."""
+    return _known(name) == "bracket"
+
+
+def length(study: "Study", number: int) -> Fraction:
+    """The share of a full run that the sampler wants the trial trained, once it has proposed it."""
+    from loratune.samplers.bracket_sampler import length_of
+
+    return length_of(study.get_trials(deepcopy=False)[number])
+
+
+def tell_untuned(study: "Study", loss: float) -> None:
+    """Tell a sampler that asks for it the loss of the model before tuning."""
+    from loratune.samplers.bracket_sampler import UNTUNED
+
+    study._storage.set_study_system_attr(study._study_id, UNTUNED, loss)
+
+
+def outlook(study: "Study") -> "Decision | None":
+    """What a sampler that can tell expects to be left to find; else None."""
+    sampler = getattr(study.sampler, "inner", study.sampler)
+    return sampler.decision(study) if hasattr(sampler, "decision") else None
 
 
 def ready(study: "Study") -> bool:

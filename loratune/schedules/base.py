@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 
@@ -21,12 +21,22 @@ class Stretch:
     start: Fraction = Fraction(0)
     stop: Fraction = Fraction(1)
 
+    def shortened(self, length: Fraction) -> "Stretch":
+        """A complete short run of this length in place of the full one."""
+        return self if length == 1 else replace(self, run=short_run(length), length=length)
+
+
+def short_run(length: Fraction) -> str:
+    """The name of a complete run of this share of the full one."""
+    return "main" if length == 1 else f"budget-{length.numerator}-{length.denominator}"
+
 
 class Fate(StrEnum):
     """What a schedule says of a trial once a stretch of it is done."""
 
     COMPLETE = "complete"  # trained to the end of the full run
     PAUSED = "paused"  # may go on later
+    SHORT = "short"  # a complete short run that is never followed by a longer one
     DROPPED = "dropped"  # failed or diverged: never goes on
 
 

@@ -1,4 +1,7 @@
-"""Everyone to the end: each configuration is one full training, as in the published study."""
+"""Everyone to the end: each configuration is one full training, as in the published study.
+
+A sampler may want a trial shorter (the guard of the bracket search): the study then asks for a complete short run in its place.
+"""
 
 from collections.abc import Sequence
 
@@ -17,4 +20,6 @@ class FullSchedule(Schedule):
         return Stretch(trial=self._started - 1)
 
     def tell(self, stretch: Stretch, value: float | None, values: Sequence[float] = ()) -> Fate:
-        return Fate.DROPPED if value is None else Fate.COMPLETE
+        if value is None:
+            return Fate.DROPPED
+        return Fate.COMPLETE if stretch.length == 1 else Fate.SHORT

@@ -30,7 +30,7 @@ SCORES: tuple[str, ...] = get_args(Score)
 RUN_CODE = ("humaneval", "humaneval_fenced", "demo_code")  # scoring them runs programs that the model writes
 KNOWN = ("adapter_mb", "inference_cost")  # follow from the hyperparameters and the model, without training
 GROWING = ("tokens", "train_seconds", "peak_memory_gib")  # once above a bound, more training does not bring them below
-SINGLE_OBJECTIVE = ("nni_tpe", "cmaes")  # samplers
+SINGLE_OBJECTIVE = ("bracket", "nni_tpe", "cmaes")  # samplers
 
 
 class Objective(Section):

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 from loratune.spec.mistakes import MistakesError, nearest, not_allowed
 from loratune.spec.searchable import TARGET_MODULES
 
+_TRIALS = 100  # of the published study
+
 
 class Section(BaseModel):
     """A part of the description."""
@@ -158,10 +160,14 @@ class Training(Section):
 class Sampler(Section):
     """Who proposes the hyperparameters."""
 
-    name: Literal["nomad", "nni_tpe", "tpe", "gp", "cmaes", "qmc", "random", "nsga2"] = Field(
-        "nomad", description="nomad | nni_tpe | tpe | gp | cmaes | qmc | random | nsga2"
+    name: Literal["bracket", "nomad", "nni_tpe", "tpe", "gp", "cmaes", "qmc", "random", "nsga2"] = Field(
+        "bracket",
+        description="bracket | nomad | nni_tpe | tpe | gp | cmaes | qmc | random | nsga2; bracket: of one objective, all runs full",
     )
-    defaults_first: bool = Field(True, description="trial 0 takes the space's defaults")
+    defaults_first: bool = Field(True, description="trial 0 takes the space's defaults; bracket begins there in any case")
+    warm_start: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="of bracket: folders of earlier studies, whose best points sharpen the first guess"
+    )
     options: dict[str, JsonValue] = Field(default_factory=dict, description="the sampler's own; may stand beside its name")
 
     @model_validator(mode="before")
@@ -172,7 +178,7 @@ class Sampler(Section):
         if not isinstance(given, Mapping):
             return given
         own = {key: value for key, value in given.items() if key not in cls.model_fields}
-        hints = {str(key): nearest(key, ("defaults_first", "options"), cutoff=0.8) for key in own}
+        hints = {str(key): nearest(key, ("defaults_first", "warm_start", "options"), cutoff=0.8) for key in own}
         if any(hints.values()):
             raise MistakesError(((key,), f"unknown field{hint}") for key, hint in hints.items() if hint)
         fields = {key: value for key, value in given.items() if key in cls.model_fields}
@@ -222,9 +228,21 @@ class Executor(Section):
 class Budget(Section):
     """When the study ends: at whichever comes first."""
 
-    trials: int = Field(100, ge=1, description="trials in all")
+    trials: int | None = Field(None, ge=1, description="trials in all; null: 100")
+    full_runs: float | None = Field(
+        None,
+        gt=0,
+        description="training of all trials, in runs at the defaults to their end; the run that reaches it is finished; "
+        "null: 3 for bracket unless trials is written, else no limit",
+    )
+    max_tokens: int | None = Field(None, ge=1, description="training tokens of all trials; null: no limit")
     max_hours: float | None = Field(None, gt=0, description="hours on the clock, over all starts; null: no limit")
     max_device_hours: float | None = Field(None, gt=0, description="hours of training and validation, summed over devices; null: no limit")
+
+    @property
+    def most(self) -> int:
+        """Trials in all, at most."""
+        return _TRIALS if self.trials is None else self.trials
 
 
 class Output(Section):
