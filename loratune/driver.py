@@ -180,7 +180,7 @@ def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:
 
 def _guessed(spec: StudySpec, record: Record) -> Guess | None:
     """The study's first guess, where it begins with one: that of its first start, as long as there is one. Raises what `guess` does."""
-    if spec.sampler.name != "bracket" and not spec.search_space.unwritten:
+    if spec.sampler.name != "bracket" and not spec.search_space.to_fill:
         return None
     path = record.folder / "guess.json"
     if path.exists() and (record.folder / "trials").exists():

@@ -10,7 +10,7 @@ FLOORS = [
     {"errors", "files", "masking", "work", "spec", "environment", "statistics"},
     {"samplers", "schedules", "finetune", "demo"},
     {"record", "executors", "downstream"},
-    {"study", "plan", "selection", "preference"},
+    {"study", "plan", "guess", "selection", "preference"},
     {"report"},
     {"driver"},
     {"evaluation"},

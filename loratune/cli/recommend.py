@@ -55,7 +55,7 @@ def plain(made: "Guess") -> dict[str, Any]:
 
 def first_guess(spec: "StudySpec") -> tuple["StudySpec", "Guess | None"]:
     """The study with the recommendation in place of the defaults that nobody wrote, and that; as it is, where nothing asks for it."""
-    if spec.sampler.name != "bracket" and not spec.search_space.unwritten:
+    if spec.sampler.name != "bracket" and not spec.search_space.to_fill:
         return spec, None
     from loratune.guess import guess, with_guess
 

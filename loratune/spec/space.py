@@ -71,8 +71,14 @@ class SearchSpace(BaseModel, frozen=True, defer_build=True):
     """The searched hyperparameters, in the order in which they are suggested."""
 
     parameters: dict[str, Parameter]
-    unwritten: frozenset[str] = frozenset()  # parameters whose default nobody wrote: the recommendation may take its place
+    unwritten: frozenset[str] = frozenset()  # parameters whose default nobody wrote
     recommended: bool = False  # whether it is made of the preset of that name
+    to_fill: bool = False  # whether the recommendation is to take the place of the defaults that nobody wrote
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SearchSpace) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, definition: "str | Mapping[str, Any]") -> Self:
@@ -136,7 +142,11 @@ class SearchSpace(BaseModel, frozen=True, defer_build=True):
 
     def closed(self) -> Self:
         """The space with its defaults as they are, as if they had been written."""
-        return self.model_copy(update={"unwritten": frozenset(), "recommended": False})
+        return self.model_copy(update={"unwritten": frozenset(), "recommended": False, "to_fill": False})
+
+    def opened(self) -> Self:
+        """The space whose defaults that nobody wrote are still to be filled in."""
+        return self.model_copy(update={"to_fill": bool(self.unwritten)})
 
     def defaults(self, ordinals: Ordinals) -> dict[str, Any]:
         """The default point in Optuna's names and values, for `study.enqueue_trial`."""
@@ -162,11 +172,13 @@ class SearchSpace(BaseModel, frozen=True, defer_build=True):
 
     @model_serializer
     def _written(self) -> dict[str, Any]:
-        """What `of` reads back as an equal space: a default that nobody wrote is not written."""
+        """What `of` reads back as an equal space: a default that is to be filled in is not written."""
         written = {name: {"type": p.type} | p.model_dump(mode="json", exclude_defaults=True) for name, p in self.parameters.items()}
+        if not self.to_fill:
+            return written
         for name in self.unwritten:
             written[name].pop("default", None)
-        if self.recommended and self.unwritten:
+        if self.recommended:
             return {"preset": "recommended", **dict.fromkeys(n for n in PRESETS["recommended"] if n not in written), **written}
         return written
 
@@ -180,7 +192,8 @@ class SearchSpace(BaseModel, frozen=True, defer_build=True):
         definitions, unwritten = _expand(given, mistakes)
         recommended = given == "recommended" or (isinstance(given, Mapping) and given.get("preset") == "recommended")
         try:
-            space = handler({"parameters": definitions, "unwritten": unwritten, "recommended": recommended and bool(unwritten)})
+            kind = {"recommended": recommended and bool(unwritten), "to_fill": recommended and bool(unwritten)}
+            space = handler({"parameters": definitions, "unwritten": unwritten, **kind})
             if not mistakes:
                 mistakes += _cross_checks(space.parameters)
         except ValidationError as error:

@@ -103,8 +103,8 @@ class StudySpec(Section):
     def _completed(self) -> Self:
         """What depends on the sampler: whether the recommendation takes the place of defaults, and how much is spent."""
         bracket, budget = self.sampler.name == "bracket", self.budget
-        if not (bracket or self.search_space.recommended):
-            object.__setattr__(self, "search_space", self.search_space.closed())
+        if bracket and not self.search_space.to_fill:
+            object.__setattr__(self, "search_space", self.search_space.opened())
         runs = _FULL_RUNS if bracket and budget.trials is None and budget.full_runs is None else budget.full_runs
         object.__setattr__(self, "budget", budget.model_copy(update={"trials": budget.most, "full_runs": runs}))
         return self
