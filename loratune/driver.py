@@ -33,6 +33,7 @@ from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord,
 from loratune.record.progress import Meter
 from loratune.record.storage import explained, open_study, until_free
 from loratune.record.trials import read_sessions
+from loratune.samplers.bracket import Options
 from loratune.spec import StudySpec, differences
 from loratune.study import Event, Loop, Note
 
@@ -190,11 +191,14 @@ def _guessed(spec: StudySpec, record: Record) -> Guess | None:
 
 def _sampler(spec: StudySpec, workers: int, guessed: Guess | None = None) -> BaseSampler:
     ordinals = samplers.ordinals(spec.sampler.name)
+    options = spec.sampler.options
+    if spec.sampler.name == "bracket" and spec.budget.most <= Options().guard_points:  # a guard would leave no trial for a full run
+        options = {"guard": "never", **options}
     return samplers.build(
         spec.sampler.name,
         search_space=spec.search_space.distributions(ordinals),
         seed=spec.seed,
-        options=spec.sampler.options,
+        options=options,
         x0=spec.search_space.defaults(ordinals),
         workers=workers,
         conditional=spec.search_space.conditional,

@@ -180,8 +180,10 @@ _LAST = ("learning_rate", "lora_alpha")
 
 def _nearest(parameter: Parameter, wanted: Any) -> Any:
     """The parameter's value nearest to the one wanted, of positive numbers by their ratio."""
-    if wanted is None or parameter.type == "fixed" or parameter.holds(wanted):
-        return parameter.default if wanted is None or parameter.type == "fixed" else wanted
+    if wanted is None or parameter.type == "fixed":
+        return parameter.default
+    if parameter.holds(wanted):
+        return int(wanted) if parameter.type == "int" else wanted
     if parameter.type == "ordinal":
         return min(parameter.values, key=lambda v: abs(math.log(v / wanted)) if v > 0 and wanted > 0 else abs(v - wanted))
     if parameter.type == "categorical":

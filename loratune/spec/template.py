@@ -24,7 +24,8 @@ SPACE = """\
 #   use_rslora: [true, false]                          choices without an order
 #   learning_rate: {low: 1e-6, high: 1e-3, log: true}  a range; also step, type: int | float
 #   lora_dropout: 0.1                                  one value for all trials
-# Each may have a default (the first trial's; in the preset recommended what `loratune recommend` says), and when: {use_rslora: [true]} to exist only then.
+# Each may have a default (the first trial's; in the preset recommended it is what `loratune recommend` says), and
+# when: {use_rslora: [true]} to exist only then.
 # Beside a preset a parameter changes or joins the preset; null takes it out.
 """
 

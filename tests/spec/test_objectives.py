@@ -68,7 +68,10 @@ def test_they_cannot_change_while_a_study_runs() -> None:
     old, new = spec_of(sampler="nomad"), spec_of(objectives=["validation_loss", "tokens"], constraints=["tokens < 5"])
     assert {line.partition(":")[0] for line in differences(old, new)} == {"objectives", "constraints"}
     asked = {"items": 50, "data": "d", "allow_code_execution": True, "weaker_sandbox": True}
-    assert {line.partition(":")[0] for line in differences(old, spec_of(sampler="nomad", scoring=asked))} == {"scoring.items", "scoring.data"}
+    assert {line.partition(":")[0] for line in differences(old, spec_of(sampler="nomad", scoring=asked))} == {
+        "scoring.items",
+        "scoring.data",
+    }
 
 
 @pytest.mark.parametrize(

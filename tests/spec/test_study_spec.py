@@ -214,7 +214,9 @@ sampler: {name: tpe, n_startup_trials: 3}
     assert (spec.model.name_or_path, spec.model.dtype) == ("other", "float32")
     assert (spec.training.epochs, spec.training.batch_size, spec.training.weight_decay, spec.seed) == (2, 8, 0.5, 1)
     assert [(source.path, source.format) for source in spec.data.train] == [("a.json", "auto"), ("b.json", "dolly"), ("c.json", "auto")]
-    assert spec.search_space == minimal(sampler="random", search_space={"lr": {"high": 1e-2}, "r": [4, 8], "preset": "published"}).search_space
+    assert (
+        spec.search_space == minimal(sampler="random", search_space={"lr": {"high": 1e-2}, "r": [4, 8], "preset": "published"}).search_space
+    )
     assert (spec.sampler.name, spec.sampler.options) == ("random", {})
     assert (spec.budget.trials, spec.executor.name, spec.executor.workers) == (7, "inline", 2)
 
