@@ -300,17 +300,14 @@ class Loop:
             if trial.state == PAUSED:
                 self._trials[trial.number] = replace(trial, state=PRUNED)
                 self._tell(self._trials[trial.number])
-        trials = self._trials.values()
-        spent = self._spending.spent(trials, self._meter.wall_seconds) if len(trials) < self._spec.budget.most else ""
-        if self._spent or spent:
-            yield Note(
-                f"{self._spent} The study ends {self._spending.after(trials)}."
-                if self._spent
-                else f"{spent} {self._spending.after(trials)}."
-            )
         outlook = samplers.outlook(self._study)
         if outlook is not None and outlook.best is not None and math.isfinite(outlook.left):
             yield Note(f"Left to find, with 90 %: not more than {outlook.left:.4f} below the best.")
+        trials = self._trials.values()
+        spent = self._spending.spent(trials, self._meter.wall_seconds) if len(trials) < self._spec.budget.most else ""
+        why = f"{self._spent} The study ends" if self._spent else spent
+        if why:
+            yield Note(f"{why} {self._spending.after(trials)}.")
 
 
 _STATES = {State.DIVERGED: DIVERGED, State.OUT_OF_MEMORY: INFEASIBLE, State.CRASHED: FAILED}

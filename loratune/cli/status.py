@@ -78,6 +78,9 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "seconds_since_update": time.time() - progress["updated"] if progress else None,
         "trials": {state: states.count(state) for state in dict.fromkeys(states)},
         "budget_trials": budget,
+        "full_runs": progress.get("full_runs", 0.0),
+        "budget_full_runs": record.spec.get("budget", {}).get("full_runs"),
+        "left_to_find": progress.get("left_to_find"),
         "in_training": progress.get("running", []) if running else [],
         "best": _brief(record.best),
         "front": _front(record),
@@ -144,6 +147,10 @@ def _print(record: "StudyRecord") -> None:
     now = facts(record)
     console.print(Text(f"{record.name}  {_state(now)}", style="bold"), soft_wrap=True)
     console.print(f"{len(record.trials)} of {now['budget_trials']} trials begun: {counts(record.trials, at_work=now['running'])}")
+    runs, left = now["budget_full_runs"], now["left_to_find"]
+    if runs is not None:
+        sure = f"; with 90 % not more than {left:.4f} below the best is left to find" if left is not None else ""
+        console.print(f"{now['full_runs']:.1f} of {runs:g} full runs{sure}")
     costs = [
         f"{duration(now['wall_seconds'])} elapsed",
         f"{now['device_seconds'] / 3600:.2f} device-hours",

@@ -60,6 +60,7 @@ def counts(trials: Iterable[Trial], *, at_work: bool = True) -> str:
     numbers: dict[str, int] = {}
     for trial in trials:
         state = "interrupted" if trial.state == RUNNING and not at_work else trial.state
+        state = "short" if trial.short and state == PRUNED else state
         numbers[state] = numbers.get(state, 0) + 1
     order = [COMPLETE, PRUNED, PAUSED, *numbers]
     return ", ".join(f"{numbers[state]} {state}" for state in dict.fromkeys(order) if state in numbers) or "none yet"
@@ -89,6 +90,8 @@ def _budget(snapshot: dict[str, Any]) -> list[str]:
 def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
     """What became of a trial's segment, in one line."""
     seconds = f"{duration(outcome.train_seconds + outcome.validation_seconds + outcome.scoring_seconds)}"
+    if trial.short and trial.state == PRUNED:
+        return f"trial {trial.number}, a run of {trial.length:.2g} of the full length: validation loss {loss(trial.value)}, {seconds}"
     if trial.state in (COMPLETE, PAUSED, RUNNING):
         first = f" (base model {loss(base)})" if base is not None else ""
         waits = f", paused at step {outcome.key.rpartition('/')[2].lstrip('0')}" if trial.state == PAUSED else ""
