@@ -34,7 +34,7 @@ def noted(spec: StudySpec, executor: Formula) -> list[str]:
 
 
 @pytest.mark.parametrize(("space", "size", "first"), [(TWO, 2, True), (SIX, 6, False)], ids=["two", "six"])
-@pytest.mark.parametrize("sampler", samplers.NAMES)
+@pytest.mark.parametrize("sampler", [name for name in samplers.NAMES if name != "bracket"])  # which stops by itself
 def test_a_space_that_is_used_up_ends_the_study(sampler: str, space: dict[str, Any], size: int, first: bool, tmp_path: Path) -> None:
     needs(sampler)
     spec = spec_of(tmp_path / "s", {"name": sampler, "defaults_first": first}, trials=size + 4, search_space=space)

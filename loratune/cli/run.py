@@ -81,9 +81,11 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         print("A tenth of the data is held out for validation; to change that, use --data.validation_fraction or --validation.")
     base = None
     if args.demo and not continued:
-        from loratune.demo import study
+        from loratune.demo import DEMO_RUNS, study
 
         base = study()
+        if path is None and not any(name.startswith(("budget", "sampler", "n_trials")) for name, _ in overrides):
+            base["budget"] = {"full_runs": DEMO_RUNS}
     spec = StudySpec.load(path, overrides, base)
     if continued:
         _check_consent(spec, {name for name, _ in overrides})

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
+DEMO_RUNS = 4
+"""Full runs of `loratune run --demo`: where the learning rate is an extrapolation, the vertex takes one more than three."""
 
 
 def model_folder() -> Path:
@@ -20,7 +22,7 @@ def data_files() -> tuple[Path, Path]:
 
 
 def study() -> dict[str, Any]:
-    """The demo study, in the sections of a study's YAML file: three full runs by the bracket search, after nine short ones."""
+    """The demo study, in the sections of a study's YAML file: full runs by the bracket search, after nine short ones."""
     train, validation = data_files()
     return {
         "name": "demo",
