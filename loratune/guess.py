@@ -83,7 +83,8 @@ def facts_of(spec: StudySpec, memory: float | None = None) -> Facts:
     """What the files say. Raises DataError."""
     config = model_config(spec.model.name_or_path, spec.model.revision)
     size = data_size(DataRecipe.from_json(spec.data_recipe_json()))
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    inner = config.get("text_config")
+    text: dict[str, Any] = inner if isinstance(inner, dict) else config
     return Facts(
         family=str(config.get("model_type") or ""),
         hidden_size=next((text[name] for name in _WIDTHS if isinstance(text.get(name), int)), None),

@@ -282,7 +282,7 @@ class Loop:
             samplers.tell_untuned(self._study, untuned)
         self._tell(trial, outcome)
         outlook = samplers.outlook(self._study)
-        self._meter.spent(self._spending.share(segment), outlook and outlook.left)
+        self._meter.spent(self._spending.share(segment), None if outlook is None else outlook.left)
         return Settled(trial, outcome)
 
     def _tell(self, trial: Trial, outcome: Outcome | None = None) -> None:
