@@ -159,3 +159,40 @@ def test_what_training_says_is_not_searched() -> None:
     flagged = StudySpec.load(base={**BASE, "training": {"batch_size": 16}}, overrides=[("search_space.lr.high", "1e-2")])
     assert flagged.search_space.parameters["learning_rate"].high == 1e-2  # type: ignore[union-attr]
     assert "batch_size" not in flagged.search_space.parameters
+
+
+@pytest.mark.slow
+def test_a_real_study_of_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the command line: told before, run, continued by the same command, shown, and the prior of a second study."""
+    from loratune.cli import main
+
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    small = ["--data.train_count", "96", "--data.validation.0.count", "24", "--training.validations", "1", "--executor.name", "inline"]
+    command = ["run", "--demo", "--output", str(tmp_path / "study"), *small, "--budget.full_runs", "2"]
+    assert main([*command, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "2 full runs by bracket. Nothing is started." in said
+    assert "First guess: rank 64" in said
+    assert "the work of 2.333 full runs at the defaults" in said
+    assert not (tmp_path / "study").exists()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "The budget of 2 full runs is spent after 11 trials" in said
+    record = read(tmp_path / "study")
+    assert [trial.short for trial in record.trials] == [True] * 9 + [False] * 2
+    assert record.best is not None
+    assert record.base_loss is not None
+    assert record.best.value is not None
+    assert record.best.value < record.base_loss - 1, "it learned"
+    assert record.spec["search_space"]["lora_r"]["default"] == 64, "the first guess is written into the description"
+    assert (tmp_path / "study" / "guess.json").is_file()
+    assert (tmp_path / "study" / "adapter" / "adapter_model.safetensors").is_file()
+    trained = sorted((tmp_path / "study" / "trials").rglob("outcomes/*.json"))
+    written = [path.stat().st_mtime_ns for path in trained]
+    assert main(command) == 0
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "study" / "trials").rglob("outcomes/*.json"))] == written
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "study")]) == 0
+    assert "of 2 full runs" in capsys.readouterr().out
+    assert main(["recommend", "--demo", *small, "--warm-start", str(tmp_path / "study")]) == 0
+    assert "its best lies at" in " ".join(capsys.readouterr().out.split())

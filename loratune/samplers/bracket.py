@@ -172,8 +172,9 @@ def _line(known: list[Run], prior: Prior, options: Options, lean: float, guarded
     if any(ended):
         far = 2 if len(known) > 3 else 1  # longer steps, where the first ones ran to the bracket's end
         down, up = [here - far * d * i for i in (1, 2)], [here + far * d * i for i in (1, 2)]
-        both = [up[0], down[0]][:: int(lean)][: 2 if options.slots >= _WAVE else 1]  # of two slots, the other side waits for the first
-        points = both if all(ended) else down if ended[0] else up
+        both = [up[0], down[0]][:: int(lean)]
+        # Of fewer slots than a wave has, one waits: a run that the next result would have spared costs more than an idle slot.
+        points = (both if all(ended) else down if ended[0] else up)[: 2 if options.slots >= _WAVE else 1]
         other = below or above
         fell = _loss(other) - _loss(known[best]) if other is not None and _finite(other) else 0.0
         left = max(_SURE**2 * 1.65 * unknown, 2 * fell)

@@ -87,6 +87,16 @@ def test_a_wave_fills_the_slots_with_three_at_once() -> None:
     assert best(history).u == pytest.approx(-2.3, abs=0.05)
 
 
+def test_with_two_slots_a_step_waits_for_the_pair_before_it() -> None:
+    options = Options(slots=2)
+    pair = decide([], FAIR, options).steps[:2]
+    assert [step.u for step in pair] == pytest.approx([-2.35, -2.05])
+    half = [Run(u=pair[0].u, loss=1.01), Run(u=pair[1].u)]
+    assert decide(half, FAIR, options).steps == ()
+    done = [half[0], Run(u=pair[1].u, loss=1.005)]
+    assert [step.u for step in decide(done, FAIR, options).steps] == pytest.approx([-1.75])
+
+
 def test_three_runs_are_enough_with_a_fair_prior() -> None:
     regrets, spent = [], []
     for seed in range(200):
