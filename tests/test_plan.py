@@ -17,7 +17,7 @@ from loratune.work import Hyperparameters, ModelRecipe
 
 
 def spec(**sections: object) -> StudySpec:
-    return StudySpec.load(None, (), {"model": "m", "data": {"train": ["d"], "validation_fraction": 0.1}, **sections})
+    return StudySpec.load(None, (), {"sampler": "nomad", "model": "m", "data": {"train": ["d"], "validation_fraction": 0.1}, **sections})
 
 
 PLAN = Plan(

@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 import pytest
-from loratune.selection.choose import choose
+from loratune.selection.rule import choose
 
 from loratune import demo, samplers
 from loratune.errors import SpecError

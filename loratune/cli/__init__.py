@@ -18,6 +18,7 @@ from loratune.system.names import nearest
 
 COMMANDS = {
     "run": "search for the best hyperparameters, or continue a study",
+    "recommend": "recommend hyperparameters in a second, without training",
     "status": "show what a study is doing, and its best trials so far",
     "evaluate": "score the best adapters, the default and the bare model on benchmarks",
     "select": "race the best trials with fresh seeds, and choose the adapter to ship",
@@ -73,7 +74,7 @@ def _bug() -> int:
 def _run(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
         command = importlib.import_module(f"loratune.cli.{argv[0]}")
-        parser = Parser(prog=f"loratune {argv[0]}", description=command.__doc__, fields=argv[0] == "run")
+        parser = Parser(prog=f"loratune {argv[0]}", description=command.__doc__, fields=argv[0] in ("run", "recommend"))
         command.add_arguments(parser)
         args = parser.parse_args(argv[1:])
         args.command_line = ["loratune", *argv]

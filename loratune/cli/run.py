@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.errors import ModelError, SpecError, StorageError, TrainingError
+from loratune.plugs import SAMPLERS
 
 if TYPE_CHECKING:
     from loratune.spec import StudySpec
@@ -27,15 +28,21 @@ _HELD_OUT = "0.1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_study_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="estimate what the study will cost, without starting it")
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """What describes a study, as `load_spec` reads it."""
     parser.add_argument("target", nargs="?", metavar="SPEC.yaml|FOLDER", help="study description, or folder of a study to continue")
     parser.add_argument("--model", metavar="PATH", help="base model: local folder or hub id")
     parser.add_argument("--data", metavar="PATH", action="append", default=[], help="instruction data to train on; may be repeated")
     parser.add_argument("--validation", metavar="PATH", action="append", default=[], help="data to validate on; may be repeated")
     parser.add_argument("--output", metavar="FOLDER", help="the study's folder (default: runs/<name>)")
     parser.add_argument("--trials", metavar="N", help="number of trials")
-    parser.add_argument("--sampler", metavar="NAME", help="nomad, nni_tpe, tpe, gp, cmaes, qmc, random or nsga2")
+    parser.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLERS.builtin))
+    parser.add_argument("--warm-start", metavar="FOLDER", nargs="+", default=[], help="earlier studies that sharpen the first guess")
     parser.add_argument("--demo", action="store_true", help="use the embedded model and data; other flags still apply")
-    parser.add_argument("--dry-run", action="store_true", help="estimate what the study will cost, without starting it")
     parser.set_defaults(overrides=None)
 
 
@@ -70,9 +77,11 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         print("A tenth of the data is held out for validation; to change that, use --data.validation_fraction or --validation.")
     base = None
     if args.demo and not continued:
-        from loratune.demo import study
+        from loratune.demo import DEMO_RUNS, study
 
         base = study()
+        if path is None and not any(name.startswith(("budget", "sampler", "n_trials")) for name, _ in overrides):
+            base["budget"] = {"full_runs": DEMO_RUNS}
     spec = StudySpec.load(path, overrides, base)
     if continued:
         _check_consent(spec, {name for name, _ in overrides})
@@ -114,6 +123,8 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
         flags.append(("output.folder", json.dumps(args.output)))
     if args.sampler is not None:
         flags.append(("sampler", args.sampler))
+    if args.warm_start:
+        flags.append(("sampler.warm_start", json.dumps(args.warm_start)))
     if args.trials is not None:
         flags.append(("budget.trials", args.trials))
     return flags
@@ -121,14 +132,14 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def _search(spec: "StudySpec", command_line: list[str]) -> int:
     from loratune.cli.interrupt import Interrupt, stopped
-    from loratune.cli.trial_lines import delivered, result
+    from loratune.cli.trial_lines import budget, delivered, result
     from loratune.cli.view import open_view
     from loratune.record.paths import StudyPaths
     from loratune.study.driver import deliver, tune
 
     quiet()
     word = "Continuing study" if StudyPaths(spec.folder).spec.is_file() else "Study"
-    print(f"{word} {spec.name} in {spec.folder}: {spec.budget.trials} trials by {spec.sampler.name}")
+    print(f"{word} {spec.name} in {spec.folder}: {budget(spec)} by {spec.sampler.name}")
     with Interrupt() as interrupt:
         with open_view(spec, sys.stdout) as view:
             interrupt.show = view.note

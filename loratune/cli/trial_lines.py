@@ -4,11 +4,18 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from loratune.record import COMPLETE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
-from loratune.system.formatting import count, duration, in_order, label, loss, show
+from loratune.system.formatting import count, duration, in_order, label, loss, plural, show
 from loratune.work import Outcome
 
 if TYPE_CHECKING:
+    from loratune.spec import StudySpec
     from loratune.study.driver import Delivery
+
+
+def budget(spec: "StudySpec") -> str:
+    """`3 full runs`, `100 trials`: the first limit of a study."""
+    given = spec.budget
+    return f"{given.full_runs:g} full runs" if given.full_runs is not None else f"{given.most} trials"
 
 
 def params(values: dict[str, Any]) -> str:
@@ -36,17 +43,24 @@ def counts(trials: Iterable[Trial], *, active: bool = True) -> str:
     """`12 complete, 3 pruned, 1 failed`. In a study that is not `active`, no trial is running."""
     numbers: dict[str, int] = {}
     for trial in trials:
-        state = "interrupted" if trial.state == RUNNING and not active else trial.state
+        state = "interrupted" if trial.state == RUNNING and not active else str(trial.state)
+        state = "short" if trial.short and state == PRUNED else state
         numbers[state] = numbers.get(state, 0) + 1
     order = [COMPLETE, PRUNED, PAUSED, *numbers]
     return ", ".join(f"{numbers[state]} {state}" for state in dict.fromkeys(order) if state in numbers) or "none yet"
 
 
 def totals(numbers: dict[str, Any]) -> list[str]:
-    """Trials, speed, cost and time left, from progress.json or from `loratune status --json`."""
+    """Trials, full runs, speed, cost and time left, from progress.json or from `loratune status --json`."""
     tokens, speed, left = numbers.get("tokens"), numbers.get("tokens_per_second"), numbers.get("seconds_left")
+    runs, improvement = numbers.get("budget_full_runs"), numbers.get("left_to_find")
+    trials = f"{numbers['trials_ended']}/{numbers['budget_trials']} trials" if "trials_ended" in numbers and runs is None else ""
+    if "trials_ended" in numbers and runs is not None:
+        trials = plural(numbers["trials_ended"], "trial")
     said = [
-        f"{numbers['trials_ended']}/{numbers['budget_trials']} trials" if "trials_ended" in numbers else "",
+        f"{numbers['full_runs']:.1f} of {runs:g} full runs" if runs is not None else "",
+        trials,
+        f"at most {improvement:.4f} left to find (90 %)" if improvement is not None else "",
         f"{count(speed)} tokens/s" if speed else "",
         f"{duration(numbers['wall_seconds'])} elapsed",
         f"{numbers['device_seconds'] / 3600:.2f} device-hours",
@@ -59,6 +73,8 @@ def totals(numbers: dict[str, Any]) -> list[str]:
 def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
     """The result of a trial's segment, in one line."""
     seconds = duration(outcome.train_seconds + outcome.validation_seconds + outcome.scoring_seconds)
+    if trial.short and trial.state == PRUNED:
+        return f"trial {trial.number}, a run of {trial.length:.2g} of the full length: validation loss {loss(trial.value)}, {seconds}"
     if trial.state not in (COMPLETE, PAUSED, RUNNING):
         return f"trial {trial.number} {trial.state} after {seconds}: {trial.message}".rstrip(": ")
     first = f" (base model {loss(base)})" if base is not None else ""

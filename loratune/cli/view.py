@@ -69,8 +69,10 @@ class View:
 
     @property
     def default(self) -> Trial | None:
-        """Trial 0, when the study begins with the search space's defaults."""
-        return self.trials.get(0) if self._defaults_first else None
+        """Trial 0, when the study begins with the search space's defaults; after a guard of short runs, the first full one."""
+        begun = (trial for _, trial in sorted(self.trials.items()) if not trial.short)
+        first = next(begun, None)
+        return first if self._defaults_first and (first is None or first.number == 0 or self.trials[0].short) else None
 
     @property
     def base_loss(self) -> float | None:

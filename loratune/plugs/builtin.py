@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from loratune.errors import SpecError
@@ -17,10 +18,33 @@ from loratune.plugs.kinds import (
 )
 from loratune.plugs.registry import Plug, Registry
 
+
+def _bracket(study: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the bracket search starts, how sure that is, and how many trials it may start together."""
+    prior, constants = study["prior"], study["constants"]
+    start = {name: value for name, value in constants.items() if name not in study["search_space"]} | (study["x0"] or {})
+    sure = {} if prior is None else {"spread": prior.sd, "outside": prior.outside}
+    return {"start": start, "slots": study["workers"], "trials": study["trials"], **sure}
+
+
 SAMPLERS = Registry(
     "sampler",
     SamplerPlug,
     (
+        SamplerPlug(
+            name="bracket",
+            make="loratune.samplers.bracket_sampler:BracketSampler",
+            several_objectives=False,
+            conditional=False,
+            remembers=True,
+            starts_itself=True,
+            sets_length=True,
+            full_runs=3.0,
+            wave=3,
+            not_options=("start", "spread", "outside", "slots", "trials"),
+            settings=_bracket,
+            options={"guard": "short runs over four decades of learning rates: auto, always or never"},
+        ),
         SamplerPlug(
             name="nomad",
             make="loratune.samplers.nomad:NomadSampler",

@@ -25,8 +25,14 @@ class SamplerPlug(Plug):
     constraints: bool = True  # it reads Optuna's constraints
     conditional: bool = True  # it can search parameters that exist only for some values of others
     remembers: bool = False  # made once, and keeps in the storage what it must know; else made anew for each trial, with a seed of its own
+    starts_itself: bool = False
+    """It proposes the first trial too, around the first guess of model and data, which earlier studies (`warm_start`) sharpen."""
+    sets_length: bool = False  # it says how much of a full run each trial is trained, so that the schedule must not
+    full_runs: float | None = None  # the budget where the user writes none; None: the number of trials alone
+    wave: int | None = None  # trials that it starts together, at most; None: any number
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=lambda study: {})
-    """Its arguments in a study, where the user gave no option of that name, from what the study gives and `conditional`."""
+    """Its arguments in a study, where the user gave no option of that name, from what the study gives and `conditional`, `trials`,
+    `prior` (of the first guess, a `loratune.samplers.prior.Prior`, or None) and `constants` (hyperparameters that are not searched)."""
 
 
 @dataclass(frozen=True, kw_only=True)

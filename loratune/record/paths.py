@@ -3,6 +3,7 @@
 study/
   spec.yaml            the study as asked for, complete
   recipe.json          its part for the workers (work.Recipe)
+  guess.json           the first guess, its prior and its reasons, where the sampler begins with one (study/guess.py)
   data.txt             the prepared data's name: others cannot continue the study
   notes.txt            lines on the model and the data, found before the first trial
   prompt.json          the prompt in use, never `auto`, and the date that its template shows
@@ -77,6 +78,7 @@ class StudyPaths:
         self.folder = folder = Path(folder)
         self.spec = folder / "spec.yaml"
         self.recipe = folder / "recipe.json"
+        self.guess = folder / "guess.json"
         self.data = folder / "data.txt"
         self.notes = folder / "notes.txt"
         self.prompt = folder / "prompt.json"

@@ -1,5 +1,6 @@
 """What runs right now, in numbers: the one summary behind the live view, `loratune status` and `progress.json`."""
 
+import math
 import os
 import time
 from collections import deque
@@ -23,6 +24,9 @@ class ProgressTracker:
     budget_trials: int
     workers: int  # processes; a trial's seconds are its share of one's
     earlier_seconds: float = 0.0  # wall clock of former sessions
+    budget_runs: float | None = None  # full runs, where they are the budget
+    runs: float = 0.0  # settled so far
+    left: float | None = None  # nats below the best that are left to find, with 90 %, where the sampler can tell
     _started: float = field(default_factory=time.monotonic)
     _running: dict[str, dict[str, Any]] = field(default_factory=dict)
     _trials: dict[int, Trial] = field(default_factory=dict)
@@ -63,6 +67,11 @@ class ProgressTracker:
         self._running.pop(outcome.key, None)
         self._here += (outcome.train_seconds + outcome.validation_seconds) * outcome.devices
 
+    def spent(self, runs: float, left: float | None) -> None:
+        """So many full runs more are settled; `left` is as of now."""
+        self.runs += runs
+        self.left = left if left is not None and math.isfinite(left) else None
+
     def settled(self, trial: Trial) -> None:
         self._trials[trial.number] = trial
 
@@ -77,6 +86,8 @@ class ProgressTracker:
         best = min(finished, key=lambda t: (t.value, t.number), default=None)
         per_trial = self.device_seconds / max(1, len(trials))
         left = per_trial * (self.budget_trials - len(ended)) / max(1, self.workers)
+        if self.budget_runs is not None and self.runs > 0:
+            left = min(left, self.device_seconds / self.runs * max(0.0, self.budget_runs - self.runs) / max(1, self.workers))
         return {
             "pid": os.getpid(),
             "host": os.uname().nodename,
@@ -84,6 +95,9 @@ class ProgressTracker:
             "trials_ended": len(ended),
             "trials_started": len(trials) + len({row["trial"] for row in self._running.values()} - set(self._trials)),
             "budget_trials": self.budget_trials,
+            "full_runs": self.runs,
+            "budget_full_runs": self.budget_runs,
+            "left_to_find": self.left,
             "running": sorted(self._running.values(), key=lambda row: row["trial"]),
             "best": None if best is None else {"trial": best.number, "value": best.value, "params": best.params},
             "default": self._trials[0].value if 0 in self._trials else None,

@@ -30,6 +30,7 @@ class Trial(Json):
     value: float | None = None
     values: tuple[float, ...] = ()  # as Optuna is told them, in the order of the spec's objectives
     message: str = ""
+    length: float = 1.0  # share of a full run that its sampler wanted
     outcomes: tuple[Outcome, ...] = ()  # in the order they were trained
 
     @property
@@ -46,6 +47,11 @@ class Trial(Json):
     def kept_step(self) -> int | None:
         """The step of the curve's point whose loss is the value and whose adapter is kept, where that need not be the last one."""
         return self.outcomes[-1].kept_step if self.outcomes else None
+
+    @property
+    def short(self) -> bool:
+        """Whether the sampler wanted a complete short run, and no longer one will follow."""
+        return self.length < 1
 
     @property
     def device_seconds(self) -> float:
@@ -129,9 +135,9 @@ class StudyRecord:
 
     @property
     def default(self) -> Trial | None:
-        """Trial 0, when the study began with the search space's defaults."""
+        """Trial 0, when the study began with the search space's defaults; after a guard of short runs, the first full one."""
         first = bool(self.spec.get("sampler", {}).get("defaults_first", True))
-        return next((t for t in self.trials if t.number == 0), None) if first else None
+        return next((t for t in self.trials if not t.short and (t.number == 0 or self.trials[0].short)), None) if first else None
 
     @property
     def base_loss(self) -> float | None:

@@ -140,6 +140,13 @@ def _training(training: dict[str, Any]) -> str:
 
 def _budget(budget: dict[str, Any]) -> str:
     limits = ((f"{budget['trials']} trials",) if "trials" in budget else ()) + tuple(
-        f"{show(budget[name])} {unit}" for name, unit in (("max_hours", "hours"), ("max_device_hours", "device-hours")) if budget.get(name)
+        f"{show(budget[name])} {unit}"
+        for name, unit in (
+            ("full_runs", "full runs"),
+            ("max_tokens", "training tokens"),
+            ("max_hours", "hours"),
+            ("max_device_hours", "device-hours"),
+        )
+        if budget.get(name)
     )
     return " or ".join(limits) or "–"

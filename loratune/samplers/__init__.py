@@ -1,31 +1,38 @@
 """Samplers: names -> Optuna samplers that propose hyperparameters.
 
-`build` makes any that is declared (`loratune.plugs.SAMPLERS`) from a study's options. NOMAD and NNI's TPE are ours and serve plain
-Optuna studies too (`optuna.create_study(sampler=NomadSampler())`); the rest is Optuna's own, made
+`build` makes any that is declared (`loratune.plugs.SAMPLERS`) from a study's options. The bracket search, NOMAD and
+NNI's TPE are ours and serve plain Optuna studies too (`optuna.create_study(sampler=NomadSampler())`); the rest is Optuna's own, made
 resumable by `SeededSampler`. Importing this package imports none of them.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from loratune.samplers.registry import build, ordinals, ready
+from loratune.samplers.registry import build, length, ordinals, outlook, ready, starts_itself, tell_untuned
 
 if TYPE_CHECKING:
+    from loratune.samplers.bracket_sampler import BracketSampler
     from loratune.samplers.nni_tpe import NniTpeSampler
     from loratune.samplers.nomad import NomadSampler
     from loratune.samplers.seeded import SeededSampler, StudyView, ViewSampler
 
 __all__ = [
+    "BracketSampler",
     "NniTpeSampler",
     "NomadSampler",
     "SeededSampler",
     "StudyView",
     "ViewSampler",
     "build",
+    "length",
     "ordinals",
+    "outlook",
     "ready",
+    "starts_itself",
+    "tell_untuned",
 ]
 
 _HOMES = {
+    "BracketSampler": "bracket_sampler",
     "NniTpeSampler": "nni_tpe",
     "NomadSampler": "nomad",
     "SeededSampler": "seeded",

@@ -5,13 +5,15 @@ was: it teaches nothing to train it again. Where the sampler proposes one, it is
 then a random configuration that was not tried takes the trial. What takes the place of the sampler's own proposal is
 written beside the trial (Optuna's `fixed_params`) before any parameter is stored, so that a killed study goes on with it.
 
-Configurations are compared as what is trained: the hyperparameters, in which parameters that are not active have no part.
+Configurations are compared as what is trained: the hyperparameters, in which parameters that are not active have no part, and the
+length of the run, where the sampler asks for a short one.
 """
 
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Protocol, cast
 
 import optuna
@@ -21,7 +23,7 @@ from optuna.storages import BaseStorage
 
 from loratune.errors import SearchSpentError
 from loratune.samplers.base import derived_seed, number_of_values, value_at
-from loratune.samplers.registry import ordinals
+from loratune.samplers.registry import length, ordinals
 from loratune.samplers.seeded import SeededSampler
 from loratune.spec import StudySpec
 from loratune.spec.parameters import Parameter
@@ -35,6 +37,8 @@ _Key = tuple[Any, ...]
 class Tried(Protocol):
     """A trial, whatever became of it."""
 
+    @property
+    def number(self) -> int: ...
     @property
     def hyperparameters(self) -> Hyperparameters: ...
 
@@ -62,13 +66,21 @@ class Distinct:
         all_of = f"all {count} configurations were" if count > 1 else "its only configuration was"
         return f"The search space is used up: {all_of} tried."
 
-    def suggest(self, asked: optuna.Trial, trials: Iterable[Tried]) -> tuple[optuna.Trial, dict[str, Any]]:
-        """The trial that the study was `asked` for and its values, now stored: a configuration that none of these trials has."""
+    def suggest(
+        self, asked: optuna.Trial, trials: Iterable[Tried], short: Mapping[int, Fraction] | None = None
+    ) -> tuple[optuna.Trial, dict[str, Any]]:
+        """The trial that the study was `asked` for and its values, now stored: a configuration that none of these trials has.
+
+        short: of trials that had a short run by the sampler's wish, its length.
+        """
         if not asked.params:  # else a start that was killed while it stored them had decided already
-            asked = self._decided(asked, _seen(trials))
+            groups: dict[Fraction, list[Tried]] = {}
+            for trial in trials:
+                groups.setdefault((short or {}).get(trial.number, Fraction(1)), []).append(trial)
+            asked = self._decided(asked, {at: _seen(group) for at, group in groups.items()})
         return asked, self._space.suggest(asked, self._ordinals)
 
-    def _decided(self, asked: optuna.Trial, seen: Collection[_Key]) -> optuna.Trial:
+    def _decided(self, asked: optuna.Trial, by_length: Mapping[Fraction, Collection[_Key]]) -> optuna.Trial:
         """The trial, such that its parameters will be new ones."""
         sampler = asked.study.sampler
         again = _RETRIES if isinstance(sampler, SeededSampler) and not asked._fixed_params else 0
@@ -76,9 +88,10 @@ class Distinct:
             for attempt in range(1 + again):
                 trial = asked if not attempt else optuna.Trial(asked.study, asked._trial_id)
                 values = self._drafted(trial, attempt)
+                seen = by_length.get(length(asked.study, asked.number), ())
                 if _key_of(self._hyperparameters(values)) not in seen:
                     return asked if not attempt else self._instead(asked, values)
-        untried = self._untried(asked.number, seen)
+        untried = self._untried(asked.number, by_length.get(Fraction(1), ()))
         return asked if untried is None else self._instead(asked, untried)
 
     def _drafted(self, trial: optuna.Trial, attempt: int) -> dict[str, Any]:

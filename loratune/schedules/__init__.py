@@ -31,5 +31,5 @@ def of_study(spec: StudySpec) -> Schedule:
     """The schedule of the study that `spec` describes."""
     settings = spec.schedule.model_dump(exclude={"name", "options"})
     return build(
-        spec.schedule.name, trials=spec.budget.trials, baseline=spec.sampler.defaults_first, options=spec.schedule.options, **settings
+        spec.schedule.name, trials=spec.budget.most, baseline=spec.sampler.defaults_first, options=spec.schedule.options, **settings
     )

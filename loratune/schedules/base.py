@@ -1,7 +1,7 @@
 """What a schedule is given and what it then holds."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 
@@ -28,6 +28,15 @@ class Slice:
     def ends_full_run(self) -> bool:
         return self.length * self.stop == 1
 
+    def shortened(self, length: Fraction) -> "Slice":
+        """A complete short run of this length in place of the full one."""
+        return self if length == 1 else replace(self, run=short_run(length), length=length)
+
+
+def short_run(length: Fraction) -> str:
+    """The name of a complete run of this share of the full one."""
+    return "main" if length == 1 else f"budget-{length.numerator}-{length.denominator}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SliceResult:
@@ -44,7 +53,7 @@ class Decision(StrEnum):
 
     COMPLETE = "complete"  # trained to the end of the full run
     PAUSED = "paused"  # may go on later
-    DROPPED = "dropped"  # never goes on: it failed or diverged, or is not worth it
+    DROPPED = "dropped"  # never goes on: it failed or diverged, is not worth it, or was a short run that the sampler wanted
 
 
 class Schedule(ABC):

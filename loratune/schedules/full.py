@@ -1,4 +1,7 @@
-"""Everyone to the end: each configuration is one full training, as in the published study."""
+"""Everyone to the end: each configuration is one full training, as in the published study.
+
+A sampler may want a trial shorter (the guard of the bracket search): the study then asks for a complete short run in its place.
+"""
 
 from loratune.schedules.base import Decision, Schedule, Slice, SliceResult
 
@@ -15,4 +18,4 @@ class FullSchedule(Schedule):
         return Slice(trial=self._started - 1)
 
     def tell(self, slice: Slice, result: SliceResult) -> Decision:
-        return Decision.DROPPED if result.loss is None else Decision.COMPLETE
+        return Decision.COMPLETE if result.loss is not None and slice.length == 1 else Decision.DROPPED

@@ -20,7 +20,7 @@ with it at full length; and when all is done and nobody else reached the top, th
 from collections.abc import Sequence
 from fractions import Fraction
 
-from loratune.schedules.base import Decision, Schedule, Slice, SliceResult
+from loratune.schedules.base import Decision, Schedule, Slice, SliceResult, short_run
 
 
 class HalvingSchedule(Schedule):
@@ -85,8 +85,7 @@ class HalvingSchedule(Schedule):
             self._promoted[rung - 1].add(trial)
         here = self.rungs[rung]
         if self._fidelity == "budget":
-            name = "main" if here == 1 else f"budget-{here.numerator}-{here.denominator}"
-            return Slice(trial=trial, run=name, length=here)
+            return Slice(trial=trial, run=short_run(here), length=here)
         return Slice(trial=trial, start=self.rungs[rung - 1] if rung else Fraction(0), stop=here)
 
     def _winner(self) -> bool:

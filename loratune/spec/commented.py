@@ -19,13 +19,14 @@ HEAD = """\
 """
 
 SPACE = """\
-# What is searched: a preset, published | ratio, or parameters with their ranges. Short forms:
+# What is searched: a preset, recommended | published | ratio, or parameters with their ranges. Short forms:
 #   lora_r: [4, 8, 16]                                 numbers, in order
 #   use_rslora: [true, false]                          choices without an order
 #   learning_rate: {low: 1e-6, high: 1e-3, log: true}  a range; also step, type: int | float
 #   lora_dropout: 0.1                                  one value for all trials
-# Each may have a default (the first trial's), and when: {use_rslora: [true]} to exist only then.
-# Beside `preset: published` a parameter changes or joins the preset; null takes it out.
+# Each may have a default (the first trial's; in the preset recommended it is what `loratune recommend` says), and
+# when: {use_rslora: [true]} to exist only then.
+# Beside a preset a parameter changes or joins the preset; null takes it out.
 """
 
 
@@ -39,7 +40,7 @@ def _lines(model: type[BaseModel], given: dict[str, Any], depth: int) -> Iterato
     for name, field in model.model_fields.items():
         kind = field.annotation
         if name == "search_space":
-            yield from ["", *SPACE.splitlines(), "search_space:", "  preset: published", *_preset("published")]
+            yield from ["", *SPACE.splitlines(), "search_space:", "  preset: recommended", *_preset("recommended")]
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from ["", f"{name}:  # {kind.__doc__}", *_lines(kind, given.get(name, {}), depth + 1)]
         else:

@@ -57,6 +57,9 @@ SHORTHAND = {
 """Sections that may be written as one text: the field it then means."""
 
 
+DEFAULT = "default"
+"""The preset that a study without a search space has, by its sampler."""
+
 SECTIONS = {*SHORTHAND, *SECTION_ALIASES}
 
 
@@ -142,7 +145,7 @@ class Written:
                 self.values[root] = {}
             parts = (root, SHORTHAND[root])
         if root == "search_space" and len(parts) > 1:
-            self.values.setdefault(root, {"preset": "published"})  # the default space, which the flag changes
+            self.values.setdefault(root, {"preset": DEFAULT})  # which the flag changes
         if len(parts) == 1 and isinstance(value, Mapping):
             self.values.pop(root, None)
             self.add_mapping({root: value})

@@ -18,6 +18,8 @@ from loratune.spec.hyperparameters import TARGET_MODULES
 from loratune.spec.validation_errors import MistakesError, not_allowed
 from loratune.system.names import nearest
 
+_TRIALS = 100  # of the published study
+
 
 class Section(BaseModel):
     """A part of the description."""
@@ -216,8 +218,11 @@ class Training(Section):
 class Sampler(Section):
     """Who proposes the hyperparameters."""
 
-    name: Annotated[str, OneOf(SAMPLERS)] = Field("nomad", description=" | ".join(SAMPLERS.builtin))
-    defaults_first: bool = Field(True, description="trial 0 takes the space's defaults")
+    name: Annotated[str, OneOf(SAMPLERS)] = Field("bracket", description=" | ".join(SAMPLERS.builtin))
+    defaults_first: bool = Field(True, description="trial 0 takes the space's defaults; bracket begins there in any case")
+    warm_start: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="of bracket: folders of earlier studies, whose best points sharpen the first guess"
+    )
     options: dict[str, JsonValue] = Field(default_factory=dict, description="options of the sampler; may be written beside its name")
 
     @model_validator(mode="before")
@@ -288,9 +293,21 @@ class Executor(Section):
 class Budget(Section):
     """When the study ends: whichever limit comes first."""
 
-    trials: int = Field(100, ge=1, description="trials in all")
+    trials: int | None = Field(None, ge=1, description="trials in all; null: 100")
+    full_runs: float | None = Field(
+        None,
+        gt=0,
+        description="training of all trials, in runs at the defaults to their end; the run that reaches it is finished; "
+        "null: 3 for bracket unless trials is written, else no limit",
+    )
+    max_tokens: int | None = Field(None, ge=1, description="training tokens of all trials; null: no limit")
     max_hours: float | None = Field(None, gt=0, description="hours on the clock, over all starts; null: no limit")
     max_device_hours: float | None = Field(None, gt=0, description="hours of training and validation, summed over devices; null: no limit")
+
+    @property
+    def most(self) -> int:
+        """Trials in all, at most."""
+        return _TRIALS if self.trials is None else self.trials
 
 
 class Output(Section):

@@ -9,8 +9,10 @@ A space is an ordered mapping of parameter names to definitions. Short forms:
     warmup_ratio: null                                     # not in the space (takes it out of a preset)
 
 Each has a `default`: unless given, the published one where it fits, else the middle of the range (the
-first choice of a categorical). `when: {other: [values]}` makes a parameter conditional: it exists only
-while an earlier one has one of these values, else the constant of `training` holds.
+first choice of a categorical). In the preset `recommended`, and in every space that the sampler `bracket`
+searches, a default that nobody wrote is what `loratune recommend` says of model and data; it is filled in
+when the study begins. `when: {other: [values]}` makes a parameter conditional: it exists only while an
+earlier one has one of these values, else the constant of `training` holds.
 
 To Optuna an ordinal is either an integer index, under the name `<name>_index` (samplers then see the
 order), or a categorical of its values ("choice"). Fixed parameters are not shown to Optuna.
@@ -37,6 +39,17 @@ _RANK = {"type": "ordinal", "values": [4, 8, 16, 32, 64, 128, 256, 512], "defaul
 _DROPOUT = {"type": "ordinal", "values": [0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0], "default": 0.1}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Outside the published protocol: its defaults are what `loratune recommend` says of model and data. Learning rates reach
+    # from 1e-5, far below the best of every public sweep, to what models a hundred wide want, where the published bound of
+    # 1e-3 binds. Dropout 1, which silences the adapter, is left out.
+    "recommended": {
+        "lora_r": {"type": "ordinal", "values": [4, 8, 16, 32, 64, 128, 256]},
+        "alpha_ratio": {"type": "ordinal", "values": [0.25, 0.5, 1.0, 2.0]},
+        "lora_dropout": {"type": "ordinal", "values": [0.0, 0.05, 0.1]},
+        "learning_rate": {"type": "float", "low": 1e-5, "high": 1e-1, "log": True},
+        "batch_size": {"type": "ordinal", "values": [4, 8, 16, 32, 64, 128]},
+        "target_modules": {"type": "categorical", "choices": ["qv", "qkvo", "mlp", "all-linear"]},
+    },
     # The 100-evaluation round of arXiv 2312.00949.
     "published": {
         "lora_r": _RANK,
@@ -59,6 +72,14 @@ class SearchSpace(BaseModel, frozen=True, defer_build=True):
     """The searched hyperparameters, in the order in which they are suggested."""
 
     parameters: dict[str, Parameter]
+    unwritten: frozenset[str] = frozenset()  # parameters whose default nobody wrote
+    recommended: bool = False  # whether it is made of the preset of that name
+    to_fill: bool = False  # whether the recommendation is to take the place of the defaults that nobody wrote
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SearchSpace) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, definition: "str | Mapping[str, Any]") -> Self:
@@ -112,6 +133,22 @@ class SearchSpace(BaseModel, frozen=True, defer_build=True):
                 values[name] = parameter.default
         return values
 
+    def with_defaults(self, values: Mapping[str, Any]) -> Self:
+        """The space with these values in place of the defaults that nobody wrote, as if written. Raises SpecError."""
+        written = {name: {"type": p.type} | p.model_dump(exclude_defaults=True) for name, p in self.parameters.items()}
+        for name in self.unwritten & values.keys():
+            if self.parameters[name].type != "fixed":
+                written[name]["default"] = values[name]
+        return self.of(written).closed()
+
+    def closed(self) -> Self:
+        """The space with its defaults as they are, as if they had been written."""
+        return self.model_copy(update={"unwritten": frozenset(), "recommended": False, "to_fill": False})
+
+    def opened(self) -> Self:
+        """The space whose defaults that nobody wrote are still to be filled in."""
+        return self.model_copy(update={"to_fill": bool(self.unwritten)})
+
     def defaults(self, ordinals: Ordinals) -> dict[str, Any]:
         """The default point in Optuna's names and values, for `study.enqueue_trial`."""
         return self.encode(self.default_values(), ordinals)
@@ -136,7 +173,15 @@ class SearchSpace(BaseModel, frozen=True, defer_build=True):
 
     @model_serializer
     def _written(self) -> dict[str, Any]:
-        return {name: {"type": p.type} | p.model_dump(mode="json", exclude_defaults=True) for name, p in self.parameters.items()}
+        """What `of` reads back as an equal space: a default that is to be filled in is not written."""
+        written = {name: {"type": p.type} | p.model_dump(mode="json", exclude_defaults=True) for name, p in self.parameters.items()}
+        if not self.to_fill:
+            return written
+        for name in self.unwritten:
+            written[name].pop("default", None)
+        if self.recommended:
+            return {"preset": "recommended", **dict.fromkeys(n for n in PRESETS["recommended"] if n not in written), **written}
+        return written
 
     @model_validator(mode="wrap")
     @classmethod
@@ -145,9 +190,11 @@ class SearchSpace(BaseModel, frozen=True, defer_build=True):
         if isinstance(given, cls):
             return given
         mistakes: list[tuple[FieldPath, str]] = []
-        definitions = _expand(given, mistakes)
+        definitions, unwritten = _expand(given, mistakes)
+        recommended = given == "recommended" or (isinstance(given, Mapping) and given.get("preset") == "recommended")
         try:
-            space = handler({"parameters": definitions})
+            kind = {"recommended": recommended and bool(unwritten), "to_fill": recommended and bool(unwritten)}
+            space = handler({"parameters": definitions, "unwritten": unwritten, **kind})
             if not mistakes:
                 mistakes += _cross_checks(space.parameters)
         except ValidationError as error:
@@ -158,8 +205,8 @@ class SearchSpace(BaseModel, frozen=True, defer_build=True):
         return space
 
 
-def _expand(given: Any, mistakes: list[tuple[FieldPath, str]]) -> dict[str, dict[str, Any]]:
-    """Full definitions by canonical name, in order; what cannot be read is added to `mistakes` and left out."""
+def _expand(given: Any, mistakes: list[tuple[FieldPath, str]]) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:
+    """(full definitions by canonical name, in order, those whose default nobody wrote); what cannot be read is added to `mistakes`."""
     if isinstance(given, str):
         given = {"preset": given}
     if not isinstance(given, Mapping):
@@ -169,6 +216,7 @@ def _expand(given: Any, mistakes: list[tuple[FieldPath, str]]) -> dict[str, dict
         mistakes.append((("preset",), not_allowed(preset, PRESETS)))
     definitions: dict[str, Any] = dict(PRESETS.get(preset, {})) if isinstance(preset, str) else {}
     seen: dict[str, str] = {}
+    wrote = set[str]()
     for written, value in ((str(key), value) for key, value in given.items()):
         name = ALIASES.get(written, written)
         if written == "preset":
@@ -186,7 +234,10 @@ def _expand(given: Any, mistakes: list[tuple[FieldPath, str]]) -> dict[str, dict
                 mistakes.append(((name,), str(error)))
                 definitions.pop(name, None)
         seen.setdefault(name, written)
-    return {name: _with_default(name, definition) for name, definition in definitions.items()}
+        if isinstance(value, Mapping) and value.get("default") is not None:
+            wrote.add(name)
+    full = {name: _with_default(name, definition) for name, definition in definitions.items()}
+    return full, frozenset(full) - wrote
 
 
 def _definition(name: str, value: Any, preset: dict[str, Any] | None) -> dict[str, Any]:

@@ -13,13 +13,13 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from loratune.errors import SpecError
-from loratune.plugs import BENCHMARKS, EXECUTORS, METRICS, SCHEDULES
+from loratune.plugs import BENCHMARKS, EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.limits import Constraint
-from loratune.spec.loading import SECTION_ALIASES, SHORTHAND, Written, lines_of
+from loratune.spec.loading import DEFAULT, SECTION_ALIASES, SHORTHAND, Written, lines_of
 from loratune.spec.metrics import Objective, checked, limits, listed, not_for
 from loratune.spec.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Scoring, Section, Training
-from loratune.spec.space import SearchSpace
+from loratune.spec.space import PRESETS, SearchSpace
 from loratune.spec.validation_errors import MistakesError, found_in
 from loratune.system.files import AnyPath
 from loratune.system.masking import masked
@@ -47,7 +47,7 @@ class StudySpec(Section):
     model: Model
     data: Data
     training: Training = Field(default_factory=Training)
-    search_space: SearchSpace = Field(default_factory=lambda: SearchSpace.of("published"))
+    search_space: SearchSpace = Field(default_factory=lambda: SearchSpace.of("recommended"))
     sampler: Sampler = Field(default_factory=Sampler)
     schedule: Schedule = Field(default_factory=Schedule)
     scoring: Scoring = Field(default_factory=Scoring)
@@ -64,7 +64,7 @@ class StudySpec(Section):
         written.add_mapping(given)
         if written.mistakes:
             raise MistakesError(written.mistakes)
-        return written.values
+        return _with_space(_with_sampler(written.values))
 
     @field_validator("objectives", mode="before")
     @classmethod
@@ -87,6 +87,28 @@ class StudySpec(Section):
         unable = not_for(self.sampler.name, len(self.objectives), bool(self.constraints))
         if unable:
             raise MistakesError(((("sampler", "name"), unable),))
+        return self
+
+    @model_validator(mode="after")
+    def _sampler_has_its_schedule(self) -> Self:
+        name, plug = self.sampler.name, SAMPLERS[self.sampler.name]
+        if plug.sets_length and self.schedule.name != "full":
+            what = f"got {self.schedule.name!r}; the sampler {name} sets the length of its runs itself; write full, or another sampler"
+            raise MistakesError(((("schedule", "name"), what),))
+        if self.sampler.warm_start and not plug.starts_itself:
+            able = " or ".join(SAMPLERS.those(lambda other: other.starts_itself))
+            what = f"the sampler {name} takes no earlier studies; only {able} does"
+            raise MistakesError(((("sampler", "warm_start"), what),))
+        return self
+
+    @model_validator(mode="after")
+    def _completed(self) -> Self:
+        """What depends on the sampler: whether the recommendation takes the place of defaults, and how much is spent."""
+        plug, budget = SAMPLERS[self.sampler.name], self.budget
+        if plug.starts_itself and not self.search_space.to_fill:
+            object.__setattr__(self, "search_space", self.search_space.opened())
+        runs = plug.full_runs if budget.trials is None and budget.full_runs is None else budget.full_runs
+        object.__setattr__(self, "budget", budget.model_copy(update={"trials": budget.most, "full_runs": runs}))
         return self
 
     @model_validator(mode="after")
@@ -216,6 +238,30 @@ class StudySpec(Section):
             if registry is None or registry.names != registry.builtin:
                 schema["$defs"][section]["additionalProperties"] = True  # its own options may stand beside its name
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _with_sampler(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a sampler where nobody named one: nomad, where several objectives or halving are asked for, else the default."""
+    sampler, schedule = values.get("sampler", {}), values.get("schedule", {})
+    if not (isinstance(sampler, Mapping) and isinstance(schedule, Mapping)) or "name" in sampler:
+        return values
+    objectives = listed(values.get("objectives"))
+    several = isinstance(objectives, list | tuple) and len(objectives) > 1
+    if several or schedule.get("name", "full") != "full":
+        return {**values, "sampler": {**sampler, "name": "nomad"}}
+    return values
+
+
+def _with_space(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a space where nobody wrote one: `published`, or `recommended` without what `training` says for the bracket search."""
+    space, sampler, training = values.get("search_space", {"preset": DEFAULT}), values.get("sampler", {}), values.get("training", {})
+    if not (isinstance(space, Mapping) and space.get("preset") == DEFAULT):
+        return values
+    guessing = SAMPLERS.those(lambda plug: plug.starts_itself)
+    if isinstance(sampler, Mapping) and sampler.get("name", Sampler().name) not in guessing:
+        return {**values, "search_space": {**space, "preset": "published"}}
+    constant = [name for name in training if name in PRESETS["recommended"] and name not in space] if isinstance(training, Mapping) else []
+    return {**values, "search_space": {**space, "preset": "recommended", **dict.fromkeys(constant)}}
 
 
 def _home(name: str) -> str:

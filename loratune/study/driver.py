@@ -29,9 +29,10 @@ from loratune.record.progress import ProgressTracker
 from loratune.record.storage import explained, open_study, until_free
 from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
+from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
 from loratune.study.plan import slots_for, workers_for
-from loratune.system.files import AnyPath, text_of, write_atomically
+from loratune.system.files import AnyPath, parsed, text_of, write_atomically
 from loratune.system.machine import environment
 from loratune.system.masking import masked_command
 from loratune.trackers import Feed, check
@@ -63,7 +64,11 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     schedules.of_study(spec)
     check(spec.training.report_to)
     with open_record(spec.folder) as record:
+        guessed = _guessed(spec, record)
+        spec = with_guess(spec, guessed.recommendation) if guessed is not None else spec
         _adopt(spec, record)
+        if guessed is not None:
+            write_atomically(record.paths.guess, guessed.to_json())
         yield from _messages(until_free(spec.storage, record.folder, stop))
         if stop.is_set():
             return
@@ -93,9 +98,14 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             options=spec.executor.options,
         )
         try:
-            sampler = _sampler(spec, workers=executor.capacity)
+            sampler = _sampler(spec, workers=executor.capacity, guessed=guessed)
             study = open_study(url=spec.storage, folder=record.folder, name=spec.name, sampler=sampler)
-            meter = ProgressTracker(budget_trials=spec.budget.trials, workers=executor.processes, earlier_seconds=session.earlier_seconds)
+            meter = ProgressTracker(
+                budget_trials=spec.budget.most,
+                budget_runs=spec.budget.full_runs,
+                workers=executor.processes,
+                earlier_seconds=session.earlier_seconds,
+            )
             loop = Loop(
                 spec=spec,
                 record=record,
@@ -172,7 +182,17 @@ def _messages(texts: Iterable[str]) -> Iterator[Message]:
     return (Message(text=text) for text in texts)
 
 
-def _sampler(spec: StudySpec, workers: int) -> BaseSampler:
+def _guessed(spec: StudySpec, record: Record) -> Guess | None:
+    """The study's first guess, where it begins with one: that of its first start, as long as there is one. Raises what `guess` does."""
+    if not begins_with_guess(spec):
+        return None
+    path = record.paths.guess
+    if path.exists() and record.paths.begun:
+        return parsed(path, Guess.from_json, "Restore it from a copy: what the sampler proposes follows from it.")
+    return guess(spec)
+
+
+def _sampler(spec: StudySpec, workers: int, guessed: Guess | None = None) -> BaseSampler:
     ordinals = samplers.ordinals(spec.sampler.name)
     return samplers.build(
         spec.sampler.name,
@@ -182,6 +202,9 @@ def _sampler(spec: StudySpec, workers: int) -> BaseSampler:
         x0=spec.search_space.defaults(ordinals),
         workers=workers,
         conditional=spec.search_space.conditional,
+        trials=spec.budget.most,
+        prior=prior_of(spec, guessed.recommendation) if guessed is not None else None,
+        constants=asdict(spec.hyperparameters(spec.search_space.default_values())),
     )
 
 

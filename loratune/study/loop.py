@@ -29,6 +29,7 @@ from loratune.samplers.distinct import Distinct
 from loratune.schedules import Decision, Slice, SliceResult
 from loratune.spec import StudySpec
 from loratune.study.objectives import Objectives, Sizes
+from loratune.study.spending import Spending
 from loratune.work import Message, Outcome, Progress, Segment, State
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Loop:
         self._arrived: dict[str, Outcome] = {}
         self._settled = 0
         self._first: int | None = None  # the first trial that was trained, which measures the untuned model too
+        self._short: dict[int, Fraction] = {}  # trials that the sampler wants shorter than a full run
+        self._spending = Spending(spec, examples)
         self._began_at = record.began_at()  # trial -> segments settled when it began the first time
         self._spent = ""  # why the sampler proposes no more
 
@@ -126,11 +129,13 @@ class Loop:
             if slice.trial not in self._trials:
                 trial = self._trials[slice.trial] = self._ask(slice.trial)
                 yield TrialStarted(trial)
+                slice = slice.shortened(self._short.get(slice.trial, Fraction(1)))
                 if trial.state == INFEASIBLE:
                     yield from self._refuse(slice, trial)
                     continue
             self._first = slice.trial if self._first is None else self._first
             segment = self._segment(slice)
+            self._spending.sent(segment)
             end = self._clock + self._work(segment)
             self._earliest = self._earliest or end  # no result before the first, which has the untuned model's loss
             heapq.heappush(self._flying, _InFlight(max(end, self._earliest), self._sent, slice, segment))
@@ -147,10 +152,10 @@ class Loop:
         number = len(self._trials)
         if number in self._began_at:
             return self._settled >= self._began_at[number] or not self._flying
-        if self._out_of_budget():
+        if self._spending.spent(self._trials.values(), self._meter.wall_seconds):
             return False
         try:
-            self._spent = self._spent or self._distinct.used_up(self._trials.values())
+            self._spent = self._spent or self._distinct.used_up(t for t in self._trials.values() if t.number not in self._short)
             may = not self._spent and samplers.ready(self._study)
         except SearchSpentError as error:
             self._spent, may = str(error), False
@@ -158,29 +163,27 @@ class Loop:
             self._schedule.no_more()
         return may
 
-    def _out_of_budget(self) -> bool:
-        budget = self._spec.budget
-        hours, device_hours = self._meter.wall_seconds / 3600, sum(t.device_seconds for t in self._trials.values()) / 3600
-        return hours >= (budget.max_hours or math.inf) or device_hours >= (budget.max_device_hours or math.inf)
-
     def _ask(self, number: int) -> Trial:
         """The trial of that number: from the storage, or from the sampler."""
         space, stored = self._spec.search_space, self._study.get_trials(deepcopy=False)
         if number not in self._began_at:
             self._record.begin(number, self._settled)
-        if not stored and self._spec.sampler.defaults_first:
+        if not stored and self._spec.sampler.defaults_first and not samplers.starts_itself(self._spec.sampler.name):
             self._study.enqueue_trial(space.defaults(self._ordinals))
         if number < len(stored) and stored[number].state.is_finished():
             values = space.decode(stored[number].params, self._ordinals)
         else:
             begun = number < len(stored) and stored[number].state is TrialState.RUNNING  # its parameters may be half written
             asked = optuna.Trial(self._study, stored[number]._trial_id) if begun else self._study.ask()
-            asked, values = self._distinct.suggest(asked, self._trials.values())
+            asked, values = self._distinct.suggest(asked, self._trials.values(), self._short)
             for name, value in values.items():
                 if name not in asked.params:  # ordinals as indices, fixed values: what a dashboard would otherwise not show
                     asked.set_user_attr(name, value)
             self._open[number] = asked
-        trial = Trial(number=number, hyperparameters=self._spec.hyperparameters(values), params=values)
+        length = samplers.length(self._study, number)
+        if length < 1:
+            self._short[number] = length
+        trial = Trial(number=number, hyperparameters=self._spec.hyperparameters(values), params=values, length=float(length))
         refusal = self._objectives.refusal(trial.hyperparameters)
         if refusal:
             trial = self._objectives.valued(replace(trial, state=INFEASIBLE, message=refusal), self._trials.values())
@@ -198,7 +201,7 @@ class Loop:
         given, curve = self._trials[slice.trial].hyperparameters, self._trials[slice.trial].curve
         total = math.ceil(slice.length * total_steps(self._examples, given.batch_size, given.epochs))
         start, stop = math.ceil(slice.start * total), math.ceil(slice.stop * total)
-        shares = range(1, self._spec.training.validations)
+        shares = range(1, self._spec.training.validations if slice.trial not in self._short else 1)
         points = {math.ceil(Fraction(i, self._spec.training.validations) * total) for i in shares}
         points |= {math.ceil(share * total) for share in slice.validate_at}
         points |= {0} if slice.trial == self._first else set()  # the base model's own loss, once per study
@@ -273,7 +276,12 @@ class Loop:
         trial = replace(trial, state=state, message=broken or outcome.message)
         trial = self._objectives.valued(trial, self._trials.values())
         self._trials[trial.number] = trial
+        untuned = next((p.validation_loss for p in outcome.curve if p.step == 0), None)
+        if untuned is not None:
+            samplers.tell_untuned(self._study, untuned)
         self._tell(trial, outcome)
+        outlook = samplers.outlook(self._study)
+        self._meter.spent(self._spending.share(result.segment), None if outlook is None else outlook.left)
         return SegmentFinished(trial, outcome)
 
     def _tell(self, trial: Trial, outcome: Outcome | None = None) -> None:
@@ -291,10 +299,14 @@ class Loop:
             if trial.state == PAUSED:
                 self._trials[trial.number] = replace(trial, state=PRUNED)
                 self._tell(self._trials[trial.number])
-        if self._spent:
-            yield Message(text=f"{self._spent} The study ends after {len(self._trials)} of {self._spec.budget.trials} trials.")
-        if self._out_of_budget() and len(self._trials) < self._spec.budget.trials:
-            yield Message(text=f"The time budget is spent after {len(self._trials)} of {self._spec.budget.trials} trials.")
+        outlook = samplers.outlook(self._study)
+        if outlook is not None and outlook.best is not None and math.isfinite(outlook.left):
+            yield Message(text=f"Left to find, with 90 %: at most {outlook.left:.4f} below the best.")
+        trials = self._trials.values()
+        spent = self._spending.spent(trials, self._meter.wall_seconds) if len(trials) < self._spec.budget.most else ""
+        why = f"{self._spent} The study ends" if self._spent else spent
+        if why:
+            yield Message(text=f"{why} {self._spending.after(trials)}.")
 
 
 _DECIDED = {Decision.COMPLETE: COMPLETE, Decision.PAUSED: PAUSED, Decision.DROPPED: PRUNED}

@@ -18,8 +18,9 @@ from loratune import schedules
 from loratune.data.order import order, total_steps
 from loratune.data.prepared import Prepared
 from loratune.executors.devices import cuda_devices
-from loratune.plugs import EXECUTORS, METRICS, SCHEDULES
+from loratune.plugs import EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.plugs.kinds import ADAPTER_BYTES
+from loratune.samplers.bracket import Options
 from loratune.schedules import SliceResult
 from loratune.spec import StudySpec
 from loratune.study.objectives import Objectives
@@ -106,8 +107,11 @@ class Plan:
                 yield f"budget        {name}: {limit:g} ends it earlier, after about {int(self.trials * limit / needed)} trials"
 
 
-def plan(spec: StudySpec, data: Prepared) -> Plan:
-    """Count and probe. Trains for some seconds; leaves nothing behind. Raises ModelError, DataError, TrainingError."""
+def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
+    """Count and probe. Trains for some seconds; leaves nothing behind. Raises ModelError, DataError, TrainingError.
+
+    guard: whether the bracket search begins with its short runs.
+    """
     from loratune.finetune.engines import probe  # torch
     from loratune.work import State
 
@@ -115,13 +119,14 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
     default = spec.hyperparameters(spec.search_space.default_values())
     steps = total_steps(len(data.train), default.batch_size, default.epochs)
     shown = order(spec.seed, len(data.train), steps * default.batch_size)
-    runs, validations = expected(spec)
+    runs, validations = expected(spec, guard)
+    trials = _simulated(spec, random.Random(0), guard)[2]
     largest = _largest(spec, default)
     probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest, threads=_threads(spec))
     adapter = probed.trainable_parameters * ADAPTER_BYTES
     kept = spec.output.keep_adapters
     return Plan(
-        trials=spec.budget.trials,
+        trials=trials,
         full_runs=runs * _expected_epochs(spec, default) / default.epochs,
         steps=steps,
         trial_tokens=int(data.train.lengths[shown].sum()),
@@ -136,7 +141,7 @@ def plan(spec: StudySpec, data: Prepared) -> Plan:
         peak_memory_bytes=probed.peak_memory_bytes,
         largest_rank=largest.lora_r,
         adapter_bytes=adapter,
-        adapters_kept=spec.budget.trials if kept is None else min(spec.budget.trials, kept + 1),
+        adapters_kept=trials if kept is None else min(trials, kept + 1),
         problem="" if probed.state is State.COMPLETED else f"{probed.state.value.replace('_', ' ')}: {probed.message}",
         max_hours=spec.budget.max_hours,
         max_device_hours=spec.budget.max_device_hours,
@@ -148,7 +153,8 @@ def slots_for(spec: StudySpec, data: Prepared) -> int:
     """How many trials one process should train together: as the spec says, else the fewest that fill the device.
 
     slots = ceil(tokens that fill the device / tokens of one batch at the defaults), at most 8, and few enough that
-    the sampler chooses at least four times: each of its choices knows the results of all but the trials in training.
+    the sampler chooses at least four times: each of its choices knows the results of all but the trials in training. A sampler
+    that starts a wave together has no more than that.
     """
     if spec.training.slots is not None:
         return spec.training.slots
@@ -156,20 +162,23 @@ def slots_for(spec: StudySpec, data: Prepared) -> int:
         return 1
     tokens = spec.hyperparameters(spec.search_space.default_values()).batch_size * float(data.train.lengths.mean())
     fills = _FILLS_CUDA if _devices(spec) else _FILLS_CPU
-    return max(1, min(math.ceil(fills / tokens), _MOST_SLOTS, math.ceil(spec.budget.trials / (4 * _processes(spec)))))
+    wave = SAMPLERS[spec.sampler.name].wave
+    most = math.ceil(spec.budget.most / (4 * _processes(spec))) if wave is None else wave // _processes(spec)
+    return max(1, min(math.ceil(fills / tokens), _MOST_SLOTS, most))
 
 
 def workers_for(spec: StudySpec) -> int:
     """How many processes should train on a CPU: as the spec says, else one per core as far as memory allows.
 
-    At most 8, and few enough that the sampler chooses at least ten times; 1 where the model is not on this machine yet.
+    At most 8, and few enough that the sampler chooses at least ten times, or as many as a sampler starts together; 1 where the
+    model is not on this machine yet.
     """
     if spec.executor.workers is not None:
         return spec.executor.workers
     if EXECUTORS[spec.executor.name].in_process or spec.training.devices_per_trial > 1:
         return 1
     weights = weights_on_disk(spec.model.name_or_path, spec.model.revision)
-    return cpu_processes(weights, min(_MOST_WORKERS, spec.budget.trials // 10))
+    return cpu_processes(weights, SAMPLERS[spec.sampler.name].wave or min(_MOST_WORKERS, spec.budget.most // 10))
 
 
 def _processes(spec: StudySpec) -> int:
@@ -190,24 +199,29 @@ def _devices(spec: StudySpec) -> list[int]:
     return cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
 
 
-def expected(spec: StudySpec) -> tuple[float, float]:
+def expected(spec: StudySpec, guard: bool = False) -> tuple[float, float]:
     """(full runs, validations) that the schedule is expected to spend, the base model's validation included."""
     repeats = 20 if SCHEDULES[spec.schedule.name].adaptive else 1
-    spent = [_simulated(spec, random.Random(seed)) for seed in range(repeats)]
-    return fmean(runs for runs, _ in spent), fmean(count for _, count in spent)
+    spent = [_simulated(spec, random.Random(seed), guard) for seed in range(repeats)]
+    return fmean(runs for runs, _, _ in spent), fmean(count for _, count, _ in spent)
 
 
-def _simulated(spec: StudySpec, chance: random.Random) -> tuple[float, float]:
+def _simulated(spec: StudySpec, chance: random.Random, guard: bool = False) -> tuple[float, float, int]:
+    """(full runs, validations, trials) of one course of the schedule."""
     schedule = schedules.of_study(spec)
     runs, validations = 0.0, 1.0
     values: dict[int, float] = {}
     each = spec.training.validations
-    while (slice := schedule.next(may_start=True)) is not None:
+    short = Options.guard_points if guard and spec.budget.most > Options.guard_points else 0
+    while runs < (spec.budget.full_runs or math.inf) and (slice := schedule.next(may_start=True)) is not None:
+        guarding = len(values) < short  # each is validated at its end alone
+        if guarding:
+            slice = slice.shortened(Options.guard_length)
         runs += float(slice.length * (slice.stop - slice.start))
-        points = {Fraction(i, each) for i in range(1, each)} | set(slice.validate_at)
+        points = {Fraction(i, each) for i in range(1, 1 if guarding else each)} | set(slice.validate_at)
         validations += 1 + sum(slice.start < point < slice.stop for point in points)
         schedule.tell(slice, SliceResult(loss=values.setdefault(slice.trial, chance.random())))
-    return runs, validations
+    return runs, validations, max(1, len(values))
 
 
 def _not_counted(spec: StudySpec) -> tuple[str, ...]:

@@ -48,6 +48,31 @@ def weight_files(name: str, revision: str | None) -> list[Path]:
     return list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
 
 
+def small_file(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of the model's folder or repository, downloaded where it is not there yet; None where it is out of reach."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    with asked_once(name):
+        try:
+            return Path(hf_hub_download(name, file, revision=revision))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+            return None
+
+
+def has_chat_template(name: str, revision: str | None) -> bool | None:
+    """Whether the model's tokenizer brings a chat template; None where its files are out of reach."""
+    config = small_file(name, "tokenizer_config.json", revision)
+    if config is None:
+        return None
+    return small_file(name, "chat_template.jinja", revision) is not None or '"chat_template"' in config.read_text(
+        encoding="utf-8", errors="replace"
+    )
+
+
 @contextlib.contextmanager
 def asked_once(name: str) -> Iterator[None]:
     """Around the loading of `name`: where it is no local path and the hub is out of reach, from the cache or not at all.

@@ -84,7 +84,7 @@ def test_version(loratune) -> None:
     ("argv", "said"),
     [
         (["runn"], "no command 'runn'; did you mean 'run'? See `loratune --help`"),
-        (["frobnicate"], "no command 'frobnicate'; the commands: run, status,"),
+        (["frobnicate"], "no command 'frobnicate'; the commands: run, recommend, status,"),
         (["run", "--modl", "x"], "unknown argument --modl; did you mean --model?"),
         (["run", "--epochs", "2"], "unknown argument --epochs; did you mean --training.epochs?"),
         (["run", "--lora-r", "2"], "unknown argument --lora-r; did you mean --search_space.lora_r?"),

@@ -165,14 +165,19 @@ print(sorted({{"torch", "transformers", "datasets", "peft"}} & set(sys.modules))
 
 
 def test_the_weights_of_the_first_estimate_are_those_that_the_files_list(tmp_path: Path) -> None:
-    from loratune.cli.dry_run import _weights
-    from loratune.spec import StudySpec
+    from loratune.finetune.on_disk import weight_count
 
-    data = {"train": ["data.json"], "validation_fraction": 0.2}
     for dtype in (torch.float32, torch.bfloat16):  # whatever the configuration says that they are loaded as
         save_file({"a": torch.ones(30, 7, dtype=dtype), "b": torch.ones(5, dtype=dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
         (tmp_path / "config.json").write_text('{"dtype": "float32"}')
-        assert _weights(StudySpec.load(base={"model": str(tmp_path), "data": data})) == 215
+        assert weight_count(str(tmp_path), None) == 215
+
+
+def test_the_demo_has_a_budget_of_its_own_unless_one_is_said(tmp_path: Path) -> None:
+    assert spec_of("--demo").budget.full_runs == 4
+    asked = spec_of("--demo", "--sampler", "nomad", "--trials", "20")
+    assert (asked.sampler.name, asked.budget.trials, asked.budget.full_runs) == ("nomad", 20, None)
+    assert spec_of("--demo", "--trials", "5").budget.full_runs is None
 
 
 def test_a_stage_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

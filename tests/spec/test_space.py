@@ -182,8 +182,8 @@ def test_encode_and_decode_are_inverse(definition: dict[str, Any], seed: int, or
 @pytest.mark.parametrize(
     ("definition", "message"),
     [
-        (7, "search_space: got 7; needed: a preset (published, ratio) or a mapping of parameters"),
-        ("publish", "search_space.preset: got 'publish'; allowed: published, ratio; did you mean 'published'?"),
+        (7, "search_space: got 7; needed: a preset (recommended, published, ratio) or a mapping of parameters"),
+        ("publish", "search_space.preset: got 'publish'; allowed: recommended, published, ratio; did you mean 'published'?"),
         ({}, f"search_space: nothing to search: give at least one of {', '.join(NAMES)} a range, or write: published"),
         ({"lora_r": 8}, f"search_space: nothing to search: give at least one of {', '.join(NAMES)} a range, or write: published"),
         ({"learnig_rate": 1}, "search_space.learnig_rate: not a searchable parameter; did you mean 'learning_rate'?"),

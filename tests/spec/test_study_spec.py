@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.errors import SpecError
-from loratune.spec import StudySpec, allowed_change, differences, sections
+from loratune.spec import SearchSpace, StudySpec, allowed_change, differences, sections
 from loratune.spec.commented import template
 from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.loading import ROOT_ALIASES, SECTION_ALIASES
@@ -43,8 +43,8 @@ def test_defaults() -> None:
     spec = minimal()
     assert spec.name == "tiny-alpaca"
     assert spec.folder == Path("runs/tiny-alpaca")
-    assert (spec.sampler.name, spec.schedule.name, spec.executor.name, spec.budget.trials) == ("nomad", "full", "local", 100)
-    assert spec.search_space == minimal(search_space="published").search_space
+    assert (spec.sampler.name, spec.schedule.name, spec.executor.name, spec.budget.full_runs) == ("bracket", "full", "local", 3.0)
+    assert spec.search_space == minimal(search_space="recommended").search_space
     assert [(source.path, source.format) for source in spec.data.train] == [("alpaca.json", "auto")]
 
 
@@ -53,7 +53,8 @@ def test_recipe_and_hyperparameters_default_to_what_work_says() -> None:
     spec = minimal()
     assert spec.recipe("cache/x") == Recipe(model=ModelRecipe(name_or_path="models/tiny"), training=TrainingRecipe(), data="cache/x")
     assert spec.hyperparameters({}) == Hyperparameters()
-    assert spec.hyperparameters(spec.search_space.default_values()) == Hyperparameters()
+    published = minimal(sampler="nomad")
+    assert published.hyperparameters(published.search_space.default_values()) == Hyperparameters()
 
 
 def test_recipe_carries_every_field() -> None:
@@ -229,7 +230,9 @@ sampler: {name: tpe, n_startup_trials: 3}
     assert (spec.model.name_or_path, spec.model.dtype) == ("other", "float32")
     assert (spec.training.epochs, spec.training.batch_size, spec.training.weight_decay, spec.seed) == (2, 8, 0.5, 1)
     assert [(source.path, source.format) for source in spec.data.train] == [("a.json", "auto"), ("b.json", "dolly"), ("c.json", "auto")]
-    assert spec.search_space == minimal(search_space={"preset": "published", "lr": {"high": 1e-2}, "r": [4, 8]}).search_space
+    assert (
+        spec.search_space == minimal(sampler="random", search_space={"lr": {"high": 1e-2}, "r": [4, 8], "preset": "published"}).search_space
+    )
     assert (spec.sampler.name, spec.sampler.options) == ("random", {})
     assert (spec.budget.trials, spec.executor.name, spec.executor.workers) == (7, "inline", 2)
 
@@ -246,7 +249,7 @@ def test_sections_without_content_are_defaults(tmp_path: Path) -> None:
 
 
 NO_VALIDATION = "data: no validation data; write validation_fraction: 0.1, or validation_count, or validation: [path]"
-SAMPLERS = "nomad, nni_tpe, tpe, gp, cmaes, qmc, random, nsga2"
+SAMPLERS = "bracket, nomad, nni_tpe, tpe, gp, cmaes, qmc, random, nsga2"
 SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
 
 
@@ -336,7 +339,7 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
         ({"training": [1]}, "training: got [1]; needed: a mapping of fields"),
         (
             {"search_space": "publishd"},
-            "search_space.preset: got 'publishd'; allowed: published, ratio; did you mean 'published'?",
+            "search_space.preset: got 'publishd'; allowed: recommended, published, ratio; did you mean 'published'?",
         ),
         (
             {"search_space": {"lr": {"low": 1, "high": 1e-3}}},
@@ -491,7 +494,7 @@ def test_template_loads_and_says_the_defaults(tmp_path: Path) -> None:
     names = {line.split(":")[0].strip() for line in template().splitlines()}
     sections = [field.annotation for field in StudySpec.model_fields.values() if hasattr(field.annotation, "model_fields")]
     assert names >= StudySpec.model_fields.keys()
-    assert names >= {name for section in sections for name in section.model_fields if name != "parameters"}
+    assert names >= {name for section in sections for name in section.model_fields if section is not SearchSpace}
 
 
 def test_every_field_has_a_description() -> None:
@@ -536,7 +539,7 @@ CHANGES: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("sections", "expected"), CHANGES)
 def test_differences(sections: dict[str, Any], expected: list[str]) -> None:
-    assert differences(minimal(), minimal(**sections)) == expected
+    assert differences(minimal(sampler="nomad"), minimal(**{"sampler": "nomad", **sections})) == expected
 
 
 def test_other_devices_may_take_over() -> None:

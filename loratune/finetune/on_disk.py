@@ -1,0 +1,76 @@
+"""How large a model and its data are, told from their files in about a second: without torch, a tokenizer or their libraries."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from loratune.data.sources import DataRecipe, read_source
+from loratune.system.hub import weight_files
+
+_CHARACTERS = 4  # per token, of English text in a usual vocabulary
+_TEMPLATE = 40  # tokens around an example, as in Alpaca's prompt
+_LARGEST = 100 << 20  # bytes of a file that is read for it
+
+
+def data_size(recipe: DataRecipe) -> tuple[int, int, float] | None:
+    """(training examples, validation examples, mean tokens of one), roughly; None where the data are no files of usual size.
+
+    Raises DataError.
+    """
+    found: list[tuple[int, int]] = []  # examples, characters
+    for source in (*recipe.train, *recipe.validation):
+        path = Path(source.path).expanduser()
+        if not path.is_file() or path.stat().st_size > _LARGEST:
+            return None
+        examples, _ = read_source(source, recipe.on_bad_rows)
+        limit = recipe.max_length * _CHARACTERS
+        found.append((len(examples), sum(min(limit, _length(example) + _TEMPLATE * _CHARACTERS) for example in examples)))
+    rows = [number for number, _ in found]
+    sources = len(recipe.train)
+    train, held = sum(rows[:sources]), sum(rows[sources:])
+    if recipe.validation:
+        held = _drawn(held, recipe.validation_count, [source.count for source in recipe.validation])
+    else:
+        asked = [source.validation_count for source in recipe.train]
+        fraction = int(train * recipe.validation_fraction) if recipe.validation_fraction is not None else 0
+        held = recipe.validation_count or sum(number or 0 for number in asked) or fraction
+        train -= min(train, held)
+    train = _drawn(train, recipe.train_count, [source.count for source in recipe.train])
+    return train, held, sum(characters for _, characters in found) / _CHARACTERS / max(1, sum(rows))
+
+
+def _drawn(there: int, asked: int | None, each: list[int | None]) -> int:
+    """Examples that a recipe draws of those that are there: so many in all, or so many of each source, or all."""
+    if asked is None and each and all(number is not None for number in each):
+        asked = sum(number or 0 for number in each)
+    return there if asked is None else min(there, asked)
+
+
+def _length(example: Any) -> int:
+    """Characters of an example's texts."""
+    return len(example.system) + sum(len(text) for exchange in example.exchanges for text in exchange if isinstance(text, str))
+
+
+def weight_count(name: str, revision: str | None) -> int | None:
+    """The model's weights: as its safetensors files list them, else by the size of its files and the type that its configuration
+    names; None where there are no files."""
+    files = weight_files(name, revision)
+    if not files:
+        return None
+    if all(path.suffix == ".safetensors" for path in files):
+        return sum(map(_listed, files))
+    config = Path(name).expanduser() / "config.json"
+    named = json.loads(config.read_text()) if config.is_file() else {}
+    wide = str(named.get("dtype") or named.get("torch_dtype") or "bfloat16").endswith("32")
+    return sum(path.stat().st_size for path in files) // (4 if wide else 2)
+
+
+def _listed(path: Path) -> int:
+    """The numbers in a safetensors file, by its header: 8 bytes that hold the header's length, then JSON."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(min(_LARGEST, int.from_bytes(file.read(8), "little"))))
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return path.stat().st_size // 2  # damaged, which loading it tells; 16 bits each are usual

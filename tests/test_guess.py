@@ -1,0 +1,127 @@
+"""The first guess: from a model's config and the rows of the data, sharpened by earlier studies, as the defaults of a space."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_study import Formula, events, spec_of
+
+from loratune import demo
+from loratune.cli import main
+from loratune.errors import StorageError
+from loratune.record import read
+from loratune.samplers.prior import Facts, effective, learning_rate, public_findings, recommend
+from loratune.spec import StudySpec
+from loratune.study.guess import Guess, facts_of, guess, prior_of, with_guess
+
+
+def study_of(model: str = "m", **more: Any) -> StudySpec:
+    train, validation = demo.data_files()
+    return StudySpec.load(base={"model": model, "data": {"train": [str(train)], "validation": [str(validation)]}, **more})
+
+
+def test_every_finding_names_its_source() -> None:
+    for name, finding in public_findings().items():
+        parts = [part for part in finding.values() if isinstance(part, dict)] if name == "questions" else [finding]
+        assert all(isinstance(part, str) or part["source"] for part in parts), name
+
+
+def test_the_reference_and_what_moves_it() -> None:
+    llama = recommend(Facts(hidden_size=4096, examples=53_610))
+    assert (llama.values["learning_rate"], llama.values["lora_r"], llama.values["lora_alpha"]) == (4e-4, 128, 64)
+    assert not llama.prior.outside
+    tiny = recommend(Facts(hidden_size=96, examples=53_610))
+    assert tiny.prior.outside
+    assert tiny.prior.sd > 0.6
+    assert tiny.values["lora_r"] == 64
+    assert tiny.values["learning_rate"] > 1e-3
+    few, many = (recommend(Facts(hidden_size=4096, examples=n)).values["learning_rate"] for n in (5_000, 300_000))
+    assert few > 4e-4 > many
+    assert recommend(Facts(examples=900)).values["batch_size"] == 8
+    bounded = recommend(Facts(hidden_size=4096, memory=24 * 2**30, parameters_per_rank=2_500_000))
+    assert bounded.values["lora_r"] == 64
+    assert {"learning_rate", "lora_r", "batch_size", "target_modules", "epochs", "warmup_ratio"} <= llama.reasons.keys()
+
+
+def test_facts_are_read_from_the_files() -> None:
+    facts = facts_of(study_of(str(demo.model_folder())))
+    assert (facts.family, facts.hidden_size, facts.parameters, facts.examples) == ("llama", 96, 538_464, 2000)
+    assert facts.parameters_per_rank == 4 * (2 * (96 + 96) * 2 + 3 * (96 + 256))
+    unknown = guess(study_of("no/such-model")).recommendation
+    assert any("width is not known" in note for note in unknown.notes)
+
+
+@pytest.mark.parametrize("preset", ["recommended", "published", "ratio"])
+def test_the_defaults_that_nobody_wrote_follow_it(preset: str) -> None:
+    spec = study_of(str(demo.model_folder()), sampler="bracket", search_space=preset)
+    made = guess(spec).recommendation
+    h = (filled := with_guess(spec, made)).hyperparameters(filled.search_space.default_values())
+    assert h.lora_r == 64
+    assert effective(h.learning_rate, h.lora_alpha / h.lora_r, h.lora_r) == pytest.approx(
+        min(made.prior.centre, effective(1e-3, 0.5, 64) if preset == "published" else math.inf), abs=0.03
+    )
+    assert filled.search_space.to_fill is False
+    assert StudySpec.model_validate(filled.model_dump(mode="json")).search_space.default_values() == filled.search_space.default_values()
+
+
+def test_a_default_that_was_written_stays_and_far_away_it_is_an_extrapolation() -> None:
+    space = {"learning_rate": {"low": 1e-6, "high": 1e-1, "log": True, "default": 1e-5}, "lora_r": [4, 32]}
+    spec = study_of(str(demo.model_folder()), sampler="bracket", search_space=space)
+    filled = with_guess(spec, made := guess(spec).recommendation)
+    assert filled.search_space.default_values() == {"learning_rate": 1e-5, "lora_r": 32}
+    assert prior_of(filled, made).outside
+
+
+def test_other_samplers_keep_the_defaults_as_written() -> None:
+    spec = study_of(sampler="nomad")
+    assert not spec.search_space.to_fill
+    assert study_of(sampler="tpe", search_space="recommended").search_space.to_fill
+
+
+def test_a_guess_is_written_and_read_back() -> None:
+    made = guess(study_of(str(demo.model_folder())))
+    assert Guess.from_json(made.to_json()) == made
+
+
+def test_earlier_studies_sharpen_it(tmp_path: Path) -> None:
+    earlier = spec_of(tmp_path / "earlier", "random", trials=40)
+    list(events(earlier, Formula(1, seed=1)))
+    best = read(earlier.folder).best
+    assert best is not None
+    plain = guess(study_of()).recommendation
+    warm = guess(study_of(sampler={"name": "bracket", "warm_start": [str(earlier.folder)]})).recommendation
+    there = effective(
+        best.hyperparameters.learning_rate, best.hyperparameters.lora_alpha / best.hyperparameters.lora_r, best.hyperparameters.lora_r
+    )
+    assert abs(warm.prior.centre - there) < abs(plain.prior.centre - there)
+    assert warm.prior.sd < plain.prior.sd
+    assert str(earlier.folder) in warm.notes[-1]
+    assert warm.values["learning_rate"] == pytest.approx(learning_rate(warm.prior.centre, 0.5, 128), rel=0.05)
+    with pytest.raises(StorageError, match=r"warm_start: .*nowhere is not a study's folder"):
+        guess(study_of(sampler={"name": "bracket", "warm_start": [str(tmp_path / "nowhere")]}))
+
+
+def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    train, validation = map(str, demo.data_files())
+    assert main(["recommend", "--model", str(demo.model_folder()), "--data", train, "--validation", validation]) == 0
+    shown = capsys.readouterr().out
+    assert "learning rate" in shown
+    assert "96 wide" in shown
+    assert main(["recommend", "--demo", "--json", "--memory", "24"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["outside"] is True
+    assert told["recommended"]["lora_r"] == 64
+    assert told["facts"]["examples"] == 800
+
+
+def test_the_command_is_light() -> None:
+    code = (
+        "import sys; from loratune.cli import main; main(['recommend', '--demo', '--json'])\n"
+        "print([m for m in ('torch', 'transformers', 'optuna', 'scipy', 'datasets') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "[]"
