@@ -53,3 +53,18 @@ def test_imports_go_down(file: Path) -> None:
             assert same or FLOOR[target] < FLOOR[room], f"{place} imports {name}, which is not below it"
         elif first in ALONE and not place.as_posix().startswith(ALONE[first]):
             raise AssertionError(f"{place} imports {name}, which belongs in {ALONE[first]} alone")
+
+
+# A command's two functions, a process's entry, and what makes a room's object from a study's description.
+SHARED = {"add_arguments", "main", "build"}
+
+
+def test_no_public_name_and_no_file_stands_twice() -> None:
+    names: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_") and node.name not in SHARED:
+                names.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in names.items() if len(files) > 1} == {}
+    stems = [file.stem for file in FILES if file.stem not in ("__init__", "base")]
+    assert {stem for stem in stems if stems.count(stem) > 1} == set()

@@ -10,13 +10,13 @@ from typing import Any
 
 import optuna
 import pytest
-from loratune.selection.rule import choose
 
 from loratune import demo, samplers
 from loratune.errors import SpecError
 from loratune.plugs import BENCHMARKS, METRICS, SAMPLERS, SCHEDULES, MetricPlug, SamplerPlug, SchedulePlug, register
 from loratune.record import COMPLETE, PRUNED, read
 from loratune.selection.candidates import allowed, candidates, rule_of
+from loratune.selection.rule import choose
 from loratune.spec import StudySpec
 from loratune.study.driver import tune
 from loratune.study.evaluation import Scored, evaluate

@@ -7,7 +7,7 @@ resumable by `SeededSampler`. Importing this package imports none of them.
 
 from typing import TYPE_CHECKING, Any
 
-from loratune.samplers.registry import build, length, ordinals, outlook, ready, starts_itself, tell_untuned
+from loratune.samplers.factory import build, length, ordinals, outlook, ready, starts_itself, tell_untuned
 
 if TYPE_CHECKING:
     from loratune.samplers.bracket_sampler import BracketSampler

@@ -23,7 +23,7 @@ from optuna.storages import BaseStorage
 
 from loratune.errors import SearchSpentError
 from loratune.samplers.base import derived_seed, number_of_values, value_at
-from loratune.samplers.registry import length, ordinals
+from loratune.samplers.factory import length, ordinals
 from loratune.samplers.seeded import SeededSampler
 from loratune.spec import StudySpec
 from loratune.spec.parameters import Parameter

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from loratune.record import StudyRecord, Trial
-from loratune.selection.candidates import Scores, candidate_name, loss_of, measured, metric_of, ranked_trials
+from loratune.selection.candidates import Scores, candidate_name, loss_of, measured_metrics, metric_of, ranked_trials
 from loratune.selection.finalists import Noise
 from loratune.selection.race import Race
 from loratune.selection.rerun import RACE, cost_of, fresh_seed, run_name
@@ -56,7 +56,7 @@ def account(
                 study_loss=loss_of(t),
                 losses=tuple(race.losses[candidate_name(t)]) if race else (loss_of(t),),
                 scores={b: metric_of(t, b, scores) for b in scores.get(t.number, {})},
-                **measured(t),
+                **measured_metrics(t),
                 share=choice.shares.get(candidate_name(t), 0.0),
                 out=out.get(candidate_name(t), ""),
             )

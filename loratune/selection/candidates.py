@@ -62,7 +62,7 @@ def candidates(trials: Sequence[Trial], losses: Mapping[int, Sequence[float]], s
             name=candidate_name(trial),
             losses=list(losses[trial.number]),
             scores={name: [scores[trial.number][name].scores[item] for item in items[name]] for name in names},
-            measured=measured(trial),
+            measured=measured_metrics(trial),
         )
         for trial in trials
     ]
@@ -76,10 +76,10 @@ def metric_of(trial: Trial, name: str, scores: Scores) -> float:
         return loss_of(trial)
     if name == "score":
         return float(np.mean(list(means.values()))) if means else math.nan
-    return {**means, **measured(trial)}.get(name, math.nan)
+    return {**means, **measured_metrics(trial)}.get(name, math.nan)
 
 
-def measured(trial: Trial) -> dict[str, float]:
+def measured_metrics(trial: Trial) -> dict[str, float]:
     """The metrics that are one number of a trial, in their units."""
     return {name: metric.read(trial) for name, metric in known_metrics().items() if metric.read is not None}
 

@@ -235,7 +235,7 @@ class Sampler(Section):
         return with_options(cls, given)
 
 
-class Schedule(Section):
+class ScheduleSection(Section):
     """How far each trial is trained before it is compared."""
 
     name: Annotated[str, OneOf(SCHEDULES)] = Field("full", description=SCHEDULES.described)
@@ -270,7 +270,7 @@ class Scoring(Section):
     weaker_sandbox: bool = Field(False, description="accept a sandbox without namespaces where the system has none")
 
 
-class Executor(Section):
+class ExecutorSection(Section):
     """Where trials are trained."""
 
     name: Annotated[str, OneOf(EXECUTORS)] = Field("local", description=EXECUTORS.described)

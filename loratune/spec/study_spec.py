@@ -18,7 +18,7 @@ from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.limits import Constraint
 from loratune.spec.loading import DEFAULT, SECTION_ALIASES, SHORTHAND, Written, lines_of
 from loratune.spec.metrics import Objective, checked, limits, listed, not_for
-from loratune.spec.sections import Budget, Data, Executor, Model, Output, Sampler, Schedule, Scoring, Section, Training
+from loratune.spec.sections import Budget, Data, ExecutorSection, Model, Output, Sampler, ScheduleSection, Scoring, Section, Training
 from loratune.spec.space import PRESETS, SearchSpace
 from loratune.spec.validation_errors import MistakesError, found_in
 from loratune.system.files import AnyPath
@@ -49,9 +49,9 @@ class StudySpec(Section):
     training: Training = Field(default_factory=Training)
     search_space: SearchSpace = Field(default_factory=lambda: SearchSpace.of("recommended"))
     sampler: Sampler = Field(default_factory=Sampler)
-    schedule: Schedule = Field(default_factory=Schedule)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     scoring: Scoring = Field(default_factory=Scoring)
-    executor: Executor = Field(default_factory=Executor)
+    executor: ExecutorSection = Field(default_factory=ExecutorSection)
     budget: Budget = Field(default_factory=Budget)
     output: Output = Field(default_factory=Output)
 
@@ -232,12 +232,17 @@ class StudySpec(Section):
             }
         for section, meant in SHORTHAND.items():
             if section != "search_space":  # which knows its short forms
-                shorthand = schema["$defs"][section.capitalize()]["properties"][meant]
+                shorthand = schema["$defs"][_section_class(section)]["properties"][meant]
                 schema["properties"][section] = {"anyOf": [shorthand, schema["properties"][section]]}
-        for section, registry in {"Sampler": None, "Schedule": SCHEDULES, "Executor": EXECUTORS}.items():
+        for section, registry in {"sampler": None, "schedule": SCHEDULES, "executor": EXECUTORS}.items():
             if registry is None or registry.names != registry.builtin:
-                schema["$defs"][section]["additionalProperties"] = True  # its own options may stand beside its name
+                schema["$defs"][_section_class(section)]["additionalProperties"] = True  # its own options may stand beside its name
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _section_class(section: str) -> str:
+    """The name of a section's class, by which the JSON Schema defines it."""
+    return str(getattr(StudySpec.model_fields[section].annotation, "__name__", ""))
 
 
 def _with_sampler(values: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def evaluate(
     names = list(benchmarks) if benchmarks is not None else default_benchmarks(record)
     if not names:
         raise EvaluationError("no benchmark is named.")
-    models, lacking = choose(record, top)
+    models, lacking = models_to_score(record, top)
     if lacking:
         yield Message(
             text=f"Not on disk, so not scored: the adapters of trials {', '.join(lacking)} (output.keep_adapters says how many are kept)."
@@ -110,7 +110,7 @@ def evaluate(
         yield replace(scores, text="\n".join([scores.text, "", *said])) if said else scores
 
 
-def choose(record: StudyRecord, top: int) -> tuple[list[EvaluatedModel], list[str]]:
+def models_to_score(record: StudyRecord, top: int) -> tuple[list[EvaluatedModel], list[str]]:
     """(what is handed over, the best `top` trials, the default's and the bare model; the numbers of trials whose adapters are not on disk).
 
     Raises StorageError when no adapter is there."""

@@ -132,7 +132,8 @@ def test_they_cannot_change_while_a_study_runs() -> None:
         ),
         (
             {"constraints": "tokens < 5", "sampler": "cmaes"},
-            "sampler.name: got 'cmaes', which ignores constraints; these respect them: bracket, nomad, nni_tpe, tpe, gp, qmc, random, nsga2",
+            "sampler.name: got 'cmaes', which ignores constraints; "
+            "these respect them: bracket, nomad, nni_tpe, tpe, gp, qmc, random, nsga2",
         ),
     ],
 )

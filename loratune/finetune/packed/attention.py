@@ -23,7 +23,7 @@ from loratune.finetune.packed.layout import Flat, RowCopies
 NAME = "loratune_flat"
 
 
-def register() -> None:
+def register_attention() -> None:
     """Make the implementation known to Transformers under `NAME`. No mask is registered with it, so models build none."""
     transformers.AttentionInterface.register(NAME, flat_attention)
 

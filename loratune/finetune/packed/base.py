@@ -70,7 +70,7 @@ class PackedBase:
         self._hooks: list[Any] = []
         self._norms: list[tuple[Any, Any]] = []  # and the forward function that it had of its own, not its class's
         self._last = self._read_alone()
-        attention.register()
+        attention.register_attention()
         check = LoadingCheck(base, longest)
         self.model.config._attn_implementation = attention.NAME
         for norm, forward in list(quick_norms(self.model)):
