@@ -35,7 +35,7 @@ def spec_rows(record: StudyRecord) -> list[tuple[str, str]]:
 def _notes(record: StudyRecord) -> list[str]:
     """Lines on the model and the data that were told before the first trial."""
     path = record.paths.notes
-    return path.read_text().splitlines() if path.is_file() else []
+    return text_of(path).splitlines() if path.is_file() else []
 
 
 def example_counts(record: StudyRecord) -> str:

@@ -7,11 +7,12 @@ import pytest
 
 from loratune.downstream.tasks.base import Benchmark, Item, stratified
 from loratune.downstream.tasks.bbh import Bbh
-from loratune.downstream.tasks.benchmarks import NAMES, build_benchmark
+from loratune.downstream.tasks.benchmarks import build_benchmark
 from loratune.downstream.tasks.drop import DropBenchmark
 from loratune.downstream.tasks.embedded import DemoChoice, DemoCode, DemoMatch
 from loratune.downstream.tasks.mmlu import Mmlu, MmluLoglikelihood
 from loratune.errors import DataError, EvaluationError
+from loratune.plugs import BENCHMARKS
 from loratune.statistics import bootstrap_mean
 
 REAL = ("mmlu", "mmlu_loglikelihood", "bbh", "drop")
@@ -243,7 +244,7 @@ def test_subset(shared_data: Path) -> None:
 
 
 def test_names() -> None:
-    assert set(ITEMS) <= set(NAMES)
+    assert set(ITEMS) <= set(BENCHMARKS.names)
     with pytest.raises(EvaluationError, match="did you mean 'mmlu'"):
         build_benchmark("mmul")
     with pytest.raises(EvaluationError, match="lm_eval:TASK"):

@@ -102,7 +102,7 @@ def test_pause_and_resume_is_bit_exact(dtype: str, tmp_path: Path) -> None:
     outcome = run(engine, whole)
     first, second = segment(trial=1, stop=2, validate_at=(0,)), segment(trial=1, start=2, validate_at=(2,))
     early = run(engine, first)
-    assert (tmp_path / first.folder / "adapter").is_dir()
+    assert (StudyPaths(tmp_path).of(first).folder / "adapter").is_dir()
     engine = load_engine(recipe(tmp_path, dtype=dtype), tmp_path)  # a new process would know no more
     late = run(engine, second)
     assert same(adapter(tmp_path, whole), adapter(tmp_path, second))
@@ -110,7 +110,7 @@ def test_pause_and_resume_is_bit_exact(dtype: str, tmp_path: Path) -> None:
     assert [p.validation_loss for p in early.curve] == [p.validation_loss for p in outcome.curve[:2]]
     assert [p.step for p in late.curve] == [2, 6]
     assert early.tokens + late.tokens == outcome.tokens
-    checkpoints = sorted(p.name for p in (tmp_path / second.folder).glob("*checkpoint*"))
+    checkpoints = sorted(p.name for p in (StudyPaths(tmp_path).of(second).folder).glob("*checkpoint*"))
     assert checkpoints == ["checkpoint-0000006.safetensors"]
     again = run(engine, second)  # its outcome was lost after all was done: nothing is trained again
     assert again.validation_loss == late.validation_loss
@@ -134,7 +134,7 @@ def test_stop_writes_a_checkpoint_and_the_rest_gives_the_same(engine) -> None:  
 def test_a_lost_checkpoint_costs_time_not_the_result(engine) -> None:  # type: ignore[no-untyped-def]
     expected = run(engine, segment(trial=6))
     assert run(engine, segment(trial=7, start=4)).validation_loss == expected.validation_loss
-    assert "training again from step 0" in (engine.root / segment(trial=7).folder / "log.txt").read_text()
+    assert "training again from step 0" in (StudyPaths(engine.root).of(segment(trial=7)).folder / "log.txt").read_text()
 
 
 def test_trials_do_not_touch_each_other(engine) -> None:  # type: ignore[no-untyped-def]
@@ -175,7 +175,7 @@ def test_the_step_that_diverges_is_named(engine) -> None:  # type: ignore[no-unt
     assert "step" in outcome.message
     assert outcome.validation_loss is None
     assert [p.step for p in outcome.curve] == [0]
-    assert "diverged" in (engine.root / segment(trial=21).folder / "log.txt").read_text()
+    assert "diverged" in (StudyPaths(engine.root).of(segment(trial=21)).folder / "log.txt").read_text()
 
 
 def test_bad_input_says_what_is_allowed(engine) -> None:  # type: ignore[no-untyped-def]
@@ -249,7 +249,7 @@ def test_progress_and_log(engine) -> None:  # type: ignore[no-untyped-def]
     assert [step for step, _ in validated] == [0, 3, 6]
     assert all(p.total_steps == 6 for p in said)
     assert [p.tokens for p in said] == sorted(p.tokens for p in said)
-    log = (engine.root / segment(trial=42).folder / "log.txt").read_text()
+    log = (StudyPaths(engine.root).of(segment(trial=42)).folder / "log.txt").read_text()
     assert log.count("validation loss") == 3
 
 

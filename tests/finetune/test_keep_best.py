@@ -19,6 +19,7 @@ from tiny_engine import adapter, recipe, run, segment
 
 from loratune.finetune.checkpoint import Checkpoint, newest_checkpoint
 from loratune.finetune.engines import Engine, load_engine
+from loratune.record.paths import StudyPaths
 from loratune.work import Outcome, Recipe, Segment, State
 
 STEPS = 12
@@ -81,7 +82,7 @@ def test_the_value_and_the_adapter_are_of_the_lowest_point(engine: Engine, whole
     assert there.validation_loss == curve[lowest]
     assert same(weights, adapter(root_of(engine), wanted(1)))
     # One file holds the present weights and the kept ones, so that a kill never parts a curve from its best point.
-    found = checkpoint_of(root_of(engine) / wanted(0).folder)
+    found = checkpoint_of(StudyPaths(root_of(engine)).of(wanted(0)).folder)
     assert found.facts["best_step"] == lowest
     assert {name.partition("/")[0] for name in found.tensors} == {"adapter", "best"}
     kept = {name.removeprefix("best/"): tensor for name, tensor in found.tensors.items() if name.startswith("best/")}
@@ -113,7 +114,7 @@ def test_segments_of_a_run_keep_the_best_of_all_of_them(engine: Engine, whole: t
     first = run(engine, wanted(cut, stop=cut, validate_at=tuple(p for p in POINTS if p < cut)))
     assert first.validation_loss == min(losses(first).values())
     if cut == 8:
-        for checkpoint in (root_of(engine) / wanted(cut).folder).glob("checkpoint-*"):
+        for checkpoint in (StudyPaths(root_of(engine)).of(wanted(cut)).folder).glob("checkpoint-*"):
             checkpoint.unlink()
     rest = tuple(p for p in POINTS if p > cut)
     second = run(engine, replace(wanted(cut, start=cut, validate_at=rest), validated_at=tuple(losses(first))))
@@ -155,7 +156,7 @@ def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
     points = tuple(range(2, 60, 2))
     expected = run(engine, wanted(8, total=60, validate_at=points))
     code = _CHILD.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], root=str(tmp_path), name=name)
-    folder = tmp_path / wanted(7).folder
+    folder = StudyPaths(tmp_path).of(wanted(7)).folder
     for _ in range(3):
         before = {p.name for p in folder.glob("checkpoint-*")}
         child = subprocess.Popen([sys.executable, "-c", code])

@@ -15,6 +15,7 @@ from loratune.finetune.engines import load_engine, run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed import attention
 from loratune.finetune.packed.engine import PackedEngine
+from loratune.record.paths import StudyPaths
 from loratune.work import State
 
 SHAPE = {
@@ -122,6 +123,6 @@ def test_export_reloads_in_peft_with_the_recorded_loss(tmp_path: Path) -> None:
     wanted = [segment(8, trial=k, lora_r=r, learning_rate=0.02) for k, r in enumerate((4, 7))]
     for outcome, one in zip(run_segments(packed, wanted), wanted, strict=True):
         base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-        model = peft.PeftModel.from_pretrained(base, str(tmp_path / one.folder / "adapter"))
+        model = peft.PeftModel.from_pretrained(base, str(StudyPaths(tmp_path).of(one).folder / "adapter"))
         loss, _ = validate(model, packed.validation, batch_size=4, pad_id=0)
         assert loss == pytest.approx(outcome.validation_loss, abs=1e-5)

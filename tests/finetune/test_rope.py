@@ -20,6 +20,7 @@ from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.finetune.rope import RopeSides, sides_of
 from loratune.finetune.validation import validate
+from loratune.record.paths import StudyPaths
 from loratune.work import ModelRecipe, State
 
 BORDER = 13  # the examples have 5 to 23 tokens
@@ -94,7 +95,9 @@ def test_both_engines_train_each_example_as_it_is_alone(kind: str, tmp_path: Pat
         found[name] = (outcome, adapter(tmp_path, own))
     reference, weights = found["hf-1"]
     untuned = independent(tmp_path / "model", runs["hf-1"].validation)
-    tuned = independent(tmp_path / "model", runs["hf-1"].validation, tmp_path / replace(wanted, run="hf-1").folder / "adapter")
+    tuned = independent(
+        tmp_path / "model", runs["hf-1"].validation, StudyPaths(tmp_path).of(replace(wanted, run="hf-1")).folder / "adapter"
+    )
     assert reference.validation_loss == pytest.approx(tuned, abs=1e-5)
     for outcome, own in found.values():
         assert outcome.curve[0].validation_loss == pytest.approx(untuned, abs=1e-5)
