@@ -6,6 +6,7 @@ from typing import Any
 
 from loratune.record import StudyRecord
 from loratune.report.tables import sampler_of, space_of
+from loratune.system.files import text_of
 from loratune.system.formatting import count, in_order, label, metric, plural, show
 
 

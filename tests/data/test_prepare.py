@@ -16,12 +16,12 @@ import tiny_tokenizer
 
 from loratune import demo
 from loratune.data import prepare as module
-from loratune.data import prepared as prepared_module
 from loratune.data.prepare import prepare
 from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe, DataSource
 from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import DataError, ModelError, StorageError
+from loratune.system import files
 
 
 @pytest.fixture(scope="module")
@@ -382,13 +382,17 @@ def test_processes_at_once(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("survived", [0, 1, 6])
 def test_killed_while_writing(tmp_path, tokenizer, survived):
-    """The process dies after `survived` of the folder's seven files."""
+    """The process dies after `survived` of the folder's six arrays; after all of them, with the manifest written, at the first flush."""
     recipe = simple(tmp_path)
     fork = multiprocessing.get_context("fork")
 
     def work():
         written = itertools.count()
-        prepared_module._flush = lambda file: os._exit(9) if next(written) == survived else file.flush()
+
+        def mortal(real):
+            return lambda *given: os._exit(9) if next(written) == survived else real(*given)
+
+        np.save, files._flush = mortal(np.save), mortal(files._flush)
         prepare(recipe, tokenizer=tokenizer, cache=tmp_path / "cache")
 
     worker = fork.Process(target=work)

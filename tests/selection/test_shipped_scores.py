@@ -210,14 +210,15 @@ def test_an_export_is_the_adapter_it_tells_of(study: Path, tmp_path: Path) -> No
     weights = "adapter_model.safetensors"
     chosen = export(study, tmp_path / "chosen")
     assert (chosen / weights).read_bytes() == (source / weights).read_bytes()
-    assert loss(choice.shipped.validation_loss) in (chosen / "README.md").read_text()
+    assert f"| this adapter | {loss(choice.shipped.validation_loss)} |" in (chosen / "README.md").read_text()
     own = export(study, tmp_path / "own", trial=trial.number)
     assert (own / weights).read_bytes() != (source / weights).read_bytes()
-    assert loss(trial.value) in (own / "README.md").read_text()
+    assert f"| this adapter | {loss(trial.value)} |" in (own / "README.md").read_text()
     merged = export(study, tmp_path / "merged", merged=True)
     card = (merged / "README.md").read_text()
-    assert str(choice.shipped.validation_loss) in card
-    assert str(trial.value) not in card
+    assert f"| this adapter | {loss(choice.shipped.validation_loss)} |" in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "AutoPeft" not in card
     shutil.rmtree(source)
     with pytest.raises(StorageError, match=rf"trial {trial.number} \({choice.shipped.run}\), is not on disk.*select.*trains it again"):
         export(study, tmp_path / "gone")
