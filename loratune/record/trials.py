@@ -182,7 +182,7 @@ def read(folder: AnyPath, *, trust_remote_code: bool = False) -> StudyRecord:
         sessions=tuple(read_sessions(paths)),
         manifest=_manifest(paths),
         prompt=_prompt(paths, spec),
-        progress=_cached(paths.progress),
+        progress=_progress(paths),
         trusted=trust_remote_code,
     )
 
@@ -269,6 +269,16 @@ def _cached(path: Path) -> dict[str, Any]:
         return _mapping(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
+
+
+def _progress(paths: StudyPaths) -> dict[str, Any]:
+    """`ProgressTracker.snapshot` as last written; empty where one of the numbers that are read from it is none."""
+    found = _cached(paths.progress)
+    numbers = [found.get("updated"), found.get("wall_seconds")]
+    numbers += [found[name] for name in ("full_runs", "left_to_find", "tokens_per_second", "seconds_left") if found.get(name) is not None]
+    rows = found.get("running", [])
+    fits = isinstance(rows, list) and all(isinstance(row, dict) and {"trial", "step", "total_steps"} <= row.keys() for row in rows)
+    return found if fits and all(isinstance(number, int | float) for number in numbers) else {}
 
 
 def _read_trial(paths: TrialPaths) -> Trial:
