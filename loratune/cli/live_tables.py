@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratune.cli.trial_lines import params, standing, totals, varied_parameters
-from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, RUNNING, Trial
+from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, RUNNING, Trial
 from loratune.system.formatting import NOTHING, duration, label, loss, show
 
 _BAR = 12  # characters of a progress bar
@@ -45,7 +45,7 @@ def trial_table(trials: Sequence[Trial], best: Trial | None) -> Table:
         cells = [show(trial.params[name]) if name in trial.params else "" for name in names]
         table.add_row(
             f"{'* ' if is_best else ''}{trial.number}",
-            trial.state,
+            "short" if trial.short and trial.state == PRUNED else trial.state,
             loss(trial.value) if trial.state not in (DIVERGED, INFEASIBLE) else NOTHING,
             *cells,
             duration(trial.device_seconds),

@@ -119,6 +119,7 @@ class Loop:
             stop_for_common_cause(crashes, self._record.paths.trials)
         if not self.stop.is_set():
             yield from self._close()
+            self._record.progress(self._meter.snapshot())  # with the last result
 
     def _send(self) -> Iterator[Event]:
         """Fill the executor's free slots."""
