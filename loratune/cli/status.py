@@ -124,7 +124,7 @@ def _holder(folder: Path) -> dict[str, Any]:
 
     try:
         return json.loads(StudyPaths(folder).lock.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

@@ -89,7 +89,7 @@ class View:
 
         try:
             snapshot = json.loads(StudyPaths(self._folder).progress.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return snapshot if snapshot["pid"] == os.getpid() else {}
 

@@ -147,7 +147,7 @@ class Prepared:
         try:
             manifest = Manifest.from_json((folder / "manifest.json").read_text())
             train, validation = (_open(folder, name, getattr(manifest, name)) for name in ("train", "validation"))
-        except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise StorageError(
                 f"{folder}: the prepared data are missing or damaged ({error}). Remove the folder; the next run prepares it anew."
             ) from error

@@ -96,6 +96,6 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         raise ModelError(f"{adapter} holds no adapter: {' and '.join(missing)} missing. Give the `adapter` folder of a completed trial.")
     try:
         config = json.loads((adapter / ADAPTER_CONFIG).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from error
     return dict(config)

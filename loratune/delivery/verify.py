@@ -65,12 +65,11 @@ def _digest(record: StudyRecord, trial: Trial, adapter: Path, outcome: Outcome |
 
 
 def _known(path: Path) -> dict[str, float]:
+    """Earlier checks; none where the file is missing or damaged: they are made again."""
     try:
         return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise StorageError(f"cannot read {path}: {error}. Remove it; it is written anew.") from error
 
 
 def _device(record: StudyRecord) -> str:

@@ -37,7 +37,7 @@ def shipped_run(record: StudyRecord) -> tuple[int, str] | None:
         made = json.loads(text_of(path))
         chosen = int(made["chosen"]), str(made["shipped"]["run"])
         return chosen if made["finished"] == len(record.finished) else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StorageError(f"cannot read {path}: {error}. Remove it; `loratune select {record.folder}` writes it anew.") from error
 
 

@@ -93,7 +93,7 @@ def _standing(path: Path) -> tuple[str, int]:
     try:
         text = text_of(path)
         return text, int(json.loads(text)["segments"])
-    except (StorageError, ValueError, TypeError, KeyError):
+    except (StorageError, ValueError, TypeError, KeyError, RecursionError):
         return "", -1
 
 

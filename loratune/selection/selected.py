@@ -196,5 +196,5 @@ def read_selection(folder: AnyPath) -> SelectionRecord | None:
         if "honest" in made:  # its name in earlier files
             made["unbiased"] = made.pop("honest")
         return SelectionRecord.from_json(json.dumps(made))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"cannot read {path}: {error}. Remove it; `loratune select {folder}` writes it anew.") from error

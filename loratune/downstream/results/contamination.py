@@ -106,7 +106,7 @@ def read_contamination(folder: Path) -> list[Contamination]:
     """The comparisons made so far; none where the file is absent or damaged: it is made anew then."""
     try:
         return list(_All.from_json((folder / FILE).read_text()).found)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
 
 

@@ -233,7 +233,7 @@ def adapter_fingerprint(adapter: Path | None) -> str | None:
 def _facts(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"cannot read {path}: {error}. Remove it and its .jsonl; the items are then answered again.") from error
 
 

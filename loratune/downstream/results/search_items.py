@@ -46,5 +46,5 @@ def _drawn(study: Path) -> dict[str, list[str]]:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"cannot read {path}: {error}. It lists the items that must not be reported; restore it.") from error
