@@ -305,4 +305,7 @@ def read_outcomes(trial: TrialPaths) -> list[Outcome]:
 
 
 def _outcome(text: str) -> Outcome:
-    return Outcome.from_plain(_mapping(json.loads(text)))
+    found = _mapping(json.loads(text))
+    if not re.fullmatch(r"\d+/[^/]+/\d+", str(found.get("key"))):
+        raise ValueError("its key is no trial/run/step")
+    return Outcome.from_plain(found)
