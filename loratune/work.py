@@ -197,6 +197,9 @@ class Message(Json):
     text: str
 
 
+_SCALARS: dict[Any, Any] = {int: (int, float), str: str, bool: bool}  # a count that another tool wrote as 3.0 is a count
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -232,4 +235,6 @@ def _typed(kind: Any, value: Any) -> Any:
         return kind(value)
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return kind(value)
+    if kind in _SCALARS and not isinstance(value, _SCALARS[kind]):
+        raise TypeError(f"expected {kind.__name__}, found {value!r:.60}")
     return value

@@ -4,12 +4,11 @@ import json
 import math
 from dataclasses import dataclass, field
 
-from loratune.errors import StorageError
 from loratune.record import StudyRecord, Trial
 from loratune.record.paths import StudyPaths
 from loratune.selection.confidence import Gap, confidence, gap
 from loratune.statistics import Interval
-from loratune.system.files import AnyPath, write_atomically
+from loratune.system.files import AnyPath, parsed, write_atomically
 from loratune.work import Json
 
 VERSION = 1
@@ -191,10 +190,11 @@ def read_selection(folder: AnyPath) -> SelectionRecord | None:
     path = StudyPaths(folder).selection
     if not path.exists():
         return None
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-        if "honest" in made:  # its name in earlier files
-            made["unbiased"] = made.pop("honest")
-        return SelectionRecord.from_json(json.dumps(made))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(f"cannot read {path}: {error}. Remove it; `loratune select {folder}` writes it anew.") from error
+    return parsed(path, _selection, f"Remove it; `loratune select {folder}` writes it again.")
+
+
+def _selection(text: str) -> SelectionRecord:
+    made = json.loads(text)
+    if "honest" in made:  # its name in earlier files
+        made["unbiased"] = made.pop("honest")
+    return SelectionRecord.from_plain(made)
