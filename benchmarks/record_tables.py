@@ -132,6 +132,14 @@ def wrapped(source: Path, folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def prepare_sources(data: Path, runs: Path) -> None:
+    """The data of short rows, and Stories-260K with a tokenizer that Transformers reads, in `runs` unless there."""
+    runs.mkdir(parents=True, exist_ok=True)
+    shortened(data / "dolly" / "databricks-dolly-15k.jsonl", runs / "dolly_short.jsonl", SHORT["dolly"])
+    shortened(data / "alpaca" / "alpaca_random_9k.json", runs / "alpaca_short.jsonl", SHORT["alpaca"])
+    wrapped(data / "models" / "stories260k", runs / "stories260k")
+
+
 def drawn(points: np.ndarray, ranks: tuple[int, ...], valley: dict[str, float] | None = None) -> list[dict[str, Any]]:
     """Configurations from points of the unit cube; with a valley (modules -> log10 u) the rate lies within NEAR of it."""
     found = []
@@ -322,10 +330,7 @@ def main() -> None:
     parser.add_argument("--as-is", action="store_true", help="train nothing: write the table of what has been trained")
     args = parser.parse_args()
     runs = args.runs.resolve()
-    runs.mkdir(parents=True, exist_ok=True)
-    shortened(args.data / "dolly" / "databricks-dolly-15k.jsonl", runs / "dolly_short.jsonl", SHORT["dolly"])
-    shortened(args.data / "alpaca" / "alpaca_random_9k.json", runs / "alpaca_short.jsonl", SHORT["alpaca"])
-    wrapped(args.data / "models" / "stories260k", runs / "stories260k")
+    prepare_sources(args.data, runs)
     known = {problem.name: problem for problem in problems(args.data.resolve(), runs)}
     for problem in (known[name] for name in args.tables or known):
         table = Recorder(problem, runs).record(train=not args.as_is)
