@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: demo story test lint test-slow test-gpu clean
+.PHONY: demo story test lint docs test-slow test-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) --editable '.[nni,compare,dev]'
+	@$(PIP) --editable '.[nni,compare,dev,docs]'
 	@touch $@
 
 ## make demo       tune the embedded model from scratch: a whole study in a few minutes, no network
@@ -47,5 +47,9 @@ test-slow: $(VENV)/installed-dev
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m gpu
 
+## make docs       the documentation, into site/
+docs: $(VENV)/installed-dev
+	$(BIN)/sphinx-build --quiet --fail-on-warning docs site
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache runs
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache runs
