@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -19,8 +20,10 @@ class TensorBoardTracker(Tracker):
         self._open: dict[str, Any] = {}
 
     def begin(self, run: str, config: Mapping[str, Any]) -> None:
-        # A later session writes a file beside the earlier one's: TensorBoard reads a folder as one run.
-        writer = self._open[run] = self._writer(str(self.folder / "tensorboard" / run))
+        # A later session writes a file beside the earlier one's: TensorBoard reads a folder as one run. Their names hold the
+        # second alone, so that of a session within the same second would be overwritten.
+        folder = str(self.folder / "tensorboard" / run)
+        writer = self._open[run] = self._writer(folder, filename_suffix=f".{time.time_ns()}")
         writer.add_text("config", f"```\n{json.dumps(config, indent=1, default=str)}\n```", 0)
 
     def log(self, run: str, step: int, values: Mapping[str, float]) -> None:
