@@ -13,10 +13,11 @@ import jinja2
 
 from loratune.downstream.results.contamination import RULE
 from loratune.errors import StorageError
+from loratune.preference import summary_lines
 from loratune.record import PAUSED, PRUNED, RUNNING, StudyRecord
 from loratune.record.adapters import find_adapter
 from loratune.record.paths import MAIN
-from loratune.report import figures, preferences, spec_summary, tables
+from loratune.report import figures, spec_summary, tables
 from loratune.report.drawing import DARK, SHADES, Plot
 from loratune.report.evidence import Evidence, gather
 from loratune.report.svg import Inline, inline, save_figure
@@ -73,7 +74,7 @@ def _environment() -> jinja2.Environment:
     )
     spelt = ("show", "loss", "signed", "perplexity", "duration", "count", "plural", "label", "percent", "points", "measured", "metric")
     found.globals |= {name: getattr(formatting, name) for name in spelt}
-    found.globals |= {"rule": RULE, "tables": tables, "votes": preferences, "repr": repr, "exp": math.exp}
+    found.globals |= {"rule": RULE, "tables": tables, "votes": summary_lines, "repr": repr, "exp": math.exp}
     return found
 
 
