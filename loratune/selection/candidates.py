@@ -26,10 +26,10 @@ def candidate_name(trial: Trial | int) -> str:
 
 def ranked_trials(study: StudyRecord) -> list[Trial]:
     """Trials trained to the end with a finite loss, the lowest first; of several with the same hyperparameters the first."""
-    ranking = sorted((t for t in study.finished if math.isfinite(loss_of(t))), key=lambda t: (loss_of(t), t.number))
     first: dict[Hyperparameters, Trial] = {}
-    for trial in ranking:
-        first.setdefault(trial.hyperparameters, trial)
+    for trial in study.ranking:
+        if math.isfinite(loss_of(trial)):
+            first.setdefault(trial.hyperparameters, trial)
     return list(first.values())
 
 
