@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from loratune.downstream.results.contamination import RULE
+from loratune.downstream.results.scores import describe_model
 from loratune.errors import StorageError
 from loratune.preference import summary_lines
 from loratune.record import PAUSED, PRUNED, RUNNING, StudyRecord
@@ -74,7 +75,8 @@ def _environment() -> jinja2.Environment:
     )
     spelt = ("show", "loss", "signed", "perplexity", "duration", "count", "plural", "label", "percent", "points", "measured", "metric")
     found.globals |= {name: getattr(formatting, name) for name in spelt}
-    found.globals |= {"rule": RULE, "tables": tables, "votes": summary_lines, "repr": repr, "exp": math.exp}
+    found.globals |= {"rule": RULE, "tables": tables, "votes": summary_lines, "describe_model": describe_model, "repr": repr}
+    found.globals |= {"exp": math.exp}
     return found
 
 

@@ -100,7 +100,7 @@ def expected_cost(trials: Sequence[Trial], runs: int) -> RerunCost:
     )
 
 
-def prepared_data(study: StudyRecord) -> Prepared:
+def study_data(study: StudyRecord) -> Prepared:
     """The study's prepared data; made again from its files where the cache was emptied. Raises StorageError when these changed."""
     folder = Path(parsed(study.paths.recipe, Recipe.from_json, WRITTEN_ANEW).data)
     if (folder / "manifest.json").is_file():
@@ -210,7 +210,7 @@ class Rerun:
         if self._recipe is None:
             # The model is the one of the description, which the reader may have to trust: recipe.json has no say in that.
             recipe = replace(parsed(self._study.paths.recipe, Recipe.from_json, WRITTEN_ANEW), model=self._study.base_model)
-            prepared = prepared_data(self._study)
+            prepared = study_data(self._study)
             self._examples = len(prepared.train)
             self._recipe = replace(recipe, data=str(prepared.folder.resolve()))
         return self._recipe
