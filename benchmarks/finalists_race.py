@@ -30,8 +30,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from loratune.selection import Noise, Race, finalists
-from loratune.selection.finalists import gupta
+from loratune.selection.finalists import Noise, finalists, gupta
+from loratune.selection.race import Race
 from loratune.statistics import student_mean, summarise, wilson
 from loratune.system.machine import environment
 

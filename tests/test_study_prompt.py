@@ -28,8 +28,8 @@ from loratune.preference.comparison import Comparison, settle
 from loratune.preference.contestants import Contestant
 from loratune.preference.questions import Question
 from loratune.record import read
+from loratune.selection.rerun import study_data
 from loratune.spec import StudySpec
-from loratune.study import evaluation
 from loratune.study.driver import deliver, tune
 from loratune.work import Message, ModelRecipe
 
@@ -119,7 +119,7 @@ def test_a_study_keeps_its_prompt_and_its_date(home: Path, monkeypatch: pytest.M
     assert "its date is 2026-03-01" in notes(described(home, DATED, trials=2))
     shutil.rmtree(home / "cache")
     record = read(home / "study")
-    assert Prepared.load(evaluation._validation(record)).validation.ids.tolist() == ids
+    assert study_data(record).validation.ids.tolist() == ids
 
     delivery = deliver(home / "study")
     best = yaml.safe_load((home / "study" / "best.yaml").read_text())

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from loratune.cli.parser import add_no_browser, open_browser
-from loratune.errors import LoratuneError, MissingExtraError, StorageError
-from loratune.system.masking import masked, unmasked
+from loratune.errors import LoratuneError, MissingExtraError
 
 if TYPE_CHECKING:
     from loratune.record import StudyRecord
@@ -56,7 +55,9 @@ def dashboard_server(record: "StudyRecord", port: int | None, url: str | None = 
         from optuna_dashboard import wsgi
     except ImportError as error:
         raise MissingExtraError("optuna-dashboard", "dashboard", str(error)) from error
-    storage, number = _open(record, url)
+    from loratune.record.storage import open_to_read
+
+    storage, number = open_to_read(url=url or record.spec.get("storage"), folder=record.folder, name=record.name)
     problem = ""
     for wanted in (PORT, 0) if port is None else (port,):
         try:
@@ -92,28 +93,3 @@ def guarded(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes
 class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
-
-
-def _open(record: "StudyRecord", url: str | None) -> tuple[Any, int]:
-    """The study's Optuna storage, opened to read, and the study's number in it. Raises StorageError."""
-    import optuna
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    from loratune.record.paths import StudyPaths
-
-    where = unmasked(str(url or record.spec.get("storage") or f"sqlite:///{StudyPaths(record.folder.resolve()).database}"))
-    journal = where.endswith((".log", ".journal"))
-    file = Path(where.removeprefix("sqlite:///"))
-    if (journal or where.startswith("sqlite:///")) and not file.is_file():  # which either would make, empty
-        raise StorageError(f"the study has no storage yet: {file} does not exist. `loratune run` creates it.")
-    try:
-        # An RDBStorage makes the tables that are missing, unless told not to.
-        storage = JournalStorage(JournalFileBackend(where)) if journal else RDBStorage(where, skip_table_creation=True)
-        return storage, storage.get_study_id_from_name(record.name)
-    except KeyError:
-        raise StorageError(f"storage {masked(where)} holds no study named {record.name!r}.") from None
-    except optuna.exceptions.OptunaError as error:
-        raise StorageError(f"storage {masked(where)}: {error}") from error
-    except Exception as error:  # SQLAlchemy and each database driver have errors of their own
-        raise StorageError(f"storage {masked(where)}: {str(getattr(error, 'orig', None) or error).splitlines()[0]}") from error

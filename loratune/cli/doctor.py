@@ -6,34 +6,37 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
 from loratune.system.machine import usable_cores
 
-_NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "optuna", "cmaes", "matplotlib")
+_NEEDED = {name: name for name in ("torch", "transformers", "peft", "accelerate", "datasets", "optuna", "cmaes", "matplotlib")}
+_NEEDED["PyNomadBBO"] = "PyNomad"  # package: module
 _OPTIONAL = {"nni": ("nni", "nni"), "bitsandbytes": ("bitsandbytes", "4bit")}  # package: (module, extra)
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """The result of a check. `fix` is the command that helps, if any."""
+class Report:
+    """Prints the checks as they go, and counts what is missing."""
 
-    what: str
-    ok: bool
-    text: str
-    fix: str = ""
-    needed: bool = True
+    def __init__(self) -> None:
+        self.missing = 0
 
+    def began(self, what: str, text: str) -> None:
+        """Announce a check, which may take a minute on a machine that reads the libraries for the first time."""
+        self._print("...", what, text, over=True)
 
-@dataclass(frozen=True)
-class CheckBegan:
-    """Announces a check, which may take a minute on a machine that reads the libraries for the first time."""
+    def result(self, what: str, ok: bool, text: str, fix: str = "", *, needed: bool = True) -> None:
+        """`fix` is the command that helps, if any."""
+        word = "ok" if ok else "missing" if needed else "optional"
+        self._print(word, what, text if ok or not fix else f"{text}; fix with: {fix}")
+        self.missing += needed and not ok
 
-    what: str
-    text: str
+    @staticmethod
+    def _print(word: str, what: str, text: str, *, over: bool = False) -> None:
+        """A line, shown at once; on a terminal the next one is written over it when `over`."""
+        line, terminal = f"{word:<9}{what:<14} {text}", sys.stdout.isatty()
+        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and over else "\n", flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,57 +45,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")
-    failed = 0
-    for check in (python, packages, extras, machine, devices, lora_step, nomad):
-        for line in check():
-            if isinstance(line, CheckBegan):
-                _print_line("...", line.what, line.text, over=True)
-                continue
-            _print_line(
-                "ok" if line.ok else "missing" if line.needed else "optional", line.what, line.text, line.fix if not line.ok else ""
-            )
-            failed += line.needed and not line.ok
-    print(f"\n{failed} missing." if failed else "\nEverything that loratune needs is installed. First try: loratune run --demo")
-    return 1 if failed else 0
+    report = Report()
+    for check in (python, packages, machine, devices, lora_step, nomad):
+        check(report)
+    found = f"{report.missing} missing." if report.missing else "Everything that loratune needs is installed."
+    print(f"\n{found}{'' if report.missing else ' First try: loratune run --demo'}")
+    return 1 if report.missing else 0
 
 
-def _print_line(word: str, what: str, text: str, fix: str = "", *, over: bool = False) -> None:
-    """A line, shown at once; on a terminal the next one is written over it when `over`."""
-    line = f"{word:<9}{what:<14} {text}{f'; fix with: {fix}' if fix else ''}"
-    terminal = sys.stdout.isatty()
-    print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and over else "\n", flush=True)
+def python(report: Report) -> None:
+    report.result("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or newer")
 
 
-def python() -> list[CheckResult]:
-    version = sys.version.split()[0]
-    return [CheckResult("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")]
-
-
-def packages() -> Iterator[CheckResult | CheckBegan]:
-    for name in _NEEDED:
-        yield from _package(name, name, f"pip install --upgrade {name}")
-    yield from _package("PyNomadBBO", "PyNomad", "pip install --upgrade PyNomadBBO")
-
-
-def extras() -> Iterator[CheckResult | CheckBegan]:
+def packages(report: Report) -> None:
+    for name, module in _NEEDED.items():
+        _package(report, name, module, f"pip install --upgrade {name}")
     for name, (module, extra) in _OPTIONAL.items():
-        yield from _package(name, module, f"pip install 'loratune[{extra}]'", needed=False)
+        _package(report, name, module, f"pip install 'loratune[{extra}]'", needed=False)
 
 
-def machine() -> list[CheckResult]:
+def machine(report: Report) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     writable = os.access(Path.cwd(), os.W_OK)
-    return [
-        CheckResult("processor", True, f"{usable_cores()} cores, {memory:.0f} GiB of memory"),
-        CheckResult(
-            "disk", writable and free > 1, f"{free:.0f} GiB free here{'' if writable else ', but this folder is read-only'}", "cd elsewhere"
-        ),
-    ]
+    report.result("processor", True, f"{usable_cores()} cores, {memory:.0f} GiB of memory")
+    text = f"{free:.0f} GiB free here{'' if writable else ', but this folder is read-only'}"
+    report.result("disk", writable and free > 1, text, "cd elsewhere")
 
 
-def devices() -> Iterator[CheckResult | CheckBegan]:
-    yield CheckBegan("gpu", "asking torch for GPUs")
+def devices(report: Report) -> None:
+    report.began("gpu", "asking torch for GPUs")
     try:
         from loratune.finetune.selfcheck import gpus
     except Exception:
@@ -101,30 +83,28 @@ def devices() -> Iterator[CheckResult | CheckBegan]:
     if not found:
         gpu = any(Path("/dev").glob("nvidia[0-9]*"))
         text = "a GPU is here, but this torch cannot use it" if gpu else "no GPU; trials run on the CPU"
-        yield CheckResult("gpu", not gpu, text, "install a CUDA build of torch, see https://pytorch.org/get-started", needed=False)
+        report.result("gpu", not gpu, text, "install a CUDA build of torch, see https://pytorch.org/get-started", needed=False)
     for index, text in enumerate(found):
-        yield CheckResult(f"gpu {index}", True, text)
+        report.result(f"gpu {index}", True, text)
 
 
-def lora_step() -> Iterator[CheckResult | CheckBegan]:
+def lora_step(report: Report) -> None:
     """One LoRA step of a random tiny Llama, on the device that trials would use."""
     fix = "pip install --upgrade torch transformers peft"
-    yield CheckBegan("LoRA step", "training a tiny model")
+    report.began("LoRA step", "training a tiny model")
     try:
         from loratune.finetune.selfcheck import one_step
 
         device, before, after = one_step()
     except Exception as error:
-        yield CheckResult("LoRA step", False, f"{type(error).__name__}: {error}", fix)
+        report.result("LoRA step", False, f"{type(error).__name__}: {error}", fix)
         return
-    ok = after < before
-    yield CheckResult("LoRA step", ok, f"runs on {device}" if ok else "the loss did not fall", fix)
+    report.result("LoRA step", after < before, f"runs on {device}" if after < before else "the loss did not fall", fix)
 
 
-def nomad() -> Iterator[CheckResult | CheckBegan]:
+def nomad(report: Report) -> None:
     """Three proposals of NOMAD for a parabola."""
-    fix = "pip install --force-reinstall PyNomadBBO"
-    yield CheckBegan("NOMAD", "asking for three proposals")
+    report.began("NOMAD", "asking for three proposals")
     try:
         import optuna
 
@@ -134,18 +114,18 @@ def nomad() -> Iterator[CheckResult | CheckBegan]:
         study = optuna.create_study(sampler=NomadSampler(search_space={"x": optuna.distributions.FloatDistribution(-1, 1)}, seed=0))
         study.optimize(lambda trial: (trial.suggest_float("x", -1, 1) - 0.3) ** 2, n_trials=3)
     except Exception as error:
-        yield CheckResult("NOMAD", False, f"does not answer: {type(error).__name__}: {error}", fix)
+        text, fix = f"does not answer: {type(error).__name__}: {error}", "pip install --force-reinstall PyNomadBBO"
+        report.result("NOMAD", False, text, fix)
         return
-    yield CheckResult("NOMAD", True, "answers")
+    report.result("NOMAD", True, "answers")
 
 
-def _package(name: str, module: str, fix: str, *, needed: bool = True) -> Iterator[CheckResult | CheckBegan]:
-    yield CheckBegan(name, "importing")
+def _package(report: Report, name: str, module: str, fix: str, *, needed: bool = True) -> None:
+    report.began(name, "importing")
     try:
         import_module(module)
-        yield CheckResult(name, True, metadata.version(name), needed=needed)
-    except ImportError as error:
+        report.result(name, True, metadata.version(name), needed=needed)
+    except Exception as error:  # not there, or a broken build: whatever its import raises
         absent = isinstance(error, ModuleNotFoundError) and error.name == module
-        yield CheckResult(name, False, "not installed" if absent else f"cannot be imported: {error}", fix, needed)
-    except Exception as error:  # a broken build: whatever its import raises
-        yield CheckResult(name, False, f"cannot be imported: {type(error).__name__}: {error}", fix, needed)
+        how = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        report.result(name, False, "not installed" if absent else f"cannot be imported: {how}", fix, needed=needed)

@@ -10,23 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from loratune.cli.trial_lines import params, standing, totals, varied_parameters
-from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, RUNNING, Trial
+from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, RUNNING, StudyRecord, Trial
 from loratune.system.formatting import NOTHING, duration, label, loss, show
 
 _BAR = 12  # characters of a progress bar
 _STYLES = {COMPLETE: "", RUNNING: "cyan", FAILED: "red", DIVERGED: "yellow", INFEASIBLE: "yellow"}
 
 
-def live(
-    snapshot: dict[str, Any], trials: Sequence[Trial], *, shown: int, best: Trial | None, default: Trial | None, base: float | None
-) -> RenderableType:
+def live(snapshot: dict[str, Any], record: StudyRecord, *, shown: int) -> RenderableType:
     """The latest trials, what runs now, the best so far, and the totals."""
     parts: list[RenderableType] = []
-    if ended := [trial for trial in trials if trial.outcomes]:
-        parts += [trial_table(ended[-shown:], best), ""]
+    if ended := [trial for trial in record.trials if trial.outcomes]:
+        parts += [trial_table(ended[-shown:], record.best), ""]
     if snapshot.get("running"):
-        parts += [running_table(snapshot["running"], trials), ""]
-    parts += [*standing_lines(best, default, base), Text(" · ".join(totals(snapshot)) if snapshot else "preparing ...", style="dim")]
+        parts += [running_table(snapshot["running"], record.trials), ""]
+    parts += [*standing_lines(record), Text(" · ".join(totals(snapshot)) if snapshot else "preparing ...", style="dim")]
     return Group(*parts)
 
 
@@ -73,7 +71,7 @@ def running_table(rows: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> Ta
     return table
 
 
-def standing_lines(best: Trial | None, default: Trial | None, base: float | None) -> list[Text]:
+def standing_lines(record: StudyRecord) -> list[Text]:
     """Best, default and base model, the best in green."""
-    lines = standing(best, default, base)
-    return [Text(line, style="green" if best is not None and line is lines[0] else "") for line in lines]
+    styles = ["green"] if record.best is not None else [""]
+    return [Text(line, style=style) for line, style in zip(standing(record), [*styles, "", ""], strict=False)]

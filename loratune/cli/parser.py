@@ -36,9 +36,7 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             given = unknown[0].partition("=")[0]
-            flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            near = close_names(given, flags)
-            self.error(f"unknown argument {given}" + (f"; did you mean {near[0]}?" if near else ""))
+            self._refuse(given, close_names(given, self._flags))
         return known
 
     def error(self, message: str) -> NoReturn:
@@ -57,14 +55,15 @@ class Parser(argparse.ArgumentParser):
             if root in ROOT_ALIASES or root in StudySpec.model_fields:
                 self.add_argument(flag, action=Override, dest="overrides", default=None, help=argparse.SUPPRESS)
             else:
-                self._refuse(flag)
+                fields = [f"--{name}" for name in field_names()]
+                same_end = [name for name in fields if name.rpartition(".")[2] == flag.replace("-", "_").strip("_")]
+                self._refuse(flag, same_end or close_names(flag, [*self._flags, *fields]))
 
-    def _refuse(self, flag: str) -> NoReturn:
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        fields = [f"--{name}" for name in field_names()]
-        given = flag.replace("-", "_").strip("_")
-        same_end = [name for name in fields if name.rpartition(".")[2] == given]
-        near = same_end or close_names(flag, [*known, *fields])
+    @property
+    def _flags(self) -> list[str]:
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
+    def _refuse(self, flag: str, near: Sequence[str]) -> NoReturn:
         self.error(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
 

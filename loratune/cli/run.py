@@ -112,22 +112,16 @@ def _asks_for_validation(field: str) -> bool:
 
 def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The short flags as fields; texts are quoted, so that YAML reads no path as a number."""
-    flags = []
-    if args.model is not None:
-        flags.append(("model.name_or_path", json.dumps(args.model)))
-    if args.data:
-        flags.append(("data.train", json.dumps(args.data)))
-    if args.validation:
-        flags.append(("data.validation", json.dumps(args.validation)))
-    if args.output is not None:
-        flags.append(("output.folder", json.dumps(args.output)))
-    if args.sampler is not None:
-        flags.append(("sampler", args.sampler))
-    if args.warm_start:
-        flags.append(("sampler.warm_start", json.dumps(args.warm_start)))
-    if args.trials is not None:
-        flags.append(("budget.trials", args.trials))
-    return flags
+    given = (
+        ("model.name_or_path", args.model, json.dumps),
+        ("data.train", args.data, json.dumps),
+        ("data.validation", args.validation, json.dumps),
+        ("output.folder", args.output, json.dumps),
+        ("sampler", args.sampler, str),
+        ("sampler.warm_start", args.warm_start, json.dumps),
+        ("budget.trials", args.trials, str),
+    )
+    return [(field, spelt(value)) for field, value, spelt in given if value not in (None, [])]
 
 
 def _search(spec: "StudySpec", command_line: list[str]) -> int:

@@ -23,8 +23,7 @@ def score_summary(record: StudyRecord) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Result]] = {}
     for result in read_results(record.paths.evaluation, begun=True):
         found.setdefault(result.benchmark, {})[result.model] = result
-    ranking = sorted(record.finished, key=lambda trial: (trial.value, trial.number))
-    best = [model_name(trial.number) for trial in ranking[:_TOP]]
+    best = [model_name(trial.number) for trial in record.ranking[:_TOP]]
     default = model_name(record.default.number) if record.default is not None else ""
     chosen = shipped_run(record)
     shipped = model_name(*chosen) if chosen is not None else ""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.cli.parser import add_trust
-from loratune.work import Progress
+from loratune.work import Message
 
 if TYPE_CHECKING:
     from loratune.selection import SelectEvent, SelectionRecord
@@ -67,18 +67,16 @@ def main(args: argparse.Namespace) -> int:
 
 def event_line(event: "SelectEvent") -> str | None:
     """The event in a line; None for progress."""
-    from loratune.selection import Note, Planned, RerunFinished
+    from loratune.selection import Planned, RerunFinished
     from loratune.system.formatting import duration, loss
 
     match event:
-        case Planned(text, _) | Note(text):
+        case Planned(text=text) | Message(text=text):
             return text
         case RerunFinished(trial=trial, run=run, outcome=outcome):
             seconds = duration(outcome.train_seconds + outcome.validation_seconds)
             what = loss(outcome.validation_loss) if outcome.validation_loss is not None else outcome.state.value.replace("_", " ")
             return f"trial {trial.number}, {run}: {what}, {seconds}"
-        case Progress():
-            return None
     return None
 
 

@@ -150,15 +150,14 @@ def _print(record: "StudyRecord") -> None:
     if trained:
         console.print("\nlatest trials")
         console.print(live_tables.trial_table(trained[-_LAST:], record.best))
-    ranking = sorted(record.finished, key=lambda trial: (trial.value, trial.number))
     if len(trained) > _LAST:
         console.print("\nbest trials")
-        console.print(live_tables.trial_table(ranking[:_BEST], record.best))
+        console.print(live_tables.trial_table(record.ranking[:_BEST], record.best))
     if now["front"]:
         console.print(f"\nfront of {len(now['front'])}: no trial is better in every objective")
         console.print(_front_table(now["front"]))
     console.print()
-    for line in live_tables.standing_lines(record.best, record.default, record.base_loss):
+    for line in live_tables.standing_lines(record):
         console.print(line, soft_wrap=True)
     if now["scores"]:
         console.print("\nscores in %")

@@ -85,9 +85,9 @@ def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
     return f"trial {trial.number}: validation loss {loss(trial.value)}{at}{first}{scores}{paused}, {seconds}"
 
 
-def standing(best: Trial | None, default: Trial | None, base: float | None) -> list[str]:
+def standing(record: StudyRecord) -> list[str]:
     """Best, default and base model, a line each."""
-    rows = []
+    rows, best, default, base = [], record.best, record.default, record.base_loss
     if best is not None:
         rows.append((f"best, trial {best.number}", best.value, params(best.params)))
     if default is not None and default.value is not None and default.state == COMPLETE:
@@ -108,7 +108,7 @@ def result(record: StudyRecord) -> list[str]:
         return [f"No trial was trained to its end ({counts(record.trials)}).", *messages[-1:]]
     return [
         f"Validation loss after {len(record.trials)} trials ({counts(record.trials)}):",
-        *(f"  {line}" for line in standing(record.best, record.default, record.base_loss)),
+        *(f"  {line}" for line in standing(record)),
         f"Cost: {record.device_seconds / 3600:.2f} device-hours, {count(record.tokens)} training tokens.",
     ]
 

@@ -8,10 +8,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO
 
 from loratune.cli.trial_lines import clock, ended, params, totals
-from loratune.record import COMPLETE, Trial, read
+from loratune.record import StudyRecord, Trial, read
 from loratune.system.formatting import loss, plural
 from loratune.work import Outcome, Progress
 
@@ -32,9 +33,8 @@ class View:
         from loratune.record.paths import StudyPaths
 
         self._folder = spec.folder
-        self._defaults_first = spec.sampler.defaults_first
-        self.trials: dict[int, Trial] = {}
-        self._best: Trial | None = None
+        told = {"sampler": {"defaults_first": spec.sampler.defaults_first}}
+        self.record = StudyRecord(folder=spec.folder, name=spec.name, spec=told, trials=())  # as far as it was told
         earlier = read(self._folder).trials if StudyPaths(self._folder).spec.is_file() else ()
         self._replayed = {outcome.key for trial in earlier for outcome in trial.outcomes}  # shown when they came, in an earlier start
         self._numbers = {trial.number for trial in earlier if trial.outcomes}
@@ -47,41 +47,26 @@ class View:
             case Message(text=text):
                 self.note(text)
             case TrialStarted(trial):
-                self.trials[trial.number] = trial
+                self._keep(trial)
                 if trial.number not in self._numbers:
                     self.trial_started(trial)
             case SegmentFinished(trial, outcome):
-                self.trials[trial.number] = trial
-                improved = trial.state == COMPLETE and (self._best is None or _rank(trial) < _rank(self._best))
-                if improved:
-                    self._best = trial
+                self._keep(trial)
+                improved = self.record.best is trial
                 if outcome.key not in self._replayed:
                     self.segment_finished(trial, outcome, improved)
                     return
                 self._replayed.remove(outcome.key)
                 if not self._replayed:
-                    self.note(f"{plural(len(self._numbers), 'trial')} of an earlier start{self._standing()}")
+                    best = self.record.best
+                    standing = f"; best so far: trial {best.number}, {loss(best.value)}" if best is not None else ""
+                    self.note(f"{plural(len(self._numbers), 'trial')} of an earlier start{standing}")
             case Progress():
                 self.progressed(event)
 
-    def _standing(self) -> str:
-        return f"; best so far: trial {self._best.number}, {loss(self._best.value)}" if self._best is not None else ""
-
-    @property
-    def default(self) -> Trial | None:
-        """Trial 0, when the study begins with the search space's defaults; after a guard of short runs, the first full one."""
-        begun = (trial for _, trial in sorted(self.trials.items()) if not trial.short)
-        first = next(begun, None)
-        return first if self._defaults_first and (first is None or first.number == 0 or self.trials[0].short) else None
-
-    @property
-    def base_loss(self) -> float | None:
-        """The untuned model's, measured at the start of the first trial that was trained."""
-        first = self._first_trained()
-        return next((p.validation_loss for p in first.outcomes[0].curve if p.step == 0), None) if first is not None else None
-
-    def _first_trained(self) -> Trial | None:
-        return next((trial for _, trial in sorted(self.trials.items()) if trial.outcomes), None)
+    def _keep(self, trial: Trial) -> None:
+        trials = {**{t.number: t for t in self.record.trials}, trial.number: trial}
+        self.record = replace(self.record, trials=tuple(trials[number] for number in sorted(trials)))
 
     def snapshot(self) -> dict[str, Any]:
         """progress.json; empty before this start has written it."""
@@ -122,7 +107,8 @@ class Lines(View):
         self.note(f"trial {trial.number} begins: {params(trial.params)}")
 
     def segment_finished(self, trial: Trial, outcome: Outcome, improved: bool) -> None:
-        base = self.base_loss if trial is self._first_trained() else None
+        first = next(trial for trial in self.record.trials if trial.outcomes)
+        base = self.record.base_loss if trial is first else None
         self.note(ended(trial, outcome, base) + ("  <- best so far" if improved else ""))
         self._said = time.monotonic()
 
@@ -157,8 +143,7 @@ class Table(View):
     def render(self) -> "RenderableType":
         from loratune.cli.live_tables import live
 
-        trials = list(self.trials.values())
-        return live(self.snapshot(), trials, shown=_SHOWN, best=self._best, default=self.default, base=self.base_loss)
+        return live(self.snapshot(), self.record, shown=_SHOWN)
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)
@@ -176,7 +161,3 @@ def open_view(spec: "StudySpec", stream: TextIO) -> Iterator[View]:
             yield view
     else:
         yield Lines(spec, stream)
-
-
-def _rank(trial: Trial) -> tuple[float, int]:
-    return (float("inf") if trial.value is None else trial.value, trial.number)

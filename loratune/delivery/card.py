@@ -25,7 +25,7 @@ HERE = "path/to/this/folder"
 
 def model_card(record: StudyRecord, trial: Trial, selection: "SelectionRecord | None" = None, *, merged: bool = False) -> str:
     """The card of the trial's adapter; selection: the one that chose it, and which of its runs."""
-    found, cost, told = tables.headline(record), tables.study_cost(record), dict(spec_summary.spec_rows(record))
+    found, told = tables.headline(record), dict(spec_summary.spec_rows(record))
     base, revision = spec_summary.base_model(record), record.spec.get("model", {}).get("revision")
     at = f", revision {_code(revision)}" if revision else ""
     shipped = selection.shipped if selection is not None else None
@@ -59,8 +59,8 @@ def model_card(record: StudyRecord, trial: Trial, selection: "SelectionRecord | 
         "## Data",
         _table(("", ""), [(name, _text(told[name])) for name in data if told.get(name)]),
         "## How it was found",
-        f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(cost.trials, 'trial')}, "
-        f"{count(cost.tokens)} training tokens, {duration(cost.device_seconds)} of device time. This is trial {trial.number}{again}.",
+        f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(len(record.trials), 'trial')}, "
+        f"{count(record.tokens)} training tokens, {duration(record.device_seconds)} of device time. This is trial {trial.number}{again}.",
         _fenced(spec_summary.command(record)),
         *_scores(record, trial, selection),
         *(["## Why this one", "\n".join(f"- {_text(line)}" for line in selection.explain().splitlines())] if selection else []),

@@ -14,7 +14,7 @@ server.py       create_app: the page and its four requests; guard.py: who may se
 judge.py        ask_judge: any OpenAI-compatible endpoint, both orders
 analysis.py     win rate, sign test, agreement, position bias: votes in, numbers out
 comparison.py   Comparison, PreferenceRecord, read_preferences, find_comparisons: the folder as data; needs no web framework
-summary_lines.py  the same as text
+summary_lines.py  the same as rows of a table and sentences
 """
 
 from loratune.preference.comparison import Comparison, PreferenceRecord, find_comparisons, read_preferences

@@ -1,58 +1,93 @@
-"""A comparison's results as lines of text."""
+"""A comparison's results as rows of a table, and the sentences under it. People and judges stay apart."""
 
 import math
+from dataclasses import dataclass
 
-from loratune.preference.analysis import JudgeSummary, PositionBias, Tally, VoteSummary
+from loratune.preference.analysis import PositionBias, Tally
 from loratune.preference.comparison import PreferenceRecord
+from loratune.system.formatting import plural
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRow:
+    name: str
+    tally: Tally
+    main: bool = False  # everything people said
+    judge: bool = False  # a language model
+
+
+def rows_of(record: PreferenceRecord) -> list[PreferenceRow]:
+    """All votes, the questions net of raters, raters where there are several, categories, judges."""
+    people, rows = record.people, []
+    if people is not None:
+        rows = [PreferenceRow(name="all votes", tally=people.votes, main=True)]
+        if len(people.raters) > 1:
+            rows.append(PreferenceRow(name="questions, net", tally=people.questions, main=True))
+            rows += [PreferenceRow(name=f"rater {name}", tally=tally) for name, tally in people.raters.items()]
+        rows += [PreferenceRow(name=name, tally=tally) for name, tally in people.categories.items()] if len(people.categories) > 1 else []
+    return rows + [PreferenceRow(name=f"judge {name}", tally=judge.questions, judge=True) for name, judge in record.judges.items()]
+
+
+def sentences(record: PreferenceRecord) -> list[str]:
+    """What the table does not say: the sign test, agreement, position, what was not asked."""
+    first, second = record.comparison.first.label, record.comparison.second.label
+    people, said = record.people, []
+    if people is None:
+        said.append("No person has voted yet.")
+    else:
+        said.append(f"People, over questions: {_sign(people.questions, first, second)}")
+        if people.agreeing is not None:
+            alpha = "undefined, all votes being the same" if people.alpha is None else f"{people.alpha:.2f}"
+            said.append(
+                f"Raters agree in {people.agreeing:.0%} of pairs of votes on the same question; Krippendorff’s alpha {alpha} "
+                "(1: always, 0: as chance would)."
+            )
+        said.append(_position(people.position))
+    for name, judge in record.judges.items():
+        said.append(f"Judge {name}, each question in both orders: {_sign(judge.questions, first, second)}")
+        said.append(
+            f"Its two orders contradict each other on {judge.inconsistent} (counted as ties), and {judge.unreadable} "
+            f"{'was' if judge.unreadable == 1 else 'were'} left out as unreadable. {_position(judge.position)}"
+        )
+    if record.identical:
+        said.append(
+            f"On {plural(record.identical, 'question')} both answers were the same; nobody is asked about them, and no number counts them."
+        )
+    cut = [(label, sum(not pair.answer(side).ended for pair in record.pairs)) for label, side in ((first, "first"), (second, "second"))]
+    if any(number for _, number in cut):
+        told = ", ".join(f"{label} {number}" for label, number in cut)
+        said.append(f"Answers cut at {record.comparison.generation.max_new_tokens} tokens: {told}.")
+    return said
+
+
+def _sign(tally: Tally, first: str, second: str) -> str:
+    if not tally.decided:
+        return f"not one of {plural(tally.total, 'question')} is decided."
+    p = tally.sign_test()
+    told = f"{tally.first} for {first}, {tally.second} for {second}; sign test p = {p:.2g}"
+    if p > 0.05:
+        return f"{told}, so that they cannot be told apart."
+    return f"{told}: {first if tally.first > tally.second else second} is preferred."
+
+
+def _position(bias: PositionBias) -> str:
+    if math.isnan(bias.share):
+        return "No vote was decided, so nothing is known of a preference for a side."
+    lean = "" if bias.p_value > 0.05 else ", more than chance explains"
+    return f"The answer shown as A won {bias.left} of {bias.left + bias.right} (p = {bias.p_value:.2g}{lean})."
 
 
 def summary_text(record: PreferenceRecord) -> str:
-    """Who is compared and what people and judges said; people and judges apart."""
-    first, second = record.comparison.first.label, record.comparison.second.label
-    asked = len(record.comparison.questions)
-    lines = [f"{first} against {second}, {asked} question{'s' if asked != 1 else ''}"]
-    if record.identical:
-        lines.append(f"{record.identical} with identical answers: nobody is asked, and they are in no number below.")
-    cut = [sum(not pair.answer(side).ended for pair in record.pairs) for side in ("first", "second")]
-    if any(cut):
-        lines.append(f"Answers cut at {record.comparison.generation.max_new_tokens} tokens: {first} {cut[0]}, {second} {cut[1]}.")
-    people = record.people
-    lines += ["", *(_people(people, first, second, len(record.pairs)) if people else ["People: no votes yet."])]
-    for name, judge in record.judges.items():
-        lines += ["", *_judge(name, judge, first, second)]
-    return "\n".join(lines)
-
-
-def _people(found: VoteSummary, first: str, second: str, pairs: int) -> list[str]:
-    names = list(found.raters)
-    who = "1 rater" if len(names) == 1 else f"{len(names)} raters"
-    rows = [("votes", found.votes), ("questions, net", found.questions)]
-    if len(names) > 1:
-        rows += [(f"  {name} ({tally.total}/{pairs})", tally) for name, tally in found.raters.items()]
-    rows += [(f"  {name}", tally) for name, tally in found.categories.items()]
-    lines = [f"People: {found.votes.total} vote{'s' if found.votes.total != 1 else ''} of {who}", *_rows(rows)]
-    lines.append(_sign(found.questions, first, second))
-    if found.agreeing is not None:
-        alpha = "undefined, all votes are the same" if found.alpha is None else f"{found.alpha:.2f}"
-        lines.append(
-            f"  Agreement between raters: Krippendorff's alpha {alpha}; the same verdict in {found.agreeing:.0%} of pairs of votes."
-        )
-    return [*lines, _position(found.position)]
-
-
-def _judge(name: str, found: JudgeSummary, first: str, second: str) -> list[str]:
-    lines = [f"Judge {name}: {found.questions.total} questions, each in both orders", *_rows([("questions", found.questions)])]
-    lines.append(_sign(found.questions, first, second))
-    lines.append(
-        f"  The two orders contradict each other on {found.inconsistent} (counted as ties); no verdict to be read on {found.unreadable}."
-    )
-    return [*lines, _position(found.position)]
-
-
-def _rows(rows: list[tuple[str, Tally]]) -> list[str]:
-    width = max(24, *(len(name) for name, _ in rows))
-    head = f"  {'':<{width}} {'wins':>5} {'losses':>6} {'ties':>5} {'bad':>5}  win rate, 95 % interval"
-    return [head, *(f"  {name:<{width}} {t.first:>5} {t.second:>6} {t.ties:>5} {t.neither:>5}  {_rate(t)}" for name, t in rows)]
+    """Who is compared and what people and judges said, for a terminal."""
+    comparison, rows = record.comparison, rows_of(record)
+    lines = [f"{comparison.first.label} against {comparison.second.label}, {plural(len(comparison.questions), 'question')}", ""]
+    if rows:
+        width = max(24, *(len(row.name) for row in rows))
+        lines.append(f"  {'':<{width}} {'wins':>5} {'losses':>6} {'ties':>5} {'bad':>5}  win rate, 95 % interval")
+        for row in rows:
+            t = row.tally
+            lines.append(f"  {row.name:<{width}} {t.first:>5} {t.second:>6} {t.ties:>5} {t.neither:>5}  {_rate(t)}")
+    return "\n".join([*lines, *(f"  {line}" for line in sentences(record))])
 
 
 def _rate(tally: Tally) -> str:
@@ -64,16 +99,3 @@ def _rate(tally: Tally) -> str:
         low, high = tally.interval_decided()
         text += f"; without ties {tally.win_rate_decided:.1%} ({low:.1%} to {high:.1%})"
     return text
-
-
-def _sign(tally: Tally, first: str, second: str) -> str:
-    leader = first if tally.first > tally.second else second if tally.second > tally.first else "neither"
-    return (
-        f"  Sign test over questions: {tally.first} for {first}, {tally.second} for {second}, p = {tally.sign_test():.3g}; ahead: {leader}."
-    )
-
-
-def _position(bias: PositionBias) -> str:
-    if math.isnan(bias.share):
-        return "  Position: no decided vote."
-    return f"  Position: the answer shown as A won {bias.left} of {bias.left + bias.right} ({bias.share:.0%}), p = {bias.p_value:.3g}."

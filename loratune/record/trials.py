@@ -105,15 +105,21 @@ class StudyRecord:
     @property
     def best(self) -> Trial | None:
         """The finished trial of the lowest validation loss, which keeps every constraint; ties go to the earlier one."""
-        return min(self.finished, key=lambda t: (t.value, t.number), default=None)
+        return next(iter(self.ranking), None)
+
+    @property
+    def ranking(self) -> list[Trial]:
+        """The finished trials, the lowest validation loss first; ties go to the earlier one."""
+        return sorted(self.finished, key=lambda t: (t.value, t.number))
 
     @property
     def budget_spent(self) -> bool:
-        """Whether the last start ran to the end of its budget: of trials, or of hours, after which the hand-over was written."""
-        best = self.paths.best
-        return sum(trial.state.ended for trial in self.trials) >= self.spec.get("budget", {}).get("trials", 0) or (
-            best.is_file() and best.stat().st_mtime >= self.progress.get("updated", 0.0)
-        )
+        """Whether the study is finished: all its trials ended, or its last start ran to the end of the budget that it has now."""
+        budget: dict[str, Any] = self.spec.get("budget", {})
+        if sum(trial.state.ended for trial in self.trials) >= budget.get("trials", 0):
+            return True
+        last = self.sessions[-1] if self.sessions else {}
+        return bool(last["spent"] == budget) if "spent" in last else self.paths.best.is_file()  # an older loratune's
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -127,7 +133,7 @@ class StudyRecord:
             return [] if self.best is None else [self.best]
         from loratune.statistics.pareto import non_dominated  # numpy and scipy, for several objectives only
 
-        trials = sorted((t for t in self.finished if t.values), key=lambda t: (t.value, t.number))
+        trials = [t for t in self.ranking if t.values]
         maximise = [direction == "maximize" for direction in self.objectives.values()]
         if not trials:
             return []

@@ -47,9 +47,6 @@ class Downstream:
         """Scored models that are neither among the best nor the default, nor handed over."""
         return [name for name in self.cells if name not in (*self.best, self.default, self.shipped, BASE)]
 
-    def called(self, name: str) -> str:
-        return describe_model(name)
-
     @property
     def whose(self) -> str:
         """Whose scores the table shows; empty where nothing was selected."""
@@ -146,20 +143,17 @@ def downstream_of(record: StudyRecord, selection: SelectionRecord | None) -> Dow
         return None
     ranking = tables.ranked(record, TOP)[0]
     scored = {result.model for result in results}
-    losses = {_name(trial): tables.value(trial) for trial in tables.finished_trials(record)}
+    losses = {model_name(trial.number): tables.value(trial) for trial in tables.finished_trials(record)}
     base = tables.headline(record).base
+    default = model_name(record.default.number) if record.default is not None else None
     shipped = model_name(selection.chosen, selection.shipped.run) if selection is not None else None
     if selection is not None and shipped is not None:
         losses[shipped] = selection.shipped.validation_loss
     return Downstream(
         results=tuple(results),
         losses=losses | ({BASE: base} if base is not None else {}),
-        best=tuple(_name(trial) for trial in ranking if _name(trial) in scored),
-        default=_name(record.default) if record.default is not None and _name(record.default) in scored else None,
+        best=tuple(model_name(trial.number) for trial in ranking if model_name(trial.number) in scored),
+        default=default if default in scored else None,
         contamination=tuple(read_contamination(record.paths.evaluation)),
         shipped=shipped,
     )
-
-
-def _name(trial: Trial) -> str:
-    return model_name(trial.number)

@@ -12,11 +12,13 @@ from typing import Any
 import jinja2
 
 from loratune.downstream.results.contamination import RULE
+from loratune.downstream.results.scores import describe_model
 from loratune.errors import StorageError
+from loratune.preference import summary_lines
 from loratune.record import PAUSED, PRUNED, RUNNING, StudyRecord
 from loratune.record.adapters import find_adapter
 from loratune.record.paths import MAIN
-from loratune.report import figures, preferences, spec_summary, tables
+from loratune.report import figures, spec_summary, tables
 from loratune.report.drawing import DARK, SHADES, Plot
 from loratune.report.evidence import Evidence, gather
 from loratune.report.svg import Inline, inline, save_figure
@@ -73,7 +75,8 @@ def _environment() -> jinja2.Environment:
     )
     spelt = ("show", "loss", "signed", "perplexity", "duration", "count", "plural", "label", "percent", "points", "measured", "metric")
     found.globals |= {name: getattr(formatting, name) for name in spelt}
-    found.globals |= {"rule": RULE, "tables": tables, "votes": preferences, "repr": repr, "exp": math.exp}
+    found.globals |= {"rule": RULE, "tables": tables, "votes": summary_lines, "describe_model": describe_model, "repr": repr}
+    found.globals |= {"exp": math.exp}
     return found
 
 
@@ -123,7 +126,6 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "edges": tables.edges(record, chosen) if chosen else (),
         "adapter": handed_over if handed_over.is_dir() else trained,
         "base_model": spec_summary.base_model(record),
-        "cost": tables.study_cost(record),
         "open": sum(t.state in (RUNNING, PAUSED) for t in record.trials),
         "less_far": any(t.state in (PAUSED, PRUNED) for t in record.trials),
         "searched": tables.searched(record),

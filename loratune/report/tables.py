@@ -26,13 +26,14 @@ def finished_trials(record: StudyRecord) -> list[Trial]:
     return [t for t in record.finished if t.value is not None and math.isfinite(t.value)]
 
 
+def _ranking(record: StudyRecord) -> list[Trial]:
+    """The finished trials, the lowest loss first."""
+    return [t for t in record.ranking if math.isfinite(value(t))]
+
+
 def value(trial: Trial) -> float:
     """The loss of a scored trial."""
     return math.nan if trial.value is None else trial.value
-
-
-def lowest_of(trials: Sequence[Trial]) -> Trial | None:
-    return min(trials, key=lambda t: (value(t), t.number), default=None)
 
 
 def space_of(record: StudyRecord) -> SearchSpace:
@@ -78,7 +79,7 @@ class Headline:
 
 def headline(record: StudyRecord) -> Headline:
     trials = finished_trials(record)
-    best = lowest_of(trials)
+    best = next(iter(_ranking(record)), None)
     default = next((t for t in trials if record.default and t.number == record.default.number), None)
     base = record.base_loss
     return Headline(
@@ -109,32 +110,15 @@ def edges(record: StudyRecord, best: Trial) -> tuple[str, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudyCost:
-    trials: int
-    states: dict[str, int]  # how many trials ended in each state, those that occur
-    tokens: int
-    device_seconds: float
-    wall_seconds: float
-    default_device_seconds: float | None  # of trial 0, for scale
-
-
-def study_cost(record: StudyRecord) -> StudyCost:
+def states(record: StudyRecord) -> dict[str, int]:
+    """How many trials ended in each state, of those that occur."""
     counted = Counter(t.state for t in record.trials)
-    states = {state.value: counted[state] for state in TrialState if counted[state]}
-    return StudyCost(
-        trials=len(record.trials),
-        states=states,
-        tokens=record.tokens,
-        device_seconds=record.device_seconds,
-        wall_seconds=record.wall_seconds,
-        default_device_seconds=record.default.device_seconds if record.default else None,
-    )
+    return {state.value: counted[state] for state in TrialState if counted[state]}
 
 
 def ranked(record: StudyRecord, first: int = 10) -> tuple[list[Trial], list[Trial]]:
     """(the `first` best finished trials, best first; all others in order of number)."""
-    top = sorted(finished_trials(record), key=lambda t: (value(t), t.number))[:first]
+    top = _ranking(record)[:first]
     chosen = {t.number for t in top}
     return top, [t for t in record.trials if t.number not in chosen]
 
@@ -157,7 +141,7 @@ def settings(record: StudyRecord, trial: Trial) -> str:
 
 def where_good(record: StudyRecord) -> str:
     """Where the best quarter of the finished trials lies in the search space, in words; "" of fewer than eight."""
-    trials = sorted(finished_trials(record), key=lambda t: (value(t), t.number))
+    trials = _ranking(record)
     good = trials[: len(trials) // 4]
     if len(good) < 2:
         return ""

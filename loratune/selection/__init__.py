@@ -19,40 +19,8 @@ A study in, selection.json out:
     selected      the file, as data
 """
 
-from loratune.selection.confidence import Gap
-from loratune.selection.finalists import Finalists, Noise, finalists, noise_from_twins, scaled
-from loratune.selection.race import Dropped, Race, Standing
-from loratune.selection.rerun import Note, RerunFinished
-from loratune.selection.rule import Candidate, Choice, Rule, choose
-from loratune.selection.selected import Finalist, SelectionRecord, Shipped, read_selection
-from loratune.selection.trial_metrics import METRICS, Constraint, parse_constraint
+from loratune.selection.rerun import RerunFinished
+from loratune.selection.selected import Finalist, SelectionRecord, read_selection
 from loratune.selection.workflow import Planned, Selected, SelectEvent, select
 
-__all__ = [
-    "METRICS",
-    "Candidate",
-    "Choice",
-    "Constraint",
-    "Dropped",
-    "Finalist",
-    "Finalists",
-    "Gap",
-    "Noise",
-    "Note",
-    "Planned",
-    "Race",
-    "RerunFinished",
-    "Rule",
-    "SelectEvent",
-    "Selected",
-    "SelectionRecord",
-    "Shipped",
-    "Standing",
-    "choose",
-    "finalists",
-    "noise_from_twins",
-    "parse_constraint",
-    "read_selection",
-    "scaled",
-    "select",
-]
+__all__ = ["Finalist", "Planned", "RerunFinished", "SelectEvent", "Selected", "SelectionRecord", "read_selection", "select"]

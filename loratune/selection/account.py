@@ -4,14 +4,17 @@ import math
 from collections.abc import Sequence
 
 from loratune.record import StudyRecord, Trial
-from loratune.selection.candidates import Scores, candidate_name, loss_of, measured_metrics, metric_of, ranked_trials
+from loratune.selection.candidates import Scores, candidate_name, loss_of, metric_of, ranked_trials
 from loratune.selection.finalists import Noise
 from loratune.selection.race import Race
 from loratune.selection.rerun import RACE, cost_of, fresh_seed, run_name
 from loratune.selection.rule import Choice, Rule
 from loratune.selection.selected import Finalist, FreshRun, RaceRecord, SelectionRecord, Shipped, UnbiasedLoss
+from loratune.selection.trial_metrics import measured_metrics
 from loratune.statistics import Interval
 from loratune.work import Outcome
+
+_WRITTEN = ("adapter_mb", "seconds", "tokens", "peak_memory_gib")  # of the metrics, those that selection.json has of each finalist
 
 
 def account(
@@ -56,7 +59,7 @@ def account(
                 study_loss=loss_of(t),
                 losses=tuple(race.losses[candidate_name(t)]) if race else (loss_of(t),),
                 scores={b: metric_of(t, b, scores) for b in scores.get(t.number, {})},
-                **measured_metrics(t),
+                **{name: value for name, value in measured_metrics(t).items() if name in _WRITTEN},
                 share=choice.shares.get(candidate_name(t), 0.0),
                 out=out.get(candidate_name(t), ""),
             )

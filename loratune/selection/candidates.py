@@ -10,7 +10,7 @@ from loratune.errors import SpecError
 from loratune.record import StudyRecord, Trial
 from loratune.selection.finalists import Noise, noise_from_twins, scaled
 from loratune.selection.rule import Candidate, Rule
-from loratune.selection.trial_metrics import METRICS, Constraint, known_metrics, parse_constraint
+from loratune.selection.trial_metrics import measured_metrics, metric_names, parse_constraint
 from loratune.system.names import nearest
 from loratune.work import Hyperparameters
 
@@ -26,10 +26,10 @@ def candidate_name(trial: Trial | int) -> str:
 
 def ranked_trials(study: StudyRecord) -> list[Trial]:
     """Trials trained to the end with a finite loss, the lowest first; of several with the same hyperparameters the first."""
-    ranking = sorted((t for t in study.finished if math.isfinite(loss_of(t))), key=lambda t: (loss_of(t), t.number))
     first: dict[Hyperparameters, Trial] = {}
-    for trial in ranking:
-        first.setdefault(trial.hyperparameters, trial)
+    for trial in study.ranking:
+        if math.isfinite(loss_of(trial)):
+            first.setdefault(trial.hyperparameters, trial)
     return list(first.values())
 
 
@@ -69,7 +69,7 @@ def candidates(trials: Sequence[Trial], losses: Mapping[int, Sequence[float]], s
 
 
 def metric_of(trial: Trial, name: str, scores: Scores) -> float:
-    """One number, in the metric's unit (see METRICS); NaN where it was not measured."""
+    """One number, in the metric's unit (see trial_metrics.py); NaN where it was not measured."""
     own = scores.get(trial.number, {})
     means = {benchmark: result.score.value for benchmark, result in own.items()}  # over groups, where the benchmark is
     if name == "validation_loss":
@@ -77,11 +77,6 @@ def metric_of(trial: Trial, name: str, scores: Scores) -> float:
     if name == "score":
         return float(np.mean(list(means.values()))) if means else math.nan
     return {**means, **measured_metrics(trial)}.get(name, math.nan)
-
-
-def measured_metrics(trial: Trial) -> dict[str, float]:
-    """The metrics that are one number of a trial, in their units."""
-    return {name: metric.read(trial) for name, metric in known_metrics().items() if metric.read is not None}
 
 
 def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial], scores: Scores) -> Rule:
@@ -100,11 +95,11 @@ def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial],
     weighted = {sign for _, sign, _ in parts}
     if len(weighted) > 1 or len(set(names)) < len(names):
         raise SpecError(f"prefer {prefer!r}: give different metrics, each with a weight (loss=1,adapter_mb=0.1) or none (loss,adapter_mb)")
+    allowed_names = [*ALIASES, *metric_names(), *benchmarks]
     for name in names:
-        allowed_names = [*ALIASES, *known_metrics(), *benchmarks]
         if name not in allowed_names:
             raise SpecError(
-                f"prefer: {name!r} is no metric ({', '.join(METRICS)}), and no benchmark that `loratune evaluate` finished here "
+                f"prefer: {name!r} is no metric ({', '.join(metric_names())}), and no benchmark that `loratune evaluate` finished here "
                 f"({', '.join(benchmarks) or 'none did'}){nearest(name, allowed_names)}"
             )
     if weighted == {""}:
@@ -120,23 +115,16 @@ def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial],
 
 def allowed(trials: Sequence[Trial], rule: Rule, scores: Scores) -> list[Trial]:
     """Those that keep the constraints. Raises SpecError, with what came nearest, when none does."""
-    constraints = [c for c in rule.constraints if isinstance(c, Constraint)]
-    found = [t for t in trials if all(c.holds(metric_of(t, c.metric, scores)) for c in constraints)]
-    if not found:
-        raise SpecError(
-            "\n".join([f"none of {len(trials)} finished trials keeps the constraints:", *_nearest_to(constraints, trials, scores)])
-        )
-    return found
-
-
-def _nearest_to(constraints: Sequence[Constraint], trials: Sequence[Trial], scores: Scores) -> list[str]:
-    lines = []
-    for constraint in constraints:
+    found = [t for t in trials if all(c.holds(metric_of(t, c.metric, scores)) for c in rule.constraints)]
+    if found:
+        return found
+    lines = [f"none of {len(trials)} finished trials keeps the constraints:"]
+    for constraint in rule.constraints:
         values = [value for value in (metric_of(t, constraint.metric, scores) for t in trials) if math.isfinite(value)]
         keep = sum(constraint.holds(value) for value in values)
         span = f"from {min(values):.4g} to {max(values):.4g}" if values else "measured for none"
         lines.append(f"  {constraint}: kept by {keep}; {constraint.metric} is {span}")
-    return lines
+    raise SpecError("\n".join(lines))
 
 
 def noise_of(trials: Sequence[Trial]) -> Noise:

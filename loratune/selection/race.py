@@ -13,11 +13,11 @@ mu[k] - mu[b] <= U(k, b) for every k; b is in the race itself, or is covered by 
 
 Losses found during the search take no part: they were low partly by luck, which is why their trials are finalists.
 A repeat that diverges (NaN or infinite loss) takes its candidate out: it cannot be relied on. The race is a function of what
-it is told, in whatever order within a round, so that resuming is replaying `log`.
+it is told, in whatever order within a round, so that resuming is telling it the `log` again.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,17 +42,6 @@ class Dropped:
             return f"{self.candidate} diverged with a fresh seed"
         shown = f"at least {self.worse_by:.2g} worse" if self.worse_by > 0 else f"at most {-self.worse_by:.2g} better"
         return f"{self.candidate} after {self.repeats} repeats, {shown} than {self.against}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Standing:
-    """One candidate's place. `behind`: mean paired difference to the leader; `at_least`: its lower bound, negative: perhaps ahead."""
-
-    candidate: str
-    repeats: int
-    mean: float
-    behind: float = 0.0
-    at_least: float = 0.0
 
 
 class Race:
@@ -123,12 +112,6 @@ class Race:
         if not self.finished and not self._open():
             self._look()
 
-    def replay(self, log: Iterable[tuple[str, int, float]]) -> "Race":
-        """Tell all of an earlier `log`, in its order. Returns the race."""
-        for candidate, repeat, value in log:
-            self.tell(candidate, repeat, value)
-        return self
-
     # --- what is known
 
     @property
@@ -177,23 +160,6 @@ class Race:
         low, high = (math.sqrt(squares / stats.chi2.ppf(q, degrees)) for q in (0.975, 0.025))
         return Interval(math.sqrt(squares / degrees), low, high)
 
-    def standings(self) -> list[Standing]:
-        """Those in the race, the leader first. All of them have the same number of repeats."""
-        if not self._sound or not self._left:
-            return []
-        bounds = self._bounds()
-        run = self._table[self._left][:, : self._done()]
-        return [
-            Standing(
-                candidate=self.candidates[place],
-                repeats=run.shape[1],
-                mean=float(run[n].mean()),
-                behind=float((run[n] - run[0]).mean()),
-                at_least=float(bounds[n, 0]) if n else 0.0,
-            )
-            for n, place in enumerate(self._left)
-        ]
-
     def explain(self) -> str:
         """The race in about ten lines."""
         spent = f"{self.runs} of {self.budget} runs"
@@ -202,9 +168,11 @@ class Race:
         if self.noise.known:
             lines.append(f"Noise of a run (sd, same seeds): {self.noise:.2g}.")
         lines += [f"Out: {drop}." for drop in self.dropped]
-        for standing in self.standings():
-            bound = f", {standing.behind:.2g} behind (at least {standing.at_least:.2g})" if standing.candidate != self.survivors[0] else ""
-            lines.append(f"In: {standing.candidate}, mean {standing.mean:.5f} of {standing.repeats}{bound}.")
+        if self._sound and self._left:  # all of them have the same number of repeats
+            bounds, run = self._bounds(), self._table[self._left][:, : self._done()]
+            for n, name in enumerate(self.survivors):
+                behind = f", {(run[n] - run[0]).mean():.2g} behind (at least {bounds[n, 0]:.2g})" if n else ""
+                lines.append(f"In: {name}, mean {run[n].mean():.5f} of {run.shape[1]}{behind}.")
         if self.winner is not None and len(self.candidates) == 1:
             lines.append(f"{self.winner} raced alone, so the race says nothing of how sure the choice is.")
         elif self.winner is not None:

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Generator, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -38,13 +37,6 @@ from loratune.work import Message, Outcome, Progress, Recipe, Segment, State
 RACE, CHECK, AGAIN = "race", "check", "main"  # parts of a selection; the last is the study's own run
 
 
-@dataclass(frozen=True)
-class Note:
-    """A line for the user."""
-
-    text: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class RerunFinished:
     """A run came to its end."""
@@ -58,7 +50,7 @@ class Stopped(Exception):  # noqa: N818  # no error
     """`stop` was set."""
 
 
-Event = Note | RerunFinished | Progress
+Event = Message | RerunFinished | Progress
 
 
 def run_name(part: str, repeat: int) -> str:
@@ -108,6 +100,28 @@ def expected_cost(trials: Sequence[Trial], runs: int) -> RerunCost:
     )
 
 
+def study_data(study: StudyRecord) -> Prepared:
+    """The study's prepared data; made again from its files where the cache was emptied. Raises StorageError when these changed."""
+    folder = Path(parsed(study.paths.recipe, Recipe.from_json, WRITTEN_ANEW).data)
+    if (folder / "manifest.json").is_file():
+        return Prepared.load(folder)
+    recipe = study.base_model
+    prepared = prepare(
+        DataRecipe.from_plain({**study.spec["data"], "seed": study.spec["seed"]}),
+        tokenizer=recipe.name_or_path,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        cache=folder.parent,
+        date=study.prompt["date"],
+    )
+    if prepared.folder.name != folder.name:
+        raise StorageError(
+            f"the data or the tokenizer changed since {study.folder} was run: it was {folder.name}, it is {prepared.folder.name}. "
+            "Restore the files."
+        )
+    return prepared
+
+
 class Rerun:
     """Trains a study's trials again. A context; needs the study's lock (`record.open_record`)."""
 
@@ -124,7 +138,7 @@ class Rerun:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._executor is not None:
             self._executor.close()
 
@@ -141,7 +155,7 @@ class Rerun:
             key: known
             for key, (_, segment) in trials.items()
             for known in [self._record.outcome(segment)]
-            if known is not None and not (adapters and not (self._record.paths.of(segment).adapter).is_dir())
+            if known is not None and (not adapters or self._record.paths.of(segment).adapter.is_dir())
         }
         waiting = [segment for key, (_, segment) in trials.items() if key not in done]
         flying = 0
@@ -150,15 +164,13 @@ class Rerun:
                 raise Stopped
             executor = self._start()
             if self._warning:
-                yield Note(self._warning)
+                yield Message(text=self._warning)
                 self._warning = None
             while waiting and flying < executor.capacity:
                 executor.submit(waiting.pop(0))
                 flying += 1
             for item in executor.collect(timeout=1.0):
-                if isinstance(item, Message):
-                    yield Note(item.text)
-                elif isinstance(item, Progress):
+                if isinstance(item, Message | Progress):
                     yield item
                 elif item.state in (State.BAD_INPUT, State.CRASHED):
                     raise error_of(item.error, f"{item.key}: {item.message}")
@@ -198,28 +210,10 @@ class Rerun:
         if self._recipe is None:
             # The model is the one of the description, which the reader may have to trust: recipe.json has no say in that.
             recipe = replace(parsed(self._study.paths.recipe, Recipe.from_json, WRITTEN_ANEW), model=self._study.base_model)
-            data = Path(recipe.data)
-            prepared = Prepared.load(data) if (data / "manifest.json").is_file() else self._prepare_again(data)
+            prepared = study_data(self._study)
             self._examples = len(prepared.train)
             self._recipe = replace(recipe, data=str(prepared.folder.resolve()))
         return self._recipe
-
-    def _prepare_again(self, data: Path) -> Prepared:
-        """The prepared data, from the study's files: the cache was emptied. Raises StorageError when they changed."""
-        spec = self._study.spec
-        prepared = prepare(
-            DataRecipe.from_plain({**spec["data"], "seed": spec["seed"]}),
-            tokenizer=spec["model"]["name_or_path"],
-            revision=spec["model"]["revision"],
-            trust_remote_code=self._study.base_model.trust_remote_code,
-            cache=data.parent,
-        )
-        if prepared.folder.name != data.name:
-            raise StorageError(
-                f"the data or the tokenizer changed since {self._study.folder} was run: it was {data.name}, it is {prepared.folder.name}. "
-                "Restore the files."
-            )
-        return prepared
 
     def _start(self) -> Executor:
         """The executor, started when the first run needs it."""

@@ -4,20 +4,20 @@ The default rule: lowest validation loss; ties within noise are broken by the do
 Two candidates tie in a metric when they differ by no more than `tie_width` standard errors of their paired difference: one, by
 default (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
 
-A resample draws, for all candidates alike, the items of each benchmark and the validation items (where losses come per item), and
-noise of the repeats: residuals of the additive fit  loss[i, r] = mu[i] + s[r] + e[i, r]  (s: the seed's effect on everyone), drawn
+A resample draws, for all candidates alike, the items of each benchmark, and noise of the repeats: residuals of the additive fit
+  loss[i, r] = mu[i] + s[r] + e[i, r]  (s: the seed's effect on everyone), drawn
 with replacement and scaled to unbiased variance (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 9).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from loratune.errors import SpecError
-from loratune.selection.confidence import Gap, confidence, gap
-from loratune.selection.trial_metrics import Constraint, higher_is_better, known, parse_constraint
+from loratune.selection.trial_metrics import Constraint, higher_is_better
 
 Floats = NDArray[np.float64]
 
@@ -27,9 +27,9 @@ class Candidate:
     """One adapter, and all that was measured of it. Candidates share seeds by position, and items by position."""
 
     name: str
-    losses: ArrayLike  # (repeats,) losses, or (repeats, items) mean losses per validation item
+    losses: ArrayLike  # (repeats,)
     scores: Mapping[str, ArrayLike] = field(default_factory=dict)  # benchmark -> (items,) scores in [0, 1]
-    measured: Mapping[str, float] = field(default_factory=dict)  # the other METRICS, in their units; NaN where not measured
+    measured: Mapping[str, float] = field(default_factory=dict)  # the other metrics, in their units; NaN where not measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,15 @@ class Rule:
     priorities: tuple[str, ...] = ("validation_loss", "score", "adapter_mb")
     weights: Mapping[str, float] = field(default_factory=dict)
     tie_width: float = 1.0  # standard errors of a paired difference
-    constraints: tuple[Constraint | str, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(self.weights) or self.priorities
+
+    def without(self, metric: str) -> Self:
+        weights = {name: weight for name, weight in self.weights.items() if name != metric}
+        return replace(self, weights=weights, priorities=tuple(name for name in self.priorities if name != metric))
 
     def __str__(self) -> str:
         if self.weights:
@@ -59,7 +63,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The answer. `shares`: of the resamples, by candidate, the winner's first. `gap`: to the runner-up, else to the next lowest loss."""
+    """The answer. `shares`: of the resamples, by candidate, the winner's first."""
 
     winner: str
     share: float
@@ -68,12 +72,6 @@ class Choice:
     shares: dict[str, float]
     why: tuple[str, ...]
     what_would_change: tuple[str, ...]
-    gap: Gap | None = None
-
-    def __str__(self) -> str:
-        changes = self.what_would_change or ("none of: another tie width, a criterion or a constraint less",)
-        lines = [f"Ship {self.winner}. {confidence(self.gap, self.share)}", *self.why, "What would change it:"]
-        return "\n".join([*lines, *(f"- {change}" for change in changes)])
 
 
 def choose(
@@ -82,15 +80,13 @@ def choose(
     """Apply `rule` to the candidates as measured, and to `resamples` resamples of them.
 
     noise_sd: of one run's loss (e.g. `Race.noise.value`); needed only where nobody has a second repeat.
-    Raises SpecError: no candidates, unknown metrics, a metric not measured, shapes that do not fit, nobody keeps the constraints.
+    Raises SpecError: no candidates, a metric not measured, shapes that do not fit, nobody keeps the constraints.
     """
     rule = rule or Rule(priorities=tuple(m for m in Rule().priorities if _measured(m, candidates)))
     names = [c.name for c in candidates]
     if not names or len(set(names)) < len(names):
         raise SpecError(f"candidates: needed are one or more with different names; got {names}")
-    benchmarks = sorted({name for c in candidates for name in c.scores})
-    constraints = tuple(parse_constraint(c, benchmarks) if isinstance(c, str) else c for c in rule.constraints)
-    wanted = {known(m, benchmarks): None for m in [*rule.metrics, *(c.metric for c in constraints)]}
+    wanted = dict.fromkeys([*rule.metrics, *(c.metric for c in rule.constraints)])
     if not rule.metrics:
         raise SpecError("the rule names no metric")
     for metric in wanted:
@@ -99,10 +95,10 @@ def choose(
     rng = np.random.default_rng(seed)
     table = {metric: _resampled(metric, candidates, rng, resamples, noise_sd) for metric in wanted}  # (1 + resamples, K)
     table = {metric: -x if higher_is_better(metric) else x for metric, x in table.items()}  # lower is better, row 0: as measured
-    judge = _Judge(names=names, table=table, constraints=constraints)
-    allowed = judge.feasible(constraints)
+    judge = _Judge(names=names, table=table)
+    allowed = judge.feasible(rule.constraints)
     if not allowed:
-        raise SpecError(f"no candidate keeps {', '.join(map(str, constraints))}")
+        raise SpecError(f"no candidate keeps {', '.join(map(str, rule.constraints))}")
     picks = [judge.pick(rule, allowed, row) for row in range(1 + resamples)]
     winner = picks[0]
     counts = np.bincount(picks[1:], minlength=len(names)) / max(resamples, 1)
@@ -115,27 +111,15 @@ def choose(
         runner_up_share=float(counts[second]) if second is not None else 0.0,
         shares={names[n]: float(counts[n]) for n in order},
         why=tuple(judge.reasons(rule, allowed, winner)),
-        what_would_change=tuple(judge.changes(rule, winner, second)),
-        gap=_gap(candidates, winner, second, noise_sd),
+        what_would_change=tuple(judge.changes(rule, allowed, winner, second)),
     )
-
-
-def _gap(candidates: Sequence[Candidate], winner: int, second: int | None, noise_sd: float | None) -> Gap | None:
-    losses = [dict(enumerate(np.asarray(c.losses, dtype=float).reshape(len(np.asarray(c.losses)), -1).mean(axis=1))) for c in candidates]
-    means = [float(np.mean(list(own.values()))) for own in losses]
-    if second is None:
-        second = min((n for n in range(len(means)) if n != winner), key=means.__getitem__, default=None)
-    if second is None:
-        return None
-    noise = (noise_sd, "as given") if noise_sd is not None else None
-    return gap(candidates[second].name, losses[winner], losses[second], noise)
 
 
 class _Judge:
     """The rule at work on a table metric -> (rows, K), lower is better."""
 
-    def __init__(self, *, names: list[str], table: dict[str, Floats], constraints: tuple[Constraint, ...]) -> None:
-        self.names, self.table, self.constraints = names, table, constraints
+    def __init__(self, *, names: list[str], table: dict[str, Floats]) -> None:
+        self.names, self.table = names, table
         # Standard error of each paired difference, from the resamples: (K, K).
         self.error = {
             m: (x[1:, :, None] - x[1:, None, :]).std(axis=0) if len(x) > 1 else np.zeros(2 * x.shape[1:]) for m, x in table.items()
@@ -178,10 +162,8 @@ class _Judge:
         if out:
             lines.append(f"Out by constraints: {', '.join(out)}.")
         if rule.weights:
-            return [
-                *lines,
-                "Weighted sums: " + ", ".join(f"{self.names[n]} {self._weighted(rule, allowed, 0, n):.3f}" for n in allowed) + ".",
-            ]
+            sums = ", ".join(f"{self.names[n]} {self._weighted(rule, allowed, 0, n):.3f}" for n in allowed)
+            return [*lines, f"Weighted sums: {sums}."]
         before = len(allowed)
         for metric, left in zip(rule.priorities, self.ties(rule, allowed, 0), strict=True):
             if before == 1:
@@ -192,20 +174,13 @@ class _Judge:
             before = len(left)
         return lines
 
-    def changes(self, rule: Rule, winner: int, second: int | None) -> list[str]:
+    def changes(self, rule: Rule, allowed: list[int], winner: int, second: int | None) -> list[str]:
         """Single changes of the rule that pick another one, and how much lower the runner-up's loss would have to be."""
-        allowed = self.feasible(self.constraints)
-        tried = [(f"without {c}", rule, self.feasible([k for k in self.constraints if k is not c])) for c in self.constraints]
-        if rule.weights:
-            less = [
-                (f"without {m}", replace(rule, weights={k: w for k, w in rule.weights.items() if k != m}), allowed) for m in rule.weights
-            ]
-        else:
-            less = [
-                (f"without {m}", replace(rule, priorities=tuple(p for p in rule.priorities if p != m)), allowed) for m in rule.priorities
-            ]
+        tried = [(f"without {c}", rule, self.feasible([k for k in rule.constraints if k is not c])) for c in rule.constraints]
+        if not rule.weights:
             tried += [(f"with ties within {w:g} standard errors", replace(rule, tie_width=w), allowed) for w in (0.0, 2.0)]
-        tried += [one for one in less if len(rule.metrics) > 1]
+        if len(rule.metrics) > 1:
+            tried += [(f"without {m}", rule.without(m), allowed) for m in rule.metrics]
         picks = [(text, self.pick(other, those, 0)) for text, other, those in tried]
         found = [f"{text}: {self.names[n]}" for text, n in picks if n != winner]
         first = rule.metrics[0]
@@ -256,30 +231,26 @@ def _weights(items: int, rng: np.random.Generator, resamples: int) -> Floats:
 
 def _losses(candidates: Sequence[Candidate], rng: np.random.Generator, resamples: int, noise_sd: float | None) -> Floats:
     given = [np.asarray(c.losses, dtype=float) for c in candidates]
-    kinds = {x.shape[1:] for x in given}
-    if any(x.ndim not in (1, 2) or not x.size or not np.isfinite(x).all() for x in given) or len(kinds) > 1:
-        raise SpecError("losses: every candidate needs finite losses, (repeats,) or (repeats, items), of the same items")
+    if any(x.ndim != 1 or not x.size or not np.isfinite(x).all() for x in given):
+        raise SpecError("losses: every candidate needs finite losses, one by repeat")
     who = np.repeat(np.arange(len(given)), [len(x) for x in given])
     when = np.concatenate([np.arange(len(x)) for x in given])
-    flat = np.concatenate(given)  # (runs,) or (runs, items)
-    weights = _weights(flat.shape[1], rng, resamples) if flat.ndim == 2 else None
-    runs = np.tile(flat, (1 + resamples, 1)) if weights is None else weights @ flat.T  # (1 + resamples, runs)
+    measured = np.concatenate(given)  # (runs,)
     # Additive fit: one column per candidate, one per seed but the first.
     design = np.column_stack([who[:, None] == np.arange(len(given)), when[:, None] == np.arange(1, when.max() + 1)]).astype(float)
     fit = np.linalg.pinv(design)
     means = fit[: len(given)]  # (K, runs): runs -> mu, at the first seed
-    measured = flat if weights is None else flat.mean(axis=1)
-    spare = len(flat) - np.linalg.matrix_rank(design)
+    spare = len(measured) - np.linalg.matrix_rank(design)
     rest = measured - design @ (fit @ measured)
     if spare > 0:
-        noise = rng.choice(rest * np.sqrt(len(rest) / spare), size=(resamples, len(flat)))
+        noise = rng.choice(rest * np.sqrt(len(rest) / spare), size=(resamples, len(measured)))
     elif len(given) == 1:
-        noise = np.zeros((resamples, len(flat)))
+        noise = np.zeros((resamples, len(measured)))
     elif noise_sd is None:
         raise SpecError("one repeat each tells nothing about noise: give noise_sd, or run the finalists again with fresh seeds")
     else:
-        noise = noise_sd * rng.standard_normal((resamples, len(flat)))
-    fitted = (runs + np.vstack([np.zeros(len(flat)), noise])) @ means.T
+        noise = noise_sd * rng.standard_normal((resamples, len(measured)))
+    fitted = (measured + np.vstack([np.zeros(len(measured)), noise])) @ means.T
     # The fit is at the first seed; told is the mean over the seeds there are: of who ran with all of them its plain mean.
     found: Floats = fitted + (fit[len(given) :] @ measured).sum() / (when.max() + 1)
     return found

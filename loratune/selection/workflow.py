@@ -29,12 +29,13 @@ from loratune.selection.account import account, run_of
 from loratune.selection.candidates import allowed, candidate_name, candidates, loss_of, noise_of, ranked_trials, rule_of, scores_of
 from loratune.selection.finalists import Finalists, Noise, finalists
 from loratune.selection.race import Race
-from loratune.selection.rerun import AGAIN, CHECK, RACE, Event, Note, Rerun, RerunCost, Stopped, expected_cost, fresh_seed, run_name
+from loratune.selection.rerun import AGAIN, CHECK, RACE, Event, Rerun, RerunCost, Stopped, expected_cost, fresh_seed, run_name
 from loratune.selection.rule import Choice, Rule, choose
 from loratune.selection.selected import SelectionRecord, Shipped, UnbiasedLoss
-from loratune.selection.trial_metrics import METRICS
+from loratune.selection.trial_metrics import metric_names
 from loratune.statistics import student_mean
 from loratune.system.files import AnyPath
+from loratune.work import Message
 
 FINALISTS = 8  # at most
 LEAST = 4  # finalists, where there are so many trials, lest an assumed noise that is too small decides
@@ -92,21 +93,21 @@ def select(
         yield from _Selection(study, trainer, most, runs, rerun, require, prefer, tolerance).run()
 
 
+@dataclass
 class _Selection:
-    """One selection at work."""
+    """One selection at work, with the arguments of `select`."""
 
-    def __init__(
-        self,
-        study: StudyRecord,
-        trainer: Rerun,
-        most: int,
-        runs: int | None,
-        rerun: bool,
-        require: Sequence[str],
-        prefer: str | None,
-        tolerance: float,
-    ) -> None:
-        self.study, self.trainer, self.rerun, self.tolerance = study, trainer, rerun, tolerance
+    study: StudyRecord
+    trainer: Rerun
+    most: int
+    runs: int | None
+    rerun: bool
+    require: Sequence[str]
+    prefer: str | None
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        study = self.study
         self.seed = int(study.spec["seed"])
         self.scores = scores_of(study)
         self.notes: list[str] = []
@@ -114,15 +115,14 @@ class _Selection:
         if not ranking:
             raise SpecError(f"{study.folder} has no trial that was trained to its end: there is nothing to choose from")
         self.default = next((t for t in study.finished if study.default and t.number == study.default.number), None)
-        stated = rule_of(prefer, require, (), self.scores)
+        stated = rule_of(self.prefer, self.require, (), self.scores)
         self.trials = allowed(ranking, stated, self.scores)
         self.excluded = len(ranking) - len(self.trials)
         # The choice's adapter may have to be trained again.
         self.again = int(study.paths.selection.exists() or any(find_adapter(study, t) is None for t in self.trials))
-        self.most, self.runs = self._limits(most, runs)
+        self.most, self.runs = self._limits(self.most, self.runs)
         self.noise = noise_of(ranking)
         self.by_loss = stated.priorities[0] == "validation_loss" and not stated.weights
-        self.prefer, self.require = prefer, require
 
     def _limits(self, most: int, runs: int | None) -> tuple[int, int | None]:
         """(finalists at most, runs of the race at most), as far as the stated runs go."""
@@ -235,11 +235,11 @@ class _Selection:
                     wider = self._finalists(Noise(sd=race.noise.value, source=f"from {FIRST} fresh seeds of {len(trials)} trials"))
                     if len(self._trials_of(wider)) > len(trials):
                         few = wider
-                        yield Note(f"{few} So {len(self._trials_of(few))} race.")
+                        yield Message(text=f"{few} So {len(self._trials_of(few))} race.")
                         break  # the same seeds: what was run counts
                 first = False
             else:
-                yield Note(race.explain())
+                yield Message(text=race.explain())
                 return race, few
 
     # --- the choice
@@ -283,7 +283,7 @@ class _Selection:
             if not self.rerun:
                 self._tell(f"The adapter of trial {chosen.number} was not kept. `loratune select {self.study.folder}` trains it again.")
             else:
-                yield Note(f"The adapter of trial {chosen.number}, {run}, was not kept; training it again.")
+                yield Message(text=f"The adapter of trial {chosen.number}, {run}, was not kept; training it again.")
                 yield from self.trainer.train([(chosen, run)], adapters=True)
         seed = fresh_seed(self.seed, run)
         return Shipped(run=run, seed=seed, validation_loss=runs[run], lowest_of=len(runs))
@@ -299,7 +299,7 @@ class _Selection:
             self._tell(
                 f"No downstream score took part: not every candidate has one. `loratune evaluate {self.study.folder}` measures them."
             )
-        if shipped.run != AGAIN and any(metric not in METRICS or metric == "score" for metric in rule.metrics):
+        if shipped.run != AGAIN and any(metric not in metric_names() or metric == "score" for metric in rule.metrics):
             self._tell("The downstream scores that took part are of the study's own runs, not of the adapter that is handed over.")
         return tuple(self.notes)
 

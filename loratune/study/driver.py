@@ -125,6 +125,8 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                         yield event
                         yield from _tracked(feed, event)
                     over = not stop.is_set()
+                    if over:
+                        session.spent(spec)
                 finally:
                     last = list(feed.close(over=over))
                 yield from last
@@ -303,8 +305,7 @@ def _tidy(spec: StudySpec, folder: Path) -> None:
     Those of the best trials by loss stay, of several objectives the front's too, and trial 0's.
     """
     record = read(folder)
-    best = sorted(record.finished, key=lambda t: (t.value, t.number))[: spec.output.keep_adapters]
-    kept = {0, *(trial.number for trial in [*best, *record.front])}
+    kept = {0, *(trial.number for trial in [*record.ranking[: spec.output.keep_adapters], *record.front])}
     for trial in record.trials:
         if trial.state not in (COMPLETE, INFEASIBLE, DIVERGED):
             continue  # may go on, with a larger budget
@@ -328,8 +329,13 @@ class _Session:
             "started": time.time(),
             "command": masked_command(sys.argv),
             "environment": environment(),
+            "spent": None,  # the budget, once it is: StudyRecord.budget_spent
         }
         self.end()
+
+    def spent(self, spec: StudySpec) -> None:
+        """The study ran to the end of its budget."""
+        self._facts["spent"] = spec.budget.model_dump(mode="json")
 
     def tick(self) -> None:
         """Now and then note the time spent, lest a kill forgets it."""

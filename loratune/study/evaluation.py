@@ -6,14 +6,13 @@
 Which models, on which benchmarks, with the study's own model and validation data; how it is done is in `downstream/`.
 """
 
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratune import demo, selection
-from loratune.data.cache import prepare_data
+from loratune import demo
+from loratune.delivery.handover import selection_of
 from loratune.downstream.evaluator import score_models
 from loratune.downstream.events import Event
 from loratune.downstream.job import EvaluatedModel, EvaluationJob
@@ -22,11 +21,10 @@ from loratune.downstream.results.findings import finding_lines
 from loratune.downstream.results.scores import BASE, Result, describe_model, model_name, read_results
 from loratune.downstream.tasks.benchmarks import EMBEDDED, HARNESS, PUBLISHED, build_benchmark
 from loratune.errors import EvaluationError, StorageError
-from loratune.record import StudyRecord, Trial, read
+from loratune.record import StudyRecord, read
 from loratune.record.adapters import find_adapter, shipped_run
-from loratune.record.trials import WRITTEN_ANEW
-from loratune.spec import StudySpec
-from loratune.system.files import AnyPath, parsed
+from loratune.selection.rerun import study_data
+from loratune.system.files import AnyPath
 from loratune.work import Message
 
 TOP = 10  # trials with the lowest validation loss
@@ -74,12 +72,12 @@ def evaluate(
     names = list(benchmarks) if benchmarks is not None else default_benchmarks(record)
     if not names:
         raise EvaluationError("no benchmark is named.")
+    shipped = _shipped(record)
     models, lacking = models_to_score(record, top)
     if lacking:
         yield Message(
             text=f"Not on disk, so not scored: the adapters of trials {', '.join(lacking)} (output.keep_adapters says how many are kept)."
         )
-    tuned, shipped = sum(model.adapter is not None for model in models), shipped_name(record)
     scored = {model.name for model in models}
     if shipped is not None and shipped not in scored:
         yield Message(
@@ -87,13 +85,13 @@ def evaluate(
             f"`loratune select {record.folder}` trains it again."
         )
     handed = f", among them the one handed over, {describe_model(shipped)}," if shipped in scored and shipped is not None else ""
-    yield Message(text=f"Scoring {tuned} adapters of study {record.name}{handed} and the bare model on {', '.join(names)}")
+    yield Message(text=f"Scoring {len(models) - 1} adapters of study {record.name}{handed} and the bare model on {', '.join(names)}")
     job = EvaluationJob(
         folder=record.paths.evaluation,
         recipe=record.base_model,
         models=tuple(models),
         benchmarks=tuple(names),
-        validation=_validation(record),
+        validation=study_data(record).folder,
         recorded_base=record.base_loss,
         data=Path(data) if data is not None else None,
         tasks=Path(tasks) if tasks is not None else None,
@@ -106,7 +104,7 @@ def evaluate(
     if not stop.is_set():
         yield Message(text="Looking for the benchmarks' items in the training data")
         said = _contamination(record, names, Path(data) if data is not None else None)
-        scores = _scored(record, models, names, top)
+        scores = _scored(record, models, names, top, shipped)
         yield replace(scores, text="\n".join([scores.text, "", *said])) if said else scores
 
 
@@ -114,22 +112,25 @@ def models_to_score(record: StudyRecord, top: int) -> tuple[list[EvaluatedModel]
     """(what is handed over, the best `top` trials, the default's and the bare model; the numbers of trials whose adapters are not on disk).
 
     Raises StorageError when no adapter is there."""
-    wanted = {trial.number: trial for trial in _best(record, top)}
+    wanted = {trial.number: trial for trial in record.ranking[:top]}
     if record.default is not None:
         wanted.setdefault(record.default.number, record.default)
-    found, lacking = _shipped(record), []
+    found: dict[str, EvaluatedModel] = {}  # what is handed over may be a trial's own run
+    lacking, made = [], selection_of(record)
+    if made is not None and (adapter := find_adapter(record, made.trial_of(record), made.shipped.run)) is not None:
+        name = model_name(made.chosen, made.shipped.run)
+        found[name] = EvaluatedModel(name=name, adapter=adapter, loss=made.shipped.validation_loss)
     for trial in wanted.values():
         if (adapter := find_adapter(record, trial, handed_over=True)) is not None:
-            found.append(EvaluatedModel(name=_name(trial), adapter=adapter, loss=trial.value))
+            name = model_name(trial.number)
+            found[name] = EvaluatedModel(name=name, adapter=adapter, loss=trial.value)
         else:
             lacking.append(str(trial.number))
-    found = list({model.name: model for model in found}.values())  # what is handed over may be a trial's own run
     if not found:
         raise StorageError(
             f"{record.folder} holds no adapter of a finished trial. Let a trial finish; output.keep_adapters says how many are kept."
         )
-    base = EvaluatedModel(name=BASE, adapter=None, loss=record.base_loss)
-    return [*found, base], lacking
+    return [*found.values(), EvaluatedModel(name=BASE, adapter=None, loss=record.base_loss)], lacking
 
 
 def default_benchmarks(record: StudyRecord) -> list[str]:
@@ -138,30 +139,21 @@ def default_benchmarks(record: StudyRecord) -> list[str]:
     return list(EMBEDDED if own else PUBLISHED)
 
 
-def shipped_name(record: StudyRecord) -> str | None:
+def _shipped(record: StudyRecord) -> str | None:
     """Among the models, the one that a selection hands over; None before one, and when the study went on since."""
     chosen = shipped_run(record)
     return model_name(*chosen) if chosen is not None else None
 
 
-def _shipped(record: StudyRecord) -> list[EvaluatedModel]:
-    """The adapter that a selection hands over, as a model; nothing where there is none, or its files are gone."""
-    made, name = selection.read_selection(record.folder), shipped_name(record)
-    if made is None or name is None:
-        return []
-    adapter = find_adapter(record, made.trial_of(record), made.shipped.run)
-    return [EvaluatedModel(name=name, adapter=adapter, loss=made.shipped.validation_loss)] if adapter is not None else []
-
-
-def _scored(record: StudyRecord, models: Sequence[EvaluatedModel], benchmarks: Sequence[str], top: int) -> Scored:
+def _scored(record: StudyRecord, models: Sequence[EvaluatedModel], benchmarks: Sequence[str], top: int, shipped: str | None) -> Scored:
     folder, losses = record.paths.evaluation, {model.name: model.loss for model in models if model.loss is not None}
     asked, order = {model.name for model in models}, [name.replace(":", "-") for name in benchmarks]
     results = [result for result in read_results(folder) if result.model in asked and result.benchmark in order]
     results.sort(key=lambda result: order.index(result.benchmark))
-    best = [_name(trial) for trial in _best(record, top) if _name(trial) in asked]
-    default = _name(record.default) if record.default is not None and _name(record.default) in asked else None
-    shipped = shipped_name(record)
-    return Scored(folder, tuple(results), "\n".join(finding_lines(results, losses, best, default, shipped)), shipped)
+    best = [name for name in (model_name(trial.number) for trial in record.ranking[:top]) if name in asked]
+    default = model_name(record.default.number) if record.default is not None else None
+    lines = finding_lines(results, losses, best, default if default in asked else None, shipped)
+    return Scored(folder, tuple(results), "\n".join(lines), shipped)
 
 
 def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None) -> list[str]:
@@ -169,25 +161,9 @@ def _contamination(record: StudyRecord, names: Sequence[str], data: Path | None)
     try:
         # Nothing is run here, so the sandbox's strength does not matter.
         benchmarks = [build_benchmark(name, data, weaker=True) for name in names if not name.startswith(HARNESS)]
-        trusted = record.base_model.trust_remote_code
-        said = contamination_lines(find_contamination(record.paths.evaluation, _validation(record), benchmarks, trust_remote_code=trusted))
+        trusted, prepared = record.base_model.trust_remote_code, study_data(record).folder
+        said = contamination_lines(find_contamination(record.paths.evaluation, prepared, benchmarks, trust_remote_code=trusted))
     except Exception as error:  # of any kind, a tokenizer's own code among them
         said = [f"Whether benchmark items stand in the training data could not be checked: {type(error).__name__}: {error}"]
     foreign = [name for name in names if name.startswith(HARNESS)]
     return [*said, f"Not compared with the training data: {', '.join(foreign)}."] if foreign else said
-
-
-def _validation(record: StudyRecord) -> Path:
-    """The study's prepared data; prepared anew when the cache was emptied."""
-    folder = Path(parsed(record.paths.recipe, lambda text: str(json.loads(text)["data"]), WRITTEN_ANEW))
-    if not (folder / "manifest.json").is_file():
-        folder = prepare_data(StudySpec.load(record.paths.spec), [], date=record.prompt.get("date", "")).folder
-    return folder
-
-
-def _best(record: StudyRecord, top: int) -> list[Trial]:
-    return sorted(record.finished, key=lambda trial: (trial.value, trial.number))[:top]
-
-
-def _name(trial: Trial) -> str:
-    return model_name(trial.number)

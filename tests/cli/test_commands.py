@@ -153,7 +153,7 @@ def test_doctor_says_what_is_missing_and_what_mends_it(loratune, monkeypatch: py
     from loratune.cli import doctor
 
     for slow in ("lora_step", "nomad"):
-        monkeypatch.setattr(doctor, slow, list)
+        monkeypatch.setattr(doctor, slow, lambda report: None)
     answer = loratune("doctor")
     assert answer.code == 1
     assert "missing  PyNomadBBO" in answer.out
@@ -170,9 +170,9 @@ class Finder:
         if name == "slow_package":
             input()  # the import goes on when the test says so
 sys.meta_path.insert(0, Finder())
-doctor._NEEDED, doctor._OPTIONAL = ("slow_package",), {}
+doctor._NEEDED, doctor._OPTIONAL = {"slow_package": "slow_package"}, {}
 for name in ("devices", "lora_step", "nomad"):
-    setattr(doctor, name, list)
+    setattr(doctor, name, lambda report: None)
 main(["doctor"])
 """
     started = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -73,7 +73,7 @@ def test_the_base_model_is_that_of_the_first_trial_that_was_trained(spec: StudyS
         settled(1, 1.2, base=2.5),
     ):
         view.show(event)
-    assert view.base_loss == 2.5
+    assert view.record.base_loss == 2.5
     assert "trial 1: validation loss 1.2000 (base model 2.5000), " in stream.getvalue()
     view.show(settled(2, 1.4))
     assert stream.getvalue().count("base model") == 1

@@ -1,5 +1,7 @@
 """Segments stream through the slots of every executor, around an engine that follows a script."""
 
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -101,6 +103,9 @@ def test_the_neighbours_of_one_that_crashes_never_notice(name: str, kind: int, t
     states = {trial: o.state for trial, o in outcomes.items()}
     assert states == {trial: State.CRASHED if trial == 1 else State.COMPLETED for trial in range(9)}
     assert outcomes[1].message.startswith("gave up after 2 tries")
+    if kind == FATAL:
+        assert outcomes[1].message.startswith("gave up after 2 tries. the worker process died, killed by SIGKILL")
+        assert str(tmp_path / "workers" / "0.log") in outcomes[1].message
     for trial in (0, 2):
         assert outcomes[trial].message == "neighbours: 0"
         assert 0 < outcomes[trial].tokens < 20, "it went on from its checkpoint"
@@ -142,6 +147,49 @@ def test_closing_ends_all_slots_and_the_next_executor_goes_on(name: str, tmp_pat
     with executor(name, tmp_path) as made:
         outcomes = finish(made, wanted)
     assert all(0 < o.tokens < 80 for o in outcomes.values())
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from loratune import executors
+from loratune.executors.process import WorkerProcess
+from loratune.record import open_record
+from loratune.work import Recipe, Segment
+WorkerProcess._launcher = lambda _: [sys.argv[3]]
+root = Path(sys.argv[1])
+with open_record(root) as record:
+    recipe = Recipe.from_json((root / "recipe.json").read_text())
+    options = {"devices": [], "workers": 1, "threads": 1, "max_retries": 0, "hang_timeout": None}
+    made = executors.build("local", recipe=recipe, root=root, lock=record.lock, **options)
+    made.submit(Segment.from_json(sys.argv[2]))
+    while True:
+        print(made.collect(1.0), flush=True)
+"""
+
+
+def workers_of(root: Path) -> list[int]:
+    """Processes whose command line names this study's folder as a worker's."""
+    found = subprocess.run(["pgrep", "-f", f"executors.worker {root}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split() if int(pid) != os.getpid()]
+
+
+def test_a_killed_driver_takes_its_workers_along(tmp_path: Path) -> None:
+    recipe = Recipe(model=ModelRecipe(name_or_path=""), training=TrainingRecipe(), data="", slots=SLOTS)
+    write_atomically(tmp_path / "recipe.json", recipe.to_json())
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), segment(0, 20_000).to_json(), scripted_engine.__file__]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    assert any("Progress" in line for line in driver.stdout), "training began"
+    assert len(workers_of(tmp_path)) == 1
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 30
+    while workers_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers_of(tmp_path) == []
+    with open_record(tmp_path):
+        pass  # and the lock is free
 
 
 def test_an_inbox_ends_after_what_was_put() -> None:

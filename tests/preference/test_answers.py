@@ -117,7 +117,7 @@ def test_the_command_without_a_page(adapter: Path, tmp_path: Path, command: Call
     code, out, err = command(adapter, "base", "--questions", questions, "--out", tmp_path / "o", "--no-page", "--max-new-tokens", 5)
     assert code == 0, err
     assert "strong against base model, 2 questions" in out.replace(str(adapter.parent) + "/", "")
-    assert "People: no votes yet." in out
+    assert "No person has voted yet." in out
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,8 @@ def test_kept_apart_from_people(endpoint: Endpoint, folder: Path) -> None:
     record = read_preferences(folder)
     assert read_votes(folder) == []
     assert record.people is None
-    assert "People: no votes yet." in summary_text(record)
-    assert "Judge judge-1: 6 questions, each in both orders" in summary_text(record)
+    assert "No person has voted yet." in summary_text(record)
+    assert "Judge judge-1, each question in both orders: not one of 6 questions is decided." in summary_text(record)
 
 
 def test_resumed_where_it_stopped(endpoint: Endpoint, folder: Path) -> None:
@@ -214,6 +214,6 @@ def test_the_command(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.Mon
     assert code == 0
     assert endpoint.headers[0]["Authorization"] == "Bearer k-9"
     assert "judge-1: 12 of 12 replies" in said
-    assert "Sign test over questions: 6 for" in said
-    assert "p = 0.0312" in said  # 2 / 2^6
+    assert "each question in both orders: 6 for" in said
+    assert "sign test p = 0.031: " in said  # 2 / 2^6
     assert read_preferences(folder).judges["judge-1"].position.left == 6

@@ -28,15 +28,14 @@ def test_the_table_says_what_was_worked_out_by_hand(tmp_path: Path) -> None:
     for line in (
         "trial 17 (tuned) against trial 0 (default), 6 questions",
         "Answers cut at 64 tokens: trial 17 (tuned) 1, trial 0 (default) 1.",
-        "People: 12 votes of 2 raters",
         "66.7% (39.1% to 86.2%); without ties 70.0% (39.7% to 89.2%)",
-        "Sign test over questions: 3 for trial 17 (tuned), 1 for trial 0 (default), p = 0.625; ahead: trial 17 (tuned).",
-        "Krippendorff's alpha 0.48; the same verdict in 67% of pairs of votes.",
-        "the answer shown as A won 3 of 10 (30%), p = 0.344.",
+        "3 for trial 17 (tuned), 1 for trial 0 (default); sign test p = 0.62, so that they cannot be told apart.",
+        "Raters agree in 67% of pairs of votes on the same question; Krippendorff’s alpha 0.48",
+        "The answer shown as A won 3 of 10 (p = 0.34).",
     ):
         assert line in said, said
-    assert "\n    Ann (6/6) " in said
-    assert "\n    odd " in said
+    assert "\n  rater Ann " in said
+    assert "\n  odd " in said
 
 
 def test_found_in_a_study(tmp_path: Path) -> None:
@@ -55,7 +54,7 @@ def test_identical_answers_are_asked_of_nobody(tmp_path: Path) -> None:
     append_lines(folder / "answers.jsonl", same)
     record = read_preferences(folder)
     assert ([pair.question.id for pair in record.pairs], record.identical) == (["2"], 1)
-    assert "1 with identical answers" in summary_text(record)
+    assert "On 1 question both answers were the same" in summary_text(record)
 
 
 def test_reading_needs_neither_web_framework_nor_torch(tmp_path: Path) -> None:

@@ -33,6 +33,26 @@ def study(folder: Path) -> None:
     (folder / "spec.yaml").write_text("name: s\nsampler: {name: nomad, defaults_first: true}\n")
 
 
+def test_a_study_is_finished_when_its_budget_is_spent(tmp_path: Path) -> None:
+    """By its record, whatever the times of its files: a copy has others."""
+    (tmp_path / "spec.yaml").write_text("name: s\nbudget: {trials: 3, max_hours: 2.0}\n")
+    with open_record(tmp_path) as record:
+        record.trial(Trial(number=0, hyperparameters=HYPERPARAMETERS, params={}, state=COMPLETE, value=1.0))
+        assert not read(tmp_path).budget_spent
+        record.session({"number": 1, "seconds": 1.0})  # as an older loratune writes it
+        assert not read(tmp_path).budget_spent
+        (tmp_path / "best.yaml").write_text("trial: 0\n")
+        assert read(tmp_path).budget_spent
+        record.session({"number": 2, "seconds": 1.0, "spent": None})
+        assert not read(tmp_path).budget_spent
+        record.session({"number": 2, "seconds": 1.0, "spent": {"trials": 3, "max_hours": 2.0}})
+        assert read(tmp_path).budget_spent
+    (tmp_path / "spec.yaml").write_text("name: s\nbudget: {trials: 3, max_hours: 4.0}\n")
+    assert not read(tmp_path).budget_spent
+    (tmp_path / "spec.yaml").write_text("name: s\nbudget: {trials: 1, max_hours: 4.0}\n")
+    assert read(tmp_path).budget_spent
+
+
 def test_what_is_kept_is_read_back(tmp_path: Path) -> None:
     study(tmp_path)
     with open_record(tmp_path) as record:

@@ -11,12 +11,13 @@ from loratune.preference.contestants import Contestant
 from loratune.preference.questions import Question
 from loratune.preference.votes import NAME, Votes
 from loratune.record import StudyRecord
-from loratune.selection import Race, Rule, Shipped, choose
 from loratune.selection.account import account, run_of
 from loratune.selection.candidates import candidate_name, candidates, loss_of, ranked_trials, scores_of
 from loratune.selection.finalists import Noise, finalists
+from loratune.selection.race import Race
 from loratune.selection.rerun import CHECK
-from loratune.selection.selected import SelectionRecord, UnbiasedLoss, write_selection
+from loratune.selection.rule import Rule, choose
+from loratune.selection.selected import SelectionRecord, Shipped, UnbiasedLoss, write_selection
 from loratune.statistics import student_mean
 from loratune.system.jsonl import append_lines
 from loratune.work import ModelRecipe

@@ -18,13 +18,13 @@ from loratune import preference, selection
 from loratune.downstream.results.scores import read_results
 from loratune.errors import StorageError
 from loratune.preference.analysis import Vote, summarise_judge
+from loratune.preference.summary_lines import rows_of, sentences
 from loratune.record import StudyRecord, read
 from loratune.report import figures
 from loratune.report.evidence import gather
 from loratune.report.figures.landscape import front
 from loratune.report.figures.post_search import fresh_seeds, loss_and_score, race
 from loratune.report.html import compose
-from loratune.report.preferences import rows_of, sentences
 from loratune.report.svg import inline, save_figure
 from loratune.system.formatting import loss, percent, points, signed
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loratune.errors import SpecError
-from loratune.selection import Noise, finalists, noise_from_twins, scaled
+from loratune.selection.finalists import Noise, finalists, noise_from_twins, scaled
 
 KNOWN = Noise(sd=1.0, source="known")
 

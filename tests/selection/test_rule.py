@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from loratune.errors import SpecError
-from loratune.selection import Candidate, Rule, choose
+from loratune.selection.rule import Candidate, Rule, choose
+from loratune.selection.trial_metrics import parse_constraint
 
 RNG = np.random.default_rng(0)
 SHARED = RNG.normal(0, 0.003, 5)
@@ -19,7 +20,7 @@ def candidate(name: str, loss: float, score: float = 0.5, mb: float = 10.0) -> C
 def test_a_clear_winner_is_sure() -> None:
     choice = choose([candidate("a", 1.0), candidate("b", 1.1), candidate("c", 1.2)], seed=0)
     assert (choice.winner, choice.share, choice.runner_up) == ("a", 1.0, None)
-    assert "alone of 3" in str(choice)
+    assert "alone of 3" in choice.why[1]
 
 
 def test_a_tie_is_broken_by_the_score_then_by_size() -> None:
@@ -62,12 +63,12 @@ def test_who_ran_with_every_seed_is_told_with_its_plain_mean() -> None:
 
 def test_constraints_exclude_and_are_named_as_a_change() -> None:
     those = [candidate("a", 1.0, mb=80), candidate("b", 1.1, mb=20)]
-    choice = choose(those, Rule(constraints=("adapter_mb <= 50",)), seed=0)
+    choice = choose(those, Rule(constraints=(parse_constraint("adapter_mb <= 50"),)), seed=0)
     assert choice.winner == "b"
     assert "without adapter_mb <= 50: a" in choice.what_would_change
     assert "Out by constraints: a." in choice.why
     with pytest.raises(SpecError, match="no candidate keeps adapter_mb <= 5"):
-        choose(those, Rule(constraints=("adapter_mb <= 5",)), seed=0)
+        choose(those, Rule(constraints=(parse_constraint("adapter_mb <= 5"),)), seed=0)
 
 
 def test_weights() -> None:
@@ -89,20 +90,11 @@ def test_what_the_runner_up_lacks_is_enough() -> None:
     assert choose([Candidate(name=n, losses=x) for n, x in losses.items()], seed=0).winner == choice.runner_up
 
 
-def test_items_are_resampled_where_losses_come_per_item() -> None:
-    hard = np.random.default_rng(4).normal(2, 1, 300)
-    better = np.where(np.arange(300) < 3, -1.0, 0.0101)  # three items speak for b, all others against
-    those = [Candidate(name="a", losses=np.tile(hard, (2, 1))), Candidate(name="b", losses=np.tile(hard + better, (2, 1)))]
-    choice = choose(those, Rule(tie_width=0, priorities=("validation_loss",)), seed=0)
-    assert 0.3 < choice.share < 0.7
-
-
-def test_the_same_seed_gives_the_same_choice_in_about_ten_lines() -> None:
+def test_the_same_seed_gives_the_same_choice() -> None:
     those = [candidate("a", 1.0), candidate("b", 1.0005, 0.6), candidate("c", 1.001, 0.7, 5)]
     choice = choose(those, seed=0)
     assert choice == choose(those, seed=0)
     assert sum(choice.shares.values()) == pytest.approx(1)
-    assert 5 <= len(str(choice).splitlines()) <= 12
 
 
 def test_bad_input() -> None:
@@ -111,7 +103,5 @@ def test_bad_input() -> None:
     with pytest.raises(SpecError, match="one repeat each tells nothing"):
         choose([Candidate(name="a", losses=[1.0]), Candidate(name="b", losses=[2.0])], seed=0)
     assert choose([Candidate(name="a", losses=[1.0]), Candidate(name="b", losses=[2.0])], seed=0, noise_sd=0.01).winner == "a"
-    with pytest.raises(SpecError, match="did you mean 'score'"):
-        choose([candidate("a", 1.0)], Rule(priorities=("scor",)), seed=0)
     with pytest.raises(SpecError, match="seconds was not measured"):
         choose([candidate("a", 1.0)], Rule(priorities=("seconds",)), seed=0)

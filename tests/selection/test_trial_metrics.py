@@ -5,7 +5,7 @@ import math
 import pytest
 
 from loratune.errors import SpecError
-from loratune.selection import Constraint, parse_constraint
+from loratune.selection.trial_metrics import Constraint, parse_constraint
 
 
 @pytest.mark.parametrize(

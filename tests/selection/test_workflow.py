@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from loratune.errors import SpecError, TrainingError
+from loratune.plugs import METRICS, MetricPlug, register
 from loratune.record import COMPLETE, StudyRecord, Trial
-from loratune.selection import Noise, Note, Planned, Selected, SelectionRecord
+from loratune.selection import Planned, Selected, SelectionRecord
 from loratune.selection import workflow as decide_module
 from loratune.selection.candidates import allowed, candidates, noise_of, ranked_trials, rule_of, scores_of, shared_benchmarks
+from loratune.selection.finalists import Noise
 from loratune.selection.rerun import CHECK, RACE, fresh_seed, run_name
-from loratune.work import Hyperparameters, Outcome, State
+from loratune.work import Hyperparameters, Message, Outcome, State
 
 
 def trial(number: int, loss: float, *, rank: int = 8, rate: float = 1e-4) -> Trial:
@@ -77,7 +79,7 @@ def selecting(tmp_path: Path) -> Selecting:
         assert isinstance(events[0], Planned)
         assert isinstance(events[-1], Selected)
         assert events[0].most.runs >= len(set(blackbox.asked))
-        return events[-1].record, [event.text for event in events if isinstance(event, Note)], blackbox
+        return events[-1].record, [event.text for event in events if isinstance(event, Message)], blackbox
 
     return run
 
@@ -148,6 +150,16 @@ def test_a_rule_without_the_loss_in_front_races_nobody(selecting: Selecting, tmp
     assert weighed.chosen == 1
 
 
+def test_a_metric_of_another_package_goes_through(selecting: Selecting, tmp_path: Path) -> None:
+    register(MetricPlug(name="rank_of_trial", make=lambda trial: float(trial.hyperparameters.lora_r), unit="rank"))
+    losses = [2.0, 1.0, 1.1, 1.2]
+    try:
+        chosen, _, _ = selecting(made_up(tmp_path, losses, [8, 64, 4, 16]), Blackbox(losses, 0.001), prefer="rank_of_trial,loss")
+    finally:
+        METRICS.unregister("rank_of_trial")
+    assert (chosen.chosen, chosen.metrics) == (2, ("rank_of_trial", "validation_loss"))
+
+
 def write_scores(folder: Path, scores: dict[int, list[float]]) -> None:
     for number, values in scores.items():
         own = folder / "evaluation" / f"{number:04d}"
@@ -167,7 +179,8 @@ def test_scores_of_the_items_that_all_answered(tmp_path: Path) -> None:
     assert shared_benchmarks(study.trials[:2], scores_of(study)) == []  # not all of its items are answered yet
     two = candidates(study.trials[:2], {0: [1.0], 1: [1.1]}, scores)
     assert [list(np.asarray(c.scores["mmlu"])) for c in two] == [[1, 0, 1], [0, 0, 1]]
-    assert [c.measured for c in two] == [{"adapter_mb": 0.032, "seconds": 2.0, "tokens": 1000, "peak_memory_gib": 1.0}] * 2
+    measured = {"tokens": 1000, "train_seconds": 2.0, "adapter_mb": 0.032, "peak_memory_gib": 1.0, "inference_cost": 8000, "seconds": 2.0}
+    assert [c.measured for c in two] == [measured] * 2
 
 
 def test_the_same_hyperparameters_race_once(tmp_path: Path) -> None:

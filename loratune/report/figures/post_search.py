@@ -7,10 +7,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from loratune.preference import PreferenceRecord
+from loratune.preference.summary_lines import PreferenceRow, rows_of
 from loratune.report import tables
 from loratune.report.drawing import BEST, INK, LEVELS, SHADES, SOFT, STUDIES, STYLE, WIDTH, Plot, Scale, blank, literal
 from loratune.report.evidence import Downstream, Evidence
-from loratune.report.preferences import PreferenceRow, rows_of
 from loratune.report.tables import value
 from loratune.selection import Finalist, SelectionRecord
 from loratune.statistics import Interval
