@@ -78,8 +78,9 @@ def problems(data: Path, runs: Path) -> list[Problem]:
     ]
 
 
-def description(problem: Problem) -> StudySpec:
-    training = {
+def description(problem: Problem, **training: Any) -> StudySpec:
+    """The problem as a study; training: further fields of that section."""
+    training |= {
         "batch_size": problem.batch,
         "epochs": 1,
         "micro_batch_size": problem.batch,

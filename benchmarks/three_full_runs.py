@@ -76,8 +76,8 @@ def main() -> None:
         if args.problems and problem.name not in args.problems:
             continue
         spec = runs / f"{problem.name}.yaml"
-        plain = description(problem).model_dump(mode="json", exclude_defaults=True)
-        plain["training"]["target_modules"] = "all-linear"
+        plain = description(problem, target_modules="all-linear").model_dump(mode="json", exclude_defaults=True)
+        del plain["budget"]  # each way has its own
         spec.write_text(yaml.safe_dump(plain, sort_keys=False))
         for seed in range(args.seeds):
             for way in args.ways:
