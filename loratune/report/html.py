@@ -92,19 +92,19 @@ def _sections(evidence: Evidence, plots: dict[str, Inline]) -> list[tuple[str, s
     """(file of templates/sections, title) of what there is to tell, in the order of the story."""
     best, selection = evidence.chosen, evidence.selection
     told = [
-        ("asked", "What was asked", True),
-        ("cost", "What it cost", True),
         ("against", f"{'Chosen' if selection else 'Best'} against default", best is not None),
-        ("search", "The search", {"history", "parallel-coordinates", "learning-curves"} & plots.keys()),
-        ("mattered", "What mattered", {"importance", "slices"} & plots.keys()),
+        ("search", "The search", {"parallel-coordinates", "learning-curves"} & plots.keys()),
+        ("mattered", "Importance of the hyperparameters", {"importance", "slices"} & plots.keys()),
         ("tradeoffs", "Trade-offs", "front" in plots),
         ("downstream", "Downstream scores", evidence.downstream is not None),
         ("finalists", "Finalists and noise", selection is not None),
-        ("choice", "The choice, and how sure it is", selection is not None),
+        ("choice", "The choice and its certainty", selection is not None),
         ("preference", "Blind preference", evidence.comparisons),
         ("trials", "All trials", evidence.record.trials),
+        ("asked", "Data, training and search space", True),
+        ("cost", "Cost", True),
         ("missing", "Not measured", best is not None and evidence.missing),
-        ("repeat", "To repeat it", True),
+        ("repeat", "Reproduce", True),
     ]
     return [(name, title) for name, title, there in told if there]
 
@@ -123,6 +123,8 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "sections": _sections(evidence, plots),
         "answer": tables.headline(record),
         "chosen": chosen,
+        "settings": tables.settings(record, chosen) if chosen else "",
+        "common": tables.common_practice(record),
         "edges": tables.edges(record, chosen) if chosen else (),
         "adapter": handed_over if handed_over.is_dir() else trained,
         "base_model": spec_summary.base_model(record),

@@ -20,7 +20,7 @@ from loratune.errors import StorageError
 from loratune.preference.analysis import Vote, summarise_judge
 from loratune.preference.summary_lines import rows_of, sentences
 from loratune.record import StudyRecord, read
-from loratune.report import figures
+from loratune.report import figures, tables
 from loratune.report.evidence import gather
 from loratune.report.figures.landscape import front
 from loratune.report.figures.post_search import fresh_seeds, loss_and_score, race
@@ -30,18 +30,18 @@ from loratune.system.formatting import loss, percent, points, signed
 
 Study = Callable[..., StudyRecord]
 ORDER = [
-    "What was asked",
-    "What it cost",
     "Chosen against default",
     "The search",
-    "What mattered",
+    "Importance of the hyperparameters",
     "Downstream scores",
     "Finalists and noise",
-    "The choice, and how sure it is",
+    "The choice and its certainty",
     "Blind preference",
     "All trials",
+    "Data, training and search space",
+    "Cost",
     "Not measured",  # the scores of the adapter that is handed over, which another seed made
-    "To repeat it",
+    "Reproduce",
 ]
 
 
@@ -144,11 +144,27 @@ def test_a_judge_is_told_apart_from_people(study: Study) -> None:
     assert "Blue: judged by a language model" in drawn.caption
 
 
+def test_the_first_screen_says_what_to_ship(story: Path, study: Study) -> None:
+    """Adapter, settings, gain over the default, over common practice and over no tuning, cost, certainty: before the contents."""
+    first = story.read_text().partition("<nav")[0]
+    for term in ("Adapter", "Settings", "Gain over the default", "Gain over common practice", "Gain over no tuning", "Cost", "Certainty"):
+        assert f"<dt>{term}</dt>" in first
+    assert "95&nbsp;% interval" in first
+    assert "<svg" in first
+    record = study(spread(3))
+    usual = replace(record.trials[1].hyperparameters, lora_r=16, lora_alpha=32.0, learning_rate=2e-4)
+    record = replace(record, trials=(record.trials[0], replace(record.trials[1], hyperparameters=usual), *record.trials[2:]))
+    plain = compose([gather(record)], [{}], {}).partition("<nav")[0]
+    assert "loratune select" in plain
+    gain = tables.value(record.trials[1]) - tables.value(tables.headline(record).best)
+    assert f"<dt>Gain over common practice</dt><dd>{signed(gain)} nats, one run each" in plain
+
+
 def test_what_is_missing_has_its_command(study: Study, tmp_path: Path) -> None:
     record = study(spread(3), folder="it's mine")
     page = page_of(record)
     titles = [text for level, text in page.headings if level == 2]
-    assert titles == ["What was asked", "What it cost", "Best against default", "All trials", "Not measured", "To repeat it"]
+    assert titles == ["Best against default", "All trials", "Data, training and search space", "Cost", "Not measured", "Reproduce"]
     folder = "'" + str(record.folder).replace("'", "'\"'\"'") + "'"
     for command in (f"loratune evaluate {folder}", f"loratune select {folder}", f"loratune compare tuned default --study {folder}"):
         assert command in page.text
