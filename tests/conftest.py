@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Packages are installed uncompiled. Where Python must not keep what it compiles, each of the many processes that tests start
+    # would compile torch and Transformers again, which takes ten seconds.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if importlib.util.find_spec("optuna") is not None:
         config.addinivalue_line("filterwarnings", "ignore::optuna.exceptions.ExperimentalWarning")
 
