@@ -92,19 +92,19 @@ def _sections(evidence: Evidence, plots: dict[str, Inline]) -> list[tuple[str, s
     """(file of templates/sections, title) of what there is to tell, in the order of the story."""
     best, selection = evidence.chosen, evidence.selection
     told = [
-        ("asked", "What was asked", True),
-        ("cost", "What it cost", True),
+        ("asked", "Setup", True),
+        ("cost", "Cost", True),
         ("against", f"{'Chosen' if selection else 'Best'} against default", best is not None),
         ("search", "The search", {"history", "parallel-coordinates", "learning-curves"} & plots.keys()),
-        ("mattered", "What mattered", {"importance", "slices"} & plots.keys()),
+        ("mattered", "Importance", {"importance", "slices"} & plots.keys()),
         ("tradeoffs", "Trade-offs", "front" in plots),
         ("downstream", "Downstream scores", evidence.downstream is not None),
         ("finalists", "Finalists and noise", selection is not None),
-        ("choice", "The choice, and how sure it is", selection is not None),
+        ("choice", "The choice and its confidence", selection is not None),
         ("preference", "Blind preference", evidence.comparisons),
         ("trials", "All trials", evidence.record.trials),
         ("missing", "Not measured", best is not None and evidence.missing),
-        ("repeat", "To repeat it", True),
+        ("repeat", "To reproduce it", True),
     ]
     return [(name, title) for name, title, there in told if there]
 

@@ -190,7 +190,7 @@ def _guessed(spec: StudySpec, record: Record) -> Guess | None:
         return None
     path = record.paths.guess
     if path.exists() and record.paths.begun:
-        return parsed(path, Guess.from_json, "Restore it from a copy: what the sampler proposes follows from it.")
+        return parsed(path, Guess.from_json, "Restore it from a copy: the sampler's proposals depend on it.")
     return guess(spec)
 
 

@@ -30,18 +30,18 @@ from loratune.system.formatting import loss, percent, points, signed
 
 Study = Callable[..., StudyRecord]
 ORDER = [
-    "What was asked",
-    "What it cost",
+    "Setup",
+    "Cost",
     "Chosen against default",
     "The search",
-    "What mattered",
+    "Importance",
     "Downstream scores",
     "Finalists and noise",
-    "The choice, and how sure it is",
+    "The choice and its confidence",
     "Blind preference",
     "All trials",
     "Not measured",  # the scores of the adapter that is handed over, which another seed made
-    "To repeat it",
+    "To reproduce it",
 ]
 
 
@@ -148,7 +148,7 @@ def test_what_is_missing_has_its_command(study: Study, tmp_path: Path) -> None:
     record = study(spread(3), folder="it's mine")
     page = page_of(record)
     titles = [text for level, text in page.headings if level == 2]
-    assert titles == ["What was asked", "What it cost", "Best against default", "All trials", "Not measured", "To repeat it"]
+    assert titles == ["Setup", "Cost", "Best against default", "All trials", "Not measured", "To reproduce it"]
     folder = "'" + str(record.folder).replace("'", "'\"'\"'") + "'"
     for command in (f"loratune evaluate {folder}", f"loratune select {folder}", f"loratune compare tuned default --study {folder}"):
         assert command in page.text
