@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,20 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Packages are installed uncompiled. Where Python must not keep what it compiles, each of the many processes that tests start
+    # would compile torch and Transformers again, which takes ten seconds.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if importlib.util.find_spec("optuna") is not None:
         config.addinivalue_line("filterwarnings", "ignore::optuna.exceptions.ExperimentalWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _disk_is_not_waited_for() -> Iterator[None]:
+    """No test cuts the power, and thousands of small files would be waited for. Processes that tests start, and kill, do wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from loratune.executors.devices import seen_as
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, Trial, read
 from loratune.report.spec_summary import spec_rows
 from loratune.spec import StudySpec
-from loratune.study.driver import _tidy, tune
+from loratune.study.cleanup import remove_unneeded
+from loratune.study.driver import tune
 from loratune.work import Hyperparameters, Message
 
 TRIALS = [  # state, loss, size
@@ -59,7 +60,7 @@ def test_the_adapters_of_the_best_and_of_the_front_are_kept(
             values=tuple(values[: len(objectives)]),
         )
         (own / "trial.json").write_text(told.to_json())
-    _tidy(spec, tmp_path)
+    remove_unneeded(spec, tmp_path)
     assert {int(path.parts[-3]) for path in tmp_path.glob("trials/*/main/adapter")} == left
     for what in ("checkpoint-7", "adapter"):
         kept = {int(path.parts[-3]) for path in tmp_path.glob(f"trials/*/budget-1-3/{what}")}

@@ -102,7 +102,7 @@ def test_what_is_probed_keeps_the_constraints_on_size() -> None:
 def test_what_is_not_counted_is_said() -> None:
     asked = spec(objectives=["validation_loss", "mmlu"], constraints="adapter_mb <= 4")
     text = str(replace(PLAN, notes=_not_counted(asked)))
-    assert "not counted   what breaks adapter_mb <= 4 is not trained and costs nothing" in text
+    assert "not counted   trials that break adapter_mb <= 4 are not trained and cost nothing" in text
     assert "not counted   scoring mmlu, 200 items each, after every trial that reaches its end" in text
 
 

@@ -67,7 +67,7 @@ def is_running(folder: Path) -> bool:
 
 def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
-    from loratune.cli.scored import score_summary
+    from loratune.cli.status_scores import score_summary
 
     progress, running = record.progress, is_running(record.folder)
     states = [trial.state for trial in record.trials]
@@ -133,7 +133,7 @@ def _print(record: "StudyRecord") -> None:
     from rich.text import Text
 
     from loratune.cli import live_tables
-    from loratune.cli.scored import score_table
+    from loratune.cli.status_scores import score_table
     from loratune.cli.trial_lines import counts, totals
     from loratune.record import FAILED, INFEASIBLE
 

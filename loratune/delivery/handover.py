@@ -42,7 +42,7 @@ def hand_over(record: StudyRecord, folder: AnyPath, check: Check | None = as_mea
     if best is None:
         raise TrainingError(
             f"{record.name} has no trial that was trained to the end, so there is nothing to hand over. "
-            f"See what became of them with `loratune status {record.folder}`."
+            f"See their outcomes with `loratune status {record.folder}`."
         )
     source = find_adapter(record, best, selection.shipped.run if selection else MAIN)
     if source is None:

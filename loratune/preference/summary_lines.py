@@ -51,7 +51,7 @@ def sentences(record: PreferenceRecord) -> list[str]:
         )
     if record.identical:
         said.append(
-            f"On {plural(record.identical, 'question')} both answers were the same; nobody is asked about them, and no number counts them."
+            f"On {plural(record.identical, 'question')} both answers were the same; raters are not shown them, and no number includes them."
         )
     cut = [(label, sum(not pair.answer(side).ended for pair in record.pairs)) for label, side in ((first, "first"), (second, "second"))]
     if any(number for _, number in cut):

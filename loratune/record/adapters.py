@@ -61,6 +61,6 @@ def adapter_of(record: StudyRecord, trial: Trial) -> Path:
         kept = [t.number for t in record.trials if find_adapter(record, t) is not None]
         raise StorageError(
             f"the adapter of trial {trial.number} ({trial.state}) is not on disk; adapters there: {', '.join(map(str, kept)) or 'none'}. "
-            "The field output.keep_adapters says how many a study keeps."
+            "The field output.keep_adapters sets how many a study keeps."
         )
     return found

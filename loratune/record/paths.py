@@ -18,7 +18,7 @@ study/
     began              number of segments settled before this trial began; replay needs it
     trial.json         hyperparameters, state, value
     main/              a run: log.txt, checkpoint-*, adapter/, outcomes/0000240.json
-  scoring/             scores that guide the search, item by item (downstream/scoring.py)
+  scoring/             scores that guide the search, item by item (downstream/search_scoring.py)
   evaluation/          scores of `loratune evaluate`, item by item
   finalists/           the runs of `loratune select`: recipe.json and trials/, as above
   selection.json       its choice

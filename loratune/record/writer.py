@@ -70,7 +70,7 @@ class Record:
         return parsed(path, _count, remedy)
 
     def prompt(self, prompt: dict[str, Any]) -> None:
-        """The prompt that the examples were given (`finetune.prepared.PromptUsed`)."""
+        """The prompt that the examples were given (`data.prepared.PromptUsed`)."""
         write_atomically(self.paths.prompt, json.dumps(prompt))
 
     def date(self) -> str:

@@ -111,7 +111,7 @@ class Evidence:
         again = "Which one to ship, and how sure that is: the selection is of an earlier state of the study."
         found = []
         if self.downstream is None:
-            found.append(("Downstream scores: whether a lower loss also is a better model.", f"loratune evaluate {folder}"))
+            found.append(("Downstream scores: whether a lower loss also means a better model.", f"loratune evaluate {folder}"))
         elif self.downstream.shipped is not None and self.downstream.shipped not in self.downstream.cells:
             what = f"Downstream scores of the adapter that is handed over, {describe_model(self.downstream.shipped)}."
             found.append((what, f"loratune evaluate {folder}"))
@@ -119,7 +119,7 @@ class Evidence:
             told = again if self.outdated else "The noise of a loss, which trial to ship, and how sure that is."
             found.append((told, f"loratune select {folder}"))
         if not self.comparisons:
-            found.append(("What people prefer, not knowing which is which.", f"loratune compare tuned default --study {folder}"))
+            found.append(("The preference of people in a blind comparison.", f"loratune compare tuned default --study {folder}"))
         return found
 
 

@@ -94,17 +94,17 @@ def _sections(evidence: Evidence, plots: dict[str, Inline]) -> list[tuple[str, s
     told = [
         ("against", f"{'Chosen' if selection else 'Best'} against default", best is not None),
         ("search", "The search", {"parallel-coordinates", "learning-curves"} & plots.keys()),
-        ("mattered", "Importance of the hyperparameters", {"importance", "slices"} & plots.keys()),
+        ("mattered", "Importance", {"importance", "slices"} & plots.keys()),
         ("tradeoffs", "Trade-offs", "front" in plots),
         ("downstream", "Downstream scores", evidence.downstream is not None),
         ("finalists", "Finalists and noise", selection is not None),
-        ("choice", "The choice and its certainty", selection is not None),
+        ("choice", "The choice and its confidence", selection is not None),
         ("preference", "Blind preference", evidence.comparisons),
         ("trials", "All trials", evidence.record.trials),
-        ("asked", "Data, training and search space", True),
+        ("asked", "Setup", True),
         ("cost", "Cost", True),
         ("missing", "Not measured", best is not None and evidence.missing),
-        ("repeat", "Reproduce", True),
+        ("repeat", "To reproduce it", True),
     ]
     return [(name, title) for name, title, there in told if there]
 

@@ -174,7 +174,7 @@ class Race:
                 behind = f", {(run[n] - run[0]).mean():.2g} behind (at least {bounds[n, 0]:.2g})" if n else ""
                 lines.append(f"In: {name}, mean {run[n].mean():.5f} of {run.shape[1]}{behind}.")
         if self.winner is not None and len(self.candidates) == 1:
-            lines.append(f"{self.winner} raced alone, so the race says nothing of how sure the choice is.")
+            lines.append(f"{self.winner} raced alone, so the race gives no confidence in the choice.")
         elif self.winner is not None:
             sure = f"{1 - self.error_rate:.0%}"
             better = f"at most {self.gap:.2g} worse than the best of them" if self.gap > 0 else "the best of them"

@@ -247,7 +247,7 @@ def _losses(candidates: Sequence[Candidate], rng: np.random.Generator, resamples
     elif len(given) == 1:
         noise = np.zeros((resamples, len(measured)))
     elif noise_sd is None:
-        raise SpecError("one repeat each tells nothing about noise: give noise_sd, or run the finalists again with fresh seeds")
+        raise SpecError("one repeat each gives no estimate of noise: give noise_sd, or run the finalists again with fresh seeds")
     else:
         noise = noise_sd * rng.standard_normal((resamples, len(measured)))
     fitted = (measured + np.vstack([np.zeros(len(measured)), noise])) @ means.T

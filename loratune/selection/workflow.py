@@ -265,7 +265,7 @@ class _Selection:
             return None, False
         default = [run.loss for run in told if self.default is not None and run.trial == self.default.number]
         if not all(map(math.isfinite, default)):
-            self._tell("The default diverged with a fresh seed, so the gain over it is not told.")
+            self._tell("The default diverged with a fresh seed, so no gain over it is given.")
             default = []
         return UnbiasedLoss(
             runs=told,

@@ -110,7 +110,7 @@ def student_mean(values: ArrayLike, *, level: float = 0.95) -> Interval:
     x = finite(values, "values")
     value = float(x.mean())
     if len(x) < 2:
-        return Interval(value, math.nan, math.nan, level, "one value tells nothing about noise")
+        return Interval(value, math.nan, math.nan, level, "one value gives no estimate of noise")
     half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     return Interval(value, value - half, value + half, level)
 

@@ -6,7 +6,6 @@ delivery = deliver(spec.folder)   # the report, best.yaml and the adapter
 """
 
 import os
-import shutil
 import sys
 import threading
 import time
@@ -23,12 +22,13 @@ from loratune.data.prepared import Prepared
 from loratune.errors import ModelError, SpecError, StorageError
 from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
 from loratune.plugs import EXECUTORS
-from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
-from loratune.record.paths import MAIN, StudyPaths
+from loratune.record import Record, StudyRecord, open_record, read
+from loratune.record.paths import StudyPaths
 from loratune.record.progress import ProgressTracker
 from loratune.record.storage import explained, open_study, until_free
 from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
+from loratune.study.cleanup import remove_unneeded
 from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
 from loratune.study.plan import slots_for, workers_for
@@ -39,7 +39,7 @@ from loratune.trackers import Feed, check
 from loratune.work import Message, Progress
 
 if TYPE_CHECKING:
-    from loratune.downstream.scoring import Scorer
+    from loratune.downstream.search_scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             executor.close()
             session.end()
         if not stop.is_set():
-            _tidy(spec, record.folder)
+            remove_unneeded(spec, record.folder)
 
 
 def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
@@ -190,7 +190,7 @@ def _guessed(spec: StudySpec, record: Record) -> Guess | None:
         return None
     path = record.paths.guess
     if path.exists() and record.paths.begun:
-        return parsed(path, Guess.from_json, "Restore it from a copy: what the sampler proposes follows from it.")
+        return parsed(path, Guess.from_json, "Restore it from a copy: the sampler's proposals depend on it.")
     return guess(spec)
 
 
@@ -215,7 +215,7 @@ def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int
     if not spec.scores:
         return None
     from loratune.downstream.job import EvaluationJob
-    from loratune.downstream.scoring import Scorer  # scipy: a second of import
+    from loratune.downstream.search_scoring import Scorer  # scipy: a second of import
 
     job = EvaluationJob(
         folder=StudyPaths(folder).scoring,
@@ -297,24 +297,6 @@ def _known_beforehand(spec: StudySpec, record: Record, data: Prepared) -> list[s
     notes = known_beforehand(spec, data)
     write_atomically(path, "\n".join(notes))
     return notes
-
-
-def _tidy(spec: StudySpec, folder: Path) -> None:
-    """Remove checkpoints that nothing can need again, and the adapters that `output.keep_adapters` does not ask for.
-
-    Those of the best trials by loss stay, of several objectives the front's too, and trial 0's.
-    """
-    record = read(folder)
-    kept = {0, *(trial.number for trial in [*record.ranking[: spec.output.keep_adapters], *record.front])}
-    for trial in record.trials:
-        if trial.state not in (COMPLETE, INFEASIBLE, DIVERGED):
-            continue  # may go on, with a larger budget
-        unwanted = spec.output.keep_adapters is not None and trial.number not in kept
-        for run in record.paths.trial(trial.number).runs():
-            for checkpoint in run.checkpoints():
-                checkpoint.unlink(missing_ok=True)
-            if run.folder.name != MAIN or unwanted:  # a short run's adapter was a step on the way
-                shutil.rmtree(run.adapter, ignore_errors=True)
 
 
 class _Session:

@@ -76,7 +76,7 @@ def evaluate(
     models, lacking = models_to_score(record, top)
     if lacking:
         yield Message(
-            text=f"Not on disk, so not scored: the adapters of trials {', '.join(lacking)} (output.keep_adapters says how many are kept)."
+            text=f"Not on disk, so not scored: the adapters of trials {', '.join(lacking)} (output.keep_adapters sets how many are kept)."
         )
     scored = {model.name for model in models}
     if shipped is not None and shipped not in scored:
@@ -128,7 +128,7 @@ def models_to_score(record: StudyRecord, top: int) -> tuple[list[EvaluatedModel]
             lacking.append(str(trial.number))
     if not found:
         raise StorageError(
-            f"{record.folder} holds no adapter of a finished trial. Let a trial finish; output.keep_adapters says how many are kept."
+            f"{record.folder} holds no adapter of a finished trial. Let a trial finish; output.keep_adapters sets how many are kept."
         )
     return [*found.values(), EvaluatedModel(name=BASE, adapter=None, loss=record.base_loss)], lacking
 

@@ -123,7 +123,7 @@ def _sharpened(made: Recommendation, facts: Facts, folder: str) -> Recommendatio
     record = read(folder)
     found = _found(record)
     if found is None:
-        return replace(made, notes=(*made.notes, f"{folder}: no trial was trained to its end; it says nothing"))
+        return replace(made, notes=(*made.notes, f"{folder}: no trial was trained to its end, so it is not used"))
     best, spread = found
     model = record.spec.get("model", {})
     config = model_config(str(model.get("name_or_path", "")), model.get("revision"))

@@ -33,7 +33,7 @@ from loratune.study.spending import Spending
 from loratune.work import Message, Outcome, Progress, Segment, State
 
 if TYPE_CHECKING:
-    from loratune.downstream.scoring import ScoringProgress
+    from loratune.downstream.search_scoring import ScoringProgress
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SegmentFinished:
 
 Event = TrialStarted | SegmentFinished | Message | Progress
 Score = Callable[[int, Path, float | None, threading.Event], Iterator["ScoringProgress"]]
-"""`downstream.scoring.Scorer.score`."""
+"""`downstream.search_scoring.Scorer.score`."""
 
 
 @dataclass(frozen=True, order=True)

@@ -227,7 +227,7 @@ def _simulated(spec: StudySpec, chance: random.Random, guard: bool = False) -> t
 def _not_counted(spec: StudySpec) -> tuple[str, ...]:
     """What makes a study cheaper or dearer than its trials' training."""
     known = [str(limit) for limit in spec.limits if METRICS[limit.metric].known == "before"]
-    notes = [f"what breaks {', '.join(known)} is not trained and costs nothing"] if known else []
+    notes = [f"trials that break {', '.join(known)} are not trained and cost nothing"] if known else []
     if spec.scores:
         notes.append(f"scoring {', '.join(spec.scores)}, {spec.scoring.items} items each, after every trial that reaches its end")
     return tuple(notes)

@@ -36,15 +36,6 @@ for event in score_models(EvaluationJob.from_json(sys.stdin.read())):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Where Python must not keep what it compiles, each process would take many seconds to compile torch again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-        patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("compiled")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def models(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[EvaluatedModel]:
     torch.set_num_threads(1)
@@ -99,6 +90,7 @@ def test_same_results_in_order(models: list[EvaluatedModel], demo_data: Path, tm
     ]
 
 
+@pytest.mark.slow  # test_an_adapter_that_is_off stops the other process, and test_evaluate.py goes on after a stop
 @pytest.mark.usefixtures("two")
 def test_stop_and_go_on(
     models: list[EvaluatedModel], demo_data: Path, tmp_path: Path, expected: Kept, monkeypatch: pytest.MonkeyPatch

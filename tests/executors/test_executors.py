@@ -18,7 +18,7 @@ from loratune.system.files import write_atomically
 from loratune.work import Hyperparameters, ModelRecipe, Outcome, Progress, Recipe, Segment, State, TrainingRecipe
 
 PATIENCE = 240.0  # seconds; a worker's first message takes as long as importing torch on a busy machine
-STEPS = 120  # seconds of training: long enough to be disturbed between two signs of life
+STEPS = 120  # seconds of training: long enough to be disturbed between two heartbeats
 
 
 @pytest.fixture

@@ -32,16 +32,16 @@ Study = Callable[..., StudyRecord]
 ORDER = [
     "Chosen against default",
     "The search",
-    "Importance of the hyperparameters",
+    "Importance",
     "Downstream scores",
     "Finalists and noise",
-    "The choice and its certainty",
+    "The choice and its confidence",
     "Blind preference",
     "All trials",
-    "Data, training and search space",
+    "Setup",
     "Cost",
     "Not measured",  # the scores of the adapter that is handed over, which another seed made
-    "Reproduce",
+    "To reproduce it",
 ]
 
 
@@ -145,9 +145,9 @@ def test_a_judge_is_told_apart_from_people(study: Study) -> None:
 
 
 def test_the_first_screen_says_what_to_ship(story: Path, study: Study) -> None:
-    """Adapter, settings, gain over the default, over common practice and over no tuning, cost, certainty: before the contents."""
+    """Adapter, settings, gain over the default, over common practice and over no tuning, cost, confidence: before the contents."""
     first = story.read_text().partition("<nav")[0]
-    for term in ("Adapter", "Settings", "Gain over the default", "Gain over common practice", "Gain over no tuning", "Cost", "Certainty"):
+    for term in ("Adapter", "Settings", "Gain over the default", "Gain over common practice", "Gain over no tuning", "Cost", "Confidence"):
         assert f"<dt>{term}</dt>" in first
     assert "95&nbsp;% interval" in first
     assert "<svg" in first
@@ -164,7 +164,7 @@ def test_what_is_missing_has_its_command(study: Study, tmp_path: Path) -> None:
     record = study(spread(3), folder="it's mine")
     page = page_of(record)
     titles = [text for level, text in page.headings if level == 2]
-    assert titles == ["Best against default", "All trials", "Data, training and search space", "Cost", "Not measured", "Reproduce"]
+    assert titles == ["Best against default", "All trials", "Setup", "Cost", "Not measured", "To reproduce it"]
     folder = "'" + str(record.folder).replace("'", "'\"'\"'") + "'"
     for command in (f"loratune evaluate {folder}", f"loratune select {folder}", f"loratune compare tuned default --study {folder}"):
         assert command in page.text

@@ -55,8 +55,8 @@ def test_lists_and_settings() -> None:
 
 
 def test_intervals() -> None:
-    unknown = Interval(math.nan, math.nan, math.nan, why="one value tells nothing about noise")
-    assert f"{unknown:.3f}" == "unknown (no interval: one value tells nothing about noise)"
+    unknown = Interval(math.nan, math.nan, math.nan, why="one value gives no estimate of noise")
+    assert f"{unknown:.3f}" == "unknown (no interval: one value gives no estimate of noise)"
     assert f"{Interval(1.0, math.nan, math.nan):.1f}" == "1.0 (no interval)"
     assert not NAN.search(str(Gap(other="b", seeds=1, behind=Interval(0.1, math.nan, math.nan))))
 

@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_choice() -> None:
 def test_bad_input() -> None:
     with pytest.raises(SpecError, match="different names"):
         choose([], seed=0)
-    with pytest.raises(SpecError, match="one repeat each tells nothing"):
+    with pytest.raises(SpecError, match="one repeat each gives no estimate"):
         choose([Candidate(name="a", losses=[1.0]), Candidate(name="b", losses=[2.0])], seed=0)
     assert choose([Candidate(name="a", losses=[1.0]), Candidate(name="b", losses=[2.0])], seed=0, noise_sd=0.01).winner == "a"
     with pytest.raises(SpecError, match="seconds was not measured"):

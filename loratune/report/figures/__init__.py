@@ -1,9 +1,9 @@
 """The figures: each a function from the evidence to a `Plot`, a drawing with its words; None where there is nothing to show.
 
-    search     history, parallel coordinates, learning curves
-    space      importance, slices, the front of several objectives
-    proof      what was measured after the search: fresh seeds, downstream scores, finalists, votes
-    several    studies in one figure
+    search       history, parallel coordinates, learning curves
+    landscape    importance, slices, the front of several objectives
+    post_search  what was measured after the search: fresh seeds, downstream scores, finalists, votes
+    studies      several in one figure
 
 Drawn with matplotlib's object interface on the SVG backend; pyplot and its global state are not used.
 """

@@ -38,7 +38,7 @@ def importance(record: StudyRecord) -> Plot | None:
     caption = (
         f"{sentence}. PED-ANOVA (Optuna) on {found.trials} finished trials: how differently the best {found.quantile:.0%} "
         "of them are distributed from all of them, each hyperparameter by itself, without interactions. "
-        "What the search hardly varied cannot look important."
+        "A hyperparameter that the search hardly varied cannot look important."
     )
     if found.few:
         caption += f" With fewer than {importances.FEW} trials this is a rough guess."

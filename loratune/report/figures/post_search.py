@@ -86,7 +86,7 @@ def loss_and_score(evidence: Evidence) -> Plot | None:
         figure=figure,
         alt="Scatter plots of score over validation loss, a vertical line through each dot being its 95 % interval. " + " ".join(seen),
         caption="A dot per trial, with the 95 % interval over items. Orange: the lowest loss; square: the default; dashed: chance, if "
-        "in sight. What lies far to the right is left out of the drawing, not of the correlations.",
+        "in sight. Trials far to the right are omitted from the drawing, not from the correlations.",
     )
 
 
