@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from loratune.cli import as_json
 from loratune.cli.parser import Parser
 from loratune.errors import LoratuneError, StorageError
 from loratune.system.masking import masked
@@ -76,9 +77,10 @@ def _run(argv: list[str]) -> int:
         command = importlib.import_module(f"loratune.cli.{argv[0]}")
         parser = Parser(prog=f"loratune {argv[0]}", description=command.__doc__, fields=argv[0] in ("run", "recommend"))
         command.add_arguments(parser)
+        as_json.add_json(parser)
         args = parser.parse_args(argv[1:])
         args.command_line = ["loratune", *argv]
-        return command.main(args)
+        return as_json.run(command.main, args)
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
     parser = Parser(

@@ -89,6 +89,7 @@ def main(args: argparse.Namespace) -> int:
         if page is not None:
             page.close()
     print(summary_text(read_preferences(folder)))
+    args.facts |= {"folder": folder, "summary": summary_text(read_preferences(folder))}
     print(f"Stored in {folder}")
     return 0
 

@@ -8,6 +8,7 @@ import sys
 import warnings
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 from loratune.system.machine import usable_cores
 
@@ -21,6 +22,7 @@ class Report:
 
     def __init__(self) -> None:
         self.missing = 0
+        self.checks: list[dict[str, Any]] = []
 
     def began(self, what: str, text: str) -> None:
         """Announce a check, which may take a minute on a machine that reads the libraries for the first time."""
@@ -29,6 +31,7 @@ class Report:
     def result(self, what: str, ok: bool, text: str, fix: str = "", *, needed: bool = True) -> None:
         """`fix` is the command that helps, if any."""
         word = "ok" if ok else "missing" if needed else "optional"
+        self.checks.append({"check": what, "state": word, "text": text, "fix": fix if not ok else ""})
         self._print(word, what, text if ok or not fix else f"{text}; fix with: {fix}")
         self.missing += needed and not ok
 
@@ -50,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
         check(report)
     found = f"{report.missing} missing." if report.missing else "Everything that loratune needs is installed."
     print(f"\n{found}{'' if report.missing else ' First try: loratune run --demo'}")
+    args.facts |= {"missing": report.missing, "checks": report.checks}
     return 1 if report.missing else 0
 
 

@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratune.cli.recommend import first_guess, guess_lines
 from loratune.cli.run import quiet
@@ -27,8 +28,11 @@ _TRAINING, _VALIDATION = 4, 2  # floating-point operations per token and weight:
 _GPU = 1e14  # operations per second that a data-centre GPU sustains in bfloat16
 
 
-def dry_run(spec: "StudySpec") -> int:
-    """Print what the study will cost, stage by stage. Nothing is started, nothing left behind but the prepared data in the cache."""
+def dry_run(spec: "StudySpec", facts: dict[str, Any]) -> int:
+    """Print what the study will cost, stage by stage, and put it into `facts`.
+
+    Nothing is started, and nothing left behind but the prepared data in the cache.
+    """
     print(f"Study {spec.name}: {budget(spec)} by {spec.sampler.name}. Nothing is started.\n", flush=True)
     spec, guessed = first_guess(spec)
     guard = _guard(spec, guessed)
@@ -49,6 +53,7 @@ def dry_run(spec: "StudySpec") -> int:
     with _stage("Measuring: the model is loaded and the largest adapter trained for some steps"):
         planned = plan(spec, data, guard)
     print(f"\n{planned}")
+    facts["plan"] = asdict(planned)
     return 0
 
 

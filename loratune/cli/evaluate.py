@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from loratune.cli.interrupt import Interrupt, stopped
+    from loratune.cli.status_scores import score_summary
     from loratune.downstream.events import BenchmarkProgress
+    from loratune.record import read
     from loratune.record.paths import StudyPaths
     from loratune.study.evaluation import Scored, evaluate
 
@@ -72,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
     if scored is None:
         return stopped(args.command_line)
     print(f"\n{scored.text}\n\nEvery answer: {scored.folder}")
+    args.facts |= {"folder": scored.folder, "scores": score_summary(read(args.folder, trust_remote_code=args.trust_remote_code))}
     _refresh(StudyPaths(args.folder).report)
     return 0
 

@@ -18,5 +18,7 @@ def main(args: argparse.Namespace) -> int:
     from loratune.delivery.exporting import export
 
     trusted = args.trust_remote_code
-    print(export(Path(args.folder), Path(args.destination), trial=args.trial, merged=args.merged, trust_remote_code=trusted))
+    folder = export(Path(args.folder), Path(args.destination), trial=args.trial, merged=args.merged, trust_remote_code=trusted)
+    args.facts["folder"] = folder
+    print(folder)
     return 0

@@ -24,6 +24,7 @@ def main(args: argparse.Namespace) -> int:
         raise StorageError(f"{path} exists. Choose another name, or replace it with --force.")
     given = {name: value for name, value in (("model", args.model), ("data", args.data)) if value is not None}
     write_atomically(path, template(**given))
+    args.facts["file"] = path
     missing = [name for name in ("model", "data") if name not in given]
     todo = f"Set {' and '.join(missing)} in it, then" if missing else "Next"
     print(f"Wrote {path}. {todo}: loratune run {path} --dry-run")

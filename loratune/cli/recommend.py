@@ -8,7 +8,6 @@ It is arithmetic on a table of public findings (loratune/samplers/prior.json), e
 """
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from loratune.cli import run
@@ -23,7 +22,6 @@ _SHOWN = ("learning_rate", "alpha_ratio", "lora_alpha", "lora_r", "lora_dropout"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_study_arguments(parser)
     parser.add_argument("--memory", metavar="GIB", type=float, help="memory of the device that will train, which limits the rank")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -32,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
     spec = run.load_spec(args)
     made = guess(spec, memory=args.memory * 2**30 if args.memory else None)
     if args.json:
-        print(json.dumps(plain(made), indent=1))
+        args.facts = plain(made)
     else:
         _print(made)
     return 0

@@ -16,5 +16,6 @@ def main(args: argparse.Namespace) -> int:
 
     records = [read(Path(folder)) for folder in args.folders]
     default = StudyPaths(args.folders[0]).report if len(records) == 1 else Path("comparison.html")
-    print(write_report(records, Path(args.output) if args.output else default))
+    args.facts["report"] = write_report(records, Path(args.output) if args.output else default)
+    print(args.facts["report"])
     return 0

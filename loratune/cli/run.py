@@ -51,8 +51,8 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         from loratune.cli.dry_run import dry_run
 
-        return dry_run(spec)
-    return _search(spec, args.command_line)
+        return dry_run(spec, args.facts)
+    return _search(spec, args)
 
 
 def load_spec(args: argparse.Namespace) -> "StudySpec":
@@ -124,8 +124,9 @@ def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [(field, spelt(value)) for field, value, spelt in given if value not in (None, [])]
 
 
-def _search(spec: "StudySpec", command_line: list[str]) -> int:
+def _search(spec: "StudySpec", args: argparse.Namespace) -> int:
     from loratune.cli.interrupt import Interrupt, stopped
+    from loratune.cli.status import facts
     from loratune.cli.trial_lines import budget, delivered, result
     from loratune.cli.view import open_view
     from loratune.record.paths import StudyPaths
@@ -140,9 +141,10 @@ def _search(spec: "StudySpec", command_line: list[str]) -> int:
             for event in tune(spec, interrupt.stop):
                 view.show(event)
         if interrupt.stop.is_set():
-            return stopped(command_line)
+            return stopped(args.command_line)
         delivery = deliver(spec.folder, trust_remote_code=spec.model.trust_remote_code)
     print("\n".join(["", *result(delivery.record), "", *delivered(delivery)]))
+    args.facts |= facts(delivery.record) | {"report": delivery.report, "best_yaml": delivery.best, "adapter": delivery.adapter}
     return 0 if delivery.best is not None else TrainingError.exit_code  # nothing to hand over
 
 

@@ -11,5 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from loratune.spec import StudySpec
 
-    print(json.dumps(StudySpec.json_schema(), indent=1))
+    args.facts = StudySpec.json_schema()
+    if not args.json:  # the same text, either way
+        print(json.dumps(args.facts, indent=1))
     return 0

@@ -61,7 +61,8 @@ def main(args: argparse.Namespace) -> int:
                 return 0
     if record is None:
         return stopped(args.command_line)
-    _hand_over(record, Path(args.folder), args.trust_remote_code)
+    args.facts |= record.to_plain()
+    args.facts |= _hand_over(record, Path(args.folder), args.trust_remote_code)
     return 0
 
 
@@ -87,7 +88,8 @@ def _agreed() -> bool:
     return input("Go on? [Y/n] ").strip().lower() in ("", "y", "yes")
 
 
-def _hand_over(record: "SelectionRecord", folder: Path, trusted: bool) -> None:
+def _hand_over(record: "SelectionRecord", folder: Path, trusted: bool) -> dict[str, Path | None]:
+    """Hand the adapter over, and tell. Returns the paths."""
     from loratune.cli.trial_lines import delivered
     from loratune.record.paths import StudyPaths
     from loratune.selection.rerun import AGAIN
@@ -101,3 +103,4 @@ def _hand_over(record: "SelectionRecord", folder: Path, trusted: bool) -> None:
     print("\n".join(delivered(delivery)))
     if record.shipped.run != AGAIN and any(StudyPaths(folder).evaluation.glob("*/*.json")):
         print(f"\nThe scores so far are of the study's own runs; `loratune evaluate {shlex.quote(str(folder))}` scores this adapter.")
+    return {"report": delivery.report, "best_yaml": delivery.best, "adapter": delivery.adapter}

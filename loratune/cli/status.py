@@ -21,7 +21,6 @@ _BEST = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="the study's folder (default: the newest under runs/)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -30,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     folder = Path(args.folder) if args.folder else newest_study(Path("runs"))
     record = read(folder)
     if args.json:
-        print(json.dumps(facts(record), indent=1))
+        args.facts = facts(record)
     else:
         _print(record)
     return 0
