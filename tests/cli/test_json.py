@@ -65,7 +65,7 @@ def test_an_error_is_told_in_both_places(tmp_path: Path, said: Any) -> None:
 def test_without_a_study(tmp_path: Path, said: Any) -> None:
     assert said("init", str(tmp_path / "study.yaml"))[1] == {"file": str(tmp_path / "study.yaml")}
     assert said("schema")[1]["title"] == "StudySpec"
-    code, facts, _ = said("recommend", "--demo")
+    facts = said("recommend", "--demo")[1]
     assert facts.keys() == keys_of("`recommend`")
     assert facts["recommended"]["learning_rate"] > 0
 
