@@ -91,7 +91,7 @@ def test_version(loratune) -> None:
         (["run", "--trainning.epochs", "2"], "did you mean --training.epochs?"),
         (["run", "--training.epochs"], "expected one argument"),
         (["status", "--jsn"], "unknown argument --jsn; did you mean --json?"),
-        (["export", "x"], "the following arguments are required: DESTINATION"),
+        (["export", "x"], "nowhere to export to. Give a DESTINATION folder, or --push USER/NAME."),
     ],
 )
 def test_wrong_command_lines(loratune, argv: list[str], said: str) -> None:
