@@ -55,7 +55,8 @@ class Hub(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}" and "/lfs/" not in self.path:
             return self._answer({"error": "Invalid username or password."}, 401)
         if self.path == "/api/repos/create":
-            self.server.private = json.loads(body).get("private")
+            asked = json.loads(body)
+            self.server.private = asked.get("private") or asked.get("visibility") == "private"
             return self._answer({"url": f"http://{self.headers['Host']}/ann/colours", "name": "ann/colours"})
         if self.path == "/api/validate-yaml":
             head = yaml.safe_load(json.loads(body)["content"].split("---")[1])
