@@ -3,6 +3,7 @@ three dots names the check in progress."""
 
 import argparse
 import os
+import platform
 import shutil
 import sys
 import warnings
@@ -13,7 +14,8 @@ from typing import Any
 from loratune.system.machine import usable_cores
 
 _NEEDED = {name: name for name in ("torch", "transformers", "peft", "accelerate", "datasets", "optuna", "cmaes", "matplotlib")}
-_NEEDED["PyNomadBBO"] = "PyNomad"  # package: module
+if platform.machine() != "aarch64":  # where it has no wheel
+    _NEEDED["PyNomadBBO"] = "PyNomad"  # package: module
 _OPTIONAL = {"nni": ("nni", "nni"), "bitsandbytes": ("bitsandbytes", "4bit")}  # package: (module, extra)
 
 
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")
     report = Report()
-    for check in (python, packages, machine, devices, lora_step, nomad):
+    for check in (python, packages, machine, devices, lora_step, *([nomad] if "PyNomadBBO" in _NEEDED else [])):
         check(report)
     found = f"{report.missing} missing." if report.missing else "Everything that loratune needs is installed."
     print(f"\n{found}{'' if report.missing else ' First try: loratune run --demo'}")

@@ -16,8 +16,10 @@ own starts one and answers it from that log, and NOMAD, being deterministic, end
 Points that another trial has answered, or is about to, are not evaluated again.
 """
 
+import platform
 import threading
 import warnings
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +28,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from loratune.errors import LoratuneError, SearchSpentError
+from loratune.errors import LoratuneError, MissingExtraError, SearchSpentError
 from loratune.samplers.base import Space, derived_seed, from_internal, known_search_space, random_value, to_internal
 from loratune.samplers.nomad_child import Child, Run
 from loratune.samplers.nomad_points import KEY, Code, Evaluated, Point, Slot, told_of
@@ -55,6 +57,8 @@ class NomadSampler(BaseSampler):
         point (of several objectives the front) and a random new one, with another seed.
     when_spent: after the last point of a finite space, or of the last run, "raise" SearchSpentError
         or propose "random" points.
+
+    Raises MissingExtraError when PyNomadBBO is not installed.
     """
 
     def __init__(
@@ -76,6 +80,10 @@ class NomadSampler(BaseSampler):
         ):
             if number < least:  # NOMAD would answer with a segmentation fault
                 raise ValueError(f"NomadSampler: {name} must be at least {least}, got {number}")
+        if find_spec("PyNomad") is None:
+            arm = platform.machine() == "aarch64"
+            cause = "PyNomadBBO has no wheel for Linux on aarch64; the other samplers do without" if arm else ""
+            raise MissingExtraError("NOMAD 4", cause=cause, command="pip install PyNomadBBO")
         self._space = search_space
         self._x0 = [x0] if isinstance(x0, dict) else list(x0 or [])
         self._latin_hypercube = latin_hypercube

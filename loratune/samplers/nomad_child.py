@@ -62,7 +62,7 @@ class Child:
         message: dict[str, Any] = json.loads(line) if line.endswith("\n") else self._post_mortem()
         if "error" in message:
             self.close()
-            raise LoratuneError(f"NOMAD could not start: {message['error']}. Install it with: pip install PyNomadBBO")
+            raise LoratuneError(f"NOMAD could not start: {message['error']}. Try: pip install --force-reinstall PyNomadBBO")
         self.block = message.get("block")
         self.reason = message.get("end", "")
 

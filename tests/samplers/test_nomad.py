@@ -16,7 +16,7 @@ import surfaces
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from loratune.errors import SearchSpentError
+from loratune.errors import MissingExtraError, SearchSpentError
 from loratune.samplers import NomadSampler
 
 SPACE = surfaces.space()
@@ -241,3 +241,12 @@ def test_kill_9_of_the_process_leaves_no_child() -> None:
         while alive(child) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not alive(child)
+
+
+def test_without_pynomad_it_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PyNomad", None)  # as if not installed
+    with pytest.raises(MissingExtraError, match="NOMAD 4 is not installed. Install it with: pip install PyNomadBBO"):
+        NomadSampler()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(MissingExtraError, match="no wheel for Linux on aarch64"):
+        NomadSampler()
