@@ -38,7 +38,9 @@ def test_the_reference_and_what_moves_it() -> None:
     assert tiny.prior.outside
     assert tiny.prior.sd > 0.6
     assert tiny.values["lora_r"] == 64
-    assert tiny.values["learning_rate"] > 1e-3
+    assert tiny.values["alpha_ratio"] == 2.0, "a higher scale outside the findings"
+    assert tiny.values["lora_alpha"] == 128.0
+    assert tiny.values["learning_rate"] > 4e-4
     few, many = (recommend(Facts(hidden_size=4096, examples=n)).values["learning_rate"] for n in (5_000, 300_000))
     assert few > 4e-4 > many
     assert recommend(Facts(examples=900)).values["batch_size"] == 8
@@ -62,7 +64,7 @@ def test_the_defaults_that_nobody_wrote_follow_it(preset: str) -> None:
     h = (filled := with_guess(spec, made)).hyperparameters(filled.search_space.default_values())
     assert h.lora_r == 64
     assert effective(h.learning_rate, h.lora_alpha / h.lora_r, h.lora_r) == pytest.approx(
-        min(made.prior.centre, effective(1e-3, 0.5, 64) if preset == "published" else math.inf), abs=0.03
+        min(made.prior.centre, effective(1e-3, 1.0, 64) if preset == "published" else math.inf), abs=0.03
     )
     assert filled.search_space.to_fill is False
     assert StudySpec.model_validate(filled.model_dump(mode="json")).search_space.default_values() == filled.search_space.default_values()

@@ -11,44 +11,46 @@ as well as k is, of three as well as the noise allows (Box and Wilson, 1951, fit
 lets two runs do). From it follow the expected regret of any u, its lowest point, and what is left to find.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from loratune.samplers.prior import Prior
 
 _POINTS = 81  # of v
 _REACH = 4.0  # standard deviations of the prior
-_CURVATURES = ((0.6, 0.25), (1.0, 0.5), (1.7, 0.25))  # (factor, weight)
-_NOISES = ((1.0, 0.9), (6.0, 0.08), (36.0, 0.02))  # likewise: a small problem has been seen at 57 times the published noise
+_CURVATURES = np.array([(0.6, 0.25), (1.0, 0.5), (1.7, 0.25)])  # (factor, weight)
+_NOISES = np.array([(1.0, 0.9), (6.0, 0.08), (36.0, 0.02)])  # likewise: a small problem has been seen at 57 times the published noise
 _MISFIT = 0.25  # of a rise
 
 
 @dataclass(frozen=True)
 class Belief:
-    """The posterior: (weight, vertex, curvature) of each hypothesis; the weights sum to one."""
+    """The posterior: of each hypothesis its weight, vertex and curvature; the weights sum to one."""
 
-    hypotheses: list[tuple[float, float, float]]
+    weights: np.ndarray
+    vertices: np.ndarray
+    curvatures: np.ndarray
     noise: float  # of a full run, expected standard deviation
 
     @property
     def lowest(self) -> float:
         """The u of the lowest expected loss."""
-        return sum(w * k * v for w, v, k in self.hypotheses) / sum(w * k for w, _, k in self.hypotheses)
+        steep = self.weights * self.curvatures
+        return float(steep @ self.vertices / steep.sum())
 
     def regret(self, u: float) -> float:
         """How far the loss at u is expected to be above the vertex's."""
-        return sum(w * k * (u - v) ** 2 for w, v, k in self.hypotheses)
+        return float(self.weights @ (self.curvatures * (u - self.vertices) ** 2))
 
     def regret_quantile(self, u: float, share: float) -> float:
         """The regret that is not exceeded with this probability."""
-        passed = 0.0
-        for regret, weight in sorted((k * (u - v) ** 2, w) for w, v, k in self.hypotheses):
-            passed += weight
-            if passed >= share:
-                return regret
-        return regret
+        regrets = self.curvatures * (u - self.vertices) ** 2
+        order = np.argsort(regrets, kind="stable")
+        passed = np.searchsorted(np.cumsum(self.weights[order]), share)
+        return float(regrets[order][min(passed, len(order) - 1)])
 
 
 def believe(
@@ -69,28 +71,25 @@ def believe(
     low = min([prior.centre - reach, *(u - prior.sd for u in seen)])
     high = max([prior.centre + reach, *(u + prior.sd for u in seen)])
     low, high = (min(max(end, bounds[0]), bounds[1]) for end in (low, min(high, max(ceiling, low))))
-    found = []
-    for i in range(_POINTS):
-        v = low + (high - low) * i / (_POINTS - 1)
-        before = -(((v - prior.centre) / prior.sd) ** 2) / 2
-        for (steeper, often), (louder, seldom) in itertools.product(_CURVATURES, _NOISES):
-            k, log = curvature * steeper, math.log(often * seldom)
-            found.append((before + log + sum(_likelihood(runs, v, k, noise * louder) for runs in finite), v, k, louder))
-    top = max(log for log, *_ in found)
-    weights = [math.exp(log - top) for log, *_ in found]
-    total = sum(weights)
-    hypotheses = [(weight / total, v, k) for weight, (_, v, k, _) in zip(weights, found, strict=True)]
-    return Belief(hypotheses, noise * sum(w * louder for w, (*_, louder) in zip(weights, found, strict=True)) / total)
+    v, (steeper, often), (louder, seldom) = np.linspace(low, high, _POINTS)[:, None, None], _CURVATURES.T, _NOISES.T
+    k, sd = curvature * steeper[:, None], noise * louder
+    log = -(((v - prior.centre) / prior.sd) ** 2) / 2 + np.log(often[:, None] * seldom)
+    for runs in finite:
+        if len(runs) > 1:  # one says its floor alone
+            log = log + _likelihood(np.array(runs), v, k, sd)
+    weights = np.exp(log - log.max())
+    weights /= weights.sum()
+    flat = [np.broadcast_to(values, weights.shape).ravel() for values in (weights, v, k)]
+    return Belief(*flat, noise=float((weights * sd).sum()))
 
 
-def _likelihood(runs: Sequence[tuple[float, float]], v: float, k: float, noise: float) -> float:
+def _likelihood(runs: np.ndarray, v: np.ndarray, k: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """Log of the density of the losses, the floor integrated out: that of their weighted deviations from the parabola."""
-    if len(runs) < 2:
-        return 0.0  # one says its floor alone
-    rises = [k * (u - v) ** 2 for u, _ in runs]
-    precisions = [1 / (noise**2 + (_MISFIT * rise) ** 2) for rise in rises]
-    above = [loss - rise for (_, loss), rise in zip(runs, rises, strict=True)]
-    total = sum(precisions)
-    floor = sum(p * a for p, a in zip(precisions, above, strict=True)) / total
-    squares = sum(p * (a - floor) ** 2 for p, a in zip(precisions, above, strict=True))
-    return (sum(map(math.log, precisions)) - math.log(total) - squares) / 2
+    u, losses = (column[:, None, None, None] for column in runs.T)
+    rises = k * (u - v) ** 2
+    precisions = 1 / (noise**2 + (_MISFIT * rises) ** 2)
+    total = precisions.sum(axis=0)
+    above = losses - rises
+    floor = (precisions * above).sum(axis=0) / total
+    squares = (precisions * (above - floor) ** 2).sum(axis=0)
+    return np.asarray((np.log(precisions).sum(axis=0) - np.log(total) - squares) / 2)
