@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,21 @@ def test_the_reference_and_what_moves_it() -> None:
     bounded = recommend(Facts(hidden_size=4096, memory=24 * 2**30, parameters_per_rank=2_500_000))
     assert bounded.values["lora_r"] == 64
     assert {"learning_rate", "lora_r", "batch_size", "target_modules", "epochs", "warmup_ratio"} <= llama.reasons.keys()
+
+
+def test_the_memory_of_the_gpu_bounds_the_rank_of_a_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '81559\\n24576\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    spec = study_of(str(model))
+    assert with_guess(spec, guess(spec).recommendation).search_space.default_values()["lora_r"] == 64, "by the smaller GPU's 24 GiB"
+    assert guess(spec, memory=80 * 2**30).recommendation.values["lora_r"] == 128
+    assert guess(study_of(str(model), executor={"device": "cpu"})).recommendation.values["lora_r"] == 128
 
 
 def test_facts_are_read_from_the_files() -> None:
