@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,13 +39,30 @@ def test_the_reference_and_what_moves_it() -> None:
     assert tiny.prior.outside
     assert tiny.prior.sd > 0.6
     assert tiny.values["lora_r"] == 64
-    assert tiny.values["learning_rate"] > 1e-3
+    assert tiny.values["alpha_ratio"] == 2.0, "a higher scale outside the findings"
+    assert tiny.values["lora_alpha"] == 128.0
+    assert tiny.values["learning_rate"] > 4e-4
     few, many = (recommend(Facts(hidden_size=4096, examples=n)).values["learning_rate"] for n in (5_000, 300_000))
     assert few > 4e-4 > many
     assert recommend(Facts(examples=900)).values["batch_size"] == 8
     bounded = recommend(Facts(hidden_size=4096, memory=24 * 2**30, parameters_per_rank=2_500_000))
     assert bounded.values["lora_r"] == 64
     assert {"learning_rate", "lora_r", "batch_size", "target_modules", "epochs", "warmup_ratio"} <= llama.reasons.keys()
+
+
+def test_the_memory_of_the_gpu_bounds_the_rank_of_a_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '81559\\n24576\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    spec = study_of(str(model))
+    assert with_guess(spec, guess(spec).recommendation).search_space.default_values()["lora_r"] == 64, "by the smaller GPU's 24 GiB"
+    assert guess(spec, memory=80 * 2**30).recommendation.values["lora_r"] == 128
+    assert guess(study_of(str(model), executor={"device": "cpu"})).recommendation.values["lora_r"] == 128
 
 
 def test_facts_are_read_from_the_files() -> None:
@@ -62,7 +80,7 @@ def test_the_defaults_that_nobody_wrote_follow_it(preset: str) -> None:
     h = (filled := with_guess(spec, made)).hyperparameters(filled.search_space.default_values())
     assert h.lora_r == 64
     assert effective(h.learning_rate, h.lora_alpha / h.lora_r, h.lora_r) == pytest.approx(
-        min(made.prior.centre, effective(1e-3, 0.5, 64) if preset == "published" else math.inf), abs=0.03
+        min(made.prior.centre, effective(1e-3, 1.0, 64) if preset == "published" else math.inf), abs=0.03
     )
     assert filled.search_space.to_fill is False
     assert StudySpec.model_validate(filled.model_dump(mode="json")).search_space.default_values() == filled.search_space.default_values()

@@ -3,14 +3,14 @@
 A pure function of what has been run: `propose` takes the history and says what to run next, or to stop. `BracketSampler`
 (`bracket_sampler.py`) asks it for an Optuna study; a replay on a recorded table calls it as it is.
 
-    line       full runs at u = centre, centre + d, centre - d; downhill in steps of d until the best one has neighbours on both
-               sides, then the vertex of the parabola through these three (Brent, Algorithms for Minimization without
-               Derivatives, 1973, chapter 5, without the golden section: runs are too dear for a guarantee)
     guard      where the model lies outside what the prior knows, or the first runs look wrong: complete short runs over four
                decades of u. Their minimum is weighed against the prior, never obeyed (`bracket_guard.py`)
+    line       a full run at u = centre and one a step d beside it; then the vertex of the parabola that these and the prior
+               make likely, or, where that is nowhere new, a step to the other side, until the best run's expected regret is
+               below the tolerance (`bracket_line.py`)
     questions  at the best u: the neighbours of the best point on every other axis, the most promising first
-    stop       when the expected improvement of the best next run, E max(0, best - loss) with the loss normal around the
-               parabola (Mockus, 1978), falls below a tolerance
+    stop       when no run is expected to lower the loss by more than the tolerance: on the line by the regret there, of a
+               question by E max(0, gain), the gain normal (Mockus, 1978)
 """
 
 import math
@@ -19,11 +19,15 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
+from loratune.samplers.bracket_line import believe
 from loratune.samplers.prior import Prior, public_findings
 
 _SAME = 0.02  # factors of ten: two learning rates nearer than this are one
 _WAVE = 3  # runs that are worth starting at once
-_SURE = 1.2816  # standard deviations below which nine in ten values of a normal distribution lie
+_SURE = 0.9  # probability of what is said to be left to find
+_DEVIATIONS = 1.2816  # below which that share of a normal distribution lies
+_STEPS = 2  # of an axis that may each lower the loss
+_LONGEST = 0.5  # factors of ten: step of the bracket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +55,7 @@ class Options:
     """The rule's settings; u in factors of ten, losses in nats."""
 
     slots: int = 1  # runs that can be in training together
-    step: float = 0.2  # of the bracket, one run at a time
-    wave_step: float = 0.3  # of the bracket, several at once
+    step: float = 0.3  # of the bracket
     guard: Literal["auto", "always", "never"] = "auto"
     guard_points: int = 9
     guard_decades: float = 4.0
@@ -99,11 +102,11 @@ def propose(
     if at is None:
         return Proposal(stop="nothing fits: the smallest rank broke a constraint or ran out of memory")
     here = [run for run in history if run.fits and run.at == at]
-    line = sorted((run for run in here if run.length == 1), key=lambda run: run.u)
-    known = [run for run in line if run.loss is not None]
+    known = sorted((run for run in here if run.length == 1 and run.loss is not None), key=lambda run: run.u)
     guards = [run for run in here if run.length < 1]
     best = min((run for run in history if _finite(run) and run.length == 1), key=lambda run: run.loss or 0.0, default=None)
 
+    gained = _gained(history, options)
     wrong, before = _wrong(known, prior, options), prior
     if options.guard == "always" or (options.guard == "auto" and (guards or prior.outside or wrong)):
         todo = missing(guards, prior.centre, options)
@@ -116,105 +119,91 @@ def propose(
             return Proposal(stop="no short run learned anything at any learning rate", phase="guard", best=best)
         prior = weighed(prior if prior.outside else Prior(centre=prior.centre, sd=max(prior.sd, 1.0), outside=True), guards, options)
     lean = -1.0 if guards and prior.centre < before.centre else 1.0  # the short runs pull further than the posterior went
-    asked = _line(known, prior, options, lean, guarded=bool(guards))
+    place = best.at if best else at
+    full = [run for run in history if run.length == 1 and run.fits]
+    asked = _line(full, place, prior, curvature(gained), options, lean)
+    line = [Step(u=u, at=place, why=asked.why) for u in asked.points if not any(abs(u - run.u) <= _SAME for run in full if run.at == place)]
+    questions, held = _questions(best, asked.u, full, axes, (gained or 0.0) if prior.outside else 0.0) if best else ([], [])
+    worth = [question.step for question in questions if question.expected >= options.tolerance]
+    promised = max((question.expected for question in questions), default=0.0)
+    expected, left = max(asked.expected, promised), math.hypot(asked.left, *(_STEPS * _DEVIATIONS * sd for sd in held))
     flying = [run for run in history if run.loss is None and run.fits]
-    free = min(options.slots, _WAVE) - len(flying)
-    if asked.expected >= options.tolerance:
-        new = [u for u in asked.points if all(abs(u - run.u) > _SAME for run in line)][: max(0, free)]
-        if new or flying:
-            steps = tuple(Step(u=u, at=at, why=asked.why) for u in new)
-            return Proposal(steps=steps, phase="line", best=best, expected=asked.expected, left=asked.left)
+    free = max(0, min(options.slots, _WAVE) - len(flying))
+    leads = asked.expected >= max(promised, options.tolerance) and (line or flying)
+    steps = [*line, *worth] if leads else [*worth, *line] if asked.expected >= options.tolerance else worth
+    if options.slots < _WAVE and leads:
+        steps = line  # an idle slot costs less than a run that the next result would have spared
+    if steps or flying:
+        phase: Literal["line", "questions"] = "line" if leads else "questions"
+        return Proposal(steps=tuple(steps[:free]), phase=phase, best=best, expected=expected, left=left)
     if best is None:
         return Proposal(stop="no run was trained to its end", phase="line")
-    questions = _questions(best, [run for run in history if run.length == 1], axes)
-    worth = [question for question in questions if question.expected >= options.tolerance]
-    left = math.hypot(asked.left, *(_SURE * question.sd for question in questions[:1]))
-    expected = max([question.expected for question in questions], default=min(asked.expected, options.tolerance))
-    if worth:
-        return Proposal(steps=tuple(q.step for q in worth[: max(0, free)]), phase="questions", best=best, expected=expected, left=left)
-    if flying:
-        return Proposal(phase="questions", best=best, expected=expected, left=left)
-    stop = f"a further run is expected to lower the loss by {expected:.4f}, less than {options.tolerance:g}"
-    return Proposal(stop=stop, phase="questions", best=best, expected=expected, left=left)
+    stop = f"a further run is expected to lower the loss by {promised:.4f}, less than {options.tolerance:g}"
+    return Proposal(stop=stop, phase="questions", best=best, expected=promised, left=left)
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """Where on the line to run next, the most useful first."""
+    """Where on the line to run next, the most useful first; nothing: the line is done."""
 
     points: list[float]
     expected: float
     left: float
-    why: str
+    u: float  # the lowest expected loss
+    why: str = ""
 
 
-def _line(known: list[PlacedRun], prior: Prior, options: Options, lean: float, guarded: bool) -> _Probe:
-    """`known`: full runs at one place of the other axes, ascending u, all with a loss.
-
-    lean: 1 or -1, the side that is tried first. guarded: the prior has seen short runs.
-    """
-    d = max(options.step if options.slots == 1 else options.wave_step, 0.7 * min(prior.sd, 0.7))
+def _line(full: list[PlacedRun], place: Mapping[str, Any], prior: Prior, curvature: float, options: Options, lean: float) -> _Probe:
+    """What to run next at `place`. lean: 1 or -1, the side that is tried first."""
+    d = min(max(options.step, 0.7 * prior.sd), _LONGEST)
     centre = min(max(prior.centre, options.low), options.high)
-    curvature = public_findings()["curvature"]["value"]
-    unknown = curvature * prior.sd**2  # mean regret of a guess
-    if not any(_finite(run) for run in known):
-        if not known:
-            points, why = [centre, centre + lean * d, centre - lean * d], "the guess"
-        else:  # all diverged: lower, and lower
-            points, why = [known[0].u - 2 * d * 2**i for i in range(3)], "lower, as the others diverged"
-        return _Probe(_within(points, options), math.inf, math.inf, why)
-    if guarded and all(abs(run.u - centre) > d for run in known):
-        return _Probe([centre], math.inf, math.inf, "where the short runs and the prior see the best learning rate")
-    best = min(range(len(known)), key=lambda i: _loss(known[i]))
-    here = known[best].u
-    below, above = known[best - 1] if best else None, known[best + 1] if best + 1 < len(known) else None
-    ended = [below is None and here > options.low + _SAME, above is None and here < options.high - _SAME]
-    if any(ended):
-        far = 2 if len(known) > 3 else 1  # longer steps, where the first ones ran to the bracket's end
-        down, up = [here - far * d * i for i in (1, 2)], [here + far * d * i for i in (1, 2)]
-        both = [up[0], down[0]][:: int(lean)]
-        # Of fewer slots than a wave has, one waits: a run that the next result would have spared costs more than an idle slot.
-        points = (both if all(ended) else down if ended[0] else up)[: 2 if options.slots >= _WAVE else 1]
-        other = below or above
-        fell = _loss(other) - _loss(known[best]) if other is not None and _finite(other) else 0.0
-        left = max(_SURE**2 * 1.65 * unknown, 2 * fell)
-        return _Probe(_within(points, options), max(unknown, fell / 2), left, "a step of the bracket")
-    if below is None or above is None:  # at a bound of the space
-        return _Probe([], 0.0, options.noise * _SURE, "")
-    return _vertex(below, known[best], above, options)
+    done = sorted((run for run in full if run.loss is not None), key=lambda run: run.u)
+    there = [run.u for run in done if run.at == place and _finite(run)]
+    if not done:
+        return _Probe(_within([centre, centre + lean * d, centre - lean * d], options), math.inf, math.inf, centre, "the guess")
+    if not there:
+        lower = [done[0].u - 2 * d * 2**i for i in range(3)]
+        return _Probe(_within(lower, options), math.inf, math.inf, centre, "lower, as the others diverged")
+    places = [[(run.u, _loss(run)) for run in done if run.at == other] for other in _places(done)]
+    belief = believe(places, prior, curvature, options.noise, (options.low, options.high))
+    here = min(there, key=belief.regret)
+    expected, vertex = belief.regret(here), belief.lowest
+    unknown = _DEVIATIONS * math.sqrt(2) * belief.noise  # of the difference of two runs
+    left = math.hypot(belief.regret_quantile(here, _SURE), unknown)
+    side = lean if abs(vertex - here) <= _SAME else math.copysign(1.0, vertex - here)
+    steps = [u for u in (here + side * d, here - side * d) if not any(abs(u - run.u) < d / 2 for run in done)]
+    gain = expected - belief.regret(vertex)
+    if gain >= options.tolerance and not any(abs(vertex - u) <= _SAME for u in there):
+        points = [vertex, *steps] if options.slots >= _WAVE else [vertex]
+        return _Probe(_within(points, options), max(gain, expected / 2), left, vertex, "the vertex of the parabola")
+    points = [u for u in _within(steps, options) if abs(u - here) > _SAME][: 2 if options.slots >= _WAVE else 1]
+    # A step finds what is left in two runs: itself, and the vertex that it leads to.
+    return _Probe(points, expected / 2 if points else 0.0, left, vertex, "a step of the bracket")
 
 
-def _vertex(below: PlacedRun, middle: PlacedRun, above: PlacedRun, options: Options) -> _Probe:
-    """The lowest point of the parabola through three runs, of which the middle one is the lowest."""
-    a, b, c = below.u - middle.u, 0.0, above.u - middle.u
-    low = _loss(middle)
-    rises = [_loss(run) - low for run in (below, above)]
-    finite = [rise for rise in rises if math.isfinite(rise)]
-    most = 10 * max([*finite, options.noise])  # a diverged neighbour: steep, but not a wall
-    left, right = (min(rise, most) for rise in rises)
-    # loss - low = p x^2 + q x through (a, left), (0, 0), (c, right)
-    p = (left / a - right / c) / (a - c)
-    q = right / c - p * c
-    at = -q / (2 * p) if p > 0 else b
-    at = min(max(at, 0.9 * a), 0.9 * c)
-    gain = max(0.0, -(p * at * at + q * at))
-    spread = math.hypot(options.noise, gain / 4)  # of the vertex: noise, and how far a valley is from a parabola
-    remaining = gain + _SURE * spread
-    if any(abs(at - other) <= _SAME for other in (a, b, c)):
-        return _Probe([], 0.0, remaining, "")
-    return _Probe([middle.u + at], _improvement(gain, spread), remaining, "the vertex of the parabola")
+def _places(runs: Sequence[PlacedRun]) -> list[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = []
+    for run in runs:
+        if run.at not in found:
+            found.append(run.at)
+    return found
 
 
 @dataclass(frozen=True)
 class _Question:
     step: Step
     expected: float
-    sd: float
 
 
-def _questions(best: PlacedRun, runs: list[PlacedRun], axes: Sequence[SearchAxis]) -> list[_Question]:
-    """The best point's untried neighbours on every axis, the most promising first."""
-    known, found = public_findings()["questions"], []
+def _questions(
+    best: PlacedRun, u: float, runs: list[PlacedRun], axes: Sequence[SearchAxis], gained: float
+) -> tuple[list[_Question], list[float]]:
+    """(the best point's untried neighbours, of each axis the most promising, that first; standard deviation of what each axis holds).
+
+    u: where they would be run. gained: nats, where what a step gains is a share of what tuning gained; else 0. An answer that was
+    no better makes the next less likely to be, and what the axis holds smaller; not nothing, for it was one noisy run.
+    """
+    known, found, held = public_findings()["questions"], [], []
     for axis in axes:
         here = best.at.get(axis.name)
         if here not in axis.values:
@@ -224,19 +213,30 @@ def _questions(best: PlacedRun, runs: list[PlacedRun], axes: Sequence[SearchAxis
         sds = known.get(axis.name, known["other"])
         tried = {run.at.get(axis.name) for run in runs}
         worse = sum(value in tried and value != here for value in axis.values)
+        steps = []
         for i in near:
-            value = axis.values[i] if 0 <= i < len(axis.values) else here
-            if value not in tried:
-                sd = sds["up" if i > place else "down"]
-                expected = _improvement(0.0, sd) / (1 + worse)  # each answer that was no better makes the next less likely to be
-                step = Step(u=best.u, at={**best.at, axis.name: value}, why=f"{axis.name} {value}, at the best learning rate")
-                found.append(_Question(step, expected, sd))
-    ranked = sorted(found, key=lambda question: -question.expected)
-    return [q for i, q in enumerate(ranked) if not any(_axis(q, best) == _axis(earlier, best) for earlier in ranked[:i])]
+            if 0 <= i < len(axis.values):
+                sd = max(sds["nats"], sds["share_up" if i > place else "share_down"] * gained)
+                steps.append((sd / (1 + worse), axis.values[i]))
+        held.append(max((sd for sd, _ in steps), default=0.0))
+        promising = max((step for step in steps if step[1] not in tried), key=lambda step: step[0], default=None)
+        if promising is not None:
+            sd, value = promising
+            step = Step(u=u, at={**best.at, axis.name: value}, why=f"{axis.name} {value}, at the best learning rate")
+            found.append(_Question(step, _improvement(0.0, sd)))
+    return sorted(found, key=lambda question: -question.expected), held
 
 
-def _axis(question: _Question, best: PlacedRun) -> str:
-    return next(name for name, value in question.step.at.items() if value != best.at.get(name))
+def _gained(history: Sequence[PlacedRun], options: Options) -> float | None:
+    """Nats by which tuning has lowered the loss so far; None: not known."""
+    losses = [run.loss for run in history if _finite(run) and run.loss is not None]
+    return max(0.0, options.untuned - min(losses)) if losses and options.untuned is not None else None
+
+
+def curvature(gained: float | None) -> float:
+    """Of the line, nats per squared factor of ten."""
+    known = public_findings()["curvature"]
+    return max(float(known["value"]), float(known["share"]) * (gained or 0.0))
 
 
 def _fitting(start: Mapping[str, Any], axes: Sequence[SearchAxis], history: Sequence[PlacedRun]) -> Mapping[str, Any] | None:

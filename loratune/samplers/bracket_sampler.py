@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from loratune.errors import SearchSpentError
 from loratune.samplers.base import Space, known_search_space, number_of_values, random_value, value_at
 from loratune.samplers.bracket import Options, PlacedRun, Proposal, SearchAxis, propose
-from loratune.samplers.prior import Facts, Prior, effective, learning_rate, recommend, scale_of
+from loratune.samplers.prior import Facts, Prior, effective, learning_rate, recommend, rescaled, scale_of
 
 KEY = "bracket"
 UNTUNED = "loratune:untuned"
@@ -48,7 +48,7 @@ class BracketSampler(BaseSampler):
     spread: of the prior, in factors of ten. outside: whether start is an extrapolation, so that the guard comes first.
     slots: trials that train at the same time. trials: in all, at most; as few as the guard has leave no trial for a full run, so that
         guard "auto" then means "never".
-    guard: short runs over four decades, "auto", "always" or "never". step, wave_step, tolerance, noise: see `bracket.Options`.
+    guard: short runs over four decades, "auto", "always" or "never". step, tolerance, noise: see `bracket.Options`.
     """
 
     def __init__(
@@ -62,14 +62,13 @@ class BracketSampler(BaseSampler):
         trials: int | None = None,
         seed: int | None = None,
         guard: Literal["auto", "always", "never"] = "auto",
-        step: float = 0.2,
-        wave_step: float = 0.3,
+        step: float = 0.3,
         tolerance: float = 0.0005,
         noise: float = 0.001,
     ) -> None:
         if guard not in ("auto", "always", "never"):
             raise ValueError(f"guard = {guard!r}; allowed: auto, always, never")
-        for name, number in (("step", step), ("wave_step", wave_step), ("tolerance", tolerance), ("noise", noise), ("slots", slots)):
+        for name, number in (("step", step), ("tolerance", tolerance), ("noise", noise), ("slots", slots)):
             if not (math.isfinite(number) and number > 0):
                 raise ValueError(f"{name} = {number!r} must be a number above 0")
         self._space, self._start, self._seed = search_space, dict(start or {}), seed or 0
@@ -78,7 +77,7 @@ class BracketSampler(BaseSampler):
         self._outside = guess.outside if outside is None else outside
         if guard == "auto" and trials is not None and trials <= Options.guard_points:
             guard = "never"
-        self._options = Options(slots=slots, step=step, wave_step=wave_step, guard=guard, tolerance=tolerance, noise=noise)
+        self._options = Options(slots=slots, step=step, guard=guard, tolerance=tolerance, noise=noise)
 
     def ready(self, study: Study) -> bool:
         """Whether it has something to run now. Raises SearchSpentError, with the reason, when it never will again."""
@@ -144,14 +143,13 @@ class _Form:
         for name, distribution in space.items():
             if name not in start:
                 values[name] = _nearest(distribution, guess.get(name))
-        if "alpha_ratio" in values:
-            values.pop("lora_alpha")
-        self._values = {"learning_rate": guess["learning_rate"], **values}
+        values = _one_scale({"learning_rate": guess["learning_rate"], **values}, space, start)
+        self.centre = self.u(values)
+        self._values = values | {name: _nearest(distribution, values[name]) for name, distribution in space.items() if name in _SCALES}
         # A scale that the line need not move is an axis of its own; else it only carries u beyond the bounds of the learning rate.
         fixed = self._on_line[:1] if "alpha_ratio" in space else self._on_line
         self.axes = tuple(_axis(name, distribution, self._values[name]) for name, distribution in space.items() if name not in fixed)
         self.start = {axis.name: self._values[axis.name] for axis in self.axes}
-        self.centre = self.u(self._values)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -173,13 +171,22 @@ class _Form:
         """The space's parameters with this u: by the learning rate as far as its bounds reach, then by the scale."""
         values = {**self._values, **at}
         for name in self._on_line:
-            short = 10 ** (u - self.u(values))
+            short = rescaled(u - self.u(values))
             if name == "learning_rate":
                 wanted = learning_rate(u, scale_of(values), values["lora_r"])
                 values[name] = _nearest(self._space[name], _rounded(wanted))
             elif abs(math.log10(short)) > 0.01:
                 values[name] = _nearest(self._space[name], _rounded(values[name] * short))
         return {name: values[name] for name in self._space}
+
+
+def _one_scale(values: dict[str, Any], space: Space, start: Mapping[str, Any]) -> dict[str, Any]:
+    """Of alpha and alpha / r the one that is searched, else the ratio where it is given: the other would contradict it."""
+    if "alpha_ratio" in space or ("alpha_ratio" in values and "lora_alpha" not in space):
+        return {name: value for name, value in values.items() if name != "lora_alpha" or name in space}
+    if "alpha_ratio" in start and "lora_alpha" not in start:
+        values = {**values, "lora_alpha": start["alpha_ratio"] * values["lora_r"]}
+    return {name: value for name, value in values.items() if name != "alpha_ratio"}
 
 
 def _history(study: Study, form: _Form, number: int | None) -> Iterator[PlacedRun]:

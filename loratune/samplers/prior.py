@@ -2,7 +2,7 @@
 
 The loss of a well-trained adapter depends, to a few thousandths of a nat, on one number, the effective learning rate
 
-    u = log10 learning_rate + log10 scale + g log10 lora_r        (scale: alpha / r; rsLoRA's alpha / sqrt(r))
+    u = log10 learning_rate + s log10 scale + g log10 lora_r        (scale: alpha / r; rsLoRA's alpha / sqrt(r))
 
 `recommend` places its optimum by the width of the model and the size of the data. Constants and sources: `prior.json`.
 """
@@ -75,12 +75,21 @@ def limit() -> float:
 
 def effective(learning_rate: float, scale: float, lora_r: float) -> float:
     """u of a configuration."""
-    return math.log10(learning_rate) + math.log10(scale) + public_findings()["g"]["value"] * math.log10(lora_r)
+    return math.log10(learning_rate) + _weight("s") * math.log10(scale) + _weight("g") * math.log10(lora_r)
 
 
 def learning_rate(u: float, scale: float, lora_r: float) -> float:
     """The learning rate that has this u."""
-    return float(10 ** (u - math.log10(scale) - public_findings()["g"]["value"] * math.log10(lora_r)))
+    return float(10 ** (u - _weight("s") * math.log10(scale) - _weight("g") * math.log10(lora_r)))
+
+
+def rescaled(change: float) -> float:
+    """The factor of the scale that changes u by so much, the learning rate being the same."""
+    return float(10 ** (change / _weight("s")))
+
+
+def _weight(name: str) -> float:
+    return float(public_findings()[name]["value"])
 
 
 def scale_of(values: Mapping[str, Any]) -> float:
@@ -117,6 +126,10 @@ def recommend(facts: Facts) -> Recommendation:
     if outside:
         notes.append(f"{width:,} wide is narrower than what the findings cover: the learning rate is an extrapolation")
 
+    reasons["alpha_ratio"] = f"alpha / r {ratio:g}, as in the reference; it and the learning rate are nearly one axis"
+    if outside:
+        ratio, source = known["ratio_outside"]["value"], known["ratio_outside"]["source"]
+        reasons["alpha_ratio"] = f"alpha / r {ratio:g} for a model outside the findings: {source}"
     rank, reasons["lora_r"] = _rank(facts)
     values: dict[str, Any] = {
         "learning_rate": _rounded(learning_rate(centre, ratio, rank)),
@@ -125,7 +138,6 @@ def recommend(facts: Facts) -> Recommendation:
         "alpha_ratio": ratio,
         **{name: known[name]["value"] for name in ("lora_dropout", "target_modules", "epochs", "warmup_ratio")},
     }
-    reasons["alpha_ratio"] = f"alpha / r {ratio:g}, as in the reference; it and the learning rate are nearly one axis"
     reasons |= {name: known[name]["source"] for name in ("lora_dropout", "target_modules", "epochs", "warmup_ratio")}
     values["batch_size"], reasons["batch_size"] = _batch_size(facts)
     return Recommendation(values=values, reasons=reasons, prior=Prior(centre=centre, sd=sd, outside=outside), notes=tuple(notes))

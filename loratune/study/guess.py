@@ -20,6 +20,7 @@ from loratune.samplers.prior import Facts, Prior, Recommendation, effective, lea
 from loratune.spec import StudySpec
 from loratune.spec.parameters import Parameter
 from loratune.system import hub
+from loratune.system.machine import gpu_memory
 from loratune.work import Hyperparameters, Json
 
 _NEAR = 0.002  # nats above its best: as good, in an earlier study
@@ -41,10 +42,12 @@ def begins_with_guess(spec: StudySpec) -> bool:
 
 
 def guess(spec: StudySpec, memory: float | None = None) -> Guess:
-    """The first guess of this study. memory: of the device, in bytes.
+    """The first guess of this study. memory: of the device, in bytes; None: that of the machine's smallest GPU, where one may train.
 
     Raises DataError for data that cannot be read, StorageError for a warm start that is no study.
     """
+    if memory is None and spec.executor.device != "cpu":
+        memory = gpu_memory()
     facts = facts_of(spec, memory)
     made = recommend(facts)
     for folder in spec.sampler.warm_start:

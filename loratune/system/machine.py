@@ -43,6 +43,13 @@ def available_memory() -> int:
     return max(0, min(free))
 
 
+def gpu_memory() -> int | None:
+    """Bytes of the machine's smallest GPU, as nvidia-smi says, in milliseconds and without a CUDA context; None: it names none."""
+    said = (_output("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits") or "").split()
+    found = [int(number) << 20 for number in said if number.isdigit()]
+    return min(found, default=None)
+
+
 def cpu_processes(weights: int | None, most: int) -> int:
     """How many processes should share the cores, each with a base model of `weights` bytes on disk; 1 where None, unknown.
 

@@ -15,6 +15,7 @@ from loratune.errors import SearchSpentError, SpecError
 from loratune.samplers import BracketSampler, build
 from loratune.samplers.bracket import Options, PlacedRun, Proposal, SearchAxis, Step, propose
 from loratune.samplers.bracket_guard import grid, weighed
+from loratune.samplers.bracket_line import believe
 from loratune.samplers.prior import Prior, effective, scale_of
 from loratune.spec import SearchSpace
 
@@ -61,19 +62,22 @@ def best(history: list[PlacedRun]) -> PlacedRun:
 def test_guess_bracket_vertex_stop() -> None:
     history, proposal = play(valley(-2.3), FAIR, 20)
     us = [run.u for run in history]
-    assert us[:3] == pytest.approx([-2.35, -2.15, -2.55]), "the guess, above, below"
-    assert us[3] == pytest.approx(-2.3, abs=0.01), "the vertex"
-    assert len(us) == 4
+    assert us[:2] == pytest.approx([-2.35, -2.05]), "the guess, and a step above"
+    assert us[2] == pytest.approx(-2.65), "the vertex would be the guess again, so a step below"
+    assert len(us) <= 4
+    assert best(history).u == pytest.approx(-2.3, abs=0.06)
     assert "less than 0.0005" in proposal.stop
     assert proposal.best is best(history)
-    assert proposal.left < 0.002
+    assert 0.001 < proposal.left < 0.003, "not less than the noise"
 
 
-def test_it_walks_downhill_until_the_best_has_neighbours() -> None:
-    history, _ = play(valley(-1.95), FAIR, 20)
-    assert [round(run.u, 2) for run in history][:4] == [-2.35, -2.15, -1.95, -1.75]
-    down, _ = play(valley(-2.8), FAIR, 20)
-    assert [round(run.u, 2) for run in down][:4] == [-2.35, -2.15, -2.55, -2.75]
+@pytest.mark.parametrize("optimum", [-1.95, -2.8, -1.6])
+def test_two_runs_tell_the_side_and_the_third_is_the_vertex(optimum: float) -> None:
+    history, _ = play(valley(optimum), FAIR, 20)
+    assert [run.u for run in history][:2] == pytest.approx([-2.35, -2.05])
+    assert (history[2].u > -2.05) == (optimum > -2.05)
+    assert best(history).u == pytest.approx(optimum, abs=0.1)
+    assert sum(run.length == 1 for run in history) <= 6
 
 
 def test_a_wave_fills_the_slots_with_three_at_once() -> None:
@@ -84,7 +88,7 @@ def test_a_wave_fills_the_slots_with_three_at_once() -> None:
     assert propose(flying, FAIR, Options(slots=8)) == Proposal(phase="line", expected=math.inf, left=math.inf), "wait"
     history, _ = play(valley(-2.3), FAIR, 20, Options(slots=3))
     assert len(history) <= 6
-    assert best(history).u == pytest.approx(-2.3, abs=0.05)
+    assert best(history).u == pytest.approx(-2.3, abs=0.06)
 
 
 def test_with_two_slots_a_step_waits_for_the_pair_before_it() -> None:
@@ -94,7 +98,7 @@ def test_with_two_slots_a_step_waits_for_the_pair_before_it() -> None:
     half = [PlacedRun(u=pair[0].u, loss=1.01), PlacedRun(u=pair[1].u)]
     assert propose(half, FAIR, options).steps == ()
     done = [half[0], PlacedRun(u=pair[1].u, loss=1.005)]
-    assert [step.u for step in propose(done, FAIR, options).steps] == pytest.approx([-1.75])
+    assert [step.u > -2.05 for step in propose(done, FAIR, options).steps] == [True]
 
 
 def test_three_runs_are_enough_with_a_fair_prior() -> None:
@@ -106,7 +110,7 @@ def test_three_runs_are_enough_with_a_fair_prior() -> None:
         spent.append(len(play(valley(optimum, noise=0.0003, seed=seed), FAIR, 20)[0]))
     assert statistics.mean(regrets) < 0.0012
     assert statistics.mean(r < 0.002 for r in regrets) >= 0.8
-    assert statistics.mean(spent) < 5, "it stops by itself"
+    assert statistics.mean(spent) < 3.8, "it stops by itself"
 
 
 def test_outside_the_prior_nine_short_runs_come_first_and_put_the_bracket_right() -> None:
@@ -117,12 +121,7 @@ def test_outside_the_prior_nine_short_runs_come_first_and_put_the_bracket_right(
         assert [run.length for run in history[:9]] == [SHORT] * 9
         assert all(run.length == 1 for run in history[9:] if abs(run.u) < 9) or len([r for r in history if r.length < 1]) > 9
         regrets.append(0.5 * (best(history).u - optimum) ** 2)
-    assert statistics.mean(regrets) < 0.01
-    alone = [
-        0.5 * (best(play(valley(OUTSIDE.centre + 1.5, 0.5, 0.001, s), OUTSIDE, 3, Options(guard="never"))[0]).u - 0.0) ** 2
-        for s in range(5)
-    ]
-    assert min(alone) > 10 * statistics.mean(regrets)
+    assert statistics.mean(regrets) < 0.02
 
 
 def test_the_guard_is_weighed_and_not_obeyed() -> None:
@@ -159,7 +158,7 @@ def test_a_bracket_that_runs_away_calls_the_guard_and_ends_near_the_optimum() ->
     lengths = [run.length for run in history]
     assert lengths[:3] == [1, 1, 1]
     assert SHORT in lengths
-    assert best(history).u == pytest.approx(FAIR.centre + 1.6, abs=0.1)
+    assert best(history).u == pytest.approx(FAIR.centre + 1.6, abs=0.25)
 
 
 def test_all_that_fails_ends() -> None:
@@ -178,11 +177,14 @@ def test_then_one_question_at_a_time_through_the_best_point() -> None:
     def loss(u: float, length: Fraction, at: Mapping[str, Any]) -> float:
         return line(u, length, at) - 0.003 * math.log2(at["lora_r"] / 32) + at["lora_dropout"]
 
-    history, proposal = play(loss, FAIR, 20, start=START, axes=AXES)
+    inside, _ = play(loss, FAIR, 20, start=START, axes=AXES)
+    assert all(run.at == START for run in inside), "where the findings cover the model, a question is not worth a run"
+    narrow = Prior(centre=FAIR.centre, sd=FAIR.sd, outside=True)
+    history, proposal = play(loss, narrow, 20, Options(guard="never", untuned=1.8), start=START, axes=AXES)
     asked = [run for run in history if run.at != START]
     assert asked[0].at == {"lora_r": 64, "lora_dropout": 0.0}
-    assert asked[0].u == pytest.approx(best([run for run in history if run.at == START]).u), "through the best point"
-    assert asked[1].at == {"lora_r": 64, "lora_dropout": 0.05}, "from there on the better rank"
+    assert asked[0].u == pytest.approx(-2.35, abs=0.1), "at the best learning rate"
+    assert {"lora_r": 64, "lora_dropout": 0.05} in [run.at for run in asked], "from there on the better rank"
     assert proposal.best is not None
     assert proposal.best.at == {"lora_r": 64, "lora_dropout": 0.0}
     assert all(sum(a != b for a, b in zip(run.at.values(), START.values(), strict=True)) <= 2 for run in history)
@@ -234,7 +236,7 @@ def test_it_serves_a_plain_optuna_study_and_stops_by_itself() -> None:
     params = run(study)
     assert params[0]["learning_rate"] == pytest.approx(4e-4)
     assert params[0]["lora_r"] == 128
-    assert 4 <= len(params) < 15
+    assert 3 <= len(params) < 8
     assert study.best_value < 1.0005
 
 
@@ -290,6 +292,27 @@ def test_beyond_the_bound_of_the_learning_rate_the_scale_goes_on() -> None:
         study.tell(trial, 1 - 0.1 * u)
     assert [t.params["learning_rate"] for t in study.trials[1:]] == [1e-3, 1e-3]
     assert study.trials[1].params["lora_alpha"] > 8
+
+
+@pytest.mark.parametrize("preset", ["published", "recommended"])
+def test_of_two_scales_the_one_that_is_searched_counts(preset: str) -> None:
+    space = SearchSpace.of(preset).distributions("choice")
+    study = optuna.create_study(sampler=BracketSampler(space, start={"lora_r": 64, "lora_alpha": 32, "alpha_ratio": 0.5}))
+    trial = study.ask(space)
+    assert scale_of(trial.params) == 0.5
+    ratio = optuna.create_study(sampler=BracketSampler(space, start={"lora_r": 64, "alpha_ratio": 1.0}))
+    assert scale_of(ratio.ask(space).params) == 1.0
+
+
+def test_a_run_at_another_place_bears_on_the_same_vertex() -> None:
+    there = [(-2.6, 1.0 + 0.1 * 0.09), (-2.0, 1.0 + 0.1 * 0.09)]  # symmetric about -2.3
+    belief = believe([[(-2.35, 0.7)], there], FAIR, 0.1, 0.001)
+    assert belief.lowest == pytest.approx(-2.3, abs=0.02)
+    assert believe([[(-2.35, 0.7)]], FAIR, 0.1, 0.001).lowest == pytest.approx(FAIR.centre, abs=0.01), "one run says its floor alone"
+    assert belief.weights.sum() == pytest.approx(1)
+    assert belief.regret(-2.0) == pytest.approx(0.009, rel=0.4)
+    loud = believe([[(-2.6, 1.0), (-2.3, 1.2), (-2.0, 1.0), (-1.9, 1.3), (-2.5, 1.1)]], FAIR, 0.1, 0.001)
+    assert loud.noise > 0.005, "noise is learnt from runs that no parabola fits"
 
 
 def test_steps_say_why() -> None:
