@@ -54,17 +54,26 @@ class WorkerProcess:
         self._root, self._lock, self._devices, self._size, self._threads = root, lock, devices, size, threads
         self._process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None  # None while no process runs
+        self.leaving = False  # it was preempted: it cancels its segments and ends
         self.log = StudyPaths(root).worker_logs / f"{number}.log"
 
     @property
-    def returncode(self) -> int | None:
-        return self._process.returncode if self._process is not None else None
+    def ending(self) -> str:
+        """How the process ended, to follow "the worker process died"."""
+        code = self._process.returncode if self._process is not None else None
+        if code == DEVICE_LOST:
+            return ", because its device reported an unrecoverable error"
+        if code is None or code >= 0:
+            return f" with exit status {code}" if code else ""
+        hint = ", probably by the system because memory ran out" if -code == signal.SIGKILL else ""
+        return f", killed by {signal.Signals(-code).name}{hint}"
 
     def launch(self) -> None:
         """Start the process unless it runs. Raises TrainingError when it cannot start."""
         if self.connection is not None:
             return
         self.log.parent.mkdir(exist_ok=True)
+        self.leaving = False
         folder = _socket_folder()
         try:
             with socket.socket(socket.AF_UNIX) as server, self.log.open("ab") as log:
@@ -98,13 +107,21 @@ class WorkerProcess:
         try:
             while self.connection is not None and self.connection.poll():
                 for kind, content in loads(self.connection.recv_bytes()).items():
-                    items.append(_KINDS[kind].from_plain(content))
+                    if kind == "leaving":
+                        self.leaving = True
+                    else:
+                        items.append(_KINDS[kind].from_plain(content))
         except OSError as error:  # EOFError is none of OSError; a reset is
             raise EOFError from error
         except EOFError:
             if not items:
                 raise  # otherwise what it sent last counts first; the next call sees the end again
         return items
+
+    def preempt(self) -> None:
+        """Ask it to write checkpoints, cancel what it has and leave, as a machine does that is taken away."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
 
     def end(self, patience: float) -> None:
         """Wait for the process to leave, reading on so that it never blocks; then kill it and its group."""
