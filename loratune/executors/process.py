@@ -48,10 +48,16 @@ def _socket_folder() -> str:
 
 
 class WorkerProcess:
-    """A process running `worker.py`, or a torchrun group of `size` of them, on the given CUDA devices."""
+    """A process running `worker.py`, or a torchrun group of `size` of them, on the given CUDA devices.
 
-    def __init__(self, *, number: int, root: Path, lock: int, devices: list[int], size: int, threads: int) -> None:
-        self._root, self._lock, self._devices, self._size, self._threads = root, lock, devices, size, threads
+    lock: the study's, which it inherits; None on another machine than the driver's. devices: None for all that are visible here,
+    empty for the CPU. cwd: by default this process's.
+    """
+
+    def __init__(
+        self, *, number: int, root: Path, lock: int | None, devices: list[int] | None, size: int, threads: int, cwd: str | None = None
+    ) -> None:
+        self._root, self._lock, self._devices, self._size, self._threads, self._cwd = root, lock, devices, size, threads, cwd
         self._process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None  # None while no process runs
         self.leaving = False  # it was preempted: it cancels its segments and ends
@@ -87,7 +93,8 @@ class WorkerProcess:
                     stdout=log,
                     stderr=log,
                     env=os.environ | self._environment(),
-                    pass_fds=(self._lock,),
+                    pass_fds=() if self._lock is None else (self._lock,),
+                    cwd=self._cwd,
                     start_new_session=True,  # Ctrl-C is the driver's to answer; and the whole group can be killed
                 )
                 self.connection = self._accept(server)
@@ -154,8 +161,8 @@ class WorkerProcess:
 
     def _environment(self) -> dict[str, str]:
         chosen = {**thread_variables(self._threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-        if self._devices:
-            chosen |= {ON_GPU: "1"} | only(self._devices)
+        if self._devices is None or self._devices:
+            chosen |= {ON_GPU: "1"} | only(self._devices or [])
             if not any(name in os.environ for name in _ALLOCATOR):
                 chosen[_ALLOCATOR[0]] = "expandable_segments:True"  # passes differ in size: fragments would fill the memory
         return chosen

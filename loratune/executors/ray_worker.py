@@ -1,19 +1,16 @@
 """What stands on a node of a Ray cluster: an actor that runs a worker process and passes on what it says.
 
-The actor trains nothing. Its worker process is the one of the `local` executor (`worker.py`), so torch, the engine's loop, torchrun
-groups and lost devices are as there; when the actor goes, because its driver or its node went, the process sees its socket close
-and ends. Ray is not imported here: the actor is a plain class, and Ray is where its caller is.
+The actor trains nothing. Its worker process is the one of the `local` executor (`worker.py`), so the engine's loop, torchrun groups
+and lost devices are as there; when the actor goes, because its driver or its node went, the process sees its socket close and ends.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +18,22 @@ from loratune.errors import StorageError
 from loratune.executors.base import News
 from loratune.executors.process import WorkerProcess
 from loratune.executors.shipping import Changes, Parcel, RunWatch, fetched, node_store, release
-from loratune.record.paths import StudyPaths
+from loratune.record.paths import ADAPTER_CONFIG, StudyPaths
 from loratune.system.files import scratch
+from loratune.system.machine import threads_for
 from loratune.work import Outcome, Recipe, Segment, State
 
 _GATHER = 2.0  # seconds for which signs of life wait for others, to travel together
 _LOOK = 0.25  # seconds between two looks at the worker
-_FAREWELL = 40.0  # seconds that a preempted worker has for its checkpoints; clouds give 30 to 120
+_FAREWELL = 60.0  # seconds that a preempted worker has for its checkpoints; clouds give 30 to 120
+_DELIVERY = 3.0  # seconds for its last words to reach the driver
 
 
 @dataclass(frozen=True, kw_only=True)
 class Home:
     """The study, as a node must know it."""
 
-    folder: str  # on the driver's machine; on all machines where it is shared
+    folder: str  # on the driver's machine; on every machine where it is shared
     cwd: str  # of the driver, from which the recipe's relative paths count
     shared: bool
     recipe: Recipe
@@ -52,77 +51,78 @@ class Heard:
     ended: str = ""  # how the worker process ended; nothing follows
 
 
-@dataclass
-class _Given:
-    segment: Segment
-    watch: RunWatch | None = field(default=None)
-
-
 class NodeWorker:
-    """The actor. Raises what keeps a worker from starting: StorageError, TrainingError."""
+    """The actor: a worker process on `size` devices of this node. Raises what keeps it from starting: StorageError, TrainingError."""
 
-    def __init__(
-        self, *, number: int, home: Home, get: Callable[[Any], bytes], node: str, gpu: bool, size: int, threads: int, patience: float
-    ) -> None:
-        self._shared, self._node, self._patience = home.shared, node, patience
-        self._given: dict[str, _Given] = {}
+    def __init__(self, *, number: int, home: Home, gpu: bool, size: int, threads: int | None) -> None:
+        import ray
+
+        self._shared, self._node = home.shared, ray.get_runtime_context().get_node_id()
+        self._watched: dict[str, RunWatch] = {}  # the runs of the segments that train here, where nothing is shared
         self._answers: list[News] = []  # of our own
         self._lock = threading.Lock()
         self._store: tuple[Path, int] | None = None
-        self._renamed: dict[bytes, bytes] = {}  # folders of this node, as the driver calls them
+        self._renamed: list[tuple[str, str]] = []  # folders: here, and as the driver calls them
         self._read = 0  # bytes of the worker's log
-        self._root = Path(home.folder) if home.shared else self._moved_in(home)
-        if home.shared:
-            self._see(home)
-        self._process = WorkerProcess(number=number, root=self._root, lock=None, devices=None if gpu else [], size=size, threads=threads)
+        self._told = threading.Event()  # that the process ended
+        self._said_leaving = False
+        self._root = self._see(home) if home.shared else self._fetch(home, ray.get)
+        if threads is None:
+            (node,) = (node for node in ray.nodes() if node["NodeID"] == self._node)
+            threads = threads_for(int(node["Resources"].get("GPU", 1)))
+        cwd = home.cwd if home.shared else None
+        self._process = WorkerProcess(
+            number=number, root=self._root, lock=None, devices=None if gpu else [], size=size, threads=threads, cwd=cwd
+        )
         self._process.launch()
-        # Ray's own handler would end the process at once.
+        # Ray's own handler would end this process at once.
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._preempted, daemon=True).start())
 
     def place(self) -> dict[str, Any]:
         """Where it is."""
         return {"node": self._node, "host": os.uname().nodename, "pid": os.getpid()}
 
-    def take(self, segment: Segment, files: list[tuple[str, bytes]]) -> None:
-        """Train the segment; `files`: its run's checkpoints."""
-        given = _Given(segment)
+    def take(self, segment: Segment, checkpoints: list[tuple[str, bytes]]) -> None:
+        """Train the segment, from its run's checkpoints."""
         try:
             if not self._shared:
-                given.watch = RunWatch(StudyPaths(self._root).of(segment).folder, segment.key, segment.attempt)
-                given.watch.begin(files)
+                watch = RunWatch(StudyPaths(self._root).of(segment).folder, segment.key, segment.attempt)
+                watch.begin(checkpoints)
+                with self._lock:
+                    self._watched[segment.key] = watch
         except OSError as error:
-            why = f"cannot write on node {os.uname().nodename}: {error}"
+            why = f"cannot write on {os.uname().nodename}: {error}"
             with self._lock:
                 self._answers.append(Outcome(key=segment.key, state=State.CRASHED, message=why, attempt=segment.attempt))
             return
-        with self._lock:
-            self._given[segment.key] = given
         self._process.send(segment)
 
-    def hear(self) -> Heard:
-        """What happened since the last call. An outcome, a checkpoint, a farewell come at once, signs of life together, nothing after
+    def hear(self, patience: float) -> Heard:
+        """What happened since the last call: an outcome, a checkpoint, a farewell at once, signs of life together, nothing after
         `patience` seconds."""
-        deadline, news, ended = time.monotonic() + self._patience, list[News](), ""
-        first = None
+        deadline, news, ended = time.monotonic() + patience, list[News](), ""
         while True:
-            connection = self._process.connection
             try:
-                if connection is not None and connection.poll(_LOOK):
+                if self._process.connection is None:
+                    raise EOFError
+                if self._process.connection.poll(_LOOK):
                     news += self._process.receive()
             except (EOFError, OSError):
                 self._process.end(5.0)
                 ended = f"the worker process died{self._process.ending}"
             with self._lock:
-                news += self._answers
-                self._answers = []
-            changes = self._changes(news, all_of_them=bool(ended))
-            first = first or (time.monotonic() if news else None)
-            urgent = ended or any(changes) or any(isinstance(item, Outcome) for item in news) or self._process.leaving
-            if urgent or time.monotonic() > min(deadline, (first or deadline) + _GATHER):
-                heard = Heard(news=tuple(news), changes=tuple(filter(None, changes)), log=self._log(), leaving=self._process.leaving)
-                if self._process.leaving and not ended and not news:
-                    time.sleep(_LOOK)
-                return replace(heard, ended=ended)
+                news, self._answers = news + self._answers, []
+                written = any(watch.has_new() for watch in self._watched.values())
+            if news:
+                deadline = min(deadline, time.monotonic() + _GATHER)
+            leaves = self._process.leaving and not self._said_leaving
+            if ended or leaves or written or any(isinstance(item, Outcome) for item in news) or time.monotonic() > deadline:
+                break
+        self._said_leaving |= leaves
+        heard = Heard(news=tuple(news), changes=self._changes(news), log=self._log(), leaving=self._process.leaving, ended=ended)
+        if ended:
+            self._told.set()
+        return heard
 
     def stop(self) -> None:
         """Let running segments finish their step and write a checkpoint."""
@@ -137,16 +137,53 @@ class NodeWorker:
             release(*self._store)
             self._store = None
 
-    def _moved_in(self, home: Home, get: Callable[[Any], bytes]) -> Path:
-        raise NotImplementedError
+    def _see(self, home: Home) -> Path:
+        for needed in (home.folder, home.cwd):
+            if not Path(needed).is_dir():
+                raise StorageError(
+                    f"executor.shared_folder is true, but {os.uname().nodename} does not see {needed}. "
+                    "Mount it there under the same path, or set shared_folder: false."
+                )
+        return Path(home.folder)
+
+    def _fetch(self, home: Home, get: Any) -> Path:
+        """A study's folder of this worker's own, with a recipe that names the fetched folders."""
+        root, recipe = Path(scratch("ray")), home.recipe
+        self._store = node_store(self._node)
+        for parcel in home.parcels:
+            here = str(fetched(parcel, self._store[0], get))
+            self._renamed.append((here, parcel.origin))
+            if parcel.origin == recipe.data:
+                recipe = replace(recipe, data=here)
+            else:
+                recipe = replace(recipe, model=replace(recipe.model, name_or_path=here))
+        StudyPaths(root).recipe.write_text(recipe.to_json())
+        return root
+
+    def _changes(self, news: list[News]) -> tuple[Changes, ...]:
+        answered = {item.key for item in news if isinstance(item, Outcome)}
+        with self._lock:
+            found = [watch.changes(everything=key in answered) for key, watch in self._watched.items()]
+            self._watched = {key: watch for key, watch in self._watched.items() if key not in answered}
+        for changes in found:
+            name = f"adapter/{ADAPTER_CONFIG}"
+            for here, origin in self._renamed if name in changes.files else ():
+                changes.files[name] = changes.files[name].replace(here.encode(), origin.encode())
+        return tuple(filter(None, found))
 
     def _log(self) -> bytes:
         """What the worker process printed since the last call; nothing where the driver can read it itself."""
-        if self._shared:
-            return b""
-        with contextlib.suppress(FileNotFoundError), self._process.log.open("rb") as file:
-            file.seek(self._read)
-            content = file.read()
-            self._read += len(content)
-            return content
-        return b""
+        content = b""
+        if not self._shared:
+            with contextlib.suppress(FileNotFoundError), self._process.log.open("rb") as file:
+                file.seek(self._read)
+                content = file.read()
+                self._read += len(content)
+        return content
+
+    def _preempted(self) -> None:
+        """The machine is taken away: checkpoints go to the driver, then this process ends."""
+        self._process.preempt()
+        self._told.wait(_FAREWELL)
+        time.sleep(_DELIVERY)
+        os._exit(1)

@@ -126,6 +126,14 @@ class RunWatch:
             (self._folder / name).write_bytes(content)
             self._seen[name] = _state(self._folder / name)
 
+    def has_new(self) -> bool:
+        """Whether there is a checkpoint that was not told of."""
+        for path in self._folder.glob("checkpoint-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if self._seen.get(path.name) != _state(path):
+                    return True
+        return False
+
     def changes(self, everything: bool) -> Changes:
         """The new checkpoints and lines of the log; `everything`: the adapter and all else too."""
         paths = self._folder.rglob("*") if everything else self._folder.glob("checkpoint-*")
@@ -180,8 +188,7 @@ def append(path: Path, content: bytes) -> None:
 def checkpoints_of(run: RunPaths) -> Iterator[tuple[str, bytes]]:
     """The run's checkpoints, for a node that goes on from them."""
     for path in run.checkpoints():
-        with contextlib.suppress(FileNotFoundError):
-            yield path.name, path.read_bytes()
+        yield path.name, path.read_bytes()
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from loratune import executors, samplers, schedules
 from loratune.data.cache import prepare_data
 from loratune.data.prepared import Prepared
 from loratune.errors import ModelError, SpecError, StorageError
-from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
+from loratune.executors.devices import Found, cuda_devices, seen_as, unused_gpu
 from loratune.plugs import EXECUTORS
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.paths import MAIN, StudyPaths
@@ -31,7 +31,7 @@ from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
 from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
-from loratune.study.plan import slots_for, workers_for
+from loratune.study.plan import cluster_of, devices_of, slots_for, workers_for
 from loratune.system.files import AnyPath, parsed, text_of, write_atomically
 from loratune.system.machine import environment
 from loratune.system.masking import masked_command
@@ -59,7 +59,8 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     checkpoint; the same call continues. Raises LoratuneError.
     """
     stop = stop or threading.Event()
-    devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
+    cluster = cluster_of(spec)
+    devices = devices_of(spec)
     _sampler(spec, workers=1)  # a mistake in a plug's options is told before the data are read
     schedules.of_study(spec)
     check(spec.training.report_to)
@@ -73,7 +74,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         if stop.is_set():
             return
         session = _Session(record)
-        unused = unused_gpu(spec.executor.device, devices)
+        unused = unused_gpu(spec.executor.device, devices) if cluster is None else _in_words(cluster)
         notes = [unused] if unused else []
         data = prepare_data(spec, notes, date=record.date())
         yield from _messages([*notes, data.summary()])
@@ -81,8 +82,11 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         record.prompt(asdict(data.manifest.prompt))
         yield from _messages(_known_beforehand(spec, record, data))
         recipe = replace(spec.recipe(str(data.folder)), slots=record.pin("slots", slots_for(spec, data)))
+        if cluster is not None:  # what a node sees by itself, and what the cluster has by now, decides nothing
+            recipe = replace(recipe, device=record.device("cuda" if cluster.gpus else "cpu"))
+            devices = devices if recipe.device == "cuda" else []
         record.recipe(recipe)
-        scorer = _scorer(spec, record.folder, data, devices)
+        scorer = _scorer(spec, record.folder, data, devices if cluster is None else _own_devices(spec))
         if scorer is not None:
             scorer.prepare()
         executor = executors.build(
@@ -176,6 +180,17 @@ def _tracked(feed: Feed, event: Event) -> Iterator[Message]:
             yield from feed.finished(trial, outcome)
         case Progress():
             yield from feed.progressed(event)
+
+
+def _in_words(cluster: Found) -> str:
+    kind = "GPU" if cluster.gpus else "processor"
+    there = f"{cluster.nodes} node{'s' * (cluster.nodes != 1)} of the cluster can train trials"
+    return f"{there}; at most {cluster.number} {kind}{'s' * (cluster.number != 1)} at a time, as they come and go"
+
+
+def _own_devices(spec: StudySpec) -> list[int]:
+    """The driver's own, where trials train on a cluster and are scored here."""
+    return cuda_devices("cpu" if spec.executor.device == "cpu" else "auto", None, 1)
 
 
 def _messages(texts: Iterable[str]) -> Iterator[Message]:

@@ -237,7 +237,7 @@ class Loop:
                 self._record.keep(item)
                 self._meter.came(item)
                 self._arrived[item.key] = item
-        self._record.progress(self._meter.snapshot())
+        self._record.progress(self._meter.snapshot() | self._executor.where)
 
     def _scored(self) -> Iterator[Event]:
         """Where scores guide the search, score the next result, if it ends a full run and no constraint is broken already.
