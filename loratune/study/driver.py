@@ -5,6 +5,7 @@ for event in tune(spec):
 delivery = deliver(spec.folder)   # the report, best.yaml and the adapter
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -27,6 +28,7 @@ from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord,
 from loratune.record.paths import MAIN, StudyPaths
 from loratune.record.progress import ProgressTracker
 from loratune.record.storage import explained, open_study, until_free
+from loratune.record.storage_lock import StorageLock, network_warning, only_driver
 from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
 from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
@@ -64,7 +66,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     _sampler(spec, workers=1)  # a mistake in a plug's options is told before the data are read
     schedules.of_study(spec)
     check(spec.training.report_to)
-    with open_record(spec.folder) as record:
+    with open_record(spec.folder) as record, contextlib.ExitStack() as stack:
         guessed = _guessed(spec, record)
         spec = with_guess(spec, guessed.recommendation) if guessed is not None else spec
         _adopt(spec, record)
@@ -73,9 +75,10 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         yield from _messages(until_free(spec.storage, record.folder, stop))
         if stop.is_set():
             return
+        only = stack.enter_context(_only_driver(spec, record))
         session = _Session(record)
         unused = unused_gpu(spec.executor.device, devices) if cluster is None else _in_words(cluster)
-        notes = [unused] if unused else []
+        notes = [note for note in (unused, network_warning(spec.storage, record.folder)) if note]
         data = prepare_data(spec, notes, date=record.date())
         yield from _messages([*notes, data.summary()])
         _same_data(record, data)
@@ -126,6 +129,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                 try:
                     for event in loop.run():
                         session.tick()
+                        only.keep()
                         yield event
                         yield from _tracked(feed, event)
                     over = not stop.is_set()
@@ -191,6 +195,14 @@ def _in_words(cluster: Found) -> str:
 def _own_devices(spec: StudySpec) -> list[int]:
     """The driver's own, where trials train on a cluster and are scored here."""
     return cuda_devices("cpu" if spec.executor.device == "cpu" else "auto", None, 1)
+
+
+@contextlib.contextmanager
+def _only_driver(spec: StudySpec, record: Record) -> Iterator[StorageLock]:
+    with contextlib.ExitStack() as stack:
+        with explained(spec.storage, record.folder, opening=True):
+            lock = stack.enter_context(only_driver(spec.storage, record.folder, spec.name))
+        yield lock
 
 
 def _messages(texts: Iterable[str]) -> Iterator[Message]:

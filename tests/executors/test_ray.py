@@ -95,7 +95,7 @@ def test_four_nodes_give_what_one_machine_gives(four: Any, expected: list[tuple[
 
 
 def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    """kill -9 of a node, or SIGTERM to the actor of one, at random moments; no retry is allowed, so that none of it may count as a crash."""
+    """kill -9 of a node, SIGTERM to the actor of one, at random moments; no retry is allowed: none of it counts as a crash."""
     folder, chance, events = tmp_path / "study", random.Random(3), list[str]()
     study = start(folder, *HALVING, *on(four, "--executor.max_retries", "0"))
     while study.poll() is None and len(events) < KILLS:
@@ -122,7 +122,7 @@ def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[A
 def test_a_killed_driver_leaves_nothing_behind_and_goes_on_elsewhere(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
     folder, moved = tmp_path / "study", tmp_path / "elsewhere" / "study"
     study = start(folder, *HALVING, *on(four))
-    while trained(folder) < 3 or not list(folder.glob("trials/*/*/checkpoint-*")):
+    while trained(folder) < 3:
         assert study.poll() is None, study.communicate()[0]
         time.sleep(0.2)
     study.kill()
