@@ -143,7 +143,7 @@ class RayExecutor(Executor):
             worker.heard = time.monotonic()
         for changes in said.changes:
             if self._current(changes.key, changes.attempt):
-                brought_home(changes, StudyPaths(self._root).run(int(changes.key.split("/")[0]), changes.key.split("/")[1]))
+                brought_home(changes, StudyPaths(self._root).of(self._segments[changes.key]))
         worker.note(said.log)
         worker.leaving |= said.leaving
         worker.owed -= {item.key for item in said.news if isinstance(item, Outcome)}

@@ -20,7 +20,6 @@ from loratune.record.paths import RunPaths
 from loratune.system.files import new_folder, write_atomically
 
 BLOCK = 64 << 20  # bytes
-_LOG, _ADAPTER = "log.txt", "adapter/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +113,7 @@ class RunWatch:
     """Tells what is new in the folder of a run since it was last asked."""
 
     def __init__(self, folder: Path, key: str, attempt: int) -> None:
-        self._folder, self._key, self._attempt = folder, key, attempt
+        self._folder, self._log, self._key, self._attempt = folder, RunPaths(folder).log, key, attempt
         self._seen: dict[str, tuple[int, int]] = {}
         self._read = 0  # bytes of the log
 
@@ -140,7 +139,7 @@ class RunWatch:
         files: dict[str, bytes] = {}
         for path in sorted(paths):
             name = path.relative_to(self._folder).as_posix()
-            if name == _LOG or any(part.startswith(".") for part in Path(name).parts):
+            if path == self._log or any(part.startswith(".") for part in Path(name).parts):
                 continue
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a newer checkpoint has replaced it
                 state = _state(path)
@@ -148,7 +147,7 @@ class RunWatch:
                     files[name] = path.read_bytes()
                     self._seen[name] = state
         log = b""
-        with contextlib.suppress(FileNotFoundError), (self._folder / _LOG).open("rb") as file:
+        with contextlib.suppress(FileNotFoundError), self._log.open("rb") as file:
             file.seek(self._read)
             log = file.read()
             self._read += len(log)
@@ -158,11 +157,12 @@ class RunWatch:
 
 def brought_home(changes: Changes, run: RunPaths) -> None:
     """Write what a node told into the run's folder, each file whole, the adapter as one. Raises StorageError."""
-    adapter = {name: content for name, content in changes.files.items() if name.startswith(_ADAPTER)}
+    inside = f"{run.adapter.name}/"
+    adapter = {name: content for name, content in changes.files.items() if name.startswith(inside)}
     if adapter:
         with new_folder(run.adapter) as fresh:
             for name, content in adapter.items():
-                path = fresh / name.removeprefix(_ADAPTER)
+                path = fresh / name.removeprefix(inside)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
     for name, content in changes.files.items():
