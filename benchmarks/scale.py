@@ -13,6 +13,7 @@ import argparse
 import heapq
 import json
 import math
+import os
 import random
 import resource
 import tempfile
@@ -159,18 +160,20 @@ def main(devices: int, places: int, trials: int, sampler: str, folder: Path) -> 
             stop=threading.Event(),
         )
         began = last = time.perf_counter()
+        began_cpu = last_cpu = time.process_time()
         settled, step = 0, max(1, trials // 10)
         for event in loop.run():
             if not isinstance(event, SegmentFinished):
                 continue
             settled += 1
             if settled % step == 0:
-                now = time.perf_counter()
+                now, now_cpu = time.perf_counter(), time.process_time()
                 size = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
                 points.append(
                     {
                         "trials": settled,
                         "ms_per_trial": round(1000 * (now - last) / step, 2),
+                        "cpu_ms_per_trial": round(1000 * (now_cpu - last_cpu) / step, 2),
                         "memory_mib": round(_memory() / 2**20, 1),
                         "storage_mib": round(sum(size) / 2**20, 2),
                         "database_mib": round(record.paths.database.stat().st_size / 2**20, 2),
@@ -178,8 +181,8 @@ def main(devices: int, places: int, trials: int, sampler: str, folder: Path) -> 
                     }
                 )
                 print(json.dumps(points[-1]), flush=True)
-                last = time.perf_counter()
-        seconds = time.perf_counter() - began
+                last, last_cpu = time.perf_counter(), time.process_time()
+        seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
     ended = [trial for trial in read(folder).trials if trial.state.ended]
     assert len({trial.number for trial in ended}) == len(ended) == trials, "none lost, none doubled"  # noqa: S101
     return {
@@ -188,6 +191,8 @@ def main(devices: int, places: int, trials: int, sampler: str, folder: Path) -> 
         "trials": trials,
         "sampler": sampler,
         "driver_ms_per_trial": round(1000 * seconds / trials, 2),
+        "driver_cpu_ms_per_trial": round(1000 * cpu / trials, 2),
+        "load": round(os.getloadavg()[0], 1),  # of the machine, by other work too
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
         "storage_kib_per_trial": round(1024 * points[-1]["storage_mib"] / trials, 2),
         "simulated_hours": round(executor.clock / 3600, 2),

@@ -19,7 +19,11 @@ export RAY_ADDRESS="$address:${RAY_PORT:-6379}" RAY_USAGE_STATS_ENABLED=0
 
 # --block: a node's Ray ends with its step, and with it the actors there.
 srun --nodes=1 --ntasks=1 --overlap -w "$head" ray start --head --node-ip-address="$address" --port="${RAY_PORT:-6379}" --block &
-for _ in $(seq 60); do ray status --address "$RAY_ADDRESS" >/dev/null 2>&1 && break; sleep 2; done
+tries=0
+until ray status --address "$RAY_ADDRESS" >/dev/null 2>&1; do
+    if ((++tries > 60)); then echo "Ray does not start on $head; see above. Is port ${RAY_PORT:-6379} free?" >&2; exit 1; fi
+    sleep 2
+done
 others=$((SLURM_JOB_NUM_NODES - 1))
 if ((others > 0)); then
     srun --nodes="$others" --ntasks="$others" --overlap --exclude "$head" ray start --address "$RAY_ADDRESS" --block &

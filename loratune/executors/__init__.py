@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratune.executors.base import Executor
-from loratune.executors.devices import Found, cuda_devices
+from loratune.executors.devices import ClusterDevices, cuda_devices
 from loratune.plugs import EXECUTORS
 from loratune.plugs.registry import imported
 from loratune.work import Recipe
@@ -19,7 +19,9 @@ from loratune.work import Recipe
 __all__ = ["Executor", "build", "cluster", "devices_for"]
 
 
-def cluster(name: str, *, device: str, per_trial: int, threads: int | None, options: Mapping[str, Any] | None = None) -> Found | None:
+def cluster(
+    name: str, *, device: str, per_trial: int, threads: int | None, options: Mapping[str, Any] | None = None
+) -> ClusterDevices | None:
     """The devices of the cluster that the executor called `name` trains on; None where it trains on this machine.
 
     Raises SpecError, TrainingError, MissingExtraError.
@@ -28,7 +30,7 @@ def cluster(name: str, *, device: str, per_trial: int, threads: int | None, opti
     if plug.count is None:
         return None
     EXECUTORS.keywords(name, dict.fromkeys(plug.given), options or {})  # a mistake in an option
-    found: Found = imported(plug.count)(device=device, per_trial=per_trial, threads=threads, **(options or {}))
+    found: ClusterDevices = imported(plug.count)(device=device, per_trial=per_trial, threads=threads, **(options or {}))
     return found
 
 

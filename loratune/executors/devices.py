@@ -34,7 +34,7 @@ print(json.dumps({"count": count, "hip": torch.version.hip is not None, "why": w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class ClusterDevices:
     """The devices of a cluster."""
 
     gpus: bool  # GPUs, or else processors

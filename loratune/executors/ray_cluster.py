@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from loratune.errors import MissingExtraError, TrainingError
-from loratune.executors.devices import Found
+from loratune.executors.devices import ClusterDevices
 
 _ours = False  # whether this process connected, and so disconnects
 
@@ -47,9 +47,9 @@ def disconnect() -> None:
         _ours = False
 
 
-def count(
+def cluster_devices(
     *, device: str, per_trial: int, threads: int | None = None, address: str | None = None, max_devices: int | None = None, **_: Any
-) -> Found:
+) -> ClusterDevices:
     """The devices of the cluster: its GPUs, else its processors, of which a device takes `threads` (1).
 
     `max_devices` counts where it is given: as many trial places are pinned when a study begins, whatever is there by then.
@@ -69,4 +69,6 @@ def count(
             f"no node of the Ray cluster has the {per_trial} {kind}(s) that a trial needs; there are {len(nodes)} nodes. Add some, or "
             "say with executor.max_devices how many will come."
         )
-    return Found(gpus=on_gpu, number=number // per_trial * per_trial, nodes=sum(map(bool, there)), asked_for=max_devices is not None)
+    return ClusterDevices(
+        gpus=on_gpu, number=number // per_trial * per_trial, nodes=sum(map(bool, there)), asked_for=max_devices is not None
+    )

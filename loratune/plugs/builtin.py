@@ -124,7 +124,7 @@ EXECUTORS = Registry(
             name="ray",
             make="loratune.executors.ray_executor:RayExecutor",
             help="on the nodes of a Ray cluster",
-            count="loratune.executors.ray_cluster:count",
+            count="loratune.executors.ray_cluster:cluster_devices",
             options={
                 "address": "of the cluster; null: RAY_ADDRESS, this machine's, else one started here",
                 "shared_folder": "every node sees the study's folder, the data and the model under the same paths: nothing is copied",

@@ -60,7 +60,7 @@ class ExecutorPlug(Plug):
     in_process: bool = False  # trials train in the driver's own process
     count: str | Callable[..., Any] | None = None
     """Where trials train on other machines: what counts their devices, or its address. It is called with `device`, `per_trial`,
-    `threads` and the user's options, and gives a `loratune.executors.devices.Found`."""
+    `threads` and the user's options, and gives a `loratune.executors.devices.ClusterDevices`."""
 
 
 @dataclass(frozen=True, kw_only=True)

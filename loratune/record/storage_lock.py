@@ -19,9 +19,10 @@ from loratune.record.database import PATIENCE
 from loratune.record.storage import file_of, journal_of, place_of
 from loratune.system.masking import masked
 
-_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs")
-_NETWORK += ("fuse.ceph", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs", "fuse.beegfs", "afs", "panfs", "wekafs", "virtiofs", "fuse.rclone")
-
+_NETWORK = {
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "panfs", "wekafs", "virtiofs"),
+    *(f"fuse.{kind}" for kind in ("glusterfs", "sshfs", "ceph", "s3fs", "gcsfuse", "juicefs", "beegfs", "rclone")),
+}
 _FAREWELL = 2.0  # seconds in which a server notices that a killed driver is gone
 
 

@@ -22,7 +22,7 @@ from loratune import executors, samplers, schedules
 from loratune.data.cache import prepare_data
 from loratune.data.prepared import Prepared
 from loratune.errors import ModelError, SpecError, StorageError
-from loratune.executors.devices import Found, cuda_devices, seen_as, unused_gpu
+from loratune.executors.devices import ClusterDevices, cuda_devices, seen_as, unused_gpu
 from loratune.plugs import EXECUTORS
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, Record, StudyRecord, open_record, read
 from loratune.record.paths import MAIN, StudyPaths
@@ -186,7 +186,7 @@ def _tracked(feed: Feed, event: Event) -> Iterator[Message]:
             yield from feed.progressed(event)
 
 
-def _in_words(cluster: Found) -> str:
+def _in_words(cluster: ClusterDevices) -> str:
     kind = "GPU" if cluster.gpus else "processor"
     there = f"{cluster.nodes} node{'s' * (cluster.nodes != 1)} of the cluster can train trials"
     return f"{there}; at most {cluster.number} {kind}{'s' * (cluster.number != 1)} at a time, as they come and go"

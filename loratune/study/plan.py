@@ -17,7 +17,7 @@ from typing import Any
 from loratune import executors, schedules
 from loratune.data.order import order, total_steps
 from loratune.data.prepared import Prepared
-from loratune.executors.devices import Found
+from loratune.executors.devices import ClusterDevices
 from loratune.plugs import EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.plugs.kinds import ADAPTER_BYTES
 from loratune.samplers.bracket import Options
@@ -217,7 +217,7 @@ def devices_of(spec: StudySpec) -> list[int]:
     )
 
 
-def cluster_of(spec: StudySpec) -> Found | None:
+def cluster_of(spec: StudySpec) -> ClusterDevices | None:
     """The cluster that the study's trials train on; None for this machine. Raises SpecError, TrainingError, MissingExtraError."""
     chosen = spec.executor
     per_trial = spec.training.devices_per_trial

@@ -99,7 +99,8 @@ def test_nothing_imports_ray_before_it_is_asked_for(tmp_path: Path) -> None:
     code = (
         "import loratune, loratune.executors, loratune.executors.ray_executor, loratune.executors.ray_worker\n"
         "from loratune.spec import StudySpec\n"
-        "given = {'model': 'm', 'data': {'train': ['d.json'], 'validation_count': 9}, 'executor': {'name': 'ray', 'address': 'a:1', 'max_devices': 8}}\n"
+        "data = {'train': ['d.json'], 'validation_count': 9}\n"
+        "given = {'model': 'm', 'data': data, 'executor': {'name': 'ray', 'address': 'a:1', 'max_devices': 8}}\n"
         "assert StudySpec.model_validate(given).executor.options == {'address': 'a:1', 'max_devices': 8}\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).resolve().parents[2]}"}
@@ -133,5 +134,5 @@ class Cluster:
 def test_the_devices_of_a_cluster(asked: dict[str, object], expected: tuple[bool, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster({"CPU": 16.0, "GPU": 8.0}, {"CPU": 15.0, "GPU": 3.0}, {"CPU": 8.0})
     monkeypatch.setattr(ray_cluster, "ray", lambda: cluster)
-    found = ray_cluster.count(**asked)  # type: ignore[arg-type]
+    found = ray_cluster.cluster_devices(**asked)  # type: ignore[arg-type]
     assert (found.gpus, found.number, found.nodes) == expected
