@@ -119,6 +119,7 @@ class Segment(Json):
     stop_step: int
     validate_at: tuple[int, ...] = ()  # further steps in [start_step, stop_step) at which to validate; 0 is the base model
     validated_at: tuple[int, ...] = ()  # up to start_step, by segments before; done again, for keep: best, if the checkpoint is lost
+    attempt: int = 1  # how often it was sent; what an older attempt says later is dropped
 
     @property
     def key(self) -> str:
@@ -133,7 +134,7 @@ class State(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"  # alone on the device: the configuration is infeasible
     DIVERGED = "diverged"  # loss or weights became inf or NaN: a worst value, not a hole
     CRASHED = "crashed"  # the worker died or raised; retried from the last checkpoint, a few times
-    CANCELLED = "cancelled"  # asked to stop, or preempted: resume later
+    CANCELLED = "cancelled"  # asked to stop, or preempted: goes on from its checkpoint, which counts as no try
     BAD_INPUT = "bad_input"  # the user must act: the study stops with this one error
 
 
@@ -167,6 +168,7 @@ class Outcome(Json):
     scoring_seconds: float = 0.0  # that took, on one device
     message: str = ""  # for people: why, and what to do, when not completed
     error: str = ""  # of bad input: the name of its LoratuneError
+    attempt: int = 0  # the segment's; 0: of the one that was sent last
 
     @property
     def run(self) -> str:
@@ -188,6 +190,7 @@ class Progress(Json):
     tokens: int
     train_loss: float | None = None
     validation_loss: float | None = None
+    attempt: int = 0  # the segment's; 0: of the one that was sent last
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,8 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "finished": not running and record.budget_spent,
         "pid": _holder(record.folder).get("pid") if running else None,
         "host": _holder(record.folder).get("host") if running else None,
+        "nodes": progress.get("nodes") if running else None,
+        "devices": progress.get("devices") if running else None,
         "seconds_since_update": time.time() - progress["updated"] if progress else None,
         "trials": {state: states.count(state) for state in dict.fromkeys(states)},
         "budget_trials": budget,
@@ -203,7 +205,9 @@ def _front_table(front: list[dict[str, Any]]) -> "Table":
 def _state(now: dict[str, Any]) -> str:
     if now["running"]:
         ago = f", last heartbeat {now['seconds_since_update']:.0f} s ago" if now["seconds_since_update"] is not None else ""
-        return f"running (process {now['pid']} on {now['host']}{ago})"
+        nodes, devices = now["nodes"], now["devices"]
+        where = "" if nodes is None else f", {devices} device{'s' * (devices != 1)} on {nodes} node{'s' * (nodes != 1)}"
+        return f"running (process {now['pid']} on {now['host']}{ago}{where})"
     if now["finished"]:
         return "finished"
     return f"stopped; to continue: loratune run {now['folder']}"

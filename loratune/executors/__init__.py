@@ -1,19 +1,53 @@
-"""Executors train segments somewhere: `inline` in this process, `local` in one long-lived process per device.
+"""Executors train segments somewhere: `inline` in this process, `local` in one long-lived process per device, `ray` on a cluster.
 
 Executor        the contract, and the retries that all executors share
 InlineExecutor  this process: for debugging and for one device
 LocalExecutor   a process (or torchrun group of processes) per device, each running `worker.py`
+RayExecutor     an actor per device of a Ray cluster, each with such a process
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loratune.executors.base import Executor
+from loratune.executors.devices import ClusterDevices, cuda_devices
 from loratune.plugs import EXECUTORS
+from loratune.plugs.registry import imported
 from loratune.work import Recipe
 
-__all__ = ["Executor", "build"]
+__all__ = ["Executor", "build", "cluster", "devices_for"]
+
+
+def cluster(
+    name: str, *, device: str, per_trial: int, threads: int | None, options: Mapping[str, Any] | None = None
+) -> ClusterDevices | None:
+    """The devices of the cluster that the executor called `name` trains on; None where it trains on this machine.
+
+    Raises SpecError, TrainingError, MissingExtraError.
+    """
+    plug = EXECUTORS[name]
+    if plug.count is None:
+        return None
+    EXECUTORS.keywords(name, dict.fromkeys(plug.given), options or {})  # a mistake in an option
+    found: ClusterDevices = imported(plug.count)(device=device, per_trial=per_trial, threads=threads, **(options or {}))
+    return found
+
+
+def devices_for(
+    name: str,
+    *,
+    device: Literal["auto", "cpu", "cuda"],
+    chosen: Sequence[int] | None,
+    per_trial: int,
+    threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Numbers of the GPUs that trials train on, here or, counted from 0, in a cluster; empty for the CPU. Raises as `cluster`."""
+    found = cluster(name, device=device, per_trial=per_trial, threads=threads, options=options)
+    if found is None:
+        return cuda_devices(device, chosen, per_trial)
+    return list(range(found.number)) if found.gpus else []
 
 
 def build(

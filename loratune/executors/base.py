@@ -13,12 +13,18 @@ class Executor(ABC):
     """Trains segments. The caller submits no more than `capacity` at once and collects what comes, in any order.
 
     A segment that crashed is sent again, to go on from its last checkpoint, `max_retries` times, but once only where the
-    same exception of the program comes again; every segment submitted is answered by exactly one outcome, unless the
-    executor is closed before.
+    same exception of the program comes again. One whose worker was preempted (cancelled, and nobody here asked for that) is sent
+    again as often as that happens. Each time is an *attempt*, and what an older one says is dropped: every segment submitted is
+    answered by exactly one outcome, unless the executor is closed before.
     """
 
     capacity: int = 1  # segments that train at the same time, in all processes
     processes: int = 1  # that train at the same time, each on devices of its own
+
+    @property
+    def where(self) -> dict[str, int]:
+        """Nodes and devices that train now, for `loratune status`; empty where they never change."""
+        return {}
 
     def __init__(self, *, max_retries: int) -> None:
         self._max_retries = max_retries
@@ -30,7 +36,7 @@ class Executor(ABC):
     def submit(self, segment: Segment) -> None:
         """Take a segment, and return at once."""
         self._tries[segment.key] = 1
-        self._segments[segment.key] = segment
+        self._segments[segment.key] = segment = replace(segment, attempt=1)
         self._start(segment)
 
     def collect(self, timeout: float) -> list[News]:
@@ -41,12 +47,15 @@ class Executor(ABC):
                 if item in self._messages:
                     continue
                 self._messages.add(item)
+            elif not self._current(item.key, item.attempt):
+                continue  # a worker that was given up sent something after all
             if isinstance(item, Outcome):
-                if item.key not in self._tries:
-                    continue  # answered already: a worker that was given up sent something after all
+                if item.state is State.CANCELLED:
+                    self._send_again(item.key)
+                    continue
                 if item.state is State.CRASHED and self._may_retry(item):
                     self._tries[item.key] += 1
-                    self._start(self._segments[item.key])
+                    self._send_again(item.key)
                     continue
                 tries = self._tries.pop(item.key)
                 del self._segments[item.key]
@@ -55,6 +64,16 @@ class Executor(ABC):
                     item = replace(item, message=f"gave up after {tries} tries. {item.message}")
             news.append(item)
         return news
+
+    def _current(self, key: str, attempt: int) -> bool:
+        """Whether the segment waits for an answer, and from this attempt; 0: from whichever was sent last."""
+        segment = self._segments.get(key)
+        return segment is not None and attempt in (0, segment.attempt)
+
+    def _send_again(self, key: str) -> None:
+        segment = self._segments[key]
+        self._segments[key] = segment = replace(segment, attempt=segment.attempt + 1)
+        self._start(segment)
 
     def _may_retry(self, crash: Outcome) -> bool:
         before = self._crashes.get(crash.key)

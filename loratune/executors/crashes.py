@@ -32,8 +32,8 @@ def common_cause(messages: Sequence[str]) -> str:
 
 def stop_for_common_cause(messages: Sequence[str], logs: Path) -> None:
     """Raise TrainingError where the first trials all crashed, and alike: `messages` of all so far, "" of those that did not."""
-    why = common_cause(messages)
-    if why and len(messages) == _HOPELESS:
+    why = common_cause(messages) if len(messages) == _HOPELESS else ""
+    if why:
         raise TrainingError(
             f"the first {_HOPELESS} trials failed for the same reason, so the others would too: {why}\n"
             f"Logs: {logs}. Fix the cause, then start again with another --output.folder."

@@ -34,6 +34,16 @@ print(json.dumps({"count": count, "hip": torch.version.hip is not None, "why": w
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterDevices:
+    """The devices of a cluster."""
+
+    gpus: bool  # GPUs, or else processors
+    number: int  # that trials may use together, a multiple of what one needs
+    nodes: int  # that have some
+    asked_for: bool = False  # the user gave the number
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Seen:
     count: int  # GPUs that torch can use
     hip: bool  # they are AMD's
@@ -84,7 +94,9 @@ def seen_as(device: int) -> str:
 
 
 def only(devices: Sequence[int]) -> dict[str, str]:
-    """The environment in which a new process sees these devices of `cuda_devices` and no other."""
+    """The environment in which a new process sees these devices of `cuda_devices` and no other; for none, as this process does."""
+    if not devices:
+        return {}
     variable = _variable()
     entries = _entries(variable)
     named = entries if entries and not _numbered(entries) else None

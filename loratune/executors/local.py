@@ -5,7 +5,6 @@ it; the segments that it had are answered as crashed. One that sends nothing for
 seconds is killed. A killed driver takes its workers along.
 """
 
-import signal
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -14,7 +13,7 @@ from pathlib import Path
 from loratune.executors.base import Executor, News
 from loratune.executors.crashes import LOG
 from loratune.executors.placement import dispatch
-from loratune.executors.process import DEVICE_LOST, WorkerProcess
+from loratune.executors.process import WorkerProcess
 from loratune.system.machine import threads_for
 from loratune.work import Outcome, Recipe, Segment, State
 
@@ -53,13 +52,14 @@ class LocalExecutor(Executor):
         self._dispatch()
 
     def _dispatch(self) -> None:
-        dispatch(self._waiting, self._workers, self._slots, self._again)
+        if staying := [worker for worker in self._workers if not worker.process.leaving]:
+            dispatch(self._waiting, staying, self._slots, self._again)
 
     def _poll(self, timeout: float) -> list[News]:
         deadline = time.monotonic() + timeout
         items: list[News] = []
         while not items and (left := deadline - time.monotonic()) > 0:
-            working = {worker.process.connection: worker for worker in self._workers if worker.owed}
+            working = {worker.process.connection: worker for worker in self._workers if worker.owed or worker.process.leaving}
             ready = wait([c for c in working if c is not None], min(left, 1.0))  # hangs are looked for every second
             for connection, worker in working.items():
                 if connection in ready:
@@ -67,7 +67,7 @@ class LocalExecutor(Executor):
                         items += worker.hear()
                     except EOFError:
                         worker.process.end(5.0)
-                        items += self._lost(worker, "the worker process died" + _in_words(worker.process.returncode))
+                        items += self._lost(worker, f"the worker process died{worker.process.ending}")
                 elif self._hang_timeout and time.monotonic() - worker.heard > self._hang_timeout:
                     worker.process.kill()
                     items += self._lost(worker, f"no heartbeat for {self._hang_timeout:g} s")
@@ -78,7 +78,9 @@ class LocalExecutor(Executor):
         """The answers that a dead worker owed."""
         keys, worker.owed = sorted(worker.owed), set()
         message = f"{why}. {LOG} {worker.process.log}"
-        return [Outcome(key=key, state=State.CRASHED, message=message) for key in keys]
+        state = State.CANCELLED if worker.process.leaving else State.CRASHED
+        worker.process.leaving = False
+        return [Outcome(key=key, state=state, message=message) for key in keys]
 
     def close(self, grace: float = 60.0) -> None:
         self._waiting.clear()
@@ -110,12 +112,3 @@ class _Worker:
         items = self.process.receive()
         self.owed -= {item.key for item in items if isinstance(item, Outcome)}
         return items
-
-
-def _in_words(code: int | None) -> str:
-    if code == DEVICE_LOST:
-        return ", because its device reported an unrecoverable error"
-    if code is None or code >= 0:
-        return f" with exit status {code}" if code else ""
-    hint = ", probably by the system because memory ran out" if -code == signal.SIGKILL else ""
-    return f", killed by {signal.Signals(-code).name}{hint}"

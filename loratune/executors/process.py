@@ -48,23 +48,38 @@ def _socket_folder() -> str:
 
 
 class WorkerProcess:
-    """A process running `worker.py`, or a torchrun group of `size` of them, on the given CUDA devices."""
+    """A process running `worker.py`, or a torchrun group of `size` of them, on the given CUDA devices.
 
-    def __init__(self, *, number: int, root: Path, lock: int, devices: list[int], size: int, threads: int) -> None:
-        self._root, self._lock, self._devices, self._size, self._threads = root, lock, devices, size, threads
+    lock: the study's, which it inherits; None on another machine than the driver's. devices: None for all that are visible here,
+    empty for the CPU. cwd: by default this process's.
+    """
+
+    def __init__(
+        self, *, number: int, root: Path, lock: int | None, devices: list[int] | None, size: int, threads: int, cwd: str | None = None
+    ) -> None:
+        self._root, self._lock, self._devices, self._size, self._threads, self._cwd = root, lock, devices, size, threads, cwd
         self._process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None  # None while no process runs
+        self.leaving = False  # it was preempted: it cancels its segments and ends
         self.log = StudyPaths(root).worker_logs / f"{number}.log"
 
     @property
-    def returncode(self) -> int | None:
-        return self._process.returncode if self._process is not None else None
+    def ending(self) -> str:
+        """How the process ended, to follow "the worker process died"."""
+        code = self._process.returncode if self._process is not None else None
+        if code == DEVICE_LOST:
+            return ", because its device reported an unrecoverable error"
+        if code is None or code >= 0:
+            return f" with exit status {code}" if code else ""
+        hint = ", probably by the system because memory ran out" if -code == signal.SIGKILL else ""
+        return f", killed by {signal.Signals(-code).name}{hint}"
 
     def launch(self) -> None:
         """Start the process unless it runs. Raises TrainingError when it cannot start."""
         if self.connection is not None:
             return
         self.log.parent.mkdir(exist_ok=True)
+        self.leaving = False
         folder = _socket_folder()
         try:
             with socket.socket(socket.AF_UNIX) as server, self.log.open("ab") as log:
@@ -78,7 +93,8 @@ class WorkerProcess:
                     stdout=log,
                     stderr=log,
                     env=os.environ | self._environment(),
-                    pass_fds=(self._lock,),
+                    pass_fds=() if self._lock is None else (self._lock,),
+                    cwd=self._cwd,
                     start_new_session=True,  # Ctrl-C is the driver's to answer; and the whole group can be killed
                 )
                 self.connection = self._accept(server)
@@ -98,13 +114,21 @@ class WorkerProcess:
         try:
             while self.connection is not None and self.connection.poll():
                 for kind, content in loads(self.connection.recv_bytes()).items():
-                    items.append(_KINDS[kind].from_plain(content))
+                    if kind == "leaving":
+                        self.leaving = True
+                    else:
+                        items.append(_KINDS[kind].from_plain(content))
         except OSError as error:  # EOFError is none of OSError; a reset is
             raise EOFError from error
         except EOFError:
             if not items:
                 raise  # otherwise what it sent last counts first; the next call sees the end again
         return items
+
+    def preempt(self) -> None:
+        """Ask it to write checkpoints, cancel what it has and leave, as a machine does that is taken away."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
 
     def end(self, patience: float) -> None:
         """Wait for the process to leave, reading on so that it never blocks; then kill it and its group."""
@@ -137,8 +161,8 @@ class WorkerProcess:
 
     def _environment(self) -> dict[str, str]:
         chosen = {**thread_variables(self._threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-        if self._devices:
-            chosen |= {ON_GPU: "1"} | only(self._devices)
+        if self._devices is None or self._devices:
+            chosen |= {ON_GPU: "1"} | only(self._devices or [])
             if not any(name in os.environ for name in _ALLOCATOR):
                 chosen[_ALLOCATOR[0]] = "expandable_segments:True"  # passes differ in size: fragments would fill the memory
         return chosen

@@ -5,7 +5,8 @@
 It reads and writes JSON, one object at a time, over a Unix socket: in come {"segment": ...} and {"stop": true};
 out go {"progress": ...}, {"message": ...} and {"outcome": ...}, one outcome per segment. The loss of the socket
 means that the driver is gone: the worker then ends at once, since nobody would record what it finished, and
-a checkpoint is on the disk. Under torchrun every process of the group trains; the one of rank 0 alone
+a checkpoint is on the disk. SIGTERM means that the machine is taken away: it says {"leaving": true}, writes checkpoints, cancels
+its segments and ends. What it says carries the segment's attempt. Under torchrun every process of the group trains; the one of rank 0 alone
 holds the socket, and passes the segments on to the others.
 """
 
@@ -16,8 +17,9 @@ import signal
 import sys
 import threading
 from dataclasses import replace
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Client
 from pathlib import Path
+from typing import Any
 
 from loratune.errors import DeviceLostError, LoratuneError, error_kind
 from loratune.executors.base import News
@@ -25,6 +27,34 @@ from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import DEVICE_LOST, ON_GPU
 from loratune.record.paths import StudyPaths
 from loratune.work import Message, Outcome, Recipe, Segment, State
+
+
+class _Driver:
+    """The way to the driver, for several threads."""
+
+    def __init__(self, address: str) -> None:
+        self._connection, self._lock = Client(address, family="AF_UNIX"), threading.Lock()
+        self._attempts: dict[str, int] = {}  # of the segments that came
+
+    def receive(self) -> dict[str, Any]:
+        """What comes next. Raises EOFError or OSError when the driver is gone."""
+        message: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        if "segment" in message:
+            segment = Segment.from_plain(message["segment"])
+            self._attempts[segment.key] = segment.attempt
+        return message
+
+    def send(self, item: News) -> None:
+        if not isinstance(item, Message):
+            item = replace(item, attempt=self._attempts.get(item.key, 0))
+        self.say(**{type(item).__name__.lower(): item.to_plain()})
+
+    def say(self, **message: Any) -> None:
+        try:
+            with self._lock:
+                self._connection.send_bytes(json.dumps(message).encode())
+        except OSError:
+            os._exit(3)
 
 
 def main(root: Path, address: str) -> None:
@@ -36,6 +66,7 @@ def main(root: Path, address: str) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             _lead(recipe, root, address)
         else:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 says when to stop
             _follow(recipe, root)
     except DeviceLostError:
         # No outcome is sent: the driver sees the process end, and sends its segments to a new one. An orderly exit
@@ -46,8 +77,16 @@ def main(root: Path, address: str) -> None:
 
 
 def _lead(recipe: Recipe, root: Path, address: str) -> None:
-    driver = Client(address, family="AF_UNIX")
+    driver = _Driver(address)
     inbox, stop = QueueInbox(), threading.Event()
+
+    def leave() -> None:
+        driver.say(leaving=True)
+        stop.set()
+        inbox.end()
+
+    # In a thread: the handler may have interrupted a message.
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=leave, daemon=True).start())
     threading.Thread(target=_listen, args=(driver, inbox, stop), daemon=True).start()
 
     from loratune.finetune.engines import load_engine  # torch: seconds to import; the socket is open meanwhile
@@ -58,11 +97,11 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
         raise
     except LoratuneError as error:  # a model that cannot be loaded: every segment gets the same clear answer
         while (segment := inbox(wait=True)) is not None:
-            _send(driver, Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=error_kind(error)))
+            driver.send(Outcome(key=segment.key, state=State.BAD_INPUT, message=str(error), error=error_kind(error)))
         return
     if engine.notice:
-        _send(driver, Message(text=engine.notice))
-    engine.run(lambda wait: _share(inbox(wait)), lambda item: _send(driver, item), stop)
+        driver.send(Message(text=engine.notice))
+    engine.run(lambda wait: _share(inbox(wait)), driver.send, stop)
     engine.close()
 
 
@@ -90,23 +129,16 @@ def _share(segment: Segment | None) -> Segment | None:
     return Segment.from_json(text) if text is not None else None
 
 
-def _listen(driver: Connection, inbox: QueueInbox, stop: threading.Event) -> None:
+def _listen(driver: _Driver, inbox: QueueInbox, stop: threading.Event) -> None:
     try:
         while True:
-            message = json.loads(driver.recv_bytes())
+            message = driver.receive()
             if "segment" in message:
                 inbox.put(Segment.from_plain(message["segment"]))
             else:
                 stop.set()
                 inbox.end()
     except (EOFError, OSError):
-        os._exit(3)
-
-
-def _send(driver: Connection, item: News) -> None:
-    try:
-        driver.send_bytes(json.dumps({type(item).__name__.lower(): item.to_plain()}).encode())
-    except OSError:
         os._exit(3)
 
 

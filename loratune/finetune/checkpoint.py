@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loratune.errors import StorageError
+from loratune.system.files import writer, written_elsewhere
 
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -81,10 +82,13 @@ def kept_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name.removeprefix("best/"): tensor for name, tensor in checkpoint.tensors.items() if name.startswith("best/")}
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write the checkpoint, then remove what it supersedes. Raises StorageError."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, attempt: int = 1) -> Path:
+    """Write the checkpoint, then remove what it supersedes. Raises StorageError.
+
+    attempt: the segment's, of which an older one may still be writing on another machine.
+    """
     path = folder / f"checkpoint-{checkpoint.step:07d}.safetensors"
-    aside = folder / f".{path.name}.{os.getpid()}"
+    aside = folder / f".{path.name}.{writer()}.{attempt}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
@@ -121,9 +125,10 @@ def newest_checkpoint(folder: Path, *, run: str, at_most: int, moments_below: in
 
 
 def remove_leftovers(folder: Path, keep: Path | None = None) -> None:
-    """Remove what killed writers left behind and, given `keep`, every other checkpoint."""
+    """Remove what killed writers of this machine left behind and, given `keep`, every other checkpoint."""
     for path in folder.glob(".checkpoint-*"):
-        path.unlink(missing_ok=True)
+        if not written_elsewhere(path):
+            path.unlink(missing_ok=True)
     if keep is not None:
         for _, path in _found(folder):
             if path != keep:

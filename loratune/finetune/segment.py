@@ -160,7 +160,8 @@ class SegmentRun:
             "best_step": self._best_step,
         }
         tensors = checkpoint.capture(self._parameters, None if complete else self._optimizer, self._best)
-        checkpoint.save_checkpoint(self.folder, checkpoint.Checkpoint(step=self.step, run=self._identity, tensors=tensors, facts=facts))
+        made = checkpoint.Checkpoint(step=self.step, run=self._identity, tensors=tensors, facts=facts)
+        checkpoint.save_checkpoint(self.folder, made, self.segment.attempt)
 
     def settle(self) -> None:
         """The last validation is on the curve: bring the weights to those of the point that is kept, so that they can be saved.

@@ -120,6 +120,17 @@ EXECUTORS = Registry(
     (
         ExecutorPlug(name="inline", make="loratune.executors.inline:InlineExecutor", help="in this process", in_process=True),
         ExecutorPlug(name="local", make="loratune.executors.local:LocalExecutor", help="one process per worker"),
+        ExecutorPlug(
+            name="ray",
+            make="loratune.executors.ray_executor:RayExecutor",
+            help="on the nodes of a Ray cluster",
+            count="loratune.executors.ray_cluster:cluster_devices",
+            options={
+                "address": "of the cluster; null: RAY_ADDRESS, this machine's, else one started here",
+                "shared_folder": "every node sees the study's folder, the data and the model under the same paths: nothing is copied",
+                "max_devices": "devices at most; as many are reckoned with from the start, though they come later",
+            },
+        ),
     ),
 )
 

@@ -58,6 +58,9 @@ class ExecutorPlug(Plug):
 
     given: ClassVar[tuple[str, ...]] = ("recipe", "root", "lock", "devices", "workers", "threads", "max_retries", "hang_timeout")
     in_process: bool = False  # trials train in the driver's own process
+    count: str | Callable[..., Any] | None = None
+    """Where trials train on other machines: what counts their devices, or its address. It is called with `device`, `per_trial`,
+    `threads` and the user's options, and gives a `loratune.executors.devices.ClusterDevices`."""
 
 
 @dataclass(frozen=True, kw_only=True)

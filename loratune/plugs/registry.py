@@ -33,10 +33,15 @@ class Plug:
     @property
     def factory(self) -> Callable[..., Any]:
         """What `make` names, imported."""
-        if not isinstance(self.make, str):
-            return self.make
-        module, _, attribute = self.make.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return imported(self.make)
+
+
+def imported(address: str | Callable[..., Any]) -> Callable[..., Any]:
+    """What stands at "package.module:name"; anything else as it is."""
+    if not isinstance(address, str):
+        return address
+    module, _, attribute = address.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 P = TypeVar("P", bound=Plug)

@@ -13,6 +13,7 @@ import yaml
 from optuna.samplers import BaseSampler
 
 from loratune.errors import StorageError
+from loratune.record.one_writer import OneWriterStorage
 from loratune.record.paths import StudyPaths
 from loratune.record.trials import objectives_of
 from loratune.system.files import text_of
@@ -31,9 +32,9 @@ def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler
     """
     spec = StudyPaths(folder).spec
     directions: list[Any] = list(objectives_of(yaml.safe_load(text_of(spec)) if spec.exists() else {}).values())
-    where = _where(url, folder)
+    where = place_of(url, folder)
     with explained(url, folder, opening=True):
-        storage = _journal(where) if _is_journal(where) else _database(where)
+        storage = OneWriterStorage(_journal(where) if journal_of(where) else _database(where))
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, directions=directions, load_if_exists=True)
         owner = study.user_attrs.get("folder")
         if owner is None:
@@ -66,7 +67,7 @@ def until_free(url: str | None, folder: Path, stop: threading.Event) -> Generato
 
     Raises StorageError when it is held for longer, cannot be written, or is none.
     """
-    path = _file(_where(url, folder))
+    path = file_of(place_of(url, folder))
     if path is None or not path.exists():
         return
     deadline, pause = time.monotonic() + PATIENCE, 0.1
@@ -78,7 +79,7 @@ def until_free(url: str | None, folder: Path, stop: threading.Event) -> Generato
             return
         except sqlite3.Error as error:
             if not _busy(str(error)) or time.monotonic() >= deadline:
-                raise StorageError(_sentence(_where(url, folder), str(error))) from error
+                raise StorageError(_sentence(place_of(url, folder), str(error))) from error
         if pause == 0.1:
             yield f"another program holds the database {path}; waiting for it, at most {PATIENCE:.0f} s"
         stop.wait(pause)
@@ -90,7 +91,7 @@ def explained(url: str | None, folder: Path, *, opening: bool = False) -> Iterat
     """While open, errors of Optuna's storage and of the database behind it come as StorageError, in a sentence that helps."""
     from sqlalchemy.exc import SQLAlchemyError
 
-    where = _where(url, folder)
+    where = place_of(url, folder)
     try:
         yield
     except (optuna.exceptions.OptunaError, SQLAlchemyError, sqlite3.Error) as error:
@@ -99,7 +100,7 @@ def explained(url: str | None, folder: Path, *, opening: bool = False) -> Iterat
             raise StorageError(f"storage {masked(where)}: {reason}") from error
         raise StorageError(_sentence(where, reason, opening=opening)) from error
     except Exception as error:
-        if not opening:
+        if not opening or isinstance(error, StorageError):
             raise
         raise StorageError(_sentence(where, _reason(error), opening=True)) from error  # each database driver has errors of its own
 
@@ -142,11 +143,12 @@ def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _where(url: str | None, folder: Path) -> str:
+def place_of(url: str | None, folder: Path) -> str:
+    """The storage's URL, or a journal's path, passwords filled in."""
     return unmasked(url) if url else f"sqlite:///{StudyPaths(folder.resolve()).database}"
 
 
-def _file(where: str) -> Path | None:
+def file_of(where: str) -> Path | None:
     """The file of an SQLite URL; None for other storages."""
     if not where.startswith("sqlite") or ":///" not in where:
         return None
@@ -156,7 +158,7 @@ def _file(where: str) -> Path | None:
 
 def _database(where: str) -> optuna.storages.RDBStorage:
     """Optuna's storage in a database. A locked file, and a server that went away, are waited for."""
-    if _file(where) is None:
+    if file_of(where) is None:
         from loratune.record.database import ServerStorage
 
         return ServerStorage(where)
@@ -164,8 +166,9 @@ def _database(where: str) -> optuna.storages.RDBStorage:
     return optuna.storages.RDBStorage(where, engine_kwargs=timeout)
 
 
-def _is_journal(where: str) -> bool:
-    return where.endswith((".log", ".journal"))
+def journal_of(where: str) -> Path | None:
+    """The file of Optuna's journal; None for other storages."""
+    return Path(where) if where.endswith((".log", ".journal")) else None
 
 
 def _journal(path: str) -> optuna.storages.BaseStorage:

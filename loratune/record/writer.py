@@ -69,6 +69,12 @@ class Record:
         remedy = f"Write into it the number of {name} that the study began with, as sessions/ and workers/ may tell."
         return parsed(path, _count, remedy)
 
+    def device(self, chosen: str) -> str:
+        """The kind of device that a cluster's trials train on: what the study began with, else `chosen`. It decides the dtype."""
+        if not (self.paths.begun and self.paths.recipe.exists()):
+            return chosen
+        return parsed(self.paths.recipe, Recipe.from_json, "Remove it: it is written anew.").device
+
     def prompt(self, prompt: dict[str, Any]) -> None:
         """The prompt that the examples were given (`data.prepared.PromptUsed`)."""
         write_atomically(self.paths.prompt, json.dumps(prompt))

@@ -12,6 +12,7 @@ length of the run, where the sampler asks for a short one.
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, cast
@@ -43,6 +44,7 @@ class Tried(Protocol):
     def hyperparameters(self) -> Hyperparameters: ...
 
 
+@functools.lru_cache(maxsize=100_000)  # every trial so far is asked for its key whenever one begins
 def _key_of(hyperparameters: Hyperparameters) -> _Key:
     """Equal for equal configurations: numbers to 12 digits, since a grid's are not always computed alike."""
     return tuple(float(f"{v:.12g}") if isinstance(v, float) else v for v in dataclasses.astuple(hyperparameters))

@@ -28,7 +28,8 @@ from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe
 from loratune.errors import StorageError, error_of
 from loratune.executors import Executor
-from loratune.executors.devices import cuda_devices, unused_gpu
+from loratune.executors.devices import unused_gpu
+from loratune.plugs import EXECUTORS
 from loratune.record import Record, StudyRecord, Trial
 from loratune.record.trials import WRITTEN_ANEW
 from loratune.system.files import parsed
@@ -219,8 +220,19 @@ class Rerun:
         """The executor, started when the first run needs it."""
         if self._executor is None:
             recipe, chosen = self._load(), self._study.spec["executor"]
-            devices = cuda_devices(chosen["device"], chosen["devices"], recipe.devices_per_trial)
-            self._warning = unused_gpu(chosen["device"], devices)
+            options = chosen.get("options")
+            devices = executors.devices_for(
+                chosen["name"],
+                device=chosen["device"],
+                chosen=chosen["devices"],
+                per_trial=recipe.devices_per_trial,
+                threads=chosen["threads"],
+                options=options,
+            )
+            on_cluster = EXECUTORS[chosen["name"]].count is not None
+            if on_cluster and recipe.device == "cpu":
+                devices = []
+            self._warning = None if on_cluster else unused_gpu(chosen["device"], devices)
             self._record.recipe(recipe)
             self._executor = executors.build(
                 chosen["name"],
@@ -232,6 +244,6 @@ class Rerun:
                 threads=chosen["threads"],
                 max_retries=chosen["max_retries"],
                 hang_timeout=chosen["hang_timeout"],
-                options=chosen.get("options"),
+                options=options,
             )
         return self._executor

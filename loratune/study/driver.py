@@ -5,6 +5,7 @@ for event in tune(spec):
 delivery = deliver(spec.folder)   # the report, best.yaml and the adapter
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -20,18 +21,19 @@ from loratune import executors, samplers, schedules
 from loratune.data.cache import prepare_data
 from loratune.data.prepared import Prepared
 from loratune.errors import ModelError, SpecError, StorageError
-from loratune.executors.devices import cuda_devices, seen_as, unused_gpu
+from loratune.executors.devices import ClusterDevices, cuda_devices, seen_as, unused_gpu
 from loratune.plugs import EXECUTORS
 from loratune.record import Record, StudyRecord, open_record, read
 from loratune.record.paths import StudyPaths
 from loratune.record.progress import ProgressTracker
 from loratune.record.storage import explained, open_study, until_free
+from loratune.record.storage_lock import StorageLock, network_warning, only_driver
 from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
 from loratune.study.cleanup import remove_unneeded
 from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
-from loratune.study.plan import slots_for, workers_for
+from loratune.study.plan import cluster_of, devices_of, slots_for, workers_for
 from loratune.system.files import AnyPath, parsed, text_of, write_atomically
 from loratune.system.machine import environment
 from loratune.system.masking import masked_command
@@ -59,11 +61,12 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     checkpoint; the same call continues. Raises LoratuneError.
     """
     stop = stop or threading.Event()
-    devices = cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
+    cluster = cluster_of(spec)
+    devices = devices_of(spec)
     _sampler(spec, workers=1)  # a mistake in a plug's options is told before the data are read
     schedules.of_study(spec)
     check(spec.training.report_to)
-    with open_record(spec.folder) as record:
+    with open_record(spec.folder) as record, contextlib.ExitStack() as stack:
         guessed = _guessed(spec, record)
         spec = with_guess(spec, guessed.recommendation) if guessed is not None else spec
         _adopt(spec, record)
@@ -72,17 +75,21 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         yield from _messages(until_free(spec.storage, record.folder, stop))
         if stop.is_set():
             return
+        only = stack.enter_context(_only_driver(spec, record))
         session = _Session(record)
-        unused = unused_gpu(spec.executor.device, devices)
-        notes = [unused] if unused else []
+        unused = unused_gpu(spec.executor.device, devices) if cluster is None else _in_words(cluster)
+        notes = [note for note in (unused, network_warning(spec.storage, record.folder)) if note]
         data = prepare_data(spec, notes, date=record.date())
         yield from _messages([*notes, data.summary()])
         _same_data(record, data)
         record.prompt(asdict(data.manifest.prompt))
         yield from _messages(_known_beforehand(spec, record, data))
         recipe = replace(spec.recipe(str(data.folder)), slots=record.pin("slots", slots_for(spec, data)))
+        if cluster is not None:  # what a node sees by itself, and what the cluster has by now, decides nothing
+            recipe = replace(recipe, device=record.device("cuda" if cluster.gpus else "cpu"))
+            devices = devices if recipe.device == "cuda" else []
         record.recipe(recipe)
-        scorer = _scorer(spec, record.folder, data, devices)
+        scorer = _scorer(spec, record.folder, data, devices if cluster is None else _own_devices(spec))
         if scorer is not None:
             scorer.prepare()
         executor = executors.build(
@@ -122,6 +129,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                 try:
                     for event in loop.run():
                         session.tick()
+                        only.keep()
                         yield event
                         yield from _tracked(feed, event)
                     over = not stop.is_set()
@@ -178,6 +186,25 @@ def _tracked(feed: Feed, event: Event) -> Iterator[Message]:
             yield from feed.finished(trial, outcome)
         case Progress():
             yield from feed.progressed(event)
+
+
+def _in_words(cluster: ClusterDevices) -> str:
+    kind = "GPU" if cluster.gpus else "processor"
+    there = f"{cluster.nodes} node{'s' * (cluster.nodes != 1)} of the cluster can train trials"
+    return f"{there}; at most {cluster.number} {kind}{'s' * (cluster.number != 1)} at a time, as they come and go"
+
+
+def _own_devices(spec: StudySpec) -> list[int]:
+    """The driver's own, where trials train on a cluster and are scored here."""
+    return cuda_devices("cpu" if spec.executor.device == "cpu" else "auto", None, 1)
+
+
+@contextlib.contextmanager
+def _only_driver(spec: StudySpec, record: Record) -> Iterator[StorageLock]:
+    with contextlib.ExitStack() as stack:
+        with explained(spec.storage, record.folder, opening=True):
+            lock = stack.enter_context(only_driver(spec.storage, record.folder, spec.name))
+        yield lock
 
 
 def _messages(texts: Iterable[str]) -> Iterator[Message]:

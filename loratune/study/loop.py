@@ -9,6 +9,7 @@ the study is a function of its spec and not of timing, and yet a short segment n
 import heapq
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -101,6 +102,7 @@ class Loop:
         self._spending = Spending(spec, examples)
         self._began_at = record.began_at()  # trial -> segments settled when it began the first time
         self._spent = ""  # why the sampler proposes no more
+        self._shown = 0.0  # when progress.json was last written
 
     def run(self) -> Iterator[Event]:
         while not self.stop.is_set():
@@ -237,7 +239,9 @@ class Loop:
                 self._record.keep(item)
                 self._meter.came(item)
                 self._arrived[item.key] = item
-        self._record.progress(self._meter.snapshot())
+        if time.monotonic() - self._shown >= _SHOWN:
+            self._record.progress(self._meter.snapshot() | self._executor.where)
+            self._shown = time.monotonic()
 
     def _scored(self) -> Iterator[Event]:
         """Where scores guide the search, score the next result, if it ends a full run and no constraint is broken already.
@@ -310,5 +314,6 @@ class Loop:
             yield Message(text=f"{why} {self._spending.after(trials)}.")
 
 
+_SHOWN = 0.5  # seconds between two versions of progress.json: with a thousand devices it would cost more than the results
 _DECIDED = {Decision.COMPLETE: COMPLETE, Decision.PAUSED: PAUSED, Decision.DROPPED: PRUNED}
 _STATES = {State.DIVERGED: DIVERGED, State.OUT_OF_MEMORY: INFEASIBLE, State.CRASHED: FAILED}

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from loratune import schedules
+from loratune import executors, schedules
 from loratune.data.order import order, total_steps
 from loratune.data.prepared import Prepared
-from loratune.executors.devices import cuda_devices
+from loratune.executors.devices import ClusterDevices
 from loratune.plugs import EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.plugs.kinds import ADAPTER_BYTES
 from loratune.samplers.bracket import Options
@@ -161,7 +161,7 @@ def slots_for(spec: StudySpec, data: Prepared) -> int:
     if spec.training.engine == "hf" or spec.training.devices_per_trial > 1:
         return 1
     tokens = spec.hyperparameters(spec.search_space.default_values()).batch_size * float(data.train.lengths.mean())
-    fills = _FILLS_CUDA if _devices(spec) else _FILLS_CPU
+    fills = _FILLS_CUDA if devices_of(spec) else _FILLS_CPU
     wave = SAMPLERS[spec.sampler.name].wave
     most = math.ceil(spec.budget.most / (4 * _processes(spec))) if wave is None else wave // _processes(spec)
     return max(1, min(math.ceil(fills / tokens), _MOST_SLOTS, most))
@@ -175,28 +175,53 @@ def workers_for(spec: StudySpec) -> int:
     """
     if spec.executor.workers is not None:
         return spec.executor.workers
-    if EXECUTORS[spec.executor.name].in_process or spec.training.devices_per_trial > 1:
+    plug = EXECUTORS[spec.executor.name]
+    if plug.in_process or (spec.training.devices_per_trial > 1 and plug.count is None):
         return 1
+    wave = SAMPLERS[spec.sampler.name].wave
+    if (found := cluster_of(spec)) is not None:
+        places = found.number // spec.training.devices_per_trial
+        return places if found.gpus or found.asked_for else max(1, min(places, wave or spec.budget.most // 10))
     weights = weights_on_disk(spec.model.name_or_path, spec.model.revision)
-    return cpu_processes(weights, SAMPLERS[spec.sampler.name].wave or min(_MOST_WORKERS, spec.budget.most // 10))
+    return cpu_processes(weights, wave or min(_MOST_WORKERS, spec.budget.most // 10))
 
 
 def _processes(spec: StudySpec) -> int:
     """Processes that train at the same time."""
-    if EXECUTORS[spec.executor.name].in_process:
+    plug = EXECUTORS[spec.executor.name]
+    if plug.in_process:
         return 1
-    return len(_devices(spec)) // spec.training.devices_per_trial or workers_for(spec)
+    if plug.count is not None:
+        return workers_for(spec)
+    return len(devices_of(spec)) // spec.training.devices_per_trial or workers_for(spec)
 
 
 def _threads(spec: StudySpec) -> int | None:
-    """Of a worker on a CPU, as the local executor shares the cores out; None: torch's own number."""
-    if EXECUTORS[spec.executor.name].in_process or _devices(spec):
+    """Of a worker on a CPU, as its executor shares the cores out; None: torch's own number."""
+    if EXECUTORS[spec.executor.name].in_process or devices_of(spec):
         return spec.executor.threads
+    if EXECUTORS[spec.executor.name].count is not None:
+        return spec.executor.threads or 1
     return spec.executor.threads or threads_for(_processes(spec) * spec.training.devices_per_trial)
 
 
-def _devices(spec: StudySpec) -> list[int]:
-    return cuda_devices(spec.executor.device, spec.executor.devices, spec.training.devices_per_trial)
+def devices_of(spec: StudySpec) -> list[int]:
+    """The GPUs that trials train on, as `executors.devices_for` numbers them. Raises SpecError, TrainingError, MissingExtraError."""
+    return executors.devices_for(
+        spec.executor.name,
+        device=spec.executor.device,
+        chosen=spec.executor.devices,
+        per_trial=spec.training.devices_per_trial,
+        threads=spec.executor.threads,
+        options=spec.executor.options,
+    )
+
+
+def cluster_of(spec: StudySpec) -> ClusterDevices | None:
+    """The cluster that the study's trials train on; None for this machine. Raises SpecError, TrainingError, MissingExtraError."""
+    chosen = spec.executor
+    per_trial = spec.training.devices_per_trial
+    return executors.cluster(chosen.name, device=chosen.device, per_trial=per_trial, threads=chosen.threads, options=chosen.options)
 
 
 def expected(spec: StudySpec, guard: bool = False) -> tuple[float, float]:

@@ -34,9 +34,10 @@ class Spending:
         """Which budget is spent, so that no further trial begins; "" for none."""
         budget = self._budget
         hours = wall_seconds / 3600 >= (budget.max_hours or math.inf)
-        if hours or sum(trial.device_seconds for trial in trials) / 3600 >= (budget.max_device_hours or math.inf):
+        most = budget.max_device_hours
+        if hours or (most is not None and sum(trial.device_seconds for trial in trials) / 3600 >= most):
             return "The time budget is spent"
-        if sum(trial.tokens for trial in trials) >= (budget.max_tokens or math.inf):
+        if budget.max_tokens is not None and sum(trial.tokens for trial in trials) >= budget.max_tokens:
             return f"The budget of {budget.max_tokens:,} tokens is spent"
         if budget.full_runs is not None and self.runs >= budget.full_runs - _ROUNDING:
             return f"The budget of {budget.full_runs:g} full runs is spent"

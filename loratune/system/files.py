@@ -1,7 +1,8 @@
 """Files that a crash leaves whole, and files that are read back with their damage named.
 
-What is written stands aside first, in `.<name>.<process>.<random>.tmp`, and is renamed: at any moment there is the old file or
-the new one, never half of it. What a killed process left aside, `sweep` removes.
+What is written stands aside first, in `.<name>.<host>@<process>.<random>.tmp`, and is renamed: at any moment there is the old file
+or the new one, never half of it. What a killed process left aside, `sweep` removes: the folder may be shared by machines, and a
+process's number says something on its own machine alone.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -24,12 +26,19 @@ T = TypeVar("T")
 
 _cleared: set[Path] = set()  # folders that this process has written to
 _clearing = threading.Lock()
-_ASIDE = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp")
+_HOST = re.sub(r"[^A-Za-z0-9-]", "_", os.uname().nodename)[:64]
+_ASIDE = re.compile(r"\..+\.(?:([A-Za-z0-9_-]*)@)?(\d+)\.[0-9a-f]{8}\.tmp")
+_FORGOTTEN = 86400.0  # seconds after which nobody on another machine still writes a file
 
 
 def aside(path: Path) -> Path:
     """A new name beside `path`, for a file or folder that will be renamed to it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{writer()}.{secrets.token_hex(4)}.tmp")
+
+
+def writer() -> str:
+    """This process, on this machine, as a temporary file's name has it: `<host>@<process>`."""
+    return f"{_HOST}@{os.getpid()}"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -129,15 +138,31 @@ def parsed(path: Path, parse: Callable[[str], T], remedy: str) -> T:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes of this machine left aside in `folder` itself. What cannot be removed, stays."""
+    """Remove what killed processes left aside in `folder` itself; of another machine's, what is a day old. What cannot be removed,
+    stays."""
     for path in folder.glob(".*.tmp"):
         match = _ASIDE.fullmatch(path.name)
-        if match is None or (int(match[1]) != os.getpid() and alive(int(match[1]))):  # a container gives the same number again
+        if match is None or _in_use(path, match[1], int(match[2])):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def written_elsewhere(path: Path) -> bool:
+    """Whether another living process, by the temporary file's name (`writer`), is writing it."""
+    match = re.search(r"\.([A-Za-z0-9_-]*)@(\d+)\.", path.name)
+    return match is not None and _in_use(path, match[1], int(match[2]))
+
+
+def _in_use(path: Path, host: str | None, pid: int) -> bool:
+    if host in (None, _HOST):
+        return pid != os.getpid() and alive(pid)  # a container gives the same number again
+    try:
+        return time.time() - path.stat().st_mtime < _FORGOTTEN
+    except OSError:
+        return True
 
 
 def _clear(folder: Path) -> None:

@@ -123,3 +123,25 @@ def test_a_server_that_stays_away_is_one_error_and_the_same_command_goes_on(serv
     assert again.returncode == 0, said
     assert outline(study) == outline(tmp_path / "sqlite")
     assert not planted(study)
+
+
+def test_a_second_driver_with_a_copy_of_the_folder_is_refused(server: Server, tmp_path: Path) -> None:
+    """The lock is the server's, so it outlives neither a killed driver nor, unnoticed, the server's own restart."""
+    from loratune.errors import StorageError
+    from loratune.record.storage_lock import only_driver
+
+    with only_driver(server.url, tmp_path, "study") as lock:
+        with (
+            pytest.raises(StorageError, match="another driver is writing the study 'study'") as refused,
+            only_driver(server.url, tmp_path, "study"),
+        ):
+            pass
+        assert SECRET not in str(refused.value)
+        server.stop()
+        server.start()
+        lock._tried = -1e9
+        lock.keep()
+        with pytest.raises(StorageError, match="another driver"), only_driver(server.url, tmp_path, "study"):
+            pass
+    with only_driver(server.url, tmp_path, "study"):
+        pass

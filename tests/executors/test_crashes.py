@@ -1,10 +1,12 @@
 """What a crash's text says of its cause, and how often it is tried again."""
 
+from dataclasses import replace
+
 import pytest
 
 from loratune.executors import Executor
 from loratune.executors.crashes import cause, certain, common_cause
-from loratune.work import Hyperparameters, Outcome, Segment, State
+from loratune.work import Hyperparameters, Outcome, Progress, Segment, State
 
 INDEX = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\n    y[9]\nIndexError: index out of range in self'
 SHAPE = 'Traceback (most recent call last):\n  File "x.py", line 3\nRuntimeError: The size of tensor a ({}) must match 64'
@@ -61,3 +63,45 @@ def test_the_same_exception_of_the_program_is_not_tried_a_third_time(messages: l
     assert isinstance(outcome, Outcome)
     assert executor.tries == tries
     assert outcome.message.startswith(f"gave up after {tries} tries. ")
+
+
+class Speaking(Crashing):
+    """Says what it is told to, of its one segment."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.said: list[Progress | Outcome] = []
+        self.started: list[int] = []
+
+    def _start(self, segment: Segment) -> None:
+        super()._start(segment)
+        self.started.append(segment.attempt)
+
+    def _poll(self, timeout: float) -> list[Progress | Outcome]:  # type: ignore[override]
+        said, self.said = self.said, []
+        return said
+
+
+def test_an_older_attempt_is_not_heard_and_a_preemption_is_no_try() -> None:
+    executor = Speaking()
+    executor.submit(Segment(trial=0, hyperparameters=Hyperparameters(), seed=0, total_steps=9, stop_step=9))
+    key = executor.segment.key
+    for attempt in range(1, 6):  # more often than a crash would be tried
+        executor.said = [Outcome(key=key, state=State.CANCELLED, attempt=attempt)]
+        assert executor.collect(0.0) == []
+    assert executor.started == [1, 2, 3, 4, 5, 6]
+    late = [
+        Progress(key=key, step=3, total_steps=9, tokens=1, attempt=5),
+        Outcome(key=key, state=State.CRASHED, message=DEAD, attempt=4),
+        Outcome(key=key, state=State.CANCELLED, attempt=5),
+        Outcome(key=key, state=State.COMPLETED, validation_loss=1.0, attempt=1),
+    ]
+    executor.said = list(late)
+    assert executor.collect(0.0) == []
+    assert executor.started[-1] == 6
+    executor.said = [Outcome(key=key, state=State.CRASHED, message=DEAD)]  # of the present attempt, whichever it is
+    assert executor.collect(0.0) == []
+    assert executor.started[-1] == 7
+    done = Outcome(key=key, state=State.COMPLETED, validation_loss=2.0, attempt=7)
+    executor.said = [*late, done, replace(done, validation_loss=3.0)]
+    assert executor.collect(0.0) == [done]

@@ -123,6 +123,25 @@ def test_a_process_that_lost_its_device_is_replaced(tmp_path: Path) -> None:
     assert "CUDA error: an illegal memory access" in log
 
 
+def test_a_preempted_worker_writes_checkpoints_and_another_goes_on(tmp_path: Path) -> None:
+    """SIGTERM, three times and with no retry allowed: each time all its segments go on where they stood."""
+    preempted: set[int] = set()
+
+    def preempt(item: Any) -> None:
+        workers = [worker.process for worker in made._workers]  # type: ignore[attr-defined]
+        at = next((step for step in (10, 20, 30) if step not in preempted), None)
+        if at is not None and isinstance(item, Progress) and item.step >= at and not workers[0].leaving:
+            preempted.add(at)
+            workers[0].preempt()
+
+    with executor("local", tmp_path, max_retries=0) as made:
+        outcomes = finish(made, [segment(trial, 60) for trial in range(SLOTS)], preempt)
+    assert preempted == {10, 20, 30}
+    assert {o.state for o in outcomes.values()} == {State.COMPLETED}
+    assert {o.attempt for o in outcomes.values()} == {4}
+    assert all(0 < o.tokens <= 31 for o in outcomes.values()), "each went on from its checkpoint"
+
+
 def test_a_device_that_is_lost_every_time_is_told(tmp_path: Path) -> None:
     with executor("local", tmp_path, max_retries=0) as made:
         (outcome,) = finish(made, [segment(1, 20, seed=LOST)]).values()

@@ -52,8 +52,10 @@ def test_only_the_newest_stays(tmp_path: Path) -> None:
     written(tmp_path, 1)
     (tmp_path / ".checkpoint-0000002.safetensors.99").write_bytes(b"torn")
     (tmp_path / "log.txt").touch()
+    elsewhere = tmp_path / ".checkpoint-0000003.safetensors.node7@99.1"
+    elsewhere.write_bytes(b"an older attempt writes it, on another machine")
     path = written(tmp_path, 4)
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, "log.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "log.txt", elsewhere.name}
 
 
 def test_which_one_is_used(tmp_path: Path) -> None:

@@ -42,12 +42,18 @@ def dead() -> int:
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path, dead: int) -> None:
-    left = tmp_path / f".progress.json.{dead}.0123abcd.tmp"
+    left = tmp_path / f".progress.json.{dead}.0123abcd.tmp"  # as versions wrote it that had no host in the name
     left.write_text("half")
+    host = files.writer().partition("@")[0]
+    (tmp_path / f".spec.yaml.{host}@{dead}.0123abcd.tmp").write_text("half")
+    old = tmp_path / f".spec.yaml.node7@{dead}.0123abcd.tmp"
+    old.write_text("half")
+    os.utime(old, (0, 0))
     folder = tmp_path / f".adapter.{dead}.0123abcd.tmp"
     folder.mkdir()
     (folder / "file").write_text("half")
     others = [tmp_path / f".progress.json.{os.getppid()}.0123abcd.tmp", tmp_path / ".own.tmp", tmp_path / f"x.{dead}.0123abcd.tmp"]
+    others.append(tmp_path / f".spec.yaml.node8@{dead}.0123abcd.tmp")  # of another machine, where that number may live
     for path in others:
         path.write_text("kept")
     files.sweep(tmp_path)
