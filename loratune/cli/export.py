@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
             args.facts["folder"] = folder
             print(folder)
         if args.push:
-            from loratune.delivery.hub import push
+            from loratune.delivery.push import push
 
             args.facts["address"] = push(folder, args.push, private=args.private)
             print(args.facts["address"])

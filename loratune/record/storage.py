@@ -50,13 +50,13 @@ def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler
 
 def open_to_read(*, url: str | None, folder: Path, name: str) -> tuple[optuna.storages.BaseStorage, int]:
     """The storage of the study called `name`, and the study's number in it. Nothing is made. Raises StorageError."""
-    where = _where(url, folder)
-    file = Path(where) if _is_journal(where) else _file(where)
+    where = place_of(url, folder)
+    file = Path(where) if journal_of(where) else file_of(where)
     if file is not None and not file.is_file():  # which either would make, empty
         raise StorageError(f"the study has no storage yet: {file} does not exist. `loratune run` creates it.")
     with explained(url, folder, opening=True):
         # An RDBStorage makes the tables that are missing, unless told not to.
-        storage = _journal(where) if _is_journal(where) else optuna.storages.RDBStorage(where, skip_table_creation=True)
+        storage = _journal(where) if journal_of(where) else optuna.storages.RDBStorage(where, skip_table_creation=True)
         with contextlib.suppress(KeyError):
             return storage, storage.get_study_id_from_name(name)
     raise StorageError(f"storage {masked(where)} holds no study named {name!r}.")

@@ -1,6 +1,7 @@
 """Uploading an exported folder to the Hugging Face Hub."""
 
 from pathlib import Path
+from typing import cast
 
 from loratune.errors import StorageError
 
@@ -16,6 +17,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     from huggingface_hub.utils import validate_repo_id
 
     api = HfApi()
+    unreachable = cast(tuple[type[Exception], ...], errors.HfHubHTTPError.__bases__)  # OSError, and its HTTP client's own error
     try:
         validate_repo_id(repository)
         where = api.create_repo(repository, private=private, exist_ok=True)
@@ -30,6 +32,6 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         code = error.response.status_code if error.response is not None else None
         remedy = " The token may not write there: `hf auth whoami` tells whose it is." if code in (401, 403) else ""
         raise StorageError(f"cannot push to {repository}: {error.server_message or error}.{remedy}") from error
-    except errors.HfHubHTTPError.__bases__ as error:  # OSError, and the HTTPError of the client that this huggingface_hub uses
+    except unreachable as error:
         raise StorageError(f"cannot push to {repository}: {api.endpoint} cannot be reached ({error}).") from error
     return f"{api.endpoint}/{where.repo_id}"
