@@ -10,7 +10,7 @@ from loratune.errors import StorageError
 from loratune.executors.devices import seen_as
 from loratune.record import StudyRecord, Trial
 from loratune.record.paths import ADAPTER_FILES, RunPaths
-from loratune.record.trials import TRAINED_ANEW, WRITTEN_ANEW
+from loratune.record.trials import TRAINED_ANEW, WRITTEN_ANEW, outcome_of
 from loratune.system.files import parsed, write_atomically
 from loratune.work import Outcome, Recipe, State
 
@@ -50,7 +50,7 @@ def prepared_data(record: StudyRecord) -> Path | None:
 def _outcome(adapter: Path) -> Outcome | None:
     """What the run said when it wrote the adapter; None for one that does not lie with its run."""
     files = sorted(RunPaths(adapter.parent).outcomes.glob("*.json"))
-    found = [parsed(path, Outcome.from_json, TRAINED_ANEW) for path in files]
+    found = [parsed(path, outcome_of, TRAINED_ANEW) for path in files]
     return next((outcome for outcome in reversed(found) if outcome.state is State.COMPLETED), None)
 
 

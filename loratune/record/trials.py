@@ -15,7 +15,7 @@ from loratune.errors import ModelError, StorageError
 from loratune.record.paths import MAIN, StudyPaths, TrialPaths
 from loratune.record.states import TrialState
 from loratune.system.files import AnyPath, parsed
-from loratune.work import CurvePoint, Hyperparameters, Json, ModelRecipe, Outcome
+from loratune.work import CurvePoint, Hyperparameters, Json, ModelRecipe, Outcome, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,9 +291,16 @@ def _read_trial(paths: TrialPaths) -> Trial:
     outcomes, path = read_outcomes(paths), paths.record
     plain = [o.to_plain() for o in outcomes]
     remedy = "Remove the file; the same `loratune run` command writes it again from the trial's outcomes."
-    trial = parsed(path, lambda text: Trial.from_plain(_mapping(json.loads(text)) | {"outcomes": plain}), remedy)
+    trial = parsed(path, lambda text: _trial_of(text, plain), remedy)
     if trial.number != paths.number:
         raise StorageError(f"{path} is damaged (it is of trial {trial.number}). {remedy}")
+    return trial
+
+
+def _trial_of(text: str, outcomes: list[dict[str, Any]]) -> Trial:
+    trial = Trial.from_plain(_mapping(json.loads(text)) | {"outcomes": outcomes})
+    if trial.state is TrialState.COMPLETE and trial.value is None:
+        raise ValueError("complete without a value")
     return trial
 
 
@@ -303,15 +310,19 @@ def read_outcomes(trial: TrialPaths) -> list[Outcome]:
     A run of a larger share comes later (`schedules/halving.py`); its last step says how large. Times of files say nothing: a copy
     has others. Raises StorageError.
     """
-    found = [parsed(file, _outcome, TRAINED_ANEW) for file in trial.outcomes()]
+    found = [parsed(file, outcome_of, TRAINED_ANEW) for file in trial.outcomes()]
     length: dict[str, int] = {}
     for outcome in found:
         length[outcome.run] = max(outcome.stop_step, length.get(outcome.run, 0))
     return sorted(found, key=lambda o: (o.run == MAIN, length[o.run], o.run, o.stop_step))
 
 
-def _outcome(text: str) -> Outcome:
+def outcome_of(text: str) -> Outcome:
+    """An outcome as it lies on disk. Raises ValueError and the like, for `parsed`."""
     found = _mapping(json.loads(text))
     if not re.fullmatch(r"\d+/[^/]+/\d+", str(found.get("key"))):
         raise ValueError("its key is no trial/run/step")
-    return Outcome.from_plain(found)
+    outcome = Outcome.from_plain(found)
+    if outcome.state is State.COMPLETED and outcome.validation_loss is None:
+        raise ValueError("completed without a validation loss")
+    return outcome

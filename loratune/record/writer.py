@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from loratune.errors import StorageError
 from loratune.record.paths import StudyPaths
-from loratune.record.trials import TRAINED_ANEW, Trial
+from loratune.record.trials import TRAINED_ANEW, Trial, outcome_of
 from loratune.system.files import AnyPath, alive, parsed, sweep, text_of, write_atomically
 from loratune.system.masking import masked
 from loratune.work import Outcome, Recipe, Segment, State
@@ -32,7 +32,7 @@ class Record:
     def outcome(self, segment: Segment) -> Outcome | None:
         """The segment's outcome, if it was ever recorded."""
         path = self.paths.outcome(segment.key)
-        return parsed(path, Outcome.from_json, TRAINED_ANEW) if path.exists() else None
+        return parsed(path, outcome_of, TRAINED_ANEW) if path.exists() else None
 
     def keep(self, outcome: Outcome) -> None:
         """Record a final outcome. Cancelled segments and bad input are not final: the same command tries again."""
