@@ -139,7 +139,7 @@ def test_a_preempted_worker_writes_checkpoints_and_another_goes_on(tmp_path: Pat
     assert preempted == {10, 20, 30}
     assert {o.state for o in outcomes.values()} == {State.COMPLETED}
     assert {o.attempt for o in outcomes.values()} == {4}
-    assert all(0 < o.tokens <= 31 for o in outcomes.values()), "each went on from its checkpoint"
+    assert all(0 < o.tokens < 60 for o in outcomes.values()), "each went on from its checkpoint"
 
 
 def test_a_device_that_is_lost_every_time_is_told(tmp_path: Path) -> None:

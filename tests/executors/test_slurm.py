@@ -100,7 +100,7 @@ def test_a_study_from_the_queue_to_its_end(slurm: dict[str, str], tmp_path: Path
     if not (Path(sys.executable).parent / "loratune").exists():
         pytest.skip("needs the command loratune on the path")
     ray = Path(sys.modules["ray"].__file__ or "").parents[1] / "bin"
-    environment = slurm | {"PATH": f"{ray}:{path}", "RAY_PORT": "9379"}
+    environment = slurm | {"PATH": f"{ray}:{path}", "RAY_PORT": "9379", "RAY_raylet_start_wait_time_s": "240"}
     command = ["sbatch", "--wait", "--nodes=1", f"--output={log}", str(ROOT / "studies" / "slurm.sh"), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900, cwd=ROOT)
     text = log.read_text() if log.exists() else ""
