@@ -8,7 +8,7 @@ from typing import Any
 
 _HERE = Path(__file__).parent
 DEMO_RUNS = 4
-"""Full runs of `loratune run --demo`: where the learning rate is an extrapolation, the vertex takes one more than three."""
+"""Full runs of `loratune run --demo`: three find the learning rate (1.116), a fourth that the model wants alpha / r 1 (1.097)."""
 
 
 def model_folder() -> Path:
