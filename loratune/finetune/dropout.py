@@ -15,11 +15,13 @@ Notation: B examples, T positions, D features; owner and position give a row its
 """
 
 import hashlib
+from functools import lru_cache
 
 import torch
 from torch import nn
 
 from loratune.errors import ModelError
+from loratune.finetune import compiled
 
 _GOLDEN = 0x9E3779B9 - 2**32  # 2^32 / golden ratio, as int32
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # lowbias32's multipliers
@@ -86,10 +88,51 @@ def keep_mask(rows: torch.Tensor, key: int, features: int, p: float, dtype: torc
 
     Bool on a GPU, where a product converts it on the way; of `dtype` on CPU, where that is five times faster.
     """
-    columns = torch.arange(features, dtype=torch.int32, device=rows.device) * _GOLDEN
-    hashes = _mix(_mix(rows ^ key).unsqueeze(-1) + columns)
-    threshold = min(round(p * 2**32) - 2**31, 2**31 - 1)
-    return hashes.ge_(threshold).to(dtype) if rows.device.type == "cpu" else hashes >= threshold
+    if compiled.on_gpu(rows):
+        words = [torch.full((1,), word, dtype=torch.int32, device=rows.device) for word in (key, threshold(p))]
+        return keep_of_rows(rows.flatten(), *words, columns_of(features, rows.device)).view(*rows.shape, features)
+    hashes = _mix(_mix(rows ^ key).unsqueeze(-1) + columns_of(features, rows.device))
+    return hashes.ge_(threshold(p)).to(dtype)
+
+
+def threshold(p: float) -> int:
+    """The least hash, as int32, that is kept."""
+    return min(round(p * 2**32) - 2**31, 2**31 - 1)
+
+
+@compiled.Leaf
+def keep_of_rows(rows: torch.Tensor, keys: torch.Tensor, thresholds: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """What is kept of rows with hashes int32 [T], each under a key and a threshold of its own, int32 [T] or [1]: bool [T, D]."""
+    return _mix(_mix(rows ^ keys).unsqueeze(-1) + columns) >= thresholds.unsqueeze(-1)
+
+
+@compiled.Leaf
+def kept(
+    x: torch.Tensor, rows: torch.Tensor, whose: torch.Tensor, keys: torch.Tensor, thresholds: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """x [T, D] where it is kept, else 0, for all adapters of a pass: row t under the key and threshold, int32 [S], of `whose[t]`."""
+    hashes = _mix(_mix(rows ^ keys[whose]).unsqueeze(-1) + columns)
+    return torch.where(hashes >= thresholds[whose].unsqueeze(-1), x, 0)
+
+
+@compiled.Leaf
+def both_kept(
+    x: torch.Tensor,
+    g: torch.Tensor,
+    rows: torch.Tensor,
+    whose: torch.Tensor,
+    keys: torch.Tensor,
+    thresholds: torch.Tensor,
+    columns: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kept` of two tensors under one mask, computed once."""
+    keep = _mix(_mix(rows ^ keys[whose]).unsqueeze(-1) + columns) >= thresholds[whose].unsqueeze(-1)
+    return torch.where(keep, x, 0), torch.where(keep, g, 0)
+
+
+@lru_cache(maxsize=64)
+def columns_of(features: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(features, dtype=torch.int32, device=device) * _GOLDEN
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,6 +74,16 @@ def synchronize(device: torch.device) -> None:
     """Wait for what a GPU was given to do, so that a clock tells what it took. On CPU everything is done already."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def fetched(x: torch.Tensor) -> list[Any]:
+    """Its numbers, in one transfer; what a GPU was given to do before is then done, as after `synchronize`."""
+    return x.tolist()
+
+
+def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same in memory that a GPU copies from without anybody's waiting; itself for any other device."""
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 def is_out_of_memory(error: BaseException) -> bool:

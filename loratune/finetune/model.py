@@ -91,8 +91,9 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
     if recipe.attn_implementation is not None:
         options["attn_implementation"] = recipe.attn_implementation
     if recipe.load_in_4bit:
-        options |= _four_bit(dtype, device)
-    if device.type != "cpu":  # straight onto the device: a process per device would else need as many copies in main memory
+        options |= _four_bit(dtype)
+    if device.type != "cpu" or recipe.load_in_4bit:  # bitsandbytes would else take a GPU where there is one
+        # Straight onto the device: a process per device would else need as many copies in main memory.
         options["device_map"] = {"": device}
     with _explained(recipe, "weights"), _without_progress_bar():
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(recipe.name_or_path, output_loading_info=True, **options)
@@ -105,6 +106,9 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
         )
     if getattr(model, "_hf_peft_config_loaded", False):  # a hub that could not be asked before, and then answered
         raise ModelError(f"model {recipe.name_or_path!r}: an adapter was loaded with it. Give a model without one.")
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes' second layout on such CPUs, which has no backward pass
+            layer.support_avx512bf16_for_cpu = False
     model.base_revision = recipe.revision  # for what is trained on it: adapter_config.json names the base by both
     model.requires_grad_(False)
     forget_lengths(model)
@@ -201,9 +205,7 @@ def _silence(config: transformers.PretrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def _four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        raise ModelError("load_in_4bit needs a CUDA device. Switch it off, or run on a GPU.")
+def _four_bit(dtype: torch.dtype) -> dict[str, Any]:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -76,7 +76,7 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto", description="data type of the frozen weights; auto: bfloat16 on GPU, float32 on CPU"
     )
-    load_in_4bit: bool = Field(False, description="store the frozen weights as 4-bit NF4 (bitsandbytes, GPU only)")
+    load_in_4bit: bool = Field(False, description="store the frozen weights as 4-bit NF4 (bitsandbytes)")
     attn_implementation: str | None = Field(
         None, description="attention kernel (sdpa, eager, flash_attention_2); null: Transformers chooses"
     )

@@ -5,6 +5,7 @@ there, and sees that whatever stood there before still stands there, whole.
 """
 
 import fcntl
+import importlib.util
 import json
 import os
 import resource
@@ -63,7 +64,7 @@ class Case:
     said: list[str]
     spoil: Callable[[Place], Any] = lambda place: None
     argv: tuple[str, ...] = RUN
-    needs: str = ""  # "no gpu"
+    needs: str = ""  # "no gpu", "no 4bit"
     may_write: tuple[str, ...] = field(default=("study/",))
 
 
@@ -186,7 +187,7 @@ MODEL = [
     Case("weights cut off", 4, ["cannot load its weights"], truncated_weights),
     Case("unknown layers", 2, ["training.target_modules", "qv, qkvo, mlp, all-linear"], argv=(*RUN, "--training.target_modules", "qvv")),
     Case("layers that the model lacks", 4, ["c_attn", "q_proj"], argv=(*RUN, "--training.target_modules", "[c_attn]")),
-    Case("4 bit without GPU", 4, ["load_in_4bit needs a CUDA device"], argv=(*RUN, "--model.load_in_4bit", "true"), needs="no gpu"),
+    Case("4 bit without its extra", 6, ["bitsandbytes", "loratune[4bit]"], argv=(*RUN, "--model.load_in_4bit", "true"), needs="no 4bit"),
     Case(
         "cuda without GPU", 7, ["no visible CUDA device", "executor.device: cpu"], argv=(*RUN, "--executor.device", "cuda"), needs="no gpu"
     ),
@@ -225,6 +226,8 @@ def place(tinystories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("case", [*SPEC, *DATA, *MODEL, *STORAGE], ids=lambda case: case.name)
 def test_bad_input(case: Case, place: Place, loratune) -> None:
+    if case.needs == "no 4bit" and importlib.util.find_spec("bitsandbytes") is not None:
+        pytest.skip("bitsandbytes is installed")
     if case.needs == "no gpu" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     case.spoil(place)

@@ -1,4 +1,4 @@
-"""Quantised layers in both engines, by a stand-in of bitsandbytes' Linear4bit, which wants a GPU.
+"""Quantised layers in both engines: by bitsandbytes where it is installed, and by a stand-in of its Linear4bit.
 
 The class tree is the same: an nn.Linear whose weight is a frozen parameter of packed bytes, [out * in / 2, 1] uint8, with
 what dequantises it beside it; the forward pass computes in its input's precision.
@@ -115,3 +115,22 @@ def test_half_precision_beside_packed_bytes(tmp_path: Path) -> None:
     assert isinstance(engine, PackedEngine), engine.notice
     outcomes = run_segments(engine, segments("half"))
     assert [o.state for o in outcomes] == [State.COMPLETED] * 2, outcomes[0].message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bitsandbytes_in_both_engines(tmp_path: Path, dtype: str) -> None:
+    """The real thing: NF4 with double quantisation, which it computes on a CPU too."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", minversion="0.50")
+    base = recipe(tmp_path, dtype=dtype)
+    base = replace(base, model=replace(base.model, load_in_4bit=True))
+    packed = load_engine(replace(base, engine="packed", slots=2), tmp_path)
+    assert isinstance(packed, PackedEngine), packed.notice
+    assert {type(layer) for layer in packed.base.linear.values()} == {bitsandbytes.nn.Linear4bit}
+    mine = run_segments(packed, segments("packed"))
+    hf = load_engine(base, tmp_path)
+    assert isinstance(hf, HfEngine)
+    theirs = run_segments(hf, segments("hf"))
+    assert {o.state for o in [*mine, *theirs]} == {State.COMPLETED}, [o.message for o in [*mine, *theirs]]
+    for one, two in zip(mine, theirs, strict=True):
+        assert one.validation_loss == pytest.approx(two.validation_loss, rel=1e-4 if dtype == "float32" else 2e-2)
+        assert one.trainable_parameters == two.trainable_parameters

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import tiny_tokenizer
 import torch
 import transformers
 
-from loratune.errors import ModelError
+from loratune.errors import MissingExtraError, ModelError
 from loratune.finetune import model
 from loratune.finetune.sizes import adapter_sizes
 from loratune.work import ModelRecipe
@@ -185,8 +186,9 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_requests_that_cannot_be_met(folder: Path) -> None:
     with pytest.raises(ModelError, match="allowed: auto, float32"):
         load(folder, dtype="int8")
-    with pytest.raises(ModelError, match="needs a CUDA device"):
-        load(folder, load_in_4bit=True)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(MissingExtraError, match=r"loratune\[4bit\]"):
+            load(folder, load_in_4bit=True)
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="torch sees no CUDA device"):
             model.choose_device("cuda")

@@ -136,14 +136,14 @@ def test_stop_leaves_a_checkpoint_and_goes_on(packed: PackedEngine, root: Path) 
     whole, parts = segments("uninterrupted"), segments("interrupted")
     expected = run_segments(packed, whole)
     stop = threading.Event()
-    stepped: list[int] = []
+    stepped: list[object] = []
     update = packed._step
 
-    def counted(lane) -> None:  # type: ignore[no-untyped-def]
-        stepped.append(1)
-        if len(stepped) == 33:
+    def counted(told) -> None:  # type: ignore[no-untyped-def]
+        stepped.extend(told)
+        if len(stepped) >= 33:
             stop.set()
-        update(lane)
+        update(told)
 
     packed._step = counted  # type: ignore[method-assign]
     broken = run_segments(packed, parts, stop=stop)

@@ -3,9 +3,11 @@
 python -m pytest tests/finetune/test_packed_gpu.py
 """
 
+import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +18,19 @@ import tiny_engine
 import torch
 import transformers
 from exact import exact_norms  # noqa: F401  # a fixture
+from layer_deltas import layer_deltas, worst
 from test_four_bit import quantised  # noqa: F401  # a fixture
 from tiny_engine import adapter, recipe, segment
 from torch.nn import functional
 
-from loratune.finetune import memory
+from loratune.finetune import compiled, dropout, memory
 from loratune.finetune.dropout import keep_mask, row_hashes
 from loratune.finetune.engines import load_engine, run_segments
 from loratune.finetune.hf import HfEngine
-from loratune.finetune.packed import varlen
-from loratune.finetune.packed.delta import Backend
+from loratune.finetune.packed import mlp, norm, products, rotary, varlen
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.finetune.packed.head import frozen_head_nll
+from loratune.finetune.packed.products import Backend, has_grouped_kernel
 from loratune.work import State
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -74,6 +77,88 @@ def test_packed_is_the_reference(tmp_path: Path, backend: Backend, dtype: str, t
     outcomes = run_segments(packed, wanted)
     assert [o.state for o in outcomes] == [State.COMPLETED] * 3, outcomes[0].message
     assert [o.validation_loss for o in outcomes] == pytest.approx([o.validation_loss for o in expected], rel=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["loop", "concatenated", "grouped"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_each_backend_is_the_loop_in_float64(backend: Backend, dtype: str, tolerance: float) -> None:
+    if backend == "grouped" and not has_grouped_kernel(GPU, getattr(torch, dtype)):
+        pytest.skip("never chosen here")
+    expected = layer_deltas(torch.device("cpu"), torch.float64, "loop")
+    assert worst(layer_deltas(GPU, getattr(torch, dtype), backend), expected) < tolerance
+
+
+LEAVES = ["kept", "both_kept", "normed", "normed_back", "turned", "turned_back", "gated", "gated_back", "own_columns"]
+
+
+def leaves() -> dict[str, tuple[compiled.Leaf, tuple[object, ...]]]:
+    """Each function that is compiled on a GPU, with something to compute."""
+    rows = torch.arange(300, device=GPU)
+    words = [torch.tensor(w, dtype=torch.int32, device=GPU) for w in ([5, -7, 2**31 - 1], [-(2**31), 0, 2**31 - 9])]
+    source = (dropout.row_hashes(rows // 7, rows % 7), rows // 100, *words, dropout.columns_of(128, GPU))
+    x, g, w = (torch.randn(*shape, device=GPU, dtype=torch.bfloat16) for shape in ((300, 128), (300, 128), (128,)))
+    heads, angles = x.view(1, 300, 4, 32).transpose(1, 2), x[:, :32].contiguous().view(1, 1, 300, 32)
+    return {
+        "kept": (dropout.kept, (x, *source)),
+        "both_kept": (dropout.both_kept, (x, g, *source)),
+        "normed": (norm._normed, (x, w, 1e-5)),
+        "normed_back": (norm._normed_back, (x, w, torch.rand(300, 1, device=GPU), g)),
+        "turned": (rotary._turned, (heads, angles, angles)),
+        "turned_back": (rotary._turned_back, (heads, angles, angles)),
+        "gated": (mlp._gated, (x, g)),
+        "gated_back": (mlp._gated_back, (x, g, g)),
+        "own_columns": (products.own_columns, (x, rows // 100, rows[:128] // 50, torch.rand(128, device=GPU))),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["kept", "both_kept", "normed", "normed_back", "turned", "turned_back", "gated", "gated_back", "own_columns"]
+)
+def test_a_leaf_is_one_kernel_with_the_same_numbers(name: str) -> None:
+    from torch._inductor import metrics
+
+    leaf, given = leaves()[name]
+    torch._dynamo.reset()
+    metrics.reset()
+    got, expected = leaf(*given), leaf.function(*given)
+    assert not compiled._broken, compiled._broken
+    assert metrics.generated_kernel_count == 1
+    for one, two in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True):
+        assert one.stride() == two.stride()
+        assert torch.equal(one, two) if "kept" in name else (one - two).norm() < 1e-2 * two.norm()
+
+
+def test_a_round_waits_twice(wide: Path) -> None:
+    """CUDA's own word for it."""
+    engine = PackedEngine(replace(recipe(wide, dtype="bfloat16"), engine="packed", slots=3, device="cuda"), wide)
+    wanted = [segment(4, trial=k, learning_rate=1e-3, **h) for k, h in enumerate(CONFIGURATIONS)]  # type: ignore[arg-type]
+    run_segments(engine, [replace(s, run="warm") for s in wanted])
+    train, waits = engine._train, []
+
+    def watched(slots) -> None:  # type: ignore[no-untyped-def]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                train(slots)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append([f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)])
+
+    engine._train = watched  # type: ignore[method-assign]
+    run_segments(engine, wanted)
+    assert waits
+    assert max(map(len, waits)) <= 2, waits
+
+
+def test_the_demo_is_trained_on_the_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    command = [sys.executable, "-m", "loratune", "run", "--demo", "--output.folder", str(tmp_path / "demo")]
+    done = subprocess.run([*command, "--executor.device", "cuda", "--budget.trials", "3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [json.loads(path.read_text()).get("device") for path in (tmp_path / "demo").rglob("outcomes/**/*.json")]
+    assert told
+    assert {device.split(",")[0] for device in told} == {torch.cuda.get_device_name(0)}
 
 
 @pytest.mark.usefixtures("exact_norms")

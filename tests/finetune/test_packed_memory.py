@@ -293,6 +293,7 @@ def test_the_peak_is_the_trials_own(engine: PackedEngine, monkeypatch: pytest.Mo
 def test_seconds_are_synchronised(engine: PackedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU still computes when a pass returns: waiting for it is the pass's time, not the next one's."""
     monkeypatch.setattr(memory, "synchronize", lambda device: time.sleep(0.1) if device is engine.base.device else None)
+    monkeypatch.setattr(memory, "fetched", lambda x: (time.sleep(0.1), x.tolist())[1])
     slow, quick = (replace(segment(2, trial=k, batch_size=n), run="seconds") for k, n in enumerate((20, 2)))
     outcomes = run_segments(engine, [slow, quick])
     assert sum(o.train_seconds for o in outcomes) >= 0.2

@@ -101,8 +101,9 @@ class Adapter:
         return sum(flat.numel() for flat in self.weights.values())
 
     @property
-    def finite(self) -> bool:
-        return all(bool(p.isfinite().all()) for p in self.parameters.values())
+    def finite(self) -> torch.Tensor:
+        """Whether all its trained weights are: a bool on the device."""
+        return torch.stack([p.detach().isfinite().all() for p in self.parameters.values()]).all()
 
     def save(self, folder: Path, model: nn.Module) -> None:
         """Write an ordinary PEFT folder. Raises StorageError."""

@@ -46,7 +46,7 @@ def flat_attention(
         called = "soft-capped attention" if softcap is not None else f"the way {type(module).__name__} calls its attention"
         raise NotPackableError(f"it does not know {called}")
     window = sliding_window if sliding_window is not None and sliding_window < flat.longest else None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if window is None and varlen.takes(q, k, v):
         if flat.line is None:
             return varlen.varlen_attention(q, k, v, flat.starts, flat.longest, scaling).unsqueeze(0), None

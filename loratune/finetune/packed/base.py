@@ -1,9 +1,9 @@
 """The frozen base model of the packed engine: a flat batch in, the NLL of each response token out.
 
 Transformers' own model files run unchanged. What is ours is hung into them: a hook on each linear layer adds the
-adapters' deltas, an attention function keeps sequences apart, norms and rotary positions take fewer steps, the last
-layer's queries and MLP are taken for the rows alone that predict a response token, and the output head is left out of
-the model's forward pass, to be taken together with the loss. Whether a model bears that is tried when it is loaded
+adapters' deltas, an attention function keeps sequences apart, norms, rotary positions and MLPs take fewer steps, the
+last layer's queries and MLP are taken for the rows alone that predict a response token, and the output head is left out
+of the model's forward pass, to be taken together with the loss. Whether a model bears that is tried when it is loaded
 (loading_check.py).
 """
 
@@ -16,16 +16,18 @@ import torch
 from torch import nn
 
 from loratune.errors import NotPackableError
-from loratune.finetune import dropout
+from loratune.finetune import compiled, dropout, memory
 from loratune.finetune import model as base_model
 from loratune.finetune.model import BaseModel
 from loratune.finetune.packed import attention
 from loratune.finetune.packed.adapter import Adapter
-from loratune.finetune.packed.delta import Backend, LayerDelta, add_deltas
+from loratune.finetune.packed.delta import add_deltas
 from loratune.finetune.packed.head import frozen_head_nll
 from loratune.finetune.packed.layout import Flat
 from loratune.finetune.packed.loading_check import LoadingCheck
+from loratune.finetune.packed.mlp import quick_mlps
 from loratune.finetune.packed.norm import quick_norms
+from loratune.finetune.packed.products import Backend, LayerDelta, PassRows, has_grouped_kernel
 from loratune.finetune.packed.rotary import quick_rotary
 from loratune.finetune.rope import sides_of
 from loratune.finetune.targets import linear_layers
@@ -38,7 +40,8 @@ class ForwardPass:
     flat: Flat
     adapters: Sequence[Adapter]  # `flat.spans` say whose rows are whose
     training: bool  # with dropout
-    rows: torch.Tensor  # int32 [T], of dropout.row_hashes
+    rows: PassRows
+    predicting: PassRows  # the same of `flat.predictors`
     backend: Backend
     hidden: torch.Tensor | None = None  # [1, T, D], what the head was given
 
@@ -68,14 +71,14 @@ class PackedBase:
         self.backend: Callable[[Sequence[Adapter]], Backend] = choose_backend
         self._before = self.model.config._attn_implementation
         self._hooks: list[Any] = []
-        self._norms: list[tuple[Any, Any]] = []  # and the forward function that it had of its own, not its class's
+        self._replaced: list[tuple[Any, Any]] = []  # modules, and the forward functions that they had of their own
         self._last = self._read_alone()
         attention.register_attention()
         check = LoadingCheck(base, longest)
         self.model.config._attn_implementation = attention.NAME
-        for norm, forward in list(quick_norms(self.model)):
-            self._norms.append((norm, vars(norm).get("forward")))
-            norm.forward = forward
+        for module, forward in [*quick_norms(self.model), *quick_mlps(self.model)]:
+            self._replaced.append((module, vars(module).get("forward")))
+            module.forward = forward
         self._hooks += quick_rotary(self.model)
         for name, layer in self.linear.items():
             self._hooks.append(layer.register_forward_hook(partial(self._add, name)))
@@ -95,10 +98,10 @@ class PackedBase:
         """Take everything out of the model again."""
         for hook in self._hooks:
             hook.remove()
-        for norm, before in self._norms:
-            del norm.forward
+        for module, before in self._replaced:
+            del module.forward
             if before is not None:
-                norm.forward = before
+                module.forward = before
         self.model.config._attn_implementation = self._before
 
     def features(self, layer: str) -> tuple[int, int]:
@@ -112,15 +115,17 @@ class PackedBase:
         With `step_of`, each adapter's step, dropout is on and the result differentiable; the rest of a forward pass must not
         be begun before its backward pass is done.
         """
+        for adapter, step in zip(adapters, step_of or (), strict=False):
+            adapter.key.step = step
+        rows, predicting = self._rows(flat, adapters, training=step_of is not None)
         present = self._pass = ForwardPass(
             flat=flat,
             adapters=adapters,
             training=step_of is not None,
-            rows=dropout.row_hashes(flat.owners, flat.positions[0]),
+            rows=rows,
+            predicting=predicting,
             backend=self.backend(adapters) if adapters else "loop",
         )
-        for adapter, step in zip(adapters, step_of or (), strict=False):
-            adapter.key.step = step
         if self.checkpointing:
             self.model.train(present.training)  # Transformers recomputes layers in training mode only
         try:
@@ -128,11 +133,25 @@ class PackedBase:
                 self.model(input_ids=flat.ids, position_ids=flat.positions, use_cache=False, flat=flat)
             if present.hidden is None:
                 raise RuntimeError("it does not call its output head")
-            hidden = present.hidden[0].index_select(0, flat.predictors)
+            hidden = present.hidden.squeeze(0).index_select(0, flat.predictors)
         finally:  # what is kept here would keep a failed pass's whole graph
             present.hidden = None
         head: Any = self.head
         return frozen_head_nll(hidden, head.weight, head.bias, flat.labels)
+
+    def _rows(self, flat: Flat, adapters: Sequence[Adapter], *, training: bool) -> tuple[PassRows, PassRows]:
+        """What is known of all rows, and of those that predict. A GPU gets the keys of all layers' masks in one copy."""
+        members = [adapters[span.adapter] for span in flat.spans] if adapters else []
+        words = [[dropout.threshold(adapter.hyperparameters.lora_dropout) for adapter in members]]
+        names: list[str] = []
+        if training and compiled.on_gpu(flat.ids) and any(0 < adapter.hyperparameters.lora_dropout < 1 for adapter in members):
+            names = [name for name in self.linear if any(name in adapter.layers for adapter in members)]
+            words += [[adapter.key.of(name) for adapter in members] for name in names]
+        held = memory.pinned(torch.tensor(words, dtype=torch.int32), self.device).to(self.device, non_blocking=True)
+        facts = {"thresholds": held[0], "keys": dict(zip(names, held[1:].unbind(), strict=True))}
+        hashes = dropout.row_hashes(flat.owners, flat.positions.squeeze(0))
+        everything = PassRows(hashes=hashes, whose=flat.whose, **facts)
+        return everything, PassRows(hashes=hashes[flat.predictors], whose=flat.whose[flat.predictors], **facts)
 
     def _cut(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Keep what the head is given; let it compute nothing."""
@@ -164,12 +183,14 @@ class PackedBase:
         if not present.adapters:
             return y
         parts, selected = [], any(name == own or name.startswith(own + ".") for own in self._last)
-        for span in present.flat.spans:
+        for number, span in enumerate(present.flat.spans):
             adapter = present.adapters[span.adapter]
             if name in adapter.layers:
                 p = adapter.hyperparameters.lora_dropout if present.training else 0.0
                 parts.append(
                     LayerDelta(
+                        layer=name,
+                        number=number,
                         start=span.first if selected else span.start,
                         stop=span.last if selected else span.stop,
                         a=adapter.work_a[name],
@@ -178,12 +199,12 @@ class PackedBase:
                         grad_b=adapter.grad_b.get(name),
                         scale=adapter.scale,
                         p=p,
-                        key=adapter.key.of(name) if 0 < p < 1 else 0,
+                        key=adapter.key.of(name) if 0 < p < 1 and not present.rows.keys else 0,
                     )
                 )
         if not parts:
             return y
-        rows = present.rows[present.flat.predictors] if selected else present.rows
+        rows = present.predicting if selected else present.rows
         return add_deltas(arguments[0], y, parts, rows, self._anchor, present.backend)
 
 
@@ -195,6 +216,9 @@ def _ask_less(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any])
 
 def choose_backend(adapters: Sequence[Adapter]) -> Backend:
     """A loop on CPU; on a GPU, where a call costs more than the extra work, one product for all small adapters."""
-    if adapters[0].weights["lora_A"].device.type == "cpu":
+    device = adapters[0].weights["lora_A"].device
+    if device.type == "cpu":
         return "loop"
-    return "concatenated" if sum(adapter.hyperparameters.lora_r for adapter in adapters) <= 256 else "grouped"
+    if sum(adapter.hyperparameters.lora_r for adapter in adapters) <= 256:
+        return "concatenated"
+    return "grouped" if has_grouped_kernel(device, adapters[0].dtype) else "loop"

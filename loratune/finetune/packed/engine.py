@@ -28,8 +28,9 @@ from loratune.finetune.failures import error_text, fits, ran_out, state_of, too_
 from loratune.finetune.methods import method_named
 from loratune.finetune.packed import capacity
 from loratune.finetune.packed.base import PackedBase
-from loratune.finetune.packed.layout import Share
-from loratune.finetune.packed.slot import Slot, fill, run_pass
+from loratune.finetune.packed.layout import Layouts, Share
+from loratune.finetune.packed.slot import Batch, Slot, fill, run_pass
+from loratune.finetune.packed.steps import Numbers, clip_all, fetched, update_all
 from loratune.finetune.packed.validation_pass import validate_within
 from loratune.finetune.segment import Inbox
 from loratune.finetune.trainer import DivergedError
@@ -66,6 +67,8 @@ class PackedEngine:
         self._occupied: list[Slot] = []
         self._returned: deque[Segment] = deque()  # put out of their slots for want of memory
         self._limit = self.slots
+        self._layouts = Layouts(self.train, self.base.device)
+        self.looks_ahead = self.device.type != "cpu"  # lays the next pass out while the device computes
         self._base_loss: float | None = None  # of the base model, which is every trial's at step 0
         gc.collect()
         gc.freeze()  # what is loaded stays: collecting between trials need not look at it again
@@ -145,38 +148,49 @@ class PackedEngine:
         working = [slot for slot in self._occupied if not slot.done]
         if working:
             self._train(working)
-        for slot in [slot for slot in working if slot.complete and slot in self._occupied]:
-            self._step(slot)
         if not stop.is_set():
             self._finish([slot for slot in self._occupied if slot.done], stop)
 
     def _train(self, slots: list[Slot]) -> None:
-        """One pass, and the slots behind it come to the front."""
-        free = self.capacity.room(sum(slot.adapter.size for slot in self._occupied))
-        shares = fill(slots, min(self.room, max(free, 1)), self.enough)
+        """One pass, and the slots behind it come to the front; those whose batch is complete step.
+
+        Their losses and norms are fetched in one transfer, at which the device is waited for.
+        """
+        shares = self._filled(slots)
         members = [slots[share.adapter] for share in shares]
         began, before = time.perf_counter(), memory.mark(self.device)
         try:
-            done = run_pass(self.base, self.train, slots, shares, self.task)
+            flat = self._layouts.flat(shares)
+            sums = run_pass(self.base, flat, slots, self.task)
         except Exception as error:
             if not ran_out(error, self.device):
                 raise
-            done = None
-        if done is None:  # the error is gone, and with it the failed pass's graph
+            flat, sums = None, []
+        if flat is None:  # the error is gone, and with it the failed pass's graph
             for slot in members:
                 slot.again()
             self._make_room(shares)
             return
-        flat, sums = done
         for share, slot, total in zip(shares, members, sums, strict=True):
             slot.seen(share, total)
+        last = slots.index(members[-1]) + (1 if members[-1].complete else 0)
+        self._occupied = [*slots[last:], *slots[:last], *[slot for slot in self._occupied if slot.done]]
+        clipped = clip_all([slot for slot in members if slot.complete], self.device, self._back_to_checkpoint)
+        if self.looks_ahead:
+            coming = [batch for slot in self._occupied if not slot.done and (batch := slot.ahead()) is not None]
+            if coming:
+                self._layouts.prepare(self._filled(coming))
+        numbers = fetched(clipped, self.base.device)
         seconds, used = time.perf_counter() - began, memory.since(self.device, before)
         for span, slot in zip(flat.spans, members, strict=True):
             part = (span.stop - span.start) / flat.tokens
             slot.run.train_seconds += seconds * part
             self._used(slot, used * part)
-        last = slots.index(members[-1]) + (1 if members[-1].complete else 0)
-        self._occupied = [*slots[last:], *slots[:last], *[slot for slot in self._occupied if slot.done]]
+        self._step(numbers)
+
+    def _filled(self, slots: Sequence[Slot | Batch]) -> list[Share]:
+        free = self.capacity.room(sum(slot.adapter.size for slot in self._occupied))
+        return fill(slots, min(self.room, max(free, 1)), self.enough)
 
     def _make_room(self, shares: list[Share]) -> None:
         """A pass of these shares ran out of memory: smaller passes; when one example is too many, fewer slots."""
@@ -203,6 +217,9 @@ class PackedEngine:
         slot.adapter.release()
         memory.free(self.device)
 
+    def _back_to_checkpoint(self, slot: Slot) -> None:
+        self._set_aside(slot, whole=False)
+
     def _used(self, slot: Slot, working: float) -> None:
         """On a GPU, note what a slot takes by itself: the model, its training state, its part of what was computed."""
         if self.device.type == "cuda":
@@ -214,19 +231,24 @@ class PackedEngine:
             for slot in slots:
                 slot.used(memory.peak_bytes(self.device))
 
-    def _step(self, slot: Slot) -> None:
+    def _step(self, numbers: Numbers) -> None:
+        """The optimiser steps of the slots that `numbers` were fetched of."""
         began, before = time.perf_counter(), memory.mark(self.device)
-        try:
-            if not fits(slot.step, self.device):
-                self._set_aside(slot, whole=False)
-                return
-        except DivergedError as error:
-            self._leave(slot, State.DIVERGED, f"diverged at {error}; lower learning rates are safer")
-            return
-        slot.run.train_seconds += time.perf_counter() - began
-        self._used(slot, memory.since(self.device, before))
-        if slot.run.checkpoint_due() and not slot.run.validation_due() and not fits(slot.run.save, self.device):
-            self._set_aside(slot, whole=False)
+        finite = update_all(numbers, self.device, self._back_to_checkpoint, self._diverged)
+        seconds, used = time.perf_counter() - began, memory.since(self.device, before)
+        for slot in [slot for slot in finite if slot in self._occupied]:
+            slot.run.train_seconds += seconds / len(finite)
+            self._used(slot, used / len(finite))
+            try:
+                slot.stepped(numbers[slot][0], finite[slot])
+            except DivergedError as error:
+                self._diverged(slot, error)
+                continue
+            if slot.run.checkpoint_due() and not slot.run.validation_due() and not fits(slot.run.save, self.device):
+                self._back_to_checkpoint(slot)
+
+    def _diverged(self, slot: Slot, error: DivergedError) -> None:
+        self._leave(slot, State.DIVERGED, f"diverged at {error}; lower learning rates are safer")
 
     def _validate(self, slots: Sequence[Slot], stop: threading.Event) -> bool:
         """Put a point on each slot's curve. False where memory ran out: a slot was set aside, and all may be tried again."""

@@ -1,4 +1,4 @@
-"""Rotary positions on a CPU with fewer steps over memory than Transformers' models take.
+"""Rotary positions with fewer steps over memory than Transformers' models take.
 
     y = [x1 cos - x2 sin, x2 cos + x1 sin]        x = [x1, x2], halves of a head's features     (Su et al. 2021, eq. 34)
     dx = [g1 cos + g2 sin, g2 cos - g1 sin]
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from loratune.finetune.compiled import Leaf
+
 _NAME = "apply_rotary_pos_emb"
-_EXACT = (torch.float32, torch.float64)
 Function = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -26,15 +27,25 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
+        return _turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return _turned(grads[0], cos, sin, -1), None, None
+        return _turned_back(grads[0], cos, sin), None, None
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: int) -> torch.Tensor:
+@Leaf
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return _turn(x, cos, sin, 1)
+
+
+@Leaf
+def _turned_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return _turn(x, cos, sin, -1)
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: int) -> torch.Tensor:
     """Forward for `way` 1, back for -1."""
     half = x.shape[-1] // 2
     y, (x1, x2), (sin1, sin2) = x * cos, x.split(half, -1), sin.split(half, -1)
@@ -74,7 +85,7 @@ def _same(original: Function) -> bool:
 
 def _standing_for(original: Function) -> Function:
     def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **options: Any) -> Any:
-        plain = q.device.type == "cpu" and q.dtype in _EXACT and q.dtype == cos.dtype and q.shape[-1] == cos.shape[-1]
+        plain = q.dtype == k.dtype == cos.dtype and q.shape[-1] == cos.shape[-1]
         if more or options or not plain:
             return original(q, k, cos, sin, *more, **options)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

@@ -5,26 +5,58 @@ whatever passes they are put into, and steps as soon as the last of them has bee
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from loratune.data.batches import Tokens, response_tokens
+from loratune.data.batches import Sides, Tokens, response_tokens
 from loratune.data.shared_prefix import dropout_owners
 from loratune.data.tasks import TrainingTask
-from loratune.finetune import memory
 from loratune.finetune.methods import Method
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, learning_rate_factor, warmup_steps
 from loratune.finetune.packed.adapter import Adapter
 from loratune.finetune.packed.base import PackedBase
-from loratune.finetune.packed.layout import Flat, Share, flatten
+from loratune.finetune.packed.layout import Flat, Share
 from loratune.finetune.segment import SegmentRun
 from loratune.finetune.targets import chosen_layers, left_out
 from loratune.finetune.trainer import DivergedError
 from loratune.record.paths import RunPaths, StudyPaths
 from loratune.work import Progress, Recipe, Segment
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One optimiser step's examples, and which of them are still to be seen."""
+
+    step: int
+    tokens: Tokens
+    sides: Sides
+    usual_tokens: float  # of such a batch, on average
+    examples: np.ndarray
+    waiting: np.ndarray = field(init=False)  # indices in `examples`, longest first
+
+    def __post_init__(self) -> None:
+        self.items = response_tokens(self.tokens, self.examples)
+        self._owners = dropout_owners(self.tokens, self.examples) if len(self.examples) else []
+        self.waiting = np.argsort(-np.asarray(self.tokens.lengths)[self.examples], kind="stable")
+
+    def offer(self, room: int, number: int, *, beside: Share | None = None) -> Share | None:
+        """The next examples that fit into `room` tokens, longest first, as adapter `number`'s share; or None.
+
+        At least one example while there are any; `beside` others, those alone that may share a pass with them.
+        """
+        lengths = np.asarray(self.tokens.lengths)[self.examples[self.waiting]]
+        count = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
+        first = self.examples[self.waiting[:1]] if beside is None else beside.examples[:1]
+        side = self.sides(np.asarray(self.tokens.lengths)[first])
+        count = max(min(count, _leading(self.sides(lengths) == side)), 0 if beside is not None else min(1, len(lengths)))
+        if not count:
+            return None
+        taken = self.waiting[:count]
+        return Share(adapter=number, examples=self.examples[taken], owners=[self._owners[index] for index in taken])
 
 
 class Slot:
@@ -47,10 +79,9 @@ class Slot:
         layers = {name: base.features(name) for name in chosen_layers(base.model, h.target_modules)}
         method.config(base.model, h)  # refuses what PEFT would
         self.adapter = Adapter(layers, h, segment.seed, recipe.training, dtype=base.base.dtype, device=base.device, method=method)
-        self.batch_tokens = h.batch_size * float(np.mean(tokens.lengths))  # of one step, on average
+        self.usual_tokens = h.batch_size * float(np.mean(tokens.lengths))  # of one step, on average
         self.scale = HALF_PRECISION_SCALE if base.base.dtype == torch.float16 else 1.0
-        self.waiting: np.ndarray = np.zeros(0, dtype=np.int64)  # indices in the present step's batch, still to be seen
-        self.items = 1  # response tokens of that batch
+        self._next: Batch | None = None
         self.peak = 0  # bytes of memory
         self._loss = torch.zeros((), dtype=torch.float64, device=base.device)
         self._warmup = warmup_steps(h.warmup_ratio, segment.total_steps)
@@ -77,26 +108,28 @@ class Slot:
     @property
     def complete(self) -> bool:
         """Whether the present step has seen all its examples."""
-        return not len(self.waiting)
+        return not len(self.batch.waiting)
+
+    @property
+    def items(self) -> int:
+        """Response tokens of the present step's batch."""
+        return self.batch.items
 
     def offer(self, room: int, number: int, *, beside: Share | None = None) -> Share | None:
-        """The next examples of the present step that fit into `room` tokens, longest first, as adapter `number`'s share; or None.
+        """See `Batch.offer`."""
+        return self.batch.offer(room, number, beside=beside)
 
-        At least one example while there are any; `beside` others, those alone that may share a pass with them.
-        """
-        lengths = np.asarray(self.tokens.lengths)[self._examples[self.waiting]]
-        count = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
-        first = self._examples[self.waiting[:1]] if beside is None else beside.examples[:1]
-        side = self._sides(np.asarray(self.tokens.lengths)[first])
-        count = max(min(count, _leading(self._sides(lengths) == side)), 0 if beside is not None else min(1, len(lengths)))
-        if not count:
-            return None
-        taken = self.waiting[:count]
-        return Share(adapter=number, examples=self._examples[taken], owners=[self._owners[index] for index in taken])
+    def ahead(self) -> Batch | None:
+        """What the slot will offer once it has stepped, if its step is complete; None if that is its last."""
+        if not self.complete:
+            return self.batch
+        if self._next is None and self.run.step + 1 < self.segment.stop_step:
+            self._next = self._batch_of(self.run.step + 1)
+        return self._next
 
     def seen(self, share: Share, loss: torch.Tensor) -> None:
         """A pass is done: `share`'s examples gave a summed `loss`, and their gradients are in the adapter."""
-        self.waiting = self.waiting[len(share.examples) :]
+        self.batch.waiting = self.batch.waiting[len(share.examples) :]
         self._loss = self._loss + loss.detach().double()
 
     def used(self, size: int) -> None:
@@ -108,18 +141,27 @@ class Slot:
         self.adapter.forget_gradients()
         self._begin_step()
 
-    def step(self) -> None:
-        """Take the optimiser step that all examples have been seen for. Raises DivergedError, before the weights are touched."""
+    def measured(self) -> torch.Tensor:
+        """Clip the gradients: (the step's summed loss, the gradient's norm before), float64 on the device."""
         norm = self.adapter.clip(self.scale)
-        loss, norm_value = torch.stack([self._loss, norm.double()]).tolist()
-        if not (abs(loss) < float("inf") and norm_value < float("inf")):
-            raise DivergedError(f"step {self.run.step + 1}: loss {loss / self.items:.4g}, gradient norm {norm_value:.4g}")
-        factor = learning_rate_factor(self._kind, self.run.step, self._warmup, self.segment.total_steps)
-        self.adapter.update(factor)
-        if not self.adapter.finite:  # a step too large for float32: no neighbour may ever multiply with it
+        return torch.stack([self._loss, norm.double()])
+
+    def update(self, loss: float, norm: float) -> None:
+        """Take the optimiser step that all examples have been seen for. Raises DivergedError, before the weights are touched."""
+        if not (abs(loss) < float("inf") and norm < float("inf")):
+            raise DivergedError(f"step {self.run.step + 1}: loss {loss / self.items:.4g}, gradient norm {norm:.4g}")
+        self.adapter.update(self._factor)
+
+    def stepped(self, loss: float, finite: bool) -> None:
+        """The optimiser step is taken, and left weights that are `finite` or not. Raises DivergedError if not."""
+        if not finite:  # a step too large for float32: no neighbour may ever multiply with it
             raise DivergedError(f"step {self.run.step + 1}: the adapter's weights are not finite")
-        self.run.stepped(loss, self.items, self.segment.hyperparameters.learning_rate * factor)
+        self.run.stepped(loss, self.items, self.segment.hyperparameters.learning_rate * self._factor)
         self._begin_step()
+
+    @property
+    def _factor(self) -> float:
+        return learning_rate_factor(self._kind, self.run.step, self._warmup, self.segment.total_steps)
 
     def save_adapter(self, model: nn.Module) -> None:
         """Write the adapter of the point of the curve that is kept. Raises StorageError."""
@@ -128,16 +170,15 @@ class Slot:
 
     def _begin_step(self) -> None:
         self._loss = torch.zeros_like(self._loss)
-        self._examples = self.waiting = np.zeros(0, dtype=np.int64)
-        if self.done:
-            return
-        self._examples = self.run.examples(self.run.step)
-        self.items = response_tokens(self.tokens, self._examples)
-        self._owners = dropout_owners(self.tokens, self._examples)
-        self.waiting = np.argsort(-np.asarray(self.tokens.lengths)[self._examples], kind="stable")
+        prepared, self._next = self._next, None
+        self.batch = prepared if prepared is not None and prepared.step == self.run.step else self._batch_of(self.run.step)
+
+    def _batch_of(self, step: int) -> Batch:
+        examples = self.run.examples(step) if step < self.segment.stop_step else np.zeros(0, dtype=np.int64)
+        return Batch(step=step, tokens=self.tokens, sides=self._sides, usual_tokens=self.usual_tokens, examples=examples)
 
 
-def fill(slots: Sequence[Slot], room: int, enough: float) -> list[Share]:
+def fill(slots: Sequence[Slot | Batch], room: int, enough: float) -> list[Share]:
     """The shares of the next pass of at most `room` tokens: the first slot's examples, and others' beside them.
 
     A slot whose batches hold `enough` tokens to keep the device busy has its passes to itself: what it computes is then
@@ -147,7 +188,7 @@ def fill(slots: Sequence[Slot], room: int, enough: float) -> list[Share]:
     first = slots[0]
     shares: list[Share] = []
     for number, slot in enumerate(slots):
-        if number and not (first.batch_tokens < enough and slot.batch_tokens < enough):
+        if number and not (first.usual_tokens < enough and slot.usual_tokens < enough):
             continue
         share = slot.offer(room, number, beside=shares[0] if shares else None)
         if share is not None:
@@ -161,15 +202,14 @@ def _leading(true: np.ndarray) -> int:
     return len(true) if true.all() else int(np.argmin(true))
 
 
-def run_pass(
-    base: PackedBase, tokens: Tokens, slots: Sequence[Slot], shares: Sequence[Share], task: TrainingTask
-) -> tuple[Flat, list[torch.Tensor]]:
-    """One pass, forward and backward: (the flat batch, each share's summed loss). Gradients are added to the adapters'."""
-    flat = flatten(tokens, shares, base.device)
+def run_pass(base: PackedBase, flat: Flat, slots: Sequence[Slot], task: TrainingTask) -> list[torch.Tensor]:
+    """One pass, forward and backward: each span's summed loss. Gradients are added to the adapters'.
+
+    A GPU is given all that, and not waited for.
+    """
     each = task.loss(base.nll(flat, [slot.adapter for slot in slots], [slot.run.step for slot in slots]), flat.labels)
-    sums = [each[span.first : span.last].sum() for span in flat.spans]
+    sums = [part.sum() for part in each.split([span.last - span.first for span in flat.spans])]
     losses = [total * (slots[span.adapter].scale / slots[span.adapter].items) for total, span in zip(sums, flat.spans, strict=True)]
     # Each adapter's loss reaches its own rows only; a common sum would do as well, but for inf and NaN.
     torch.autograd.backward([loss for loss in losses if loss.requires_grad])
-    memory.synchronize(base.device)
-    return flat, [total.detach() for total in sums]
+    return [total.detach() for total in sums]

@@ -1,0 +1,54 @@
+"""Optimiser steps of several slots together: a device is asked twice, whether gradients are finite and whether weights are."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from loratune.finetune import memory
+from loratune.finetune.failures import fits
+from loratune.finetune.packed.slot import Slot
+from loratune.finetune.trainer import DivergedError
+
+Numbers = dict[Slot, tuple[float, float]]  # the step's loss, and the norm of its gradient
+
+
+def clip_all(slots: Sequence[Slot], device: torch.device, set_aside: Callable[[Slot], None]) -> dict[Slot, torch.Tensor]:
+    """Clip the slots' gradients: the numbers, on the device. A slot without memory for that is set aside."""
+    found: dict[Slot, torch.Tensor] = {}
+    for slot in slots:
+        if not fits(partial(_clip, slot, found), device):
+            set_aside(slot)
+    return found
+
+
+def fetched(numbers: dict[Slot, torch.Tensor], device: torch.device) -> Numbers:
+    """The numbers, in one transfer; the device has then done what it was given."""
+    if not numbers:
+        memory.synchronize(device)
+        return {}
+    together = memory.fetched(torch.stack(list(numbers.values())))
+    return {slot: (loss, norm) for slot, (loss, norm) in zip(numbers, together, strict=True)}
+
+
+def update_all(
+    numbers: Numbers, device: torch.device, set_aside: Callable[[Slot], None], diverged: Callable[[Slot, DivergedError], None]
+) -> dict[Slot, bool]:
+    """Take the steps whose gradients are finite; of each, whether the weights still are."""
+    taken: dict[Slot, torch.Tensor] = {}
+    for slot, (loss, norm) in numbers.items():
+        try:
+            if not fits(partial(_update, slot, loss, norm, taken), device):
+                set_aside(slot)
+        except DivergedError as error:
+            diverged(slot, error)
+    return dict(zip(taken, memory.fetched(torch.stack(list(taken.values()))), strict=True)) if taken else {}
+
+
+def _clip(slot: Slot, found: dict[Slot, torch.Tensor]) -> None:
+    found[slot] = slot.measured()
+
+
+def _update(slot: Slot, loss: float, norm: float, taken: dict[Slot, torch.Tensor]) -> None:
+    slot.update(loss, norm)
+    taken[slot] = slot.adapter.finite
