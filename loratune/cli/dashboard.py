@@ -100,7 +100,14 @@ def _open(record: "StudyRecord", url: str | None) -> tuple[Any, int]:
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
+    from loratune.cli.dashboard_values import RealValues, ordinals_of
     from loratune.record.paths import StudyPaths
+
+    class Journal(RealValues, JournalStorage):
+        ordinals = ordinals_of(record.spec)
+
+    class Database(RealValues, RDBStorage):
+        ordinals = ordinals_of(record.spec)
 
     where = unmasked(str(url or record.spec.get("storage") or f"sqlite:///{StudyPaths(record.folder.resolve()).database}"))
     journal = where.endswith((".log", ".journal"))
@@ -109,7 +116,7 @@ def _open(record: "StudyRecord", url: str | None) -> tuple[Any, int]:
         raise StorageError(f"the study has no storage yet: {file} does not exist. `loratune run` creates it.")
     try:
         # An RDBStorage makes the tables that are missing, unless told not to.
-        storage = JournalStorage(JournalFileBackend(where)) if journal else RDBStorage(where, skip_table_creation=True)
+        storage = Journal(JournalFileBackend(where)) if journal else Database(where, skip_table_creation=True)
         return storage, storage.get_study_id_from_name(record.name)
     except KeyError:
         raise StorageError(f"storage {masked(where)} holds no study named {record.name!r}.") from None
