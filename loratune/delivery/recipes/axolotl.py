@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from loratune.delivery.recipes.recipe import Recipe, mappings, only_lora
+from loratune.delivery.recipes.recipe import ForeignRecipe, mappings, only_lora
 
 MARKS = ("base_model", "datasets")
 _FILES = {"json", "csv", "parquet", "text", "arrow"}  # of `path`: the builder, the data being in data_files
@@ -11,7 +11,7 @@ _READ = {"path", "type", "data_files", "ds_type", "split", "field_messages", "me
 _READ |= {"message_field_role", "message_field_content", "chat_template", "conversation"}
 
 
-def read(recipe: Recipe) -> None:
+def read_axolotl(recipe: ForeignRecipe) -> None:
     adapter = recipe.take("adapter")
     only_lora(recipe.path, "adapter", adapter, ("lora", "qlora"))
     recipe.put("model", "name_or_path", recipe.take("base_model"))
@@ -56,7 +56,7 @@ def read(recipe: Recipe) -> None:
     recipe.study["seed"] = recipe.number("seed", default=42, kind=int)
 
 
-def _source(recipe: Recipe, entry: Mapping[str, Any], role: str) -> str:
+def _source(recipe: ForeignRecipe, entry: Mapping[str, Any], role: str) -> str:
     """Add a data set; returns what kind of prompt its type means: alpaca, chat, own, or nothing known."""
     path, files = str(entry.get("path", "")), entry.get("data_files")
     places = ([files] if isinstance(files, str) else list(files or [])) if path in _FILES else [path]
@@ -109,7 +109,7 @@ def _template(kind: Mapping[str, Any]) -> str | None:
     return "{% if input %}{{ '' }}" + jinja(with_input) + "{{ '' }}{% else %}{{ '' }}" + jinja(without) + "{{ '' }}{% endif %}"
 
 
-def _prompt(recipe: Recipe, kinds: list[str]) -> str:
+def _prompt(recipe: ForeignRecipe, kinds: list[str]) -> str:
     chosen = recipe.take("chat_template", default="tokenizer_default")
     own = recipe.take("chat_template_jinja")
     if set(kinds) == {"alpaca"}:

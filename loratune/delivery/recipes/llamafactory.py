@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.delivery.recipes import transformers_fields
-from loratune.delivery.recipes.recipe import Recipe, only_lora
+from loratune.delivery.recipes.recipe import ForeignRecipe, only_lora
 
 MARKS = ("finetuning_type", "stage")
 _KERNELS = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
@@ -14,7 +14,7 @@ _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "sy
 _USUAL = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 
 
-def read(recipe: Recipe) -> None:
+def read_llamafactory(recipe: ForeignRecipe) -> None:
     only_lora(recipe.path, "stage", recipe.take("stage", default="sft"), ("sft",))
     only_lora(recipe.path, "finetuning_type", recipe.take("finetuning_type", default="lora"), ("lora",))
     recipe.put("model", "name_or_path", recipe.take("model_name_or_path"))
@@ -54,10 +54,10 @@ def read(recipe: Recipe) -> None:
     recipe.put("training", "loraplus_lr_ratio", recipe.take("loraplus_lr_ratio"))
     recipe.lose("use_dora", "DoRA is not trained here")
     recipe.put("training", "gradient_checkpointing", not recipe.take("disable_gradient_checkpointing", default=False))
-    transformers_fields.read(recipe)
+    transformers_fields.read_training(recipe)
 
 
-def _source(recipe: Recipe, name: str, role: str) -> None:
+def _source(recipe: ForeignRecipe, name: str, role: str) -> None:
     folder = Path(recipe.path).parent / str(recipe.given.get("dataset_dir") or "data")
     folder = folder if folder.is_dir() else Path(str(recipe.given.get("dataset_dir") or "data"))
     sources = recipe.study["data"].setdefault(role, [])

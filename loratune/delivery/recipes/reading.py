@@ -9,15 +9,15 @@ from typing import Any
 import yaml
 
 from loratune.delivery.recipes import axolotl, llamafactory, trl
-from loratune.delivery.recipes.recipe import Recipe
+from loratune.delivery.recipes.recipe import ForeignRecipe
 from loratune.errors import SpecError
 from loratune.spec import StudySpec
 from loratune.system.files import AnyPath
 
-TOOLS: dict[str, tuple[tuple[str, ...], Callable[[Recipe], None]]] = {
-    "axolotl": (axolotl.MARKS, axolotl.read),
-    "llamafactory": (llamafactory.MARKS, llamafactory.read),
-    "trl": (trl.MARKS, trl.read),
+TOOLS: dict[str, tuple[tuple[str, ...], Callable[[ForeignRecipe], None]]] = {
+    "axolotl": (axolotl.MARKS, axolotl.read_axolotl),
+    "llamafactory": (llamafactory.MARKS, llamafactory.read_llamafactory),
+    "trl": (trl.MARKS, trl.read_trl),
 }
 
 
@@ -45,7 +45,7 @@ def read_recipe(path: AnyPath, tool: str | None = None) -> Imported:
     """
     given = _mapping(Path(path))
     tool = tool or _tool_of(given, str(path))
-    recipe = Recipe(str(path), given)
+    recipe = ForeignRecipe(str(path), given)
     TOOLS[tool][1](recipe)
     recipe.finish()
     study = {name: part for name, part in recipe.study.items() if part != {}}

@@ -19,7 +19,7 @@ _WITHOUT_BEARING = (
 
 
 @dataclass
-class Recipe:
+class ForeignRecipe:
     """The fields of a file, taken one by one."""
 
     path: str

@@ -1,9 +1,9 @@
 """Fields that LLaMA-Factory and TRL have from Transformers' TrainingArguments, with its defaults."""
 
-from loratune.delivery.recipes.recipe import Recipe
+from loratune.delivery.recipes.recipe import ForeignRecipe
 
 
-def read(recipe: Recipe) -> None:
+def read_training(recipe: ForeignRecipe) -> None:
     recipe.put("training", "epochs", recipe.number("num_train_epochs", default=3.0))
     if recipe.given.get("max_steps", -1) in (-1, 0):
         recipe.take("max_steps")

@@ -3,13 +3,13 @@
 from typing import Any
 
 from loratune.delivery.recipes import transformers_fields
-from loratune.delivery.recipes.recipe import Recipe, mappings, only_lora
+from loratune.delivery.recipes.recipe import ForeignRecipe, mappings, only_lora
 
 MARKS = ("model_name_or_path", "use_peft")
 _FILES = {"json", "csv", "parquet"}
 
 
-def read(recipe: Recipe) -> None:
+def read_trl(recipe: ForeignRecipe) -> None:
     only_lora(recipe.path, "use_peft", recipe.take("use_peft", default=False), (True,))
     recipe.put("model", "name_or_path", recipe.take("model_name_or_path"))
     revision = recipe.take("model_revision", default="main")
@@ -56,10 +56,10 @@ def read(recipe: Recipe) -> None:
     recipe.put("training", "use_rslora", recipe.take("use_rslora"))
     recipe.lose("use_dora", "DoRA is not trained here")
     recipe.put("training", "gradient_checkpointing", recipe.take("gradient_checkpointing", default=True))
-    transformers_fields.read(recipe)
+    transformers_fields.read_training(recipe)
 
 
-def _sources(recipe: Recipe, entry: Any) -> list[dict[str, Any]]:
+def _sources(recipe: ForeignRecipe, entry: Any) -> list[dict[str, Any]]:
     path, files = str(entry.get("path", "")), entry.get("data_files")
     places = ([files] if isinstance(files, str) else list(files or [])) if path in _FILES else [path]
     for name in set(entry) - {"path", "data_files", "split"}:
