@@ -8,7 +8,8 @@
     print(read(spec.folder).best)
 
 StudySpec       what is asked for
-tune            run a study, or continue it
+tune            run a study, or continue it, event by event
+search          run it to its end; `Callback` has what may be called on the way
 read            a study's folder -> its trials, the best, the default, what they cost
 evaluate        score its adapters on downstream benchmarks
 select          race the finalists with fresh seeds, and choose the one to ship
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
     from loratune.report import write_report
     from loratune.selection import select
     from loratune.spec import StudySpec
+    from loratune.study.callbacks import Callback, search
     from loratune.study.driver import deliver, tune
     from loratune.study.evaluation import evaluate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Callback",
     "StudySpec",
     "__version__",
     "deliver",
@@ -44,6 +47,7 @@ __all__ = [
     "export",
     "read",
     "samplers",
+    "search",
     "select",
     "tune",
     "write_report",
@@ -51,11 +55,13 @@ __all__ = [
 
 _ROOMS = ("demo", "samplers")
 _HOMES = {
+    "Callback": "loratune.study.callbacks",
     "StudySpec": "loratune.spec",
     "deliver": "loratune.study.driver",
     "evaluate": "loratune.study.evaluation",
     "export": "loratune.delivery",
     "read": "loratune.record",
+    "search": "loratune.study.callbacks",
     "select": "loratune.selection",
     "tune": "loratune.study.driver",
     "write_report": "loratune.report",

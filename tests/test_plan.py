@@ -12,7 +12,7 @@ from loratune.errors import SpecError
 from loratune.finetune.sizes import adapter_sizes
 from loratune.record import open_record
 from loratune.spec import StudySpec
-from loratune.study.plan import Plan, _expected_epochs, _largest, _not_counted, _threads, expected, slots_for, workers_for
+from loratune.study.plan import Plan, _expected_epochs, _largest, _not_counted, _threads, expected, few_steps, slots_for, workers_for
 from loratune.work import Hyperparameters, ModelRecipe
 
 
@@ -55,7 +55,11 @@ def test_the_text_tells_what_matters() -> None:
     ):
         assert said in text
     assert "budget" not in text
-    assert "max_hours: 1 ends it earlier, after about 1 trials" in str(replace(PLAN, max_hours=1.0))
+    assert "max_hours: 1 ends it earlier, after about 1 trial" in str(replace(PLAN, max_hours=1.0))
+    assert text.count("busy") == 0
+    shaky = str(replace(PLAN, spread=(0.5, 1.25), load=3.0))
+    assert "time          48 min to 2.0 h per trial; 4.0 h to 10.1 h in all, 40.22 device-hours\n" in shaky
+    assert "busy          the machine is 3.0 times as busy as it has processors" in shaky
     assert "rank 512: out of memory: too big" in str(replace(PLAN, problem="out of memory: too big", training_tokens_per_second=0.0))
 
 
@@ -179,3 +183,15 @@ def test_the_slots_of_a_study_stay(tmp_path: Path) -> None:
     with open_record(tmp_path) as record:
         assert record.pin("slots", 7) == 2
         assert record.pin("workers", 3) == 3
+
+
+def test_too_few_steps_are_told() -> None:
+    class Data:
+        train = range(160)
+
+    training = {"batch_size": 8, "epochs": 2}
+    assert few_steps(spec(training=training), Data) == [  # type: ignore[arg-type]
+        "warning: a run at the defaults has 40 optimiser steps, fewer than 50: 160 examples, 2 epochs, batch_size 8; "
+        "write a smaller training.batch_size, or more epochs"
+    ]
+    assert few_steps(spec(training={**training, "batch_size": 4}), Data) == []  # type: ignore[arg-type]

@@ -26,11 +26,13 @@ COMMANDS = {
     "report": "write the report of one study, or the comparison of several",
     "dashboard": "open optuna-dashboard on a study",
     "compare": "let people, or a model, judge blindly which of two models answers better",
-    "export": "copy a trial's adapter, or the model merged with it",
+    "export": "copy a trial's adapter, the model merged with it, or its settings as another tool's recipe",
+    "import": "make a study of a recipe of Axolotl, LLaMA-Factory or TRL",
     "init": "write a commented study description to start from",
     "schema": "print the JSON Schema of a study description, for editors",
     "doctor": "check this machine and the installed packages",
 }
+_MODULES = {"import": "import_recipe"}  # a word of Python's
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # its state, no fault of ours
 
@@ -74,7 +76,7 @@ def _bug() -> int:
 
 def _run(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        command = importlib.import_module(f"loratune.cli.{argv[0]}")
+        command = importlib.import_module(f"loratune.cli.{_MODULES.get(argv[0], argv[0])}")
         parser = Parser(prog=f"loratune {argv[0]}", description=command.__doc__, fields=argv[0] in ("run", "recommend"))
         command.add_arguments(parser)
         as_json.add_json(parser)

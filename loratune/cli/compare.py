@@ -120,7 +120,7 @@ def _comparison(args: argparse.Namespace, study: "StudyRecord | None") -> "Compa
         first=first,
         second=second,
         model=model,
-        prompt=args.prompt or used.get("kind", "auto"),
+        prompt=args.prompt or used.get("template") or used.get("kind", "auto"),
         date=used.get("date") or datetime.date.today().isoformat(),
         thinking=used.get("thinking", False),
         questions=_questions(args.questions, model),

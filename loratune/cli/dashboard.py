@@ -55,9 +55,11 @@ def dashboard_server(record: "StudyRecord", port: int | None, url: str | None = 
         from optuna_dashboard import wsgi
     except ImportError as error:
         raise MissingExtraError("optuna-dashboard", "dashboard", str(error)) from error
+    from loratune.cli.dashboard_values import with_real_values
     from loratune.record.storage import open_to_read
 
     storage, number = open_to_read(url=url or record.spec.get("storage"), folder=record.folder, name=record.name)
+    storage = with_real_values(storage, record.spec)
     problem = ""
     for wanted in (PORT, 0) if port is None else (port,):
         try:

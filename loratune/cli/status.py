@@ -142,7 +142,9 @@ def _print(record: "StudyRecord") -> None:
     now = facts(record)
     console.print(Text(f"{record.name}  {_state(now)}", style="bold"), soft_wrap=True)
     of = f" of {now['budget_trials']}" if now["budget_full_runs"] is None and now["budget_trials"] is not None else ""
-    console.print(f"{len(record.trials)}{of} trials begun: {counts(record.trials, active=now['running'])}")
+    console.print(
+        f"{len(record.trials)}{of} trial{'s' * (len(record.trials) != 1 or bool(of))} begun: {counts(record.trials, active=now['running'])}"
+    )
     console.print(" · ".join(totals(now)))
     trained = [trial for trial in record.trials if trial.outcomes or trial.state == INFEASIBLE]
     if now["in_training"]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def budget(spec: "StudySpec") -> str:
     """`3 full runs`, `100 trials`: the first limit of a study."""
     given = spec.budget
-    return f"{given.full_runs:g} full runs" if given.full_runs is not None else f"{given.most} trials"
+    return f"{given.full_runs:g} full runs" if given.full_runs is not None else plural(given.most, "trial")
 
 
 def params(values: dict[str, Any]) -> str:
@@ -107,7 +107,7 @@ def result(record: StudyRecord) -> list[str]:
         messages = [f"The last message, of trial {trial.number}: {trial.message}" for trial in record.trials if trial.message]
         return [f"No trial was trained to its end ({counts(record.trials)}).", *messages[-1:]]
     return [
-        f"Validation loss after {len(record.trials)} trials ({counts(record.trials)}):",
+        f"Validation loss after {plural(len(record.trials), 'trial')} ({counts(record.trials)}):",
         *(f"  {line}" for line in standing(record)),
         f"Cost: {record.device_seconds / 3600:.2f} device-hours, {count(record.tokens)} training tokens.",
     ]

@@ -1,7 +1,7 @@
-"""What the fields of a record mean: five formats, told apart by their fields, each into a conversation.
+"""What the fields of a record mean: six formats, told apart by their fields, each into a conversation.
 
 Every field is read, refused or counted: what changes the text or the loss is read (`history`, `weight`, `train`,
-`reasoning_content`, `tools`) or refused where it cannot be held (tool calls, other weights than 0 and 1), and the names of
+`reasoning_content`, `tools`, calls of tools) or refused where it cannot be held (other weights than 0 and 1), and the names of
 all other fields are handed on for the summary. A problem is a `BadError`, whose text lacks only the place.
 
 Spellings: OpenAI's fine-tuning files (`weight`, `tools`, `developer`), LLaMA-Factory (`history`, `system`, `kto_tag`), Axolotl
@@ -12,19 +12,10 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from loratune.data.conversations import Exchange, Turns, role_of, turns_of
 from loratune.data.fields import BadError, Fields, agreed, checked_text, empty, flag_of, list_field, optional_text, text_field
 from loratune.data.records import described
 from loratune.system.names import close_names
-
-
-class Exchange(NamedTuple):
-    """What a user said and what the assistant answered. `input` is what the instruction is about, or empty."""
-
-    instruction: str
-    input: str
-    response: str
-    scored: bool = True  # False: the answer is context, no token of it counts in the loss
-    reasoning: str = ""  # the thinking part that stands before the response (`reasoning_content`)
 
 
 class Conversation(NamedTuple):
@@ -41,15 +32,22 @@ class Format(NamedTuple):
     """`required` tells a format from the others; `parse` reads the exchanges."""
 
     required: tuple[str, ...]
-    parse: Callable[[Fields], "_Turns"]
+    parse: Callable[[Fields], Turns]
 
 
-class _Turns(NamedTuple):
-    """Exchanges, the system message among them, and how many exchanges come from `history`."""
+class Markers(NamedTuple):
+    """Of plain text (`text`): what stands before an answer, and, where a text holds several, before a question."""
 
-    exchanges: list[Exchange]
-    system: str = ""
-    history: int = 0
+    response: str = ""
+    instruction: str = ""
+
+
+NO_MARKERS = Markers()
+
+
+def is_preference(record: dict[str, Any]) -> bool:
+    """Whether a record is a pair of answers of which one is preferred, and no answer to learn alone."""
+    return "chosen" in record and "rejected" in record and not any(all(f in record for f in known.required) for known in FORMATS.values())
 
 
 def detect_format(record: dict[str, Any]) -> str:
@@ -61,20 +59,18 @@ def detect_format(record: dict[str, Any]) -> str:
     wanted = {field for known in FORMATS.values() for field in known.required}
     near = [(f, meant) for f in fields if f not in wanted for meant in close_names(f, sorted(wanted), cutoff=0.75)]
     hint = " " + "; ".join(f"{given} looks like {meant}" for given, meant in near) + "." if near else ""
-    if "chosen" in record and "rejected" in record:
-        hint += " chosen and rejected are preference data, which is not trained on; keep one answer, under the name of its format."
     formats = "; ".join(f"{name} ({', '.join(known.required)})" for name, known in FORMATS.items())
     named = ", ".join(fields)
     named = f"{named[:200]} ..." if len(named) > 200 else named or "(none)"
     raise BadError(f"the fields {named} fit no known format: {formats}.{hint}".rstrip("."))
 
 
-def parse_record(record: dict[str, Any], name: str) -> Conversation:
+def parse_record(record: dict[str, Any], name: str, markers: Markers = NO_MARKERS) -> Conversation:
     """A record of format `name`. Raises BadError."""
     fields = Fields(record)
     fields.get("category")  # kept with the example
     _usable(fields)
-    turns = FORMATS[name].parse(fields)
+    turns = _plain_text(fields, markers) if name == "text" else FORMATS[name].parse(fields)
     beside = agreed(fields, ("system", "system_prompt"), optional_text)
     if beside and turns.system and beside != turns.system:
         raise BadError(f"field system and the first message are two different system messages: {described(beside)}; keep one")
@@ -86,8 +82,8 @@ def parse_record(record: dict[str, Any], name: str) -> Conversation:
 # ---- one question and its answer ----
 
 
-def _single(instruction: str, contexts: tuple[str, ...], response: str) -> Callable[[Fields], _Turns]:
-    def parse(fields: Fields) -> _Turns:
+def _single(instruction: str, contexts: tuple[str, ...], response: str) -> Callable[[Fields], Turns]:
+    def parse(fields: Fields) -> Turns:
         asked, about, answer = text_field(fields, instruction), agreed(fields, contexts, optional_text), text_field(fields, response)
         if not asked.strip() and not about.strip():
             raise BadError(f"field {instruction}: is empty; expected at least one word")
@@ -95,7 +91,7 @@ def _single(instruction: str, contexts: tuple[str, ...], response: str) -> Calla
             raise BadError(f"field {response}: is empty; expected a response to learn from")
         earlier = _history(fields)
         last = Exchange(asked, about, answer, reasoning=optional_text(fields, "reasoning_content"))
-        return _Turns([*earlier, last], history=len(earlier))
+        return Turns([*earlier, last], history=len(earlier))
 
     return parse
 
@@ -112,87 +108,60 @@ def _history(fields: Fields) -> list[Exchange]:
     return found
 
 
+# ---- plain text ----
+
+
+def _plain_text(fields: Fields, markers: Markers) -> Turns:
+    """Text that stands for itself: an answer begins behind the response marker, as in TRL's completion-only collator.
+
+    With an instruction marker each answer reaches to the next question; without, the last answer alone is one, and reaches to the end.
+    """
+    text, marker = text_field(fields, "text"), markers.response
+    if marker not in text:
+        raise BadError(f"field text: the response_marker {marker!r} does not appear: {described(text)}")
+    if not markers.instruction:
+        asked, _, answer = text.rpartition(marker)
+        return _checked_text_turns("", [Exchange(asked, "", answer)])
+    before, found, rest = text.partition(markers.instruction)
+    if not found or marker in before:
+        raise BadError(f"field text: expected the instruction_marker {markers.instruction!r} before the first {marker!r}")
+    exchanges = []
+    while rest:
+        asked, found, behind = rest.partition(marker)
+        if not found:
+            break  # a question without an answer, at the end
+        answer, _, rest = behind.partition(markers.instruction)
+        exchanges.append(Exchange(asked, "", answer))
+    return _checked_text_turns(before + markers.instruction, exchanges)
+
+
+def _checked_text_turns(before: str, exchanges: list[Exchange]) -> Turns:
+    if not all(exchange.response.strip() for exchange in exchanges):
+        raise BadError("field text: nothing stands behind the response_marker; expected a response to learn from")
+    return Turns(exchanges, before)
+
+
 # ---- conversations ----
 
-_ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
-}
-_TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_calls", "tool_response", "observation", "ipython"}
-_TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id", "tools")
-_NO_TOOL_CALLS = "conversations with calls of tools are not trained yet; leave such rows out"
 
-
-def _conversation(field: str) -> Callable[[Fields], _Turns]:
-    def parse(fields: Fields) -> _Turns:
+def _conversation(field: str) -> Callable[[Fields], Turns]:
+    def parse(fields: Fields) -> Turns:
         if field not in fields.values:
             text_field(fields, field)  # raises: missing
-        return _turns(fields, field, fields.get(field))
+        return turns_of(fields, field, fields.get(field))
 
     return parse
 
 
-def _prompt_completion(fields: Fields) -> _Turns:
+def _prompt_completion(fields: Fields) -> Turns:
     """Two texts, or TRL's two lists of messages, of which the prompt's answers are not scored."""
     prompt, completion = fields.get("prompt"), fields.get("completion")
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         return _single("prompt", (), "completion")(fields)
-    before = sum(isinstance(message, dict) and str(message.get("role")).lower() in ("assistant", "model") for message in prompt)
-    turns = _turns(fields, "prompt + completion", [*prompt, *completion])
+    before = sum(role_of(message) == "assistant" for message in prompt)
+    turns = turns_of(fields, "prompt + completion", [*prompt, *completion])
     exchanges = [e._replace(scored=e.scored and place >= before) for place, e in enumerate(turns.exchanges)]
     return turns._replace(exchanges=exchanges)
-
-
-def _turns(fields: Fields, field: str, messages: Any) -> _Turns:
-    if not isinstance(messages, list) or not messages:
-        raise BadError(f"field {field}: expected a list of messages, found {described(messages)}")
-    system, asked, exchanges = "", None, []
-    for number, given in enumerate(messages, 1):
-        where = f"{field}[{number}]"
-        role, text, scored, reasoning = _message(given, where, fields, field)
-        expected = "user" if asked is None else "assistant"
-        if role == "system" and number == 1:
-            system = text
-        elif role != expected:
-            raise BadError(f"{where}: expected a message of the {expected} (turns alternate), found one of the {role}")
-        elif role == "user":
-            asked = text
-        else:
-            exchanges.append(Exchange(str(asked), "", text, scored, reasoning))
-            asked = None
-    if asked is not None or not exchanges:
-        raise BadError(f"field {field}: expected an assistant message at the end, found {described(messages[-1])}")
-    return _Turns(exchanges, system)
-
-
-def _message(given: Any, where: str, record: Fields, field: str) -> tuple[str, str, bool, str]:
-    """(role, text, whether it is scored, reasoning) of one message, in either spelling: {from, value} or {role, content}."""
-    if not isinstance(given, dict):
-        raise BadError(f"{where}: expected an object with role and content, found {described(given)}")
-    message = Fields(given, f"{where}.")
-    who, what = ("from", "value") if "from" in given else ("role", "content")
-    name = message.get(who)
-    if not isinstance(name, str) or name.lower() not in _ROLES:
-        hint = f"; {_NO_TOOL_CALLS}" if isinstance(name, str) and name.lower() in _TOOL_ROLES else ""
-        raise BadError(f"{where}.{who}: expected one of {', '.join(_ROLES)}, found {described(name)}{hint}")
-    role = _ROLES[name.lower()]
-    for tool in _TOOL_FIELDS:
-        if not empty(message.get(tool)):
-            raise BadError(f"{where}.{tool}: {_NO_TOOL_CALLS}" if tool != "tools" else f"{where}.tools: expected beside the messages")
-    text = message.get(what)
-    if not isinstance(text, str) or (not text.strip() and role != "system"):
-        raise BadError(f"{where}.{what}: expected text, found {described(text)}")
-    scored = flag_of(message, ("weight", "train", "training", "loss", "loss_scale"))
-    if scored and role != "assistant":
-        raise BadError(f"{where}: a message of the {role} is marked to be trained on; only the assistant's answers are scored")
-    if not empty(message.get("train_detail")) or not empty(message.get("training_detail")):
-        raise BadError(f"{where}.train_detail: an answer is scored as a whole or not at all; use train: true or false")
-    reasoning = agreed(message, ("reasoning_content", "reasoning", "thinking"), optional_text)
-    if reasoning.strip() and role != "assistant":
-        raise BadError(f"{where}: a message of the {role} has a reasoning part; only the assistant's answers may")
-    record.inner |= dict.fromkeys(f"{field}[].{name}" for name in message.unread())
-    return role, checked_text(text, f"{where}.{what}"), scored is not False, reasoning if reasoning.strip() else ""
 
 
 FORMATS = {
@@ -201,8 +170,8 @@ FORMATS = {
     "sharegpt": Format(("conversations",), _conversation("conversations")),
     "messages": Format(("messages",), _conversation("messages")),
     "prompt_completion": Format(("prompt", "completion"), _prompt_completion),
+    "text": Format(("text",), lambda fields: _plain_text(fields, NO_MARKERS)),
 }
-
 
 # ---- fields ----
 

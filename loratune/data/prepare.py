@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from loratune.data import records, split
+from loratune.data.formats import Markers
 from loratune.data.prepared import (
     Manifest,
     Prepared,
@@ -23,15 +24,17 @@ from loratune.data.prepared import (
     pack_tokens,
     write_prepared,
 )
-from loratune.data.prompts import Encoded, UnfitError, choose_prompt, has_reasoning
-from loratune.data.sources import BadRow, DataRecipe, DataSource, Example, fields_of, read_source
+from loratune.data.prompts import Encoded, UnfitError, choose_prompt, has_reasoning, template_of
+from loratune.data.sources import BadRow, DataRecipe, DataSource, Example, fields_of, grouped, refuse
 from loratune.data.split_report import common_questions, linked
 from loratune.data.tasks import SFT, TrainingTask
 from loratune.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from loratune.errors import DataError, StorageError
 
 _FORMAT = 2  # raise when the arrays, the prompts or the split change meaning, so that old caches are not used
-_LISTED = 5  # bad rows quoted per source
+_LISTED = 20  # problems of bad rows that are quoted per source, and places of each
+_ENDLESS = 1 << 40  # tokens
+_CUT = 0.05  # of the examples that are cut at max_length is told with what would keep them
 
 
 def prepare(
@@ -56,8 +59,10 @@ def prepare(
     for the tokenizer.
     """
     files, dated = tokenizer_fingerprint(tokenizer, revision, trust_remote_code)
-    date = (date or datetime.date.today().isoformat()) if dated and recipe.prompt != "alpaca" else ""
-    name = _content_hash(recipe, files, date, task)
+    template = template_of(recipe.prompt)
+    dated = "strftime_now" in template if template else dated and recipe.prompt != "alpaca" and not recipe.response_marker
+    date = (date or datetime.date.today().isoformat()) if dated else ""
+    name = _content_hash(recipe, files, date, task, template)
     folder = Path(cache) / name
     if folder.exists():
         try:
@@ -66,7 +71,8 @@ def prepare(
             report(f"{folder} is damaged; preparing the data again")
             discard(folder)
     loaded = load_tokenizer(tokenizer, revision, trust_remote_code)
-    prompt = choose_prompt(loaded, recipe.prompt, date=date, score_reasoning=recipe.score_reasoning)
+    markers = Markers(recipe.response_marker, recipe.instruction_marker)
+    prompt = choose_prompt(loaded, template or recipe.prompt, date=date, score_reasoning=recipe.score_reasoning, markers=markers)
     encode = partial(task.encode, prompt)
     train = [_tokenise(source, "train", recipe, encode, report) for source in recipe.train]
     held_out = [_tokenise(source, "validation", recipe, encode, report) for source in recipe.validation]
@@ -98,11 +104,12 @@ def prepare(
             date=prompt.date,
             thinking=any(r.thinking for r in everything),
             end=str(loaded.convert_ids_to_tokens(min(prompt.ends))),
+            template=template,
         ),
         duplicates=sum(r.duplicates for r in everything),
         shared=common.shared,
         near_duplicates=common.near,
-        notes=(*notes, *common.examples),
+        notes=(*_cut_note(everything, recipe.max_length), *notes, *common.examples),
         sources=tuple(r.counts() for r in everything),
         **{n: SetCounts(examples=len(t), tokens=len(t.ids), response_tokens=int(t.mask.sum())) for n, t in sets.items()},
     )
@@ -126,6 +133,7 @@ class _Rows:
     texts: list[str] = field(default_factory=list)  # split.identity
     encoded: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (ids, response_mask)
     truncated: list[bool] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens before they were cut, of these rows and the dropped ones
     left_out: list[int] = field(default_factory=list)  # thinking parts that the template does not show
     thinking: bool = False  # whether any answer has a thinking part
     dropped: int = 0
@@ -141,7 +149,7 @@ class _Rows:
             role=self.role,
             rows=self.rows,
             bad=len(self.bad),
-            bad_rows=tuple(str(row) for row in self.bad[:_LISTED]),
+            bad_rows=tuple(grouped(self.bad, _LISTED)),
             dropped=self.dropped,
             overlapping=self.overlapping,
             duplicates=self.duplicates,
@@ -158,7 +166,7 @@ def _tokenise(
     source: DataSource, role: str, recipe: DataRecipe, encode: Callable[[Example, int], Encoded | None], report: Callable[[str], None]
 ) -> _Rows:
     report(f"reading {source.path}")
-    examples, bad = read_source(source, recipe.on_bad_rows)
+    examples, bad = recipe.read(source)
     rows = _Rows(source=source, role=role, rows=len(examples) + len(bad), bad=bad, fields=fields_of(examples))
     for number, example in enumerate(examples):
         if number and number % 10_000 == 0:
@@ -167,23 +175,41 @@ def _tokenise(
             encoded = encode(example, recipe.max_length)
         except UnfitError as error:
             rows.bad.append(BadRow(example.source, example.place, error.problem))
-            if recipe.on_bad_rows != "skip":
-                raise DataError(f"{rows.bad[-1]}. Fix the row, or leave such rows out with data.on_bad_rows: skip.") from error
+            if recipe.on_bad_rows == "error":
+                refuse(source.path, rows.bad, rows.rows, recipe.on_bad_rows)
             continue
         if encoded is None:
+            whole = encode(example, _ENDLESS)
+            rows.lengths += [whole.length] if whole else []
             rows.dropped += 1
             continue
         rows.questions.append(split.questions_of(example))
         rows.texts.append(split.identity(example))
         rows.encoded.append((np.array(encoded.input_ids, dtype=np.int32), np.array(encoded.response_mask)))
         rows.truncated.append(encoded.truncated)
+        rows.lengths.append(encoded.length)
         rows.left_out.append(encoded.reasoning_left_out)
         rows.thinking = rows.thinking or has_reasoning(example)
-    if not rows.encoded and not rows.dropped:
+    if rows.encoded or rows.dropped:
+        refuse(source.path, rows.bad, rows.rows, recipe.on_bad_rows)
+    else:
         raise DataError(f"{source.path}: no usable row among {len(rows.bad)}. The last: {rows.bad[-1]}.")
     if not rows.encoded:
         raise DataError(f"{source.path}: every prompt alone fills max_length = {recipe.max_length} tokens. Raise max_length.")
     return rows
+
+
+def _cut_note(sources: Sequence[_Rows], max_length: int) -> list[str]:
+    """A warning where more than 5 % of the usable examples do not fit, with the max_length that would keep 95 % and 99 % of them whole."""
+    lengths = np.sort(np.array([length for rows in sources for length in rows.lengths]))
+    cut = int((lengths > max_length).sum())
+    if cut <= _CUT * len(lengths):
+        return []
+    keep = [int(lengths[int(np.ceil(part * len(lengths))) - 1]) for part in (0.95, 0.99)]
+    return [
+        f"warning: {cut / len(lengths):.0%} of the examples are longer than max_length, {max_length:,} tokens, and lose their end; "
+        f"max_length: {keep[0]:,} keeps 95 % of them whole, {keep[1]:,} 99 %"
+    ]
 
 
 def _spell_alike(sources: Sequence[_Rows]) -> None:
@@ -280,13 +306,24 @@ def _weights(rows: Sequence[_Rows]) -> list[float] | None:
 # ---- the cache's name ----
 
 
-def _content_hash(recipe: DataRecipe, tokenizer_files: list[tuple[str, str]], date: str, task: TrainingTask) -> str:
+def _content_hash(recipe: DataRecipe, tokenizer_files: list[tuple[str, str]], date: str, task: TrainingTask, template: str) -> str:
     parts = [
         _FORMAT,
-        dataclasses.asdict(recipe),
+        _as_before(dataclasses.asdict(recipe)),
         [records.source_digests(s.path, s.split) for s in (*recipe.train, *recipe.validation)],
         tokenizer_files,
         date,
         *([] if task is SFT else [task.name]),  # so that older caches stay what they are
+        *([template] if template else []),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _as_before(plain: Any) -> Any:
+    """Without the fields that came later, where they hold nothing: older caches stay what they are."""
+    if isinstance(plain, dict):
+        return {name: _as_before(value) for name, value in plain.items() if name not in _LATER or value}
+    return [_as_before(value) for value in plain] if isinstance(plain, list | tuple) else plain
+
+
+_LATER = ("columns", "response_marker", "instruction_marker")

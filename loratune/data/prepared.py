@@ -34,8 +34,8 @@ class SourceCounts(Json):
     path: str
     role: str  # "train", or "validation" for an explicit validation source
     rows: int
-    bad: int  # rows that could not be used, skipped on request
-    bad_rows: tuple[str, ...]  # the first few, in words
+    bad: int  # rows that could not be used and were skipped
+    bad_rows: tuple[str, ...]  # their problems, in words, each with the places of its rows
     dropped: int  # the prompt alone fills max_length
     overlapping: int  # training rows left out because their question stands in an explicit validation source
     duplicates: int  # rows in the group of an earlier row, of this source or one before it; kept on one side
@@ -80,11 +80,12 @@ class SetCounts(Json):
 class PromptUsed(Json):
     """The prompt that examples were given: the same for validation, for comparisons and for whoever uses the adapter."""
 
-    kind: str = "alpaca"  # alpaca | chat
+    kind: str = "alpaca"  # alpaca | chat | text
     note: str = "alpaca"  # in words, with the reason
     date: str = ""  # ISO, that the chat template shows
     thinking: bool = False  # whether answers have thinking parts
     end: str = ""  # the token that ends an answer; empty in data prepared before it was recorded
+    template: str = ""  # the description's own template, of a question or of a chat; empty where it has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +183,7 @@ class Prepared:
                 lines.append(f"{s.path}: {s.train:,} training examples drawn from {s.train - s.repeats:,}: {s.repeats:,} are repeats")
             before = f"{s.path}: " if len(m.sources) > 1 else ""
             lines += [before + line for line in s.fields()]
-            if s.bad:
-                lines += [f"skipped: {row}" for row in s.bad_rows] + (["..."] if s.bad > len(s.bad_rows) else [])
+            lines += [f"skipped: {row}" for row in s.bad_rows]
         return "\n".join(lines)
 
 

@@ -27,8 +27,9 @@ Questions = tuple[str, ...]  # of one row, at least one
 
 
 def questions_of(example: Example) -> Questions:
-    """Every question of a conversation, instruction + input, normalised, in order and each once."""
-    return tuple(dict.fromkeys(normalised(f"{exchange.instruction} {exchange.input}") for exchange in example.exchanges))
+    """Every question of a conversation, instruction + input, normalised, in order and each once. A result of a tool is none."""
+    asked = [exchange for exchange in example.exchanges if exchange.instruction or exchange.input]
+    return tuple(dict.fromkeys(normalised(f"{exchange.instruction} {exchange.input}") for exchange in asked))
 
 
 def one_spelling(questions: Sequence[Questions]) -> list[Questions]:
@@ -68,7 +69,10 @@ def identity(example: Example) -> str:
     parts = [example.system, *(part for exchange in example.exchanges for part in exchange[:3])]
     # Fields that most data lack are added where they are used, so that splits of other data stay what they were.
     rare = [example.tools, *(f"{exchange.scored} {exchange.reasoning}" for exchange in example.exchanges)]
-    return "\x1f".join([*parts, *rare] if example.tools or any(e.reasoning or not e.scored for e in example.exchanges) else parts)
+    told = [text for exchange in example.exchanges for text in (exchange.asked, exchange.calls) if text]
+    if not (example.tools or told or any(e.reasoning or not e.scored for e in example.exchanges)):
+        return "\x1f".join(parts)
+    return "\x1f".join([*parts, *rare, *told])
 
 
 def shuffled(texts: Sequence[str], seed: int) -> list[int]:

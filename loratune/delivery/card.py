@@ -44,7 +44,7 @@ def model_card(record: StudyRecord, trial: Trial, selection: "SelectionRecord | 
         f"# {_text(record.name)}",
         f"{_code(base)}{at} merged with a LoRA adapter" if merged else f"A LoRA adapter for {_code(base)}{at}",
         "## Load it",
-        f"```python\n{loading(base, revision, load_options(record), chat_end(record), merged=merged)}\n```",
+        f"```python\n{loading(base, revision, load_options(record), chat_end(record), merged=merged, template=own_template(record))}\n```",
         "## Validation loss",
         "Mean negative log-likelihood (nats) per response token over the whole validation set.",
         _table(
@@ -96,10 +96,11 @@ def is_hub_id(name: str) -> bool:
 # --- how to load it
 
 
-def loading(base: str, revision: str | None, options: Mapping[str, Any], end: str, *, merged: bool = False) -> str:
+def loading(base: str, revision: str | None, options: Mapping[str, Any], end: str, *, merged: bool = False, template: str = "") -> str:
     """Python that loads the folder `HERE` as `model`, and asks it a question through the base's chat template where `end` is not empty.
 
-    options: of the base model, beside its revision. end: the token that ends an answer. It is named because a base model's generation
+    options: of the base model, beside its revision. template: the user's own, in place of the tokenizer's. end: the token that ends an
+    answer. It is named because a base model's generation
     config often lacks the token that its template ends turns with, and `generate` would write on behind it; a merged model's does not.
     """
     if merged:
@@ -111,6 +112,7 @@ def loading(base: str, revision: str | None, options: Mapping[str, Any], end: st
         lines += [
             "",
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)}{at})",
+            *([f"tokenizer.chat_template = {template!r}"] if template else []),
             'messages = [{"role": "user", "content": "Name the opposite of sour."}]',
             'given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
             f"end = tokenizer.convert_tokens_to_ids({json.dumps(end)})  # ends an answer; stop there",
@@ -140,6 +142,18 @@ def load_options(record: StudyRecord) -> dict[str, Any]:
 def chat_end(record: StudyRecord) -> str:
     """The token that ends an answer, where the adapter was trained through the tokenizer's chat template; else empty."""
     return str(record.prompt["end"]) if record.prompt.get("kind") == "chat" else ""
+
+
+def own_template(record: StudyRecord) -> str:
+    """The chat template that the adapter was trained through, where the description had one of its own; else empty."""
+    template = str(record.prompt.get("template") or "")
+    if not template:
+        return ""
+    from loratune.data.prompts import as_chat_template
+    from loratune.data.tokenizers import load_tokenizer
+
+    model = record.spec.get("model", {})
+    return as_chat_template(template, load_tokenizer(str(model.get("name_or_path")), model.get("revision")))
 
 
 # --- downstream scores

@@ -43,5 +43,6 @@ def export(
 
     card = model_card(record, found, chosen, merged=merged)
     if merged:
-        return merge(record.base_model, adapter, destination, card, data=prepared_data(record), prompt=record.prompt["kind"])
+        prompt = record.prompt.get("template") or record.prompt["kind"]
+        return merge(record.base_model, adapter, destination, card, data=prepared_data(record), prompt=prompt)
     return export_adapter(adapter, destination, card)

@@ -104,7 +104,7 @@ def _best(record: StudyRecord, found: tables.Headline, best: Trial, adapter: str
         "hyperparameters": {name: list(value) if isinstance(value, tuple) else value for name, value in hyperparameters.items()},
         "base_model": spec_summary.base_model(record),
         "base_model_revision": record.spec.get("model", {}).get("revision"),
-        "prompt": record.prompt.get("kind"),
+        "prompt": record.prompt.get("template") or record.prompt.get("kind"),
         "prompt_date": record.prompt.get("date") or None,
         "adapter": adapter,
         "load": f"peft.{load_call(adapter, load_options(record))}",

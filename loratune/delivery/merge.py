@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratune.data.prompts import alpaca_chat_template, answer_ends, end_ids
+from loratune.data.prompts import alpaca_chat_template, answer_ends, as_chat_template, end_ids, is_template
 from loratune.errors import ModelError
 from loratune.record.paths import ADAPTER_CONFIG, ADAPTER_FILES
 from loratune.system.files import new_folder
@@ -46,7 +46,8 @@ def merge(
     """Write the base model with the adapter added to its weights, W + scale * B A, and its tokenizer; returns `destination`.
 
     prompt: what the adapter was trained with. After `alpaca` a chat template, where the tokenizer has one, is replaced by one that
-    writes Alpaca's prompt; after `chat` generation stops at what the template ends an answer with.
+    writes Alpaca's prompt, after a template of the user's own by that; after `chat` generation stops at what the template ends an
+    answer with.
     Works on CPU in the recipe's dtype (float32 for `auto`), on unquantised weights. The folder is loaded by plain Transformers and
     its loss compared with the adapter's on some examples of `data`, the study's prepared data, before it stands at `destination`.
     Raises as `export_adapter`, and ModelError when the base model cannot be loaded, the sum is not finite, or the loss is another.
@@ -84,9 +85,12 @@ def merge(
 
 def _fit(model: Any, tokenizer: Any, prompt: str) -> None:
     """Make a chat interface show the model what it was trained with, and `generate` stop where it was taught to."""
+    own = is_template(prompt)
+    if own:
+        tokenizer.chat_template = as_chat_template(prompt, tokenizer)
     if prompt == "alpaca" and tokenizer.chat_template:
         tokenizer.chat_template = alpaca_chat_template(tokenizer)
-    elif prompt == "chat" and tokenizer.chat_template and model.generation_config is not None:
+    elif (own or prompt == "chat") and tokenizer.chat_template and model.generation_config is not None:
         model.generation_config.eos_token_id = sorted(answer_ends(tokenizer) | end_ids(model.generation_config.eos_token_id))
 
 

@@ -114,6 +114,7 @@ class Probe:
     seconds_to_load: float  # model and data
     training_tokens_per_second: float  # of all slots together; prompt and response, padding excluded; 0 unless completed
     validation_tokens_per_second: float
+    spread: tuple[float, float]  # slowest and fastest training speed measured, each over the one told; (1, 1) unless completed
     training_tokens: int  # in one pass over the training set
     validation_tokens: int  # in one validation
     peak_memory_bytes: int  # while training and validating on the longest examples, every slot being full
@@ -143,12 +144,14 @@ def probe(
     root: Path,
     hyperparameters: Hyperparameters,
     *,
-    steps: int = 3,
+    steps: int = 2,
+    repeats: int = 3,
     validation_examples: int = 64,
     threads: int | None = None,
 ) -> Probe:
     """Load the engine and train `hyperparameters` in all of its slots, first on the longest examples, then timed on usual ones.
 
+    repeats: how often so many steps are timed; the speed is that of all of them, its spread that between them.
     threads: of a process that trains, where that is not torch's number; this process keeps its own.
     Writes nothing into `root`. Raises what `load_engine` raises; out of memory is a state of the answer.
     """
@@ -156,13 +159,15 @@ def probe(
     torch.set_num_threads(threads or before)
     scratch = files.scratch("probe")
     try:
-        return _probe(recipe, root, Path(scratch), hyperparameters, steps, validation_examples)
+        return _probe(recipe, root, Path(scratch), hyperparameters, steps, repeats, validation_examples)
     finally:
         torch.set_num_threads(before)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _probe(recipe: Recipe, root: Path, scratch: Path, hyperparameters: Hyperparameters, steps: int, validation_examples: int) -> Probe:
+def _probe(
+    recipe: Recipe, root: Path, scratch: Path, hyperparameters: Hyperparameters, steps: int, repeats: int, validation_examples: int
+) -> Probe:
     recipe = replace(recipe, data=str((root / recipe.data).resolve()))
     began = time.perf_counter()
     engine = load_engine(recipe, scratch)
@@ -196,19 +201,24 @@ def _probe(recipe: Recipe, root: Path, scratch: Path, hyperparameters: Hyperpara
         1,
         "longest",
     )
-    usual = worst
+    usual, times = worst, [worst]
     if worst.state is State.COMPLETED:
         sample = Subset(validation, np.random.default_rng(0).permutation(len(validation))[:validation_examples])
-        usual = measured(train, sample, steps, "usual")
+        times = [usual := measured(train, sample, steps, "usual")]
+        while usual.state is State.COMPLETED and len(times) < repeats:
+            times.append(usual := measured(train, Subset(validation, np.arange(1)), steps, f"usual-{len(times)}"))
         validated = int(sample.lengths.sum())
     engine.close()
     done = usual.state is State.COMPLETED
+    speeds = [time.tokens / time.train_seconds for time in times] if done else []
+    speed = sum(time.tokens for time in times) / sum(time.train_seconds for time in times) if done else 0.0
     return Probe(
         state=usual.state,
         message=usual.message,
         seconds_to_load=loading,
-        training_tokens_per_second=usual.tokens / usual.train_seconds if done else 0.0,
-        validation_tokens_per_second=engine.slots * validated / usual.validation_seconds if done else 0.0,
+        training_tokens_per_second=speed,
+        validation_tokens_per_second=engine.slots * validated / times[0].validation_seconds if done else 0.0,
+        spread=(min(speeds) / speed, max(speeds) / speed) if done else (1.0, 1.0),
         training_tokens=int(np.sum(train.lengths)),
         validation_tokens=int(np.sum(validation.lengths)),
         peak_memory_bytes=max(worst.peak_memory_bytes, usual.peak_memory_bytes),

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from loratune.data.sources import DataRecipe, read_source
+from loratune.data.sources import DataRecipe
 from loratune.system.hub import weight_files
 
 _CHARACTERS = 4  # per token, of English text in a usual vocabulary
@@ -23,7 +23,7 @@ def data_size(recipe: DataRecipe) -> tuple[int, int, float] | None:
         path = Path(source.path).expanduser()
         if not path.is_file() or path.stat().st_size > _LARGEST:
             return None
-        examples, _ = read_source(source, recipe.on_bad_rows)
+        examples, _ = recipe.read(source)
         limit = recipe.max_length * _CHARACTERS
         found.append((len(examples), sum(min(limit, _length(example) + _TEMPLATE * _CHARACTERS) for example in examples)))
     rows = [number for number, _ in found]

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from loratune.data.prepared import Prepared
-from loratune.data.sources import DataSource, read_source
+from loratune.data.sources import DataRecipe, DataSource
 from loratune.data.tokenizers import load_tokenizer
 from loratune.errors import ModelError
 from loratune.finetune import layers
@@ -116,7 +116,7 @@ def _described(token: int, tokenizer: Any, data: Prepared) -> str:
     text = tokenizer.decode([token])
     recipe = data.manifest.recipe
     for source in (*recipe.train, *recipe.validation):
-        place = _first_place(token, text, tokenizer, source, recipe.on_bad_rows)
+        place = _first_place(token, text, tokenizer, source, recipe)
         if place:
             return f"token id {token} ({text!r}, first in {place})"
     if token == tokenizer.eos_token_id:
@@ -124,8 +124,8 @@ def _described(token: int, tokenizer: Any, data: Prepared) -> str:
     return f"token id {token} ({text!r}, which the prompt adds)"
 
 
-def _first_place(token: int, text: str, tokenizer: Any, source: DataSource, on_bad_rows: str) -> str:
-    for example in read_source(source, on_bad_rows)[0]:
+def _first_place(token: int, text: str, tokenizer: Any, source: DataSource, recipe: DataRecipe) -> str:
+    for example in recipe.read(source)[0]:
         parts = [example.system, *(part for exchange in example.exchanges for part in exchange if isinstance(part, str))]
         for part in filter(None, parts):
             if text in part and token in tokenizer(part, add_special_tokens=False)["input_ids"]:

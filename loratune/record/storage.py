@@ -4,6 +4,7 @@ import contextlib
 import sqlite3
 import threading
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,17 @@ def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler
     storage must have been begun by this folder. Its objectives are those of the folder's `spec.yaml`. Raises StorageError.
     """
     spec = StudyPaths(folder).spec
-    directions: list[Any] = list(objectives_of(yaml.safe_load(text_of(spec)) if spec.exists() else {}).values())
-    where = place_of(url, folder)
+    objectives: dict[str, Any] = objectives_of(yaml.safe_load(text_of(spec)) if spec.exists() else {})
+    where, directions = place_of(url, folder), list(objectives.values())
     with explained(url, folder, opening=True):
         storage = OneWriterStorage(_journal(where) if journal_of(where) else _database(where))
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, directions=directions, load_if_exists=True)
         owner = study.user_attrs.get("folder")
         if owner is None:
             study.set_user_attr("folder", str(folder.resolve()))
+            with warnings.catch_warnings():  # experimental since Optuna 3.2
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(objectives))  # as optuna-dashboard and Optuna's plots show them
     started = StudyPaths(folder).begun
     if owner is not None and not started and study.get_trials(deepcopy=False):
         raise StorageError(

@@ -7,15 +7,19 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from loratune.errors import ModelError, StorageError
+from loratune.record import notebook
 from loratune.record.paths import MAIN, StudyPaths, TrialPaths
 from loratune.record.states import TrialState
 from loratune.system.files import AnyPath, parsed
 from loratune.work import CurvePoint, Hyperparameters, Json, ModelRecipe, Outcome, State
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +166,16 @@ class StudyRecord:
     @property
     def wall_seconds(self) -> float:
         return sum(s.get("seconds", 0.0) for s in self.sessions)
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """A pandas table, one trial a row: number, state, what was searched, validation loss, cost."""
+        return notebook.dataframe(self)
+
+    def __repr__(self) -> str:
+        return notebook.line(self)
+
+    def _repr_html_(self) -> str:
+        return notebook.html(self)
 
 
 def objectives_of(spec: dict[str, Any]) -> dict[str, str]:

@@ -9,7 +9,17 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from loratune.errors import SpecError
@@ -83,11 +93,30 @@ class Model(Section):
     trust_remote_code: bool = Field(False, description="allow Python code that ships with the model")
 
 
+ROW_FIELDS = (
+    *("instruction", "input", "output", "response", "context", "prompt", "completion", "text", "messages", "conversations"),
+    *("system", "history", "tools", "reasoning_content", "weight", "category"),
+)
+"""Fields of a row that a column of another name may stand for."""
+
+
+def _known_fields(given: dict[str, str]) -> dict[str, str]:
+    unknown = [name for name in given if name not in ROW_FIELDS]
+    if unknown:
+        raise MistakesError(
+            ((name,), f"not a field of a row{nearest(name, ROW_FIELDS) or '; these are: ' + ', '.join(ROW_FIELDS)}") for name in unknown
+        )
+    return given
+
+
+Columns = Annotated[dict[str, Annotated[str, Field(min_length=1)]], AfterValidator(_known_fields)]
+
+
 class Source(Section):
     """A file or folder of instruction data."""
 
     path: str = Field(min_length=1, description="JSON, JSONL, CSV or Parquet file, folder of them, or hub id")
-    format: Literal["auto", "alpaca", "dolly", "sharegpt", "messages", "prompt_completion"] = Field(
+    format: Literal["auto", "alpaca", "dolly", "sharegpt", "messages", "prompt_completion", "text"] = Field(
         "auto", description="row format; auto: detected from the field names"
     )
     split: str | None = Field(None, description="split of a hub data set or folder; null: the only split, or train")
@@ -96,6 +125,7 @@ class Source(Section):
         None, ge=1, description="examples to draw from it (of a training source: for training); null: all, or its share"
     )
     validation_count: int | None = Field(None, ge=1, description="examples of this training source held out for validation")
+    columns: Columns = Field(default_factory=dict, description="as data.columns, for this source alone")
 
 
 Sources = Annotated[tuple[Source, ...], Field(strict=False)]
@@ -111,12 +141,25 @@ class Data(Section):
     validation_count: int | None = Field(
         None, ge=1, description="total number of validation examples, held out or drawn from the validation sources"
     )
-    prompt: Literal["auto", "alpaca", "chat"] = Field(
-        "auto", description="chat: the tokenizer's own template; alpaca: Stanford's; auto: chat where the tokenizer has one, else alpaca"
+    columns: Columns = Field(
+        default_factory=dict, description="columns of other names than a format's: {instruction: question, output: answer}"
+    )
+    prompt: str = Field(
+        "auto",
+        description="chat: the tokenizer's own template; alpaca: Stanford's; auto: chat where the tokenizer has one, else alpaca; "
+        "or a Jinja template, its text or its .jinja file, of instruction, input, system or of messages",
+    )
+    response_marker: str = Field(
+        "", description="of plain text (field text): words behind which an answer begins, '### Response:'; what is before is not scored"
+    )
+    instruction_marker: str = Field(
+        "", description="of plain text with several answers: words before a question, where an answer ends; empty: the last answer alone"
     )
     score_reasoning: bool = Field(True, description="count an answer's thinking part (reasoning_content, <think>) in the loss")
     max_length: int = Field(512, ge=2, description="tokens of prompt and response together; longer examples are truncated")
-    on_bad_rows: Literal["error", "skip"] = Field("error", description="stop at unusable rows, or skip them")
+    on_bad_rows: Literal["auto", "error", "skip"] = Field(
+        "auto", description="unusable rows: auto: skip up to 1 % of a source, name all where there are more; error: stop at one; skip: any"
+    )
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -125,6 +168,24 @@ class Data(Section):
         if not isinstance(sources, list | tuple):
             return sources
         return [{"path": source} if isinstance(source, str) else source for source in sources]
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_prompt(cls, given: str) -> str:
+        known = ("auto", "alpaca", "chat")
+        if given not in known and not ("{{" in given or "{%" in given or given.endswith((".jinja", ".jinja2", ".j2"))):
+            raise ValueError(not_allowed(given, known).replace("allowed: ", "allowed: a Jinja template, its .jinja file, or "))
+        return given
+
+    @model_validator(mode="after")
+    def _markers(self) -> Self:
+        if self.instruction_marker and not self.response_marker:
+            raise MistakesError(((("instruction_marker",), "needs response_marker, the words behind which an answer begins"),))
+        if self.response_marker and self.prompt != "auto":
+            raise MistakesError(
+                ((("prompt",), "with response_marker the rows are plain text, which carries its own prompt; leave prompt out"),)
+            )
+        return self
 
     @model_validator(mode="after")
     def _validates(self) -> Self:

@@ -307,6 +307,8 @@ def differences(old: StudySpec, new: StudySpec) -> list[str]:
             found.append(f"{path}: was {was!r}, now {now!r}; you may use other devices, but the same number of them")
         elif path == "data.prompt" and now == "auto":  # which was not the default in older studies
             found.append(f"{path}: was {was!r}, now {now!r}; to continue that study, write prompt: {was}")
+        elif path == "data.on_bad_rows" and now == "auto":
+            found.append(f"{path}: was {was!r}, now {now!r}; to continue that study, write on_bad_rows: {was}")
         elif not allowed_change(path):
             found.append(f"{path}: was {was!r}, now {now!r}")
     return found

@@ -33,7 +33,7 @@ from loratune.spec import StudySpec, differences
 from loratune.study.cleanup import remove_unneeded
 from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
-from loratune.study.plan import cluster_of, devices_of, slots_for, workers_for
+from loratune.study.plan import cluster_of, devices_of, few_steps, slots_for, workers_for
 from loratune.system.files import AnyPath, parsed, text_of, write_atomically
 from loratune.system.machine import environment
 from loratune.system.masking import masked_command
@@ -146,19 +146,19 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
 
 
 def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
-    """Lines on layers that get no adapter and examples longer than the model was made for; from the config, in seconds.
+    """Lines on too few steps, layers that get no adapter and examples longer than the model was made for; from the config, in seconds.
 
     Raises one ModelError for tokens without an embedding, examples beyond the model's positions, layers that it has not.
     """
     from loratune.finetune import preflight  # torch
     from loratune.finetune.model import bare_model
 
-    recipe = spec.recipe("").model
+    recipe, few = spec.recipe("").model, few_steps(spec, data)
     try:
         model = bare_model(recipe)
     except ModelError:
-        return []  # what cannot be built without weights, is loaded with them, or refused there in better words
-    return preflight.check_fit(model, recipe, data, _targets(spec))
+        return few  # what cannot be built without weights, is loaded with them, or refused there in better words
+    return [*few, *preflight.check_fit(model, recipe, data, _targets(spec))]
 
 
 def deliver(folder: AnyPath, *, trust_remote_code: bool = False) -> Delivery:

@@ -6,6 +6,7 @@ on is simulated with the schedule itself, all losses being equally likely.
 """
 
 import math
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,11 +25,14 @@ from loratune.samplers.bracket import Options
 from loratune.schedules import SliceResult
 from loratune.spec import StudySpec
 from loratune.study.objectives import Objectives
+from loratune.system.formatting import plural
 from loratune.system.hub import weights_on_disk
 from loratune.system.machine import cpu_processes, threads_for
 from loratune.work import Hyperparameters
 
 _FILLS_CPU, _FILLS_CUDA = 64, 16_384  # training tokens, of one batch of every slot, that keep a device busy
+_BUSY = 1.5  # processes per processor, beyond which a measured speed is not the machine's
+_FEW_STEPS = 50  # of a run
 _MOST_SLOTS = _MOST_WORKERS = 8
 
 
@@ -53,6 +57,8 @@ class Plan:
     adapter_bytes: int  # of that adapter
     adapters_kept: int
     problem: str = ""  # why the largest adapter cannot be trained here
+    spread: tuple[float, float] = (1.0, 1.0)  # slowest and fastest speed measured, over the one told
+    load: float = 0.0  # processes that wanted a processor while that was measured, per processor
     max_hours: float | None = None
     max_device_hours: float | None = None
     notes: tuple[str, ...] = ()  # on what is not in these numbers
@@ -85,12 +91,13 @@ class Plan:
         if self.problem:
             return "\n".join([*lines, f"device        {self.device}", f"problem       rank {self.largest_rank}: {self.problem}"])
         training, validating = self.training_tokens_per_second, self.validation_tokens_per_second
-        in_all = f"{_hours(self.wall_hours)} in all, {self.device_hours:.2f} device-hours"
         kept, temporary = self.adapters_kept * self.adapter_bytes, self.processes * self.slots * 2 * 3 * self.adapter_bytes
         lines += [
             f"device        {self.device}; {self.processes * self.slots} at a time",
             f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
-            f"time          {_hours(self.trial_seconds / 3600)} per trial; {in_all}",
+            f"time          {self._range(self.trial_seconds / 3600)} per trial; {self._range(self.wall_hours)} in all, "
+            f"{self.device_hours:.2f} device-hours",
+            *self._busy(),
             *self._limits(),
             *(f"not counted   {note}" for note in self.notes),
             f"memory        {_size(self.peak_memory_bytes)} at its peak, per device, at rank {self.largest_rank}",
@@ -98,13 +105,23 @@ class Plan:
         ]
         return "\n".join(lines)
 
+    def _range(self, hours: float) -> str:
+        """The time at the fastest and at the slowest speed measured; one number where these are alike."""
+        slowest, fastest = self.spread
+        low, high = _hours(hours / fastest), _hours(hours / slowest)
+        return low if low == high else f"{low} to {high}"
+
+    def _busy(self) -> Iterator[str]:
+        if self.load > _BUSY:
+            yield f"busy          the machine is {self.load:.1f} times as busy as it has processors; on a free one it takes less"
+
     def _limits(self) -> Iterator[str]:
         for name, limit, needed in (
             ("max_hours", self.max_hours, self.wall_hours),
             ("max_device_hours", self.max_device_hours, self.device_hours),
         ):
             if limit is not None and limit < needed:
-                yield f"budget        {name}: {limit:g} ends it earlier, after about {int(self.trials * limit / needed)} trials"
+                yield f"budget        {name}: {limit:g} ends it earlier, after about {plural(int(self.trials * limit / needed), 'trial')}"
 
 
 def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
@@ -143,6 +160,8 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
         adapter_bytes=adapter,
         adapters_kept=trials if kept is None else min(trials, kept + 1),
         problem="" if probed.state is State.COMPLETED else f"{probed.state.value.replace('_', ' ')}: {probed.message}",
+        spread=probed.spread,
+        load=0.0 if devices_of(spec) else _load(),
         max_hours=spec.budget.max_hours,
         max_device_hours=spec.budget.max_device_hours,
         notes=_not_counted(spec),
@@ -292,6 +311,23 @@ def _values(parameter: Any) -> list[Any]:
     if parameter.type == "ordinal":
         return list(parameter.values)
     return list(parameter.choices) if parameter.type == "categorical" else [parameter.low, parameter.high]
+
+
+def few_steps(spec: StudySpec, data: Prepared) -> list[str]:
+    """A warning where a run at the defaults has fewer than 50 optimiser steps: a learning rate is then hard to tell from another."""
+    default = spec.hyperparameters(spec.search_space.default_values())
+    steps = total_steps(len(data.train), default.batch_size, default.epochs)
+    if steps >= _FEW_STEPS:
+        return []
+    return [
+        f"warning: a run at the defaults has {plural(steps, 'optimiser step')}, fewer than {_FEW_STEPS}: {len(data.train):,} examples, "
+        f"{default.epochs:g} epochs, batch_size {default.batch_size}; write a smaller training.batch_size, or more epochs"
+    ]
+
+
+def _load() -> float:
+    """Processes that want a processor, per processor, over the last minute."""
+    return os.getloadavg()[0] / max(1, len(os.sched_getaffinity(0)))
 
 
 def _hours(hours: float) -> str:

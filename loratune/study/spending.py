@@ -6,6 +6,7 @@ from collections.abc import Collection
 from loratune.data.order import total_steps
 from loratune.record.trials import Trial
 from loratune.spec import StudySpec
+from loratune.system.formatting import plural
 from loratune.work import Segment
 
 _ROUNDING = 1e-6  # full runs
@@ -47,4 +48,4 @@ class Spending:
         """What the study's end says was done."""
         if self._budget.full_runs is None:
             return f"after {len(trials)} of {self._budget.most} trials"
-        return f"after {len(trials)} trials, the work of {self.runs:.3g} full runs"
+        return f"after {plural(len(trials), 'trial')}, the work of {self.runs:.3g} full runs"

@@ -76,6 +76,38 @@ def test_it_shows_the_study_and_changes_nothing(address: str, study: Path) -> No
     assert {path: path.read_bytes() for path in study.iterdir()} == before
 
 
+@pytest.mark.parametrize("journal", [None, "study.journal"])
+def test_ordinals_have_their_values_and_objectives_their_names(tmp_path: Path, journal: str | None) -> None:
+    pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed (the extra `dashboard`)")
+    from loratune.record.storage import open_study
+
+    space = {"lora_r": {"type": "ordinal", "values": [4, 8, 64]}, "lora_dropout": {"type": "ordinal", "values": [0.0, 0.1]}}
+    url = str(tmp_path / journal) if journal else None
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump({"name": "mine", "storage": url, "search_space": space}))
+    kept = open_study(url=url, folder=tmp_path, name="mine", sampler=optuna.samplers.RandomSampler())
+    index = optuna.distributions.IntDistribution(0, 2)
+    known = {"lora_r_index": index, "lora_dropout_index": index, "learning_rate": optuna.distributions.FloatDistribution(1e-5, 1e-2)}
+    kept.add_trial(
+        optuna.trial.create_trial(
+            value=1.0, params={"lora_r_index": 2, "lora_dropout_index": 0, "learning_rate": 1e-3}, distributions=known
+        )
+    )
+    with dashboard.dashboard_server(read(tmp_path), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        found = json.loads(ask(f"http://127.0.0.1:{server.server_port}{server.page.replace('/dashboard/', '/api/')}")[1])
+        server.shutdown()
+        thread.join()
+    assert {p["name"]: p["param_external_value"] for p in found["trials"][0]["params"]} == {
+        "lora_r": "64",
+        "lora_dropout": "0.0",
+        "learning_rate": "0.001",
+    }
+    assert {p["name"] for p in found["union_search_space"]} == {"lora_r", "lora_dropout", "learning_rate"}
+    assert found["objective_names"] == ["validation_loss"]
+    assert "lora_r_index" in kept.trials[0].params  # what samplers see has not changed
+
+
 def test_a_port_that_is_taken(address: str, study: Path, loratune) -> None:
     port = re.findall(r":(\d+)/", address)[0]
     answer = loratune("dashboard", study, "--port", port)

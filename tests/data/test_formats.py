@@ -116,9 +116,20 @@ REFUSED = {
     "tools of text": (ALPACA | {"tools": "calculator"}, "^field tools: expected a list of objects"),
     "tools by name": (ALPACA | {"tools": ["calculator"]}, r"^tools\[1\]: expected an object that describes a function"),
     "functions": (conversation({}, functions=[{"name": "f"}]), "^field functions: .* write the functions as tools"),
-    "calls of tools": (conversation({"tool_calls": [{"id": "1"}]}), r"^messages\[2\]\.tool_calls: conversations with calls of tools"),
-    "results of tools": ({"messages": [{"role": "tool", "content": "4"}]}, r"^messages\[1\]\.role: expected one of .*calls of tools"),
-    "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "chosen and rejected are preference data"),
+    "a call without a name": (
+        conversation({"tool_calls": [{"id": "1"}]}),
+        r"^messages\[2\]\.tool_calls\[1\]: expected a call of a tool, an object with name and arguments",
+    ),
+    "a call of the user": ({"messages": [{"role": "user", "content": "q", "tool_calls": [{"name": "f"}]}]}, "only the assistant may"),
+    "a result without a call": ({"messages": [{"role": "tool", "content": "4"}]}, r"^messages\[1\]: a result of a tool, but no call"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": "x"}]}]},
+        r"^messages\[1\]\.content\[2\]: expected a part of type text",
+    ),
+    "a part that is scored by itself": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "train": True}]}]},
+        r"^messages\[1\]\.content\[1\]: an answer is scored as a whole",
+    ),
 }
 
 
@@ -127,6 +138,42 @@ def test_refused(name):
     record, message = REFUSED[name]
     with pytest.raises(BadError, match=message):
         read(record)
+
+
+# ---- messages that are more than a question and its answer ----
+
+
+def test_several_messages_of_the_user_in_a_row():
+    found = read({"messages": [{"role": "user", "content": t} for t in ("One", "Two")] + [{"role": "assistant", "content": "a"}]})
+    assert found.exchanges[0][:3] == ("One\n\nTwo", "", "a")
+    assert [m["content"] for m in json.loads(found.exchanges[0].asked)] == ["One", "Two"]
+
+
+def test_content_as_parts_of_text_is_joined_as_templates_do():
+    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "are you?", "cache_control": {"type": "x"}}]
+    found = read({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "I."}]}]})
+    assert found.exchanges == (Exchange("Who are you?", "", "I."),)
+    assert found.unread == ("messages[].content[].cache_control",)
+
+
+CALL = [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+ASKED = {"role": "user", "content": "2+2?"}
+SPELT = {
+    "OpenAI": [{"role": "assistant", "content": None, "tool_calls": [{**CALL[0], "function": {"name": "add", "arguments": '{"a": 2}'}}]}],
+    "objects": [{"role": "assistant", "tool_calls": CALL}],
+    "earlier": [{"role": "assistant", "content": "", "function_call": {"name": "add", "arguments": '{"a": 2}'}}],
+    "ShareGPT": [{"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'}],
+}
+
+
+@pytest.mark.parametrize("spelt", SPELT)
+def test_calls_of_tools_and_their_results(spelt):
+    result = {"from": "observation", "value": "4"} if spelt == "ShareGPT" else {"role": "tool", "content": 4, "tool_call_id": "c1"}
+    found = read({"messages": [ASKED, *SPELT[spelt], result, {"role": "assistant", "content": "Four."}]})
+    first, second = found.exchanges
+    assert (first.instruction, first.response, json.loads(first.calls)[0]["function"]) == ("2+2?", "", CALL[0]["function"])
+    assert (second.instruction, second.response, json.loads(second.asked)[0]["content"]) == ("", "Four.", "4")
+    assert found.unread == ()
 
 
 # ---- what is not read ----

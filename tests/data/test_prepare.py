@@ -61,6 +61,8 @@ def test_rows_that_a_chat_template_refuses(tmp_path):
     recipe = DataRecipe(train=(DataSource(path=str(tmp_path / "a.jsonl")),), validation_fraction=0.25)
     told = "a.jsonl, line 4: the chat template cannot show this conversation: System role not supported"
     with pytest.raises(DataError, match=rf"{told}\. Fix the row, or leave such rows out with data.on_bad_rows: skip"):
+        prepare(dataclasses.replace(recipe, on_bad_rows="error"), tokenizer=chat, cache=tmp_path / "cache")
+    with pytest.raises(DataError, match=rf"2 of 20 rows cannot be used, more than the 1% that are skipped:\n  .*{told}; also line 8\n"):
         prepare(recipe, tokenizer=chat, cache=tmp_path / "cache")
     prepared = prepare(dataclasses.replace(recipe, on_bad_rows="skip"), tokenizer=chat, cache=tmp_path / "cache")
     (counts,) = prepared.manifest.sources

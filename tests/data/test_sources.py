@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from loratune.data.formats import Markers
 from loratune.data.sources import DataRecipe, DataSource, Exchange, read_source
 from loratune.errors import DataError
 
@@ -135,10 +136,59 @@ def test_skip_counts_and_lists_bad_rows(tmp_path):
     ]
 
 
+def test_few_bad_rows_are_skipped_and_all_are_named_where_there_are_more(tmp_path):
+    path = tmp_path / "a.jsonl"
+    recipe = DataRecipe(train=(DataSource(path=str(path)),))
+    path.write_text(lines(*[ALPACA] * 199, ALPACA | {"output": ""}))
+    examples, bad = recipe.read(recipe.train[0])
+    assert (len(examples), len(bad)) == (199, 1)
+    path.write_text(lines(*[ALPACA] * 197, *[ALPACA | {"output": ""}] * 3, ALPACA | {"output": 7}))
+    with pytest.raises(DataError, match="4 of 201 rows cannot be used, more than the 1% that are skipped") as caught:
+        recipe.read(recipe.train[0])
+    assert "a.jsonl, line 198: field output: is empty; expected a response to learn from; also lines 199, 200\n" in str(caught.value)
+    assert "line 201: field output: expected text, found the number 7" in str(caught.value)
+
+
+QA = {"question": "Translate.", "input": "id-7", "text": "chat", "answer": "cat"}
+COLUMNS = {"instruction": "question", "input": "text", "response": "answer"}
+
+
+def test_columns_of_other_names(tmp_path):
+    write_csv(tmp_path / "a.csv", [QA])
+    source = DataSource(path=str(tmp_path / "a.csv"), columns={"response": "answer"})
+    recipe = DataRecipe(train=(source,), columns=COLUMNS | {"response": "text"})  # a source's own stand over all
+    ((example,), _) = recipe.read(source)
+    assert example.exchanges == (Exchange("Translate.", "chat", "cat"),)
+    assert example.unread == ("input (replaced by text)",)
+    with pytest.raises(DataError, match=r"data\.columns names anser, which no row has; the fields there: .* did you mean 'answer'"):
+        DataRecipe(train=(source,), columns=COLUMNS).read(DataSource(path=str(tmp_path / "a.csv"), columns={"response": "anser"}))
+
+
+def test_the_preferred_answers_of_preference_data(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines({"prompt": "q", "chosen": "a", "rejected": "b"}))
+    ((example,), _) = read_source(DataSource(path=str(tmp_path / "a.jsonl")), columns={"completion": "chosen"})
+    assert (example.exchanges, example.unread) == ((Exchange("q", "", "a"),), ("rejected",))
+
+
+def test_plain_text_is_divided_at_its_markers(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(*({"text": f"Below is a task.\n### Q: {q}\n### A: yes {q}"} for q in ("Is it?", "Was it?"))))
+    first, _ = read_source(DataSource(path=str(path)), markers=Markers("### A:"))[0]
+    assert (first.system, *first.exchanges[0][:3]) == ("Below is a task.\n### Q: ", "Is it?\n", "", " yes Is it?")
+    path.write_text(lines({"text": "S Q:one A:1 Q:two A:2 Q:three"}))
+    ((example,), _) = read_source(DataSource(path=str(path)), markers=Markers("A:", "Q:"))
+    assert (example.system, [e[:3] for e in example.exchanges]) == ("S Q:", [("one ", "", "1 "), ("two ", "", "2 ")])
+    path.write_text(lines({"text": "no marker"}))
+    with pytest.raises(DataError, match="the response_marker 'A:' does not appear"):
+        read_source(DataSource(path=str(path)), markers=Markers("A:"))
+
+
 def test_the_real_sets(shared_data):
     examples, bad = read_source(DataSource(path=str(shared_data / "alpaca" / "alpaca_random_9k.json")), "skip")
     assert len(examples) + len(bad) == 9229
     assert all("field output: is empty" in str(row) for row in bad)
+    source = DataSource(path=str(shared_data / "alpaca" / "alpaca_random_9k.json"))
+    assert DataRecipe(train=(source,)).read(source) == (examples, bad)  # so few are skipped without being asked
     dolly = only(shared_data / "dolly")
     assert len(dolly) == 15011
     assert dolly[0].category
@@ -206,16 +256,18 @@ BAD = {
     "no messages": ("a.jsonl", lines({"messages": []}), r", line 1: field messages: expected a list of messages, found a list \[\]"),
     "unknown role": (
         "a.jsonl",
-        lines({"messages": [{"role": "tool", "content": "x"}]}),
-        r", line 1: messages\[1\].role: expected one of .*found text \"tool\"",
+        lines({"messages": [{"role": "narrator", "content": "x"}]}),
+        r", line 1: messages\[1\].role: expected one of .*found text \"narrator\"",
     ),
     "content parts": (
         "a.jsonl",
         lines({"messages": [{"role": "user", "content": [{}]}]}),
-        r", line 1: messages\[1\].content: expected text, found a list",
+        r", line 1: messages\[1\].content\[1\]: expected a part of type text, found an object {}",
     ),
     "starts with answer": ("a.jsonl", lines({"messages": TURNS[1:]}), r", line 1: messages\[1\]: expected a message of the user"),
-    "two in a row": ("a.jsonl", lines({"messages": [TURNS[0], *TURNS]}), r", line 1: messages\[2\]: expected a message of the assistant"),
+    "two answers": ("a.jsonl", lines({"messages": [*TURNS, TURNS[1]]}), r", line 1: messages\[3\]: expected a message of the user"),
+    "preferences": ("a.jsonl", lines({"prompt": "q", "chosen": "a", "rejected": "b"}), ": the rows are preference data"),
+    "plain text": ("a.jsonl", lines({"text": "### Response: x"}), r": plain text \(field text\) needs data\.response_marker"),
     "no last answer": (
         "a.jsonl",
         lines({"messages": [*TURNS, TURNS[0]]}),

@@ -94,6 +94,7 @@ def test_probe(trained) -> None:  # type: ignore[no-untyped-def]
     found = probe(recipe, root, Hyperparameters(batch_size=6, lora_r=4), steps=2, validation_examples=8)
     assert found.state is State.COMPLETED
     assert min(found.training_tokens_per_second, found.validation_tokens_per_second, found.seconds_to_load, found.peak_memory_bytes) > 0
+    assert 0 < found.spread[0] <= 1 <= found.spread[1]
     assert found.validation_tokens == int(tokens.lengths.sum())
     assert sorted(root.rglob("*")) == before
     failed = probe(recipe, root, Hyperparameters(batch_size=6, lora_r=2**42))

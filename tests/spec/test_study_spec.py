@@ -310,7 +310,7 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
         (
             {"data": {"train": {"path": "a", "format": "alpacca"}, "val_size": 0.1}},
             "data.train.0.format: got 'alpacca'; allowed: auto, alpaca, dolly, sharegpt, messages, "
-            "prompt_completion; did you mean 'alpaca'?",
+            "prompt_completion, text; did you mean 'alpaca'?",
         ),
         (
             {"data": {"train": {"format": "alpaca"}, "val_size": 0.1}},

@@ -9,13 +9,17 @@ encoded.py   Encoded, Prompt: what all kinds have in common
 alpaca.py    the published Stanford template
 chat.py      the tokenizer's own chat template
 chat_template.py  rendering it: its date, its control tokens, where in the result an answer stands
+tool_calls.py   messages that are more than a question and its answer
+own.py       the user's own template; plain text
 """
 
 from typing import Any
 
+from loratune.data.formats import NO_MARKERS, Markers
 from loratune.data.prompts.alpaca import Alpaca, alpaca_chat_template, alpaca_prompt
 from loratune.data.prompts.chat import Chat
 from loratune.data.prompts.encoded import Encoded, Prompt, UnfitError, has_reasoning
+from loratune.data.prompts.own import Plain, as_chat_template, is_template, template_of
 from loratune.errors import ModelError
 
 __all__ = [
@@ -26,16 +30,21 @@ __all__ = [
     "alpaca_chat_template",
     "alpaca_prompt",
     "answer_ends",
-    "choose",
+    "as_chat_template",
+    "choose_prompt",
+    "end_ids",
     "has_reasoning",
-    "listed",
+    "is_template",
+    "template_of",
 ]
 
 KINDS = ("auto", "alpaca", "chat")
 
 
-def choose_prompt(tokenizer: Any, kind: str, *, date: str = "", score_reasoning: bool = True) -> Prompt:
+def choose_prompt(tokenizer: Any, kind: str, *, date: str = "", score_reasoning: bool = True, markers: Markers = NO_MARKERS) -> Prompt:
     """The prompt of this kind for a Transformers tokenizer; `auto` is its chat template where it has one, else alpaca.
+
+    kind: also a template's own text, which then takes the place of the tokenizer's. markers: of plain text, which is its own prompt.
 
     date: ISO, for a chat template that shows one. score_reasoning: whether an answer's thinking part counts in the loss.
 
@@ -46,6 +55,11 @@ def choose_prompt(tokenizer: Any, kind: str, *, date: str = "", score_reasoning:
         raise ModelError(
             f"{name}: the tokenizer has no EOS token, so a model could not learn to stop. Set eos_token in its tokenizer_config.json."
         )
+    if markers.response:
+        return Plain(tokenizer, markers, score_reasoning=score_reasoning)
+    if is_template(kind):
+        tokenizer.chat_template = as_chat_template(kind, tokenizer)
+        return Chat(tokenizer, date=date, score_reasoning=score_reasoning, why="the description's own template", fields=True)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if kind == "chat" and not has_template:
         raise ModelError(f"{name}: the tokenizer has no chat template. Use prompt: alpaca, or an instruction-tuned model's tokenizer.")

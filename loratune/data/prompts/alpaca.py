@@ -7,6 +7,7 @@ naturally writes after "### Response:".
 from typing import Any
 
 from loratune.data.prompts.encoded import Prompt, UnfitError, join_pieces, thinking_part, without_end
+from loratune.data.prompts.own import begins_with_bos
 from loratune.data.sources import Example
 
 _OPENING = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -29,7 +30,7 @@ class Alpaca(Prompt):
         return self._ids(alpaca_prompt(instruction, input, system), first=True)
 
     def _encode(self, example: Example) -> tuple[list[int], list[bool], int]:
-        if example.tools:
+        if example.tools or any(exchange.calls for exchange in example.exchanges):
             raise UnfitError(example, "the row has tools, for which prompt: alpaca has no place. Use prompt: chat")
         if any(exchange.reasoning for exchange in example.exchanges):
             raise UnfitError(
@@ -67,10 +68,8 @@ def alpaca_prompt(instruction: str, input: str = "", system: str = "") -> str:
 
 def alpaca_chat_template(tokenizer: Any) -> str:
     """A chat template that writes Alpaca's prompt, for a model that was trained with it and is used through a chat interface."""
-    ids = tokenizer("x")["input_ids"]
-    begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     return (
-        ("{{ bos_token }}" if begins else "")
+        ("{{ bos_token }}" if begins_with_bos(tokenizer) else "")
         + "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
         + "{% else %}{{ "
         + repr(_OPENING)

@@ -14,6 +14,7 @@ from typing import Any
 
 from loratune.data.prompts.chat_template import ANSWER, REASONING, RenderError, Template
 from loratune.data.prompts.encoded import Prompt, UnfitError, join_pieces, thinking_part, without_end
+from loratune.data.prompts.tool_calls import USUAL, Spelling, answer_message, asked_messages, find_unspelt, spellings, without_parts
 from loratune.data.sources import Example, Exchange
 from loratune.errors import ModelError
 
@@ -27,8 +28,9 @@ class Chat(Prompt):
 
     kind = "chat"
 
-    def __init__(self, tokenizer: Any, *, date: str = "", score_reasoning: bool = True, why: str = "") -> None:
+    def __init__(self, tokenizer: Any, *, date: str = "", score_reasoning: bool = True, why: str = "", fields: bool = False) -> None:
         super().__init__(tokenizer, score_reasoning=score_reasoning, why=why)
+        self._fields = fields  # whether the template knows instruction and input beside content
         name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         try:
             self._template = Template(tokenizer, date)
@@ -81,15 +83,14 @@ class Chat(Prompt):
 
     # ---- the conversation, marked ----
 
-    def _messages(self, example: Example) -> list[dict[str, str]]:
+    def _messages(self, example: Example, how: Spelling = USUAL) -> list[dict[str, Any]]:
         text = self._template.as_text
-        messages = [{"role": "system", "content": text(example.system)}] if example.system else []
+        messages: list[dict[str, Any]] = [{"role": "system", "content": text(example.system)}] if example.system else []
         for exchange in example.exchanges:
-            asked = f"{exchange.instruction}\n\n{exchange.input}" if exchange.input else exchange.instruction
-            answer = {"role": "assistant", "content": self._answer(exchange.response)}
+            answer = answer_message(exchange, self._answer(exchange.response) if exchange.response.strip() else "", text, how)
             if exchange.reasoning:  # some templates know it as `thinking`, which older Transformers did not fill in
                 answer |= dict.fromkeys(("reasoning_content", "thinking"), _marked(text(exchange.reasoning), REASONING))
-            messages += [{"role": "user", "content": text(asked)}, answer]
+            messages += [*text(asked_messages(exchange, how, self._fields)), answer]
         return messages
 
     def _answer(self, response: str) -> str:
@@ -110,28 +111,39 @@ class Chat(Prompt):
     # ---- which part of it is scored ----
 
     def _encode(self, example: Example) -> tuple[list[int], list[bool], int]:
+        first: RenderError | None = None
+        for how in spellings(example):
+            try:
+                return self._encoded(example, how)
+            except RenderError as error:
+                first = first or error
+        raise UnfitError(example, f"the chat template cannot show this conversation: {first}") from (first and first.__cause__)
+
+    def _encoded(self, example: Example, how: Spelling) -> tuple[list[int], list[bool], int]:
         exchanges = tuple(map(self._readable, example.exchanges))
-        messages = self._messages(Example(exchanges=exchanges, system=example.system))
+        messages = self._messages(Example(exchanges=exchanges, system=example.system), how)
         tools = self._template.as_text(json.loads(example.tools)) if example.tools else None
-        try:
-            whole = self._template.render(messages, tools)
-            if tools and whole == self._template.render(messages):
-                raise RenderError("it shows no tools, and the row has some")
-            if example.system.strip() and whole == self._template.render(messages[1:], tools):
-                raise RenderError("it shows no system message, and the row has one")
-            if not self._template.shows_marked(messages, tools, whole):
-                raise RenderError("what it shows depends on how an answer begins or how long it is. Use prompt: alpaca")
-            written = [thinking_part(exchange.response) is not None for exchange in example.exchanges]
-            chunks, left_out = self._chunks(exchanges, written, messages, tools, whole)
-        except RenderError as error:
-            raise UnfitError(example, f"the chat template cannot show this conversation: {error}") from error.__cause__
+        whole = self._template.render(messages, tools)
+        if tools and whole == self._template.render(messages):
+            raise RenderError("it shows no tools, and the row has some")
+        if example.system.strip() and whole == self._template.render(messages[1:], tools):
+            raise RenderError("it shows no system message, and the row has one")
+        if how.arguments_are_repr(messages, whole):
+            raise RenderError("it shows the arguments of a call as Python, not as JSON")
+        if not self._template.shows_marked(messages, tools, whole):
+            raise RenderError("what it shows depends on how an answer begins or how long it is. Use prompt: alpaca")
+        written = [thinking_part(exchange.response) is not None for exchange in example.exchanges]
+        chunks, left_out = self._chunks(exchanges, written, messages, tools, whole)
+        for part, without in without_parts(messages):
+            if whole == self._template.render(without, tools):
+                raise RenderError(f"it shows no {part}, and the row has some")
         ids, mask = join_pieces(chunks, self._template.ids)
         if self._end is None:  # nothing that the template writes could stop a model
             ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, exchanges[-1].scored]
         return ids, mask, left_out
 
     def _chunks(
-        self, exchanges: Sequence[Exchange], written: Sequence[bool], messages: Sequence[dict[str, str]], tools: Any, whole: str
+        self, exchanges: Sequence[Exchange], written: Sequence[bool], messages: Sequence[dict[str, Any]], tools: Any, whole: str
     ) -> tuple[list[tuple[str, bool]], int]:
         """(pieces of the conversation up to the end of its last answer, each with whether it is scored; thinking parts left out).
 
@@ -139,7 +151,9 @@ class Chat(Prompt):
         """
         marks = [[found.start() for found in re.finditer(mark, whole)] for mark in ANSWER]
         if any(len(places) != len(exchanges) for places in marks):
-            raise RenderError("an answer does not appear in it as written. Use prompt: alpaca")
+            raise RenderError(
+                "an answer does not appear in it as written" + ("" if any(e.calls for e in exchanges) else ". Use prompt: alpaca")
+            )
         chunks: list[tuple[str, bool]] = []
         done = left_out = 0
         places = (place for place, message in enumerate(messages) if message["role"] == "assistant")
@@ -162,11 +176,14 @@ class Chat(Prompt):
                     raise RenderError("it does not show the thinking part of an answer (reasoning_content)")
                 left_out += 1
             after = start
-            if (_EMPTY.fullmatch(lead) and not (own and self.score_reasoning)) or (REASONING[0] in lead and not self.score_reasoning):
+            empty = _EMPTY.match(lead) if exchange.calls else _EMPTY.fullmatch(lead)  # a call is written with words of its own
+            if empty and not (own and self.score_reasoning):
+                after = start + empty.end()
+            elif REASONING[0] in lead and not self.score_reasoning:
                 after = opened
             if REASONING[1] in whole[opened:closed] and not self.score_reasoning:  # a thinking part inside the answer
                 after = whole.index(REASONING[1], opened)
-            done = self._turn_end(whole, closed)
+            done = self._call_end(whole, closed, messages[: place + 1], tools) if exchange.calls else self._turn_end(whole, closed)
             chunks += [(whole[start:after], False), (whole[after:done], exchange.scored)]
         return chunks, left_out
 
@@ -174,6 +191,18 @@ class Chat(Prompt):
         """Where what a model writes ends, behind an answer whose mark stands at `closed`."""
         found = re.compile(rf"\s*{re.escape(self._end or self._end_text)}").match(whole, closed + 1)
         return found.end() if found and (self._end or self._end_text) else closed + 1
+
+    def _call_end(self, whole: str, closed: int, messages: Sequence[dict[str, Any]], tools: Any) -> int:
+        """Where an answer ends that calls tools, the name of the last one having its mark at `closed`: with the token that ends a turn,
+        else with what the template writes after it when nothing follows."""
+        limit = whole.find(ANSWER[0], closed)
+        found = find_unspelt(whole, self._end, closed, len(whole) if limit < 0 else limit) if self._end else None
+        if found is not None:
+            return found
+        alone = self._template.render(messages, tools)
+        if whole.startswith(alone.rstrip()) and len(alone.rstrip()) > closed:
+            return len(alone.rstrip())
+        raise RenderError("where a call of a tool ends does not show")
 
 
 def _marked(text: str, marks: str) -> str:

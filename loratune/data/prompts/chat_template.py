@@ -11,10 +11,10 @@ from typing import Any
 
 ANSWER = "\ufdd0\ufdd1"  # around an answer
 REASONING = "\ufdd2\ufdd3"  # around its thinking part
-_TEXT = "\ufdd4\ufdd5"  # around a control token that is text
+TEXT = "\ufdd4\ufdd5"  # around a control token that is text
 _MARKS = re.compile(f"[{ANSWER}{REASONING}]")
-_ALL = re.compile(f"[{ANSWER}{REASONING}{_TEXT}]")
-_SPELT = re.compile(f"{_TEXT[0]}([^{_TEXT}]*){_TEXT[1]}")
+_ALL = re.compile(f"[{ANSWER}{REASONING}{TEXT}]")
+_SPELT = re.compile(f"{TEXT[0]}([^{TEXT}]*){TEXT[1]}")
 _DIRECTIVES = [f"%{d}" for d in ("-d", "-m", "-H", "-I", "-M", "-S", "-j", *"aAbBcdDeFfGHIjmMnprRStTuUVwWxXyYzZ")]
 
 
@@ -37,7 +37,7 @@ class Template:
         self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
         self._line_feed = self._plain("\n")
 
-    def render(self, messages: Sequence[dict[str, str]], tools: Any = None, *, ask: bool = False) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], tools: Any = None, *, ask: bool = False) -> str:
         """The conversation as text; `ask`: with the beginning of the answer that a model is to write. Raises RenderError."""
         try:
             source = self.tokenizer.get_chat_template(tools=tools)
@@ -50,7 +50,7 @@ class Template:
         except Exception as error:  # Jinja's own, or whatever the template raises
             raise RenderError(str(error)) from error
 
-    def shows_marked(self, messages: Sequence[dict[str, str]], tools: Any, whole: str) -> bool:
+    def shows_marked(self, messages: Sequence[dict[str, Any]], tools: Any, whole: str) -> bool:
         """Whether `whole`, these messages and tools as rendered, is but for the marks what they give without marks."""
         return _ALL.sub("", whole) == self.render(_unmarked(list(messages)), _unmarked(tools))
 
@@ -60,12 +60,12 @@ class Template:
             return {key: self.as_text(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [self.as_text(inner) for inner in value]
-        return self._control.sub(rf"{_TEXT[0]}\g<0>{_TEXT[1]}", _ALL.sub("", value)) if isinstance(value, str) else value
+        return self._control.sub(rf"{TEXT[0]}\g<0>{TEXT[1]}", _ALL.sub("", value)) if isinstance(value, str) else value
 
     def ids(self, rendered: str) -> list[int]:
         """Token ids. A control token that comes from the data is tokenised as the text it is."""
         text = _MARKS.sub("", rendered)
-        if _TEXT[0] not in text:
+        if TEXT[0] not in text:
             return self._plain(_ALL.sub("", text))
         first, *others = _SPELT.split(text)  # text, control token, text, control token, ..., text
         ids = self._plain(_ALL.sub("", first))

@@ -32,12 +32,13 @@ class Encoded:
     response_mask: list[bool]  # same length; True: this token is predicted and counted in the loss
     truncated: bool  # cut at max_length; what is left then does not end
     reasoning_left_out: int = 0  # thinking parts of earlier answers that the chat template does not show
+    length: int = 0  # tokens before it was cut
 
 
 class Prompt(ABC):
     """Turns examples and questions into tokens. Made once, with `choose`."""
 
-    kind: ClassVar[str]  # alpaca | chat
+    kind: ClassVar[str]  # alpaca | chat | text
     ends: frozenset[int]  # token ids that end an answer
     date: str = ""  # ISO, that the template was given; empty when it shows none
 
@@ -62,7 +63,11 @@ class Prompt(ABC):
             return None
         ids, mask = ids[:end], mask[:end]
         return Encoded(
-            input_ids=ids[:max_length], response_mask=mask[:max_length], truncated=len(ids) > max_length, reasoning_left_out=left_out
+            input_ids=ids[:max_length],
+            response_mask=mask[:max_length],
+            truncated=len(ids) > max_length,
+            reasoning_left_out=left_out,
+            length=len(ids),
         )
 
     @abstractmethod

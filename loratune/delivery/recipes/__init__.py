@@ -1,0 +1,9 @@
+"""Recipes of other tools: a study made of one, and the settings a study found written as one.
+
+recipe.py        a recipe as it is read: what is taken, what cannot be carried over
+axolotl.py       Axolotl's YAML
+llamafactory.py  LLaMA-Factory's YAML
+trl.py           the YAML of `trl sft`
+reading.py       which tool's it is; the study it makes
+writing.py       the best settings in each tool's form, and as PEFT's configuration
+"""
