@@ -4,7 +4,6 @@ Three pages are made from the code when the site is built: a line `{{name}}` of 
 `name` below returns.
 """
 
-import importlib
 import json
 import os
 import re
@@ -36,12 +35,12 @@ autodoc_preserve_defaults = True
 def commands() -> str:
     """Every command's help, and the exit codes."""
     from loratune import errors
-    from loratune.cli import COMMANDS
+    from loratune.cli import COMMANDS, module_of
     from loratune.cli.parser import Parser
 
     pages = []
     for name in COMMANDS:
-        module = importlib.import_module(f"loratune.cli.{name}")
+        module = module_of(name)
         parser = Parser(prog=f"loratune {name}", description=module.__doc__)
         module.add_arguments(parser)
         pages.append(f"## loratune {name}\n\n```text\n{parser.format_help().rstrip()}\n```\n")

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 
 from loratune.cli import as_json
 from loratune.cli.parser import Parser
@@ -74,9 +75,13 @@ def _bug() -> int:
     return _BUG
 
 
+def module_of(command: str) -> ModuleType:
+    return importlib.import_module(f"loratune.cli.{_MODULES.get(command, command)}")
+
+
 def _run(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        command = importlib.import_module(f"loratune.cli.{_MODULES.get(argv[0], argv[0])}")
+        command = module_of(argv[0])
         parser = Parser(prog=f"loratune {argv[0]}", description=command.__doc__, fields=argv[0] in ("run", "recommend"))
         command.add_arguments(parser)
         as_json.add_json(parser)

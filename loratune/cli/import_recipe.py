@@ -28,6 +28,7 @@ def main(args: argparse.Namespace) -> int:
         raise StorageError(f"{path} exists. Choose another --output, or replace it with --force.")
     made = read_recipe(args.recipe, args.tool)
     write_atomically(path, made.to_yaml(args.recipe))
+    args.facts |= {"file": path, "lost": made.lost, "notes": made.notes}
     if made.lost:
         print(f"Not carried over from {args.recipe}:")
         print("\n".join(f"  {line}" for line in made.lost))

@@ -17,7 +17,7 @@ from typing import Any
 from loratune.errors import StorageError
 from loratune.executors.base import News
 from loratune.executors.process import WorkerProcess
-from loratune.executors.shipping import Changes, Parcel, RunWatch, fetched, node_store, release
+from loratune.executors.shipping import Changes, Parcel, RunWatch, fetch_parcel, node_store, release
 from loratune.record.paths import ADAPTER_CONFIG, StudyPaths
 from loratune.system.files import scratch
 from loratune.system.machine import threads_for
@@ -151,7 +151,7 @@ class NodeWorker:
         root, recipe = Path(scratch("ray")), home.recipe
         self._store = node_store(self._node)
         for parcel in home.parcels:
-            here = str(fetched(parcel, self._store[0], get))
+            here = str(fetch_parcel(parcel, self._store[0], get))
             self._renamed.append((here, parcel.origin))
             if parcel.origin == recipe.data:
                 recipe = replace(recipe, data=here)

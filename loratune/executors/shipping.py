@@ -66,7 +66,7 @@ def node_store(node: str) -> tuple[Path, int]:
     return store, handle
 
 
-def fetched(given: Parcel, store: Path, get: Callable[[Any], bytes]) -> Path:
+def fetch_parcel(given: Parcel, store: Path, get: Callable[[Any], bytes]) -> Path:
     """The folder on this node, fetched unless it is there. Workers of a node that ask together wait for the first."""
     target = store / given.digest[:32]
     with open(store / f"{given.digest[:32]}.lock", "w") as turn:

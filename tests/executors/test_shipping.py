@@ -11,7 +11,7 @@ import pytest
 from loratune import executors
 from loratune.errors import MissingExtraError, SpecError
 from loratune.executors import ray_cluster, shipping
-from loratune.executors.shipping import RunWatch, brought_home, fetched, node_store, parcel, release
+from loratune.executors.shipping import RunWatch, brought_home, fetch_parcel, node_store, parcel, release
 from loratune.record.paths import RunPaths
 
 
@@ -35,8 +35,8 @@ def test_a_folder_reaches_a_node_once(tmp_path: Path, monkeypatch: pytest.Monkey
     made = parcel(str(source), put)
     assert [len(block) for block in blocks] == [4, 4, 2]
     first, second = node_store("a" * 56), node_store("a" * 56)  # two workers of a node
-    here = fetched(made, first[0], get)
-    assert fetched(made, second[0], get) == here
+    here = fetch_parcel(made, first[0], get)
+    assert fetch_parcel(made, second[0], get) == here
     assert asked == [0, 1, 2]
     assert (here / "config.json").read_text() == "0123456789"
     assert (here / "inner" / "empty").read_bytes() == b""
