@@ -62,7 +62,7 @@ def test_the_run_that_reaches_the_budget_of_full_runs_is_the_last(tmp_path: Path
     assert sum(isinstance(event, SegmentFinished) for event in happened) == 3
     notes = [event.text for event in happened if isinstance(event, Message)]
     assert "The budget of 2.5 full runs is spent after 3 trials, the work of 3 full runs." in notes
-    assert any(note.startswith("Left to find, with 90 %: at most") for note in notes)
+    assert any(note.startswith("With 90 % probability at most") for note in notes)
     list(
         events(
             study_of(tmp_path / "s", {"name": "bracket", "guard": "never", "tolerance": 1e-9}, budget={"full_runs": 5}), Formula(1, seed=1)

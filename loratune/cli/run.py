@@ -2,7 +2,7 @@
 
 Give a study description (see `loratune init`), the folder of a study to continue, or flags alone:
 
-    loratune run --demo                                        a minute on any machine, nothing to download
+    loratune run --demo                                        about two minutes, nothing to download
     loratune run --model meta-llama/Llama-2-7b-hf --data alpaca.json
     loratune run study.yaml --budget.trials 30 --training.epochs 1
     loratune run runs/study                                    continue where it stopped

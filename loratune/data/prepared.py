@@ -103,7 +103,7 @@ class Manifest(Json):
     sources: tuple[SourceCounts, ...]
     train: SetCounts
     validation: SetCounts
-    near_duplicates: int = 0  # validation examples with a question that is nearly one of training, see overlap.py
+    near_duplicates: int = 0  # validation examples with a question that is nearly one of training, see near_duplicates.py
     shared: int = 0  # validation examples with a question of training, where the split had to give up common ones
     notes: tuple[str, ...] = ()  # what else people should know of the split, in words
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from loratune.data.overlap import near_duplicates
+from loratune.data.near_duplicates import near_duplicates
 from loratune.data.split import Questions, on_both_sides
 
 _SHOWN = 2  # pairs quoted

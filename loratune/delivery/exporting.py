@@ -38,8 +38,8 @@ def export(
         found = best_of(record) if trial is None else trial_of(record, trial)
         adapter = adapter_of(record, found)
     as_measured(record, found, adapter)
-    from loratune.delivery.card import model_card
     from loratune.delivery.merge import export_adapter, merge
+    from loratune.delivery.model_card import model_card
 
     card = model_card(record, found, chosen, merged=merged)
     if merged:

@@ -35,7 +35,7 @@ def hand_over(record: StudyRecord, folder: AnyPath, check: Check | None = as_mea
     Raises TrainingError when no trial was trained to the end, StorageError when its adapter is missing, and whatever `check` raises,
     with nothing written.
     """
-    from loratune.delivery.card import model_card  # scipy: a second of import
+    from loratune.delivery.model_card import model_card  # scipy: a second of import
 
     paths, found, selection = StudyPaths(folder), tables.headline(record), selection_of(record)
     best = selection.trial_of(record) if selection is not None else found.best
@@ -75,7 +75,7 @@ def selection_of(record: StudyRecord) -> "SelectionRecord | None":
 
 def refresh_card(record: StudyRecord) -> Path | None:
     """Write the card of `adapter/` anew, where that is still the adapter to ship: what was measured since belongs on it."""
-    from loratune.delivery.card import model_card
+    from loratune.delivery.model_card import model_card
 
     selection = selection_of(record)
     chosen = selection.trial_of(record) if selection is not None else tables.headline(record).best
@@ -91,7 +91,7 @@ def refresh_card(record: StudyRecord) -> Path | None:
 
 
 def _best(record: StudyRecord, found: tables.Headline, best: Trial, adapter: str, selection: "SelectionRecord | None") -> dict[str, Any]:
-    from loratune.delivery.card import load_call, load_options
+    from loratune.delivery.model_card import load_call, load_options
 
     hyperparameters = {f.name: getattr(best.hyperparameters, f.name) for f in fields(best.hyperparameters)}
     return {

@@ -1,4 +1,7 @@
-"""What a failure of an engine means: for the trial, for the process, as text."""
+"""What a failure of an engine means: for the trial, for the process, as text.
+
+Out of memory is recognised in `memory.py`; what an engine does then stands in `packed/engine.py`, `packed/validation_pass.py`, `hf.py`.
+"""
 
 import traceback
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """What one optimiser step means, the same in every engine: learning rate, AdamW, clipping.
 
 The gradient of a step is that of its summed NLL over the response tokens of the global batch, divided by their number
-(not a mean of micro-batch means): see `validation.token_nll`.
+(not a mean of micro-batch means): see `validation.py`.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The one loss: summed negative log-likelihood of response tokens (EOS included) / their number.
 
-Natural logarithm; each token's NLL in float32 or better, their sum in float64. Training and validation both go
-through `token_nll`, so do all engines.
+Natural logarithm; each token's NLL in float32 or better, their sum in float64. The engine `hf` trains and validates
+through `token_nll`; the packed engine computes the same numbers with the head, tile by tile (`packed/head.py`).
 """
 
 import contextlib

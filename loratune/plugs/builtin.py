@@ -128,7 +128,7 @@ EXECUTORS = Registry(
             options={
                 "address": "of the cluster; null: RAY_ADDRESS, this machine's, else one started here",
                 "shared_folder": "every node sees the study's folder, the data and the model under the same paths: nothing is copied",
-                "max_devices": "devices at most; as many are reckoned with from the start, though they come later",
+                "max_devices": "maximum number of devices; the study is planned for all of them from the start, even if some join later",
             },
         ),
     ),

@@ -90,6 +90,7 @@ def _generate(
 ) -> list[ModelAnswer]:
     import transformers
 
+    from loratune.finetune.memory import is_out_of_memory
     from loratune.finetune.model import autocast
 
     how, tokenizer = comparison.generation, base.tokenizer
@@ -115,7 +116,7 @@ def _generate(
         with autocast(base):
             out = network.generate(**padded, generation_config=config)
     except (RuntimeError, MemoryError) as error:
-        if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        if not is_out_of_memory(error):
             raise
         raise ModelError("out of memory while generating answers. Give a smaller --batch-size or --max-new-tokens.") from error
     return [_answer(row[longest:], q, side, tokenizer, ends) for row, q in zip(out.tolist(), batch, strict=True)]

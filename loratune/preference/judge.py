@@ -57,7 +57,7 @@ def ask_judge(judge: Judge, pairs: "Iterable[Pair]", folder: Path, *, tell: Call
     Raises JudgeError when the endpoint refuses or stays unreachable; what was said until then is kept.
     """
     if urlsplit(judge.url).scheme not in ("http", "https"):
-        raise JudgeError(f"--judge {judge.url!r}: needed is an http or https address, such as http://localhost:8000/v1.")
+        raise JudgeError(f"--judge {judge.url!r}: needed: an http or https address, such as http://localhost:8000/v1.")
     have = {(row["judge"], row["question"], row["left"]) for row in read_lines(folder / FILE)}
     todo = [(pair, left) for pair in pairs for left in (FIRST, SECOND) if (judge.model, pair.question.id, left) not in have]
     for number, (pair, left) in enumerate(todo, 1):

@@ -65,7 +65,7 @@ def _from_json(line: str, place: str, number: int) -> Question:
     name = next((field for field in FIELDS if field in row), None)
     if name is None:
         raise DataError(
-            f"{place}: no question in it; its fields are {', '.join(map(str, row)) or 'none'}, needed is one of {', '.join(FIELDS)}."
+            f"{place}: no question in it; its fields are {', '.join(map(str, row)) or 'none'}, needed: one of {', '.join(FIELDS)}."
         )
     text: Any = row[name]
     if name == "turns":

@@ -33,7 +33,7 @@ class HalvingSchedule(Schedule):
             Fraction(min_resource).limit_denominator(10_000), reduction_factor
         )  # ascending shares of the full run; the last is 1
         self._started = 0
-        self._flying = 0  # slicees handed out and not yet told
+        self._flying = 0  # slices handed out and not yet told
         self._values: list[dict[int, float]] = [{} for _ in self.rungs]  # per rung: trial -> loss
         self._several: list[dict[int, Sequence[float]]] = [{} for _ in self.rungs]  # trial -> objectives, where there are several
         self._promoted: list[set[int]] = [set() for _ in self.rungs]  # per rung: trials sent on from it

@@ -73,7 +73,7 @@ def noise_from_twins(points: ArrayLike, losses: ArrayLike, *, closeness: float =
     """
     x, y = np.asarray(points, dtype=float), finite(losses, "losses")
     if x.ndim != 2 or len(x) != len(y):
-        raise ValueError(f"points: needed is a row for each of {len(y)} losses; got shape {x.shape}")
+        raise ValueError(f"points: needed: a row for each of {len(y)} losses; got shape {x.shape}")
     apart = np.abs(x[:, None] - x[None]).max(axis=-1)
     i, j = np.triu_indices(len(y), 1)
     near = np.flatnonzero((apart[i, j] > 0) & (apart[i, j] <= closeness))

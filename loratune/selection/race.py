@@ -59,10 +59,10 @@ class Race:
     ) -> None:
         names = list(candidates)
         problems = [
-            (not names or len(set(names)) < len(names), f"candidates: needed are one or more different names; got {names}"),
-            (not tolerance >= 0 or math.isinf(tolerance), f"tolerance: needed is a number >= 0; got {tolerance}"),
-            (not 0 < error_rate < 0.5, f"error_rate: needed is a number between 0 and 0.5; got {error_rate}"),
-            (not 2 <= first <= repeats, f"first, repeats: needed is 2 <= first <= repeats; got {first} and {repeats}"),
+            (not names or len(set(names)) < len(names), f"candidates: needed: one or more different names; got {names}"),
+            (not tolerance >= 0 or math.isinf(tolerance), f"tolerance: needed: a number >= 0; got {tolerance}"),
+            (not 0 < error_rate < 0.5, f"error_rate: needed: a number between 0 and 0.5; got {error_rate}"),
+            (not 2 <= first <= repeats, f"first, repeats: needed: 2 <= first <= repeats; got {first} and {repeats}"),
         ]
         found = [text for wrong, text in problems if wrong]
         least = len(names) * first

@@ -85,7 +85,7 @@ def choose(
     rule = rule or Rule(priorities=tuple(m for m in Rule().priorities if _measured(m, candidates)))
     names = [c.name for c in candidates]
     if not names or len(set(names)) < len(names):
-        raise SpecError(f"candidates: needed are one or more with different names; got {names}")
+        raise SpecError(f"candidates: needed: one or more with different names; got {names}")
     wanted = dict.fromkeys([*rule.metrics, *(c.metric for c in rule.constraints)])
     if not rule.metrics:
         raise SpecError("the rule names no metric")
@@ -168,9 +168,9 @@ class _Judge:
         for metric, left in zip(rule.priorities, self.ties(rule, allowed, 0), strict=True):
             if before == 1:
                 break
-            others = f"{len(left)} of {before} tie" if len(left) > 1 else f"alone of {before}"
+            others = f"{len(left)} of {before} candidates tie" if len(left) > 1 else "no other candidate ties with it"
             own, best = self.measured(metric, winner), self.measured(metric, left[0])
-            lines.append(f"{metric}: {self.names[winner]} has {own:.6g}, best {best:.6g}; {others}.")
+            lines.append(f"{metric} of {self.names[winner]}: {own:.6g} (best: {best:.6g}); {others}.")
             before = len(left)
         return lines
 
@@ -190,7 +190,7 @@ class _Judge:
                 self.table = {**self.table, first: kept - step * (np.arange(kept.shape[1]) == second)}
                 if self.pick(rule, allowed, 0) == second:
                     better = "higher" if higher_is_better(first) else "lower"
-                    found.append(f"{first} of {self.names[second]} {better} by {step:.2g}: {self.names[second]}")
+                    found.append(f"{first} of {self.names[second]} {better} by {step:.2g} would choose {self.names[second]}")
                     break
             self.table = {**self.table, first: kept}
         return found

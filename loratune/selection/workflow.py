@@ -134,8 +134,8 @@ class _Selection:
         left = runs - CHECKS * (2 if self.default is not None else 1) - self.again
         if left < FIRST:
             raise SpecError(
-                f"runs: needed are {FIRST} for each finalist, {CHECKS} each for the chosen one and the default, and 1 if an adapter "
-                f"was not kept, so at least {FIRST + runs - left}; got {runs}"
+                f"runs: got {runs}; at least {FIRST + runs - left} are needed: {FIRST} per finalist, {CHECKS} each for the chosen trial "
+                "and the default, and 1 where an adapter was not kept"
             )
         return min(most, left // FIRST), left
 

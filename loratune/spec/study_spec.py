@@ -17,7 +17,7 @@ from loratune.plugs import BENCHMARKS, EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.limits import Constraint
 from loratune.spec.loading import DEFAULT, SECTION_ALIASES, SHORTHAND, Written, lines_of
-from loratune.spec.metrics import Objective, checked, limits, listed, not_for
+from loratune.spec.objectives_and_constraints import Objective, checked, limits, listed, not_for
 from loratune.spec.sections import Budget, Data, ExecutorSection, Model, Output, Sampler, ScheduleSection, Scoring, Section, Training
 from loratune.spec.space import PRESETS, SearchSpace
 from loratune.spec.validation_errors import MistakesError, found_in

@@ -131,7 +131,7 @@ def finite(values: ArrayLike, name: str) -> Floats:
     """`values` as a float array (n,), n >= 1. Raises ValueError for other shapes and for NaN or infinity."""
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or not len(x):
-        raise ValueError(f"{name}: needed is a list of at least one number; got shape {x.shape}")
+        raise ValueError(f"{name}: needed: a list of at least one number; got shape {x.shape}")
     if not np.isfinite(x).all():
         raise ValueError(f"{name}[{int(np.argmin(np.isfinite(x)))}] is not a finite number")
     return x

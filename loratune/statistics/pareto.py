@@ -38,9 +38,9 @@ def front_ranks(points: ArrayLike, maximise: Sequence[bool] | None = None) -> ND
 def _minimised(points: ArrayLike, maximise: Sequence[bool] | None) -> Floats:
     x = np.asarray(points, dtype=np.float64)
     if x.ndim != 2 or not x.size:
-        raise ValueError(f"points: needed is shape (n, objectives); got {x.shape}")
+        raise ValueError(f"points: needed: shape (n, objectives); got {x.shape}")
     if maximise is None:
         return x
     if len(maximise) != x.shape[1]:
-        raise ValueError(f"maximise: needed is one flag for each of {x.shape[1]} objectives; got {len(maximise)}")
+        raise ValueError(f"maximise: needed: one flag for each of {x.shape[1]} objectives; got {len(maximise)}")
     return np.where(np.asarray(maximise), -x, x)

@@ -306,7 +306,7 @@ class Loop:
                 self._tell(self._trials[trial.number])
         outlook = samplers.outlook(self._study)
         if outlook is not None and outlook.best is not None and math.isfinite(outlook.left):
-            yield Message(text=f"Left to find, with 90 %: at most {outlook.left:.4f} below the best.")
+            yield Message(text=f"With 90 % probability at most {outlook.left:.4f} nats of improvement are left.")
         trials = self._trials.values()
         spent = self._spending.spent(trials, self._meter.wall_seconds) if len(trials) < self._spec.budget.most else ""
         why = f"{self._spent} The study ends" if self._spent else spent

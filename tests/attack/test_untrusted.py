@@ -11,7 +11,7 @@ import yaml
 
 from loratune import demo
 from loratune.cli import main
-from loratune.delivery.card import _fenced
+from loratune.delivery.model_card import _fenced
 
 CODE = """from pathlib import Path
 Path({mark!r}).touch()

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from loratune.data.near_duplicates import held_items, near_duplicates
 from loratune.data.normalization import normalised, words
-from loratune.data.overlap import held_items, near_duplicates
 
 
 def runs(text, n=3):

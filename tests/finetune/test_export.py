@@ -10,8 +10,8 @@ import torch
 import transformers
 from test_validation import by_definition
 
-from loratune.delivery.card import HERE, loading
 from loratune.delivery.merge import export_adapter, merge
+from loratune.delivery.model_card import HERE, loading
 from loratune.errors import ModelError
 from loratune.finetune.engines import load_engine, probe
 from loratune.record.paths import StudyPaths

@@ -176,7 +176,7 @@ def test_an_unreachable_endpoint(folder: Path) -> None:
     gone = Judge(url="http://127.0.0.1:9/v1", model="m", retries=1, first_wait=0.001)
     with pytest.raises(JudgeError, match="did not answer after 2 attempts"):
         ask_judge(gone, read_preferences(folder).pairs, folder)
-    with pytest.raises(JudgeError, match="needed is an http or https address"):
+    with pytest.raises(JudgeError, match="needed: an http or https address"):
         ask_judge(Judge(url="localhost:8000", model="m"), read_preferences(folder).pairs, folder)
 
 

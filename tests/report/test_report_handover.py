@@ -10,7 +10,7 @@ import yaml
 from report_studies import Point
 
 from loratune.delivery import hand_over
-from loratune.delivery.card import is_hub_id, model_card
+from loratune.delivery.model_card import is_hub_id, model_card
 from loratune.errors import StorageError, TrainingError
 from loratune.record import FAILED, StudyRecord
 

@@ -22,6 +22,7 @@ from loratune.downstream.answering.generation import Completion, Writer, turns
 from loratune.downstream.answering.rows import PromptRow, RowMaker, common
 from loratune.downstream.tasks.base import Benchmark, Item
 from loratune.errors import ModelError
+from loratune.finetune.memory import is_out_of_memory
 from loratune.finetune.model import BaseModel, autocast
 
 _CPU_CACHE = 2**30  # bytes of keys and values
@@ -162,7 +163,9 @@ class Answerer:
             batch = [row for several in waiting[:size] for row in several]
             try:
                 done = run(batch, prefix, shared)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if size == 1:
                     raise ModelError(
                         f"{benchmark.name}: one prompt of {len(batch[0].ids)} tokens for {blocks} models at once does not fit the "

@@ -22,6 +22,7 @@ from loratune.downstream.answering.forward import SPARE, Forward, Layers, cached
 from loratune.downstream.answering.rows import PromptRow
 from loratune.downstream.tasks.base import Benchmark
 from loratune.errors import ModelError
+from loratune.finetune.memory import is_out_of_memory
 
 _ROWS = 512  # decoded together, all adapters
 _WORK = {"cpu": 2.5e11, "cuda": 1e15}  # parameters x tokens that a crash may cost
@@ -156,7 +157,9 @@ class Writer:
             return
         try:
             self._continue(parts)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if len(parts) == 1:
                 raise ModelError(
                     f"{self.benchmark.name}: {len(parts[0].completions)} answers do not fit the device's memory at once. "

@@ -1,7 +1,7 @@
 """Benchmark items in the training data, which make a score worth less. No torch.
 
 Compared are the training examples as they were trained, decoded from the prepared data (the sources may be gone), with the
-items that were scored, by runs of 13 words (`data/overlap.py` says how). The result lies beside the answers, in
+items that were scored, by runs of 13 words (`data/near_duplicates.py` says how). The result lies beside the answers, in
 `contamination.json`, and is made anew when data, items or the rule change. Tasks of lm-evaluation-harness are not compared:
 the harness keeps their items to itself.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune.data.overlap import SHORTEST, N, held_items
+from loratune.data.near_duplicates import SHORTEST, N, held_items
 from loratune.data.prepared import Prepared, PreparedTokens
 from loratune.data.tokenizers import load_tokenizer
 from loratune.downstream.results.scores import read_results
