@@ -65,6 +65,15 @@ def test_the_memory_of_the_gpu_bounds_the_rank_of_a_run_too(tmp_path: Path, monk
     assert guess(study_of(str(model), executor={"device": "cpu"})).recommendation.values["lora_r"] == 128
 
 
+def test_tokens_are_counted_by_the_models_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path))
+    from loratune.data.cache import prepare_data
+
+    spec = study_of(str(demo.model_folder()), data={"train": [str(demo.data_files()[0])], "validation_fraction": 0.1, "prompt": "alpaca"})
+    told = facts_of(spec).tokens
+    assert told == pytest.approx(float(prepare_data(spec, []).train.lengths.mean()), rel=0.1)  # of a sample
+
+
 def test_facts_are_read_from_the_files() -> None:
     facts = facts_of(study_of(str(demo.model_folder())))
     assert (facts.family, facts.hidden_size, facts.parameters, facts.examples) == ("llama", 96, 538_464, 2000)

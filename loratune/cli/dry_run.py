@@ -94,10 +94,13 @@ def first_estimate(spec: "StudySpec", guard: bool = False) -> list[str]:
     from loratune.data.sources import DataRecipe
     from loratune.finetune.on_disk import data_size, weight_count
     from loratune.study.plan import expected
+    from loratune.system import hub
 
     default = spec.hyperparameters(spec.search_space.default_values())
     runs, validations = expected(spec, guard)
-    size = data_size(DataRecipe.from_plain(spec.data_recipe_dict()))
+    size = data_size(
+        DataRecipe.from_plain(spec.data_recipe_dict()), hub.small_file(spec.model.name_or_path, "tokenizer.json", spec.model.revision)
+    )
     if size is None:
         return ["data          counted when it is loaded: no file on this machine, or a very large one"]
     train, validation, tokens = size

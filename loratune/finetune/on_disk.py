@@ -2,30 +2,34 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from loratune.data.sources import DataRecipe
+from loratune.data.prompts.alpaca import alpaca_prompt
+from loratune.data.sources import DataRecipe, Example
 from loratune.system.hub import weight_files
 
-_CHARACTERS = 4  # per token, of English text in a usual vocabulary
-_TEMPLATE = 40  # tokens around an example, as in Alpaca's prompt
+_CHARACTERS = 4  # per token, of English text in a usual vocabulary: where there is no tokenizer.json
+_SAMPLE = 100  # examples of a source, about, whose tokens are counted
 _LARGEST = 100 << 20  # bytes of a file that is read for it
 
 
-def data_size(recipe: DataRecipe) -> tuple[int, int, float] | None:
+def data_size(recipe: DataRecipe, tokenizer: Path | None = None) -> tuple[int, int, float] | None:
     """(training examples, validation examples, mean tokens of one), roughly; None where the data are no files of usual size.
 
+    tokenizer: the model's tokenizer.json, by which some of the examples are counted. A chat template is taken for Alpaca's prompt.
     Raises DataError.
     """
-    found: list[tuple[int, int]] = []  # examples, characters
+    found: list[tuple[int, float]] = []  # examples, tokens
+    count = _counter(tokenizer)
     for source in (*recipe.train, *recipe.validation):
         path = Path(source.path).expanduser()
         if not path.is_file() or path.stat().st_size > _LARGEST:
             return None
         examples, _ = recipe.read(source)
-        limit = recipe.max_length * _CHARACTERS
-        found.append((len(examples), sum(min(limit, _length(example) + _TEMPLATE * _CHARACTERS) for example in examples)))
+        some = examples[:: max(1, len(examples) // _SAMPLE)]
+        tokens = sum(min(recipe.max_length, count(_text(example)) + len(example.exchanges)) for example in some)  # an end of each answer
+        found.append((len(examples), len(examples) * tokens / max(1, len(some))))
     rows = [number for number, _ in found]
     sources = len(recipe.train)
     train, held = sum(rows[:sources]), sum(rows[sources:])
@@ -37,7 +41,7 @@ def data_size(recipe: DataRecipe) -> tuple[int, int, float] | None:
         held = recipe.validation_count or sum(number or 0 for number in asked) or fraction
         train -= min(train, held)
     train = _drawn(train, recipe.train_count, [source.count for source in recipe.train])
-    return train, held, sum(characters for _, characters in found) / _CHARACTERS / max(1, sum(rows))
+    return train, held, sum(tokens for _, tokens in found) / max(1, sum(rows))
 
 
 def _drawn(there: int, asked: int | None, each: list[int | None]) -> int:
@@ -47,9 +51,24 @@ def _drawn(there: int, asked: int | None, each: list[int | None]) -> int:
     return there if asked is None else min(there, asked)
 
 
-def _length(example: Any) -> int:
-    """Characters of an example's texts."""
-    return len(example.system) + sum(len(text) for exchange in example.exchanges for text in exchange if isinstance(text, str))
+def _counter(tokenizer: Path | None) -> Callable[[str], float]:
+    """Text -> its tokens: by the tokenizer, else by a usual number of characters."""
+    if tokenizer is not None:
+        from tokenizers import Tokenizer
+
+        try:
+            read = Tokenizer.from_file(str(tokenizer))
+        except Exception:  # all it raises; that the file is damaged is told when the model is loaded
+            return _counter(None)
+        return lambda text: len(read.encode(text).ids)
+    return lambda text: len(text) / _CHARACTERS
+
+
+def _text(example: Example) -> str:
+    """The example in Alpaca's prompt."""
+    turns = [alpaca_prompt(turn.instruction, turn.input, example.system) + turn.response for turn in example.exchanges[:1]]
+    turns += [f"\n\n{turn.instruction}\n{turn.input}\n{turn.response}" for turn in example.exchanges[1:]]
+    return "".join(turns)
 
 
 def weight_count(name: str, revision: str | None) -> int | None:

@@ -109,10 +109,10 @@ def propose(
     gained = _gained(history, options)
     wrong, before = _wrong(known, prior, options), prior
     if options.guard == "always" or (options.guard == "auto" and (guards or prior.outside or wrong)):
-        todo = missing(guards, prior.centre, options)
-        if todo or any(run.loss is None for run in guards):
+        grid = missing(guards, prior.centre, options)
+        if grid or any(run.loss is None for run in guards):
             steps = tuple(
-                Step(u=u, at=at, length=options.guard_length, why="a short run, to see where the learning rate lies") for u in todo
+                Step(u=u, at=at, length=options.guard_length, why="a short run, to see where the learning rate lies") for u in grid
             )
             return Proposal(steps=steps, phase="guard", best=best)
         if not any(_finite(run) for run in guards):
@@ -130,12 +130,12 @@ def propose(
     flying = [run for run in history if run.loss is None and run.fits]
     free = max(0, min(options.slots, _WAVE) - len(flying))
     leads = asked.expected >= max(promised, options.tolerance) and (line or flying)
-    steps = [*line, *worth] if leads else [*worth, *line] if asked.expected >= options.tolerance else worth
+    todo = [*line, *worth] if leads else [*worth, *line] if asked.expected >= options.tolerance else worth
     if options.slots < _WAVE and leads:
-        steps = line  # an idle slot costs less than a run that the next result would have spared
-    if steps or flying:
+        todo = line  # an idle slot costs less than a run that the next result would have spared
+    if todo or flying:
         phase: Literal["line", "questions"] = "line" if leads else "questions"
-        return Proposal(steps=tuple(steps[:free]), phase=phase, best=best, expected=expected, left=left)
+        return Proposal(steps=tuple(todo[:free]), phase=phase, best=best, expected=expected, left=left)
     if best is None:
         return Proposal(stop="no run was trained to its end", phase="line")
     stop = f"a further run is expected to lower the loss by {promised:.4f}, less than {options.tolerance:g}"

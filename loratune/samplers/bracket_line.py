@@ -49,7 +49,7 @@ class Belief:
         """The regret that is not exceeded with this probability."""
         regrets = self.curvatures * (u - self.vertices) ** 2
         order = np.argsort(regrets, kind="stable")
-        passed = np.searchsorted(np.cumsum(self.weights[order]), share)
+        passed = int(np.searchsorted(np.cumsum(self.weights[order]), share))
         return float(regrets[order][min(passed, len(order) - 1)])
 
 
@@ -79,8 +79,8 @@ def believe(
             log = log + _likelihood(np.array(runs), v, k, sd)
     weights = np.exp(log - log.max())
     weights /= weights.sum()
-    flat = [np.broadcast_to(values, weights.shape).ravel() for values in (weights, v, k)]
-    return Belief(*flat, noise=float((weights * sd).sum()))
+    vertices, curvatures = (np.broadcast_to(values, weights.shape).ravel() for values in (v, k))
+    return Belief(weights.ravel(), vertices, curvatures, noise=float((weights * sd).sum()))
 
 
 def _likelihood(runs: np.ndarray, v: np.ndarray, k: np.ndarray, noise: np.ndarray) -> np.ndarray:

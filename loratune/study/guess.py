@@ -81,7 +81,9 @@ def prior_of(spec: StudySpec, made: Recommendation) -> Prior:
 def facts_of(spec: StudySpec, memory: float | None = None) -> Facts:
     """What the files say. Raises DataError."""
     config = model_config(spec.model.name_or_path, spec.model.revision)
-    size = data_size(DataRecipe.from_plain(spec.data_recipe_dict()))
+    size = data_size(
+        DataRecipe.from_plain(spec.data_recipe_dict()), hub.small_file(spec.model.name_or_path, "tokenizer.json", spec.model.revision)
+    )
     inner = config.get("text_config")
     text: dict[str, Any] = inner if isinstance(inner, dict) else config
     return Facts(

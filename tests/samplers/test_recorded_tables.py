@@ -57,4 +57,5 @@ def test_searches_replay_on_a_table(modules: tuple[ModuleType, ModuleType]) -> N
         assert 1 <= first.spent <= 5
         assert first.regret(1.0) >= 0
         assert [loss for *_, loss in first.runs] != [loss for *_, loss in other.runs]
-    assert searches.run("bracket", table, 0, 5.0).regret(3.0) <= table.tolerance
+    within = [searches.run("bracket", table, seed, 5.0).regret(3.0) <= table.tolerance for seed in range(20)]
+    assert sum(within) >= 19, "the aim of three runs with a fair prior: 95 %"
