@@ -27,7 +27,7 @@ COMMANDS = {
     "report": "write the report of one study, or the comparison of several",
     "dashboard": "open optuna-dashboard on a study",
     "compare": "let people, or a model, judge blindly which of two models answers better",
-    "export": "copy a trial's adapter, the model merged with it, or its settings as another tool's recipe",
+    "export": "copy a trial's adapter, the merged model, or the settings for another tool",
     "import": "make a study of a recipe of Axolotl, LLaMA-Factory or TRL",
     "init": "write a commented study description to start from",
     "schema": "print the JSON Schema of a study description, for editors",

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from loratune.system.formatting import label, loss, plural, show
 
 if TYPE_CHECKING:
-    import pandas
-
     from loratune.record.trials import StudyRecord, Trial
 
 _SHOWN = 10  # trials in a notebook's table
@@ -33,9 +31,9 @@ def rows(trials: "Sequence[Trial]") -> list[dict[str, Any]]:
     ]
 
 
-def dataframe(record: "StudyRecord") -> "pandas.DataFrame":
-    """`rows` as a table, one trial a row, in order of number."""
-    import pandas
+def dataframe(record: "StudyRecord") -> Any:
+    """`rows` as a pandas DataFrame, one trial a row, in order of number."""
+    import pandas  # type: ignore[import-untyped]
 
     return pandas.DataFrame(rows(record.trials))
 

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -17,9 +17,6 @@ from loratune.record.paths import MAIN, StudyPaths, TrialPaths
 from loratune.record.states import TrialState
 from loratune.system.files import AnyPath, parsed
 from loratune.work import CurvePoint, Hyperparameters, Json, ModelRecipe, Outcome, State
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +164,8 @@ class StudyRecord:
     def wall_seconds(self) -> float:
         return sum(s.get("seconds", 0.0) for s in self.sessions)
 
-    def to_dataframe(self) -> "pandas.DataFrame":
-        """A pandas table, one trial a row: number, state, what was searched, validation loss, cost."""
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame, one trial a row: number, state, what was searched, validation loss, cost."""
         return notebook.dataframe(self)
 
     def __repr__(self) -> str:
