@@ -1,219 +1,218 @@
-"""The packed engine against the reference on one GPU: tokens per second, utilisation, memory, and where the time goes.
+"""The packed engine on one GPU: tokens per second, utilisation, memory, waits, and where the time goes.
 
-    python benchmarks/packed_on_gpu.py [--shapes 1B 7B] [--repeats 3]        under ten minutes on one GPU of 80 GB or more
+    python -m pytest -rA -m gpu                                        is all of it right? some minutes; needs torch,
+                                                                       Transformers, PEFT, accelerate, pytest (with optuna: the demo)
+    python benchmarks/packed_on_gpu.py [--shapes 7B 1B] [--seconds 400]     how fast is it? at most about that long
 
-LLaMA-2-7B's and Llama-3.2-1B's shapes in bfloat16 with random weights, examples of Alpaca-like lengths, rank 16 on the query
-and value projections, batches of 4. Prints and writes, per shape: tokens per second of `hf` and of `packed` at K = 1, 2, 4, 8,
-16, the median ratio of paired rounds, model FLOPs utilisation against this GPU's measured matrix peak and against the
-datasheet's, memory (one model and what training took beside it), and the kernels that take most time at the best K. Without
-a GPU it says so and writes nothing; `--shapes tiny --device cpu` tries the script itself. Writes benchmarks/results/packed_on_gpu/.
+LLaMA-2-7B's and Llama-3.2-1B's shapes in bfloat16 with random weights, examples of Alpaca-like lengths, rank 16. Each line
+is one way to train: K adapters packed, or `hf` at a batch and micro-batch. Told are tokens per second, model FLOPs
+utilisation against this GPU's measured matrix peak (and the datasheet's), the sum of the trials' seconds against the clock,
+memory reserved and allocated. For one pack: how long the CPU launches and the GPU computes, what waits for the device, which
+kernels take most time. Packing's own share is that of K = 8, batch 16 over K = 1, batch 128: as many tokens per pass. What
+no time is left for is left out, and said. Writes benchmarks/results/packed_on_gpu/<device>.json after every line. Without
+a GPU it says so; `--shapes tiny --device cpu` tries the script itself, and writes nothing.
 """
 
 import argparse
 import gc
 import json
-import statistics
 import tempfile
 import time
-from dataclasses import replace
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from gpu_shapes import RANK, SHAPES, ceilings, datasheet, flops_per_token, prepared, random_model
 
-from loratune.data.prepared import Manifest, PreparedTokens, SetCounts, pack_tokens, write_prepared
-from loratune.data.sources import DataRecipe
 from loratune.finetune import memory
 from loratune.finetune import model as base_model
 from loratune.finetune.engines import run_segments
 from loratune.finetune.hf import HfEngine
-from loratune.finetune.model import BaseModel
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.system.machine import environment
 from loratune.work import Hyperparameters, ModelRecipe, Recipe, Segment, State, TrainingRecipe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "packed_on_gpu"
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500},
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
-}
-DATASHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}  # dense bf16 FLOP/s, NVIDIA's datasheets
-PACKS, BATCH, STEPS, RANK = (1, 2, 4, 8, 16), 4, 8, 16
 
 
-class NoTokenizer:
-    """All that the engines ask of a tokenizer here."""
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to train."""
 
-    pad_token_id = eos_token_id = 0
+    name: str
+    adapters: int = 1
+    batch: int
+    micro: int | None = None  # of `hf`
+    targets: str = "qv"
+    dropout: float = 0.05
 
-
-def random_model(shape: str, device: torch.device) -> BaseModel:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = transformers.LlamaConfig(max_position_embeddings=1024, **SHAPES[shape])
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    with device:
-        model = transformers.LlamaForCausalLM(config).requires_grad_(False).eval()
-    torch.set_default_dtype(before)
-    return BaseModel(model=model, tokenizer=NoTokenizer(), device=device, dtype=dtype)  # type: ignore[arg-type]
+    @property
+    def run(self) -> str:
+        return "".join(c for c in self.name if c.isalnum())
 
 
-def alpaca_like(vocabulary: int, count: int, seed: int) -> PreparedTokens:
-    """Random tokens with Alpaca's spread of lengths: median about 125 tokens, 5 % over 300, half of them the response."""
-    generator = np.random.default_rng(seed)
-    lengths = np.clip(np.exp(generator.normal(4.85, 0.5, count)), 30, 512).astype(int)
-    return pack_tokens([(generator.integers(1, vocabulary, n).astype(np.int32), np.arange(n) >= n // 2) for n in lengths])
+WAYS = (  # most wanted first
+    Way(name="warm", adapters=2, batch=4),
+    Way(name="packed, K = 8, batch 16", adapters=8, batch=16),
+    Way(name="packed, K = 8, batch 16, all-linear", adapters=8, batch=16, targets="all-linear"),
+    Way(name="packed, K = 1, batch 128", batch=128),
+    Way(name="packed, K = 16, batch 4", adapters=16, batch=4),
+    Way(name="hf, batch 16", batch=16, micro=16),
+    Way(name="hf, batch 4", batch=4, micro=4),
+    Way(name="packed, K = 8, batch 16, no dropout", adapters=8, batch=16, dropout=0.0),
+    Way(name="packed, K = 1, batch 4", batch=4),
+)
 
 
-def prepared(folder: Path, vocabulary: int) -> Path:
-    sets = {"train": alpaca_like(vocabulary, 1024, 1), "validation": alpaca_like(vocabulary, 8, 2)}
-    counts = {n: SetCounts(examples=len(t), tokens=len(t.ids), response_tokens=int(t.mask.sum())) for n, t in sets.items()}
-    facts: dict[str, Any] = {"tokenizer": "", "revision": None, "pad_token_id": 0, "eos_token_id": 0, "duplicates": 0, "sources": ()}
-    write_prepared(folder, Manifest(hash="random", recipe=DataRecipe(train=()), **facts, **counts), sets)
-    return folder
+class Bench:
+    """One shape on one device: engines on the same weights, and what was found."""
 
+    def __init__(self, shape: str, device: torch.device, scratch: Path, peak: float, steps: int) -> None:
+        self.shape, self.device, self.peak, self.steps, self.scratch = shape, device, peak, steps, scratch
+        self.base = random_model(shape, device)
+        data = prepared(scratch / f"data-{shape}", SHAPES[shape]["vocab_size"])
+        self.recipe = Recipe(model=ModelRecipe(name_or_path=shape), training=TrainingRecipe(), data=str(data), device=device.type)
+        self.packed = self._engine(lambda: PackedEngine(replace(self.recipe, engine="packed", slots=16), scratch))
 
-def flops_per_token(shape: str, length: float) -> float:
-    """Of training an adapter on a frozen base: forward and gradients of activations, no gradients of frozen weights.
+    def _engine(self, make: Callable[[], Any]) -> Any:
+        load, base_model.load = base_model.load, lambda *_, **__: self.base  # type: ignore[assignment]
+        try:
+            return make()
+        finally:
+            base_model.load = load
 
-    4 per weight of a layer; the head (on the half of the tokens that are scored) likewise; causal attention
-    6 L d (two products of L / 2 positions on average, forward and twice backward); the adapter 6 per weight.
-    """
-    s = SHAPES[shape]
-    d, kv = s["hidden_size"], s["hidden_size"] * s.get("num_key_value_heads", s["num_attention_heads"]) // s["num_attention_heads"]
-    layer = 2 * d * d + 2 * d * kv + 3 * d * s["intermediate_size"]
-    adapter = RANK * (2 * d + d + kv)
-    return s["num_hidden_layers"] * (4 * layer + 6 * length * d + 6 * adapter) + 0.5 * 4 * d * s["vocab_size"]
+    def hf(self, micro: int) -> HfEngine:
+        """Also takes the packed engine's hooks out: both work on the same weights."""
+        if self.packed is not None:
+            self.packed.base.release()
+            self.packed = None
+        recipe = replace(self.recipe, training=replace(self.recipe.training, micro_batch_size=micro))
+        return self._engine(lambda: HfEngine(recipe, self.scratch))
 
-
-def matrix_peak(device: torch.device) -> float:
-    """FLOP/s of a large bf16 product, the best of ten."""
-    n = 8192 if device.type == "cuda" else 512
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    best = 0.0
-    for _ in range(10):
-        memory.synchronize(device)
+    def train(self, way: Way, steps: int, run: str) -> dict[str, Any]:
+        """Train, and what that took."""
+        engine = self.packed if way.micro is None else self.hf(way.micro)
+        h = Hyperparameters(lora_r=RANK, lora_alpha=16, lora_dropout=way.dropout, target_modules=way.targets, batch_size=way.batch)
+        segments = [
+            Segment(trial=k, run=run, hyperparameters=replace(h, learning_rate=1e-5 * 1.2**k), seed=0, total_steps=steps, stop_step=steps)
+            for k in range(way.adapters)
+        ]
+        gc.collect()
+        memory.free(self.device)
+        memory.reset_peak(self.device)
+        memory.synchronize(self.device)
         began = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        memory.synchronize(device)
-        best = max(best, 5 * 2 * n**3 / (time.perf_counter() - began))
-    return best
+        outcomes = run_segments(engine, segments)
+        memory.synchronize(self.device)
+        wall = time.perf_counter() - began - sum(o.validation_seconds for o in outcomes)
+        bad = [o.message for o in outcomes if o.state is not State.COMPLETED]
+        if bad:
+            raise RuntimeError(bad[0])
+        speed = sum(o.tokens for o in outcomes) / wall
+        work = speed * flops_per_token(self.shape, float(np.mean(engine.train.lengths)), way.targets)
+        told = sum(o.train_seconds for o in outcomes)
+        found = {"tokens_per_second": round(speed), "of_measured_peak": round(work / self.peak, 4), "seconds": round(wall, 3)}
+        found |= {"of_datasheet": round(work / sheet, 4)} if (sheet := datasheet(self.device)) else {}
+        found |= {"told_over_clock": round(told / wall, 3), "tokens_per_pass": getattr(engine, "room", None)}
+        if self.device.type == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            found |= {"allocated_gib": round(allocated / 2**30, 2), "reserved_over_allocated": round(reserved / allocated, 3)}
+        return found
 
+    def lines(self) -> list[tuple[str, Callable[[], Any]]]:
+        """All there is to find, most wanted first; `hf` last, which takes the packed engine's hooks out."""
+        packed, others = [way for way in WAYS if way.micro is None], [way for way in WAYS if way.micro]
+        told: list[tuple[str, Callable[[], Any]]] = [(way.name, partial(self.train, way, self.steps, way.run)) for way in packed]
+        told[5:5] = [("rounds, K = 16, batch 4", self.rounds), ("kernels, K = 8, batch 16", self.profile)]
+        return told + [(way.name, partial(self.train, way, 2 * self.steps, way.run)) for way in others]
 
-def measure(engine: Any, count: int, name: str) -> tuple[float, int]:
-    """(tokens per second, bytes of one model and of what training took beside it) of `count` configurations, STEPS steps each."""
-    segments = [
-        Segment(
-            trial=k,
-            run=name,
-            hyperparameters=Hyperparameters(lora_r=RANK, lora_alpha=16, lora_dropout=0.05, batch_size=BATCH, learning_rate=1e-5 * 2**k),
-            seed=0,
-            total_steps=STEPS,
-            stop_step=STEPS,
-        )
-        for k in range(count)
-    ]
-    memory.free(engine.device)
-    before = memory.reserved(engine.device)
-    outcomes = run_segments(engine, segments)
-    taken = memory.reserved(engine.device) - before
-    bad = [o.message for o in outcomes if o.state is not State.COMPLETED]
-    if bad:
-        raise SystemExit(bad[0])
-    base: BaseModel = engine.base.base if isinstance(engine, PackedEngine) else engine.base
-    weights = sum(p.nbytes for p in base.model.parameters())  # both engines hold a model here; a study has one
-    used = weights + taken if engine.device.type == "cuda" else max(o.peak_memory_bytes for o in outcomes)
-    return sum(o.tokens for o in outcomes) / sum(o.train_seconds for o in outcomes), used
+    def rounds(self) -> dict[str, Any]:
+        """Of each round of K = 16, batch 4: how long the CPU was busy launching, in ms, and the whole; calls that waited."""
+        engine, real, seen = self.packed, self.packed._train, []
+        waits: Counter[str] = Counter()
 
+        def timed(slots: Any) -> None:
+            began = time.perf_counter()
+            fetch, launched = memory.fetched, []
+            memory.fetched = lambda x: (launched.append(time.perf_counter()), fetch(x))[1]
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                if self.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    real(slots)
+                finally:
+                    memory.fetched = fetch
+                    if self.device.type == "cuda":
+                        torch.cuda.set_sync_debug_mode("default")
+            waits.update(f"{Path(w.filename).name}:{w.lineno}" for w in said if "synchroniz" in str(w.message))
+            ms = [round(1e3 * (at - began)) for at in ((launched or [time.perf_counter()])[0], time.perf_counter())]
+            seen.append(ms)
 
-def profiled(engine: Any, count: int) -> list[dict[str, Any]]:
-    """The fifteen kernels that take most of the device's time."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if engine.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        measure(engine, count, "profile")
-    key = "self_device_time_total" if engine.device.type == "cuda" else "self_cpu_time_total"
-    rows = sorted(profile.key_averages(), key=lambda row: -getattr(row, key))
-    whole = sum(getattr(row, key) for row in rows)
-    return [{"kernel": row.key[:120], "calls": row.count, "share": round(getattr(row, key) / whole, 4)} for row in rows[:15]]
+        engine._train = timed
+        try:
+            self.train(WAYS[4], 3, "rounds")
+        finally:
+            engine._train = real
+        return {"launching_and_all_ms": seen, "rounds": len(seen), "waits": dict(waits)}
 
-
-def benchmark(shape: str, device: torch.device, repeats: int, scratch: Path, peak: float) -> dict[str, Any]:
-    recipe = Recipe(
-        model=ModelRecipe(name_or_path=shape),
-        training=TrainingRecipe(micro_batch_size=BATCH),
-        data=str(prepared(scratch / f"data-{shape}", SHAPES[shape]["vocab_size"])),
-        device=device.type,
-    )
-    load, base_model.load = base_model.load, lambda recipe, device: random_model(shape, device)  # type: ignore[assignment]
-    hf, packed = HfEngine(recipe, scratch), PackedEngine(replace(recipe, engine="packed", slots=max(PACKS)), scratch)
-    base_model.load = load
-    variants = {"hf": (hf, 1), **{f"packed, K = {k}": (packed, k) for k in PACKS}}
-    rounds: list[dict[str, tuple[float, int]]] = []
-    for n in range(-1, repeats):  # the first round warms up
-        rounds.append({name: measure(engine, count, f"{name[0]}{count}-{n}") for name, (engine, count) in variants.items()})
-        print(shape, n, {name: round(speed) for name, (speed, _) in rounds[-1].items()}, flush=True)
-    name_of = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    datasheet = next((value for key, value in DATASHEET.items() if key in name_of), None)
-    work = flops_per_token(shape, float(np.mean(packed.train.lengths)))
-    rows = {}
-    for name in variants:
-        speed = statistics.median(r[name][0] for r in rounds[1:])
-        rows[name] = {
-            "tokens_per_second": speed,
-            "over_hf": statistics.median(r[name][0] / r["hf"][0] for r in rounds[1:]),
-            "utilisation_of_measured_peak": speed * work / peak,
-            "utilisation_of_datasheet_peak": speed * work / datasheet if datasheet else None,
-            "memory_gib": max(r[name][1] for r in rounds[1:]) / 2**30,
-        }
-        of_datasheet = f"{rows[name]['utilisation_of_datasheet_peak']:.1%}" if datasheet else "unknown"
-        row = rows[name]
-        print(f"{shape:>5}  {name:16} {speed:>9,.0f} tokens/s  x{row['over_hf']:.2f}  {row['memory_gib']:.1f} GiB", end="  ")
-        print(f"{row['utilisation_of_measured_peak']:.1%} of the measured peak, {of_datasheet} of the datasheet's")
-    best = max(PACKS, key=lambda k: rows[f"packed, K = {k}"]["tokens_per_second"])
-    found = {"rows": rows, "flops_per_token": work, "profile": {"K": best, "kernels": profiled(packed, best)}}
-    hf.close(), packed.close()
-    del hf, packed, variants
-    gc.collect()
-    return found
+    def profile(self) -> list[dict[str, Any]]:
+        """The kernels that take most of the device's time, of a step of K = 8, batch 16."""
+        activity = torch.profiler.ProfilerActivity.CUDA if self.device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profile:
+            self.train(WAYS[1], 1, "profile")
+        key = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        rows = sorted(profile.key_averages(), key=lambda row: -getattr(row, key))
+        whole = sum(getattr(row, key) for row in rows)
+        return [{"kernel": row.key[:120], "calls": row.count, "share": round(getattr(row, key) / whole, 4)} for row in rows[:25]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1B", "7B"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["7B", "1B"])
+    parser.add_argument("--seconds", type=float, default=400)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("No CUDA device here, so there is nothing to measure. On one this prints, per shape, a table of tokens/s, ratio to hf,")
-        print("utilisation of the measured and the datasheet's peak, and memory, for hf and for packed at K = 1, 2, 4, 8, 16.")
+        print("No CUDA device here, so there is nothing to measure. See --help for what this tells on one.")
         return
-    device = torch.device(args.device)
-    peak = matrix_peak(device)
-    print(f"matrix peak measured: {peak / 1e12:.1f} TFLOP/s")
+    began, device = time.monotonic(), torch.device(args.device)
     machine = environment()
     machine.pop("host", None)
-    report: dict[str, Any] = {"environment": machine, "matrix_peak_flops": peak, "repeats": args.repeats, "shapes": {}}
-    with tempfile.TemporaryDirectory() as scratch:
-        for shape in args.shapes:
-            report["shapes"][shape] = benchmark(shape, device, args.repeats, Path(scratch), peak)
-    if device.type == "cuda":
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    report: dict[str, Any] = {"environment": machine, "device": memory.device_name(device), "ceilings": ceilings(device), "shapes": {}}
+    print(report["device"], {name: f"{value:.3g}" for name, value in report["ceilings"].items()}, flush=True)
+
+    def noted(shape: str, name: str, action: Callable[[], Any]) -> None:
+        try:
+            found = action()
+        except Exception as error:  # the next line may still tell something
+            found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        report["shapes"].setdefault(shape, {})[name] = found
+        print(f"[{time.monotonic() - began:4.0f} s] {shape} {name}: {found}", flush=True)
+        if device.type == "cuda":
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            (RESULTS / f"{torch.cuda.get_device_name(device).replace(' ', '_')}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    for number, shape in enumerate(args.shapes):
+        until = began + args.seconds * (number + 1) / len(args.shapes)
+        with tempfile.TemporaryDirectory() as scratch:
+            bench = Bench(shape, device, Path(scratch), report["ceilings"]["matrix_flops"], args.steps)
+            noted(shape, "capacity", lambda b=bench: vars(b.packed.capacity))  # type: ignore[misc]
+            for name, action in bench.lines():
+                if time.monotonic() < until - 15:
+                    noted(shape, name, action)
+                else:
+                    print(f"no time left for {shape} {name}")
+            del bench
+        gc.collect()
+        memory.free(device)
 
 
 if __name__ == "__main__":

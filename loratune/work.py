@@ -87,6 +87,7 @@ class TrainingRecipe(Json):
     max_grad_norm: float | None = 1.0
     tokens_per_pass: int | None = None
     gradient_checkpointing: bool = False
+    sharding: str = "none"  # of the frozen weights over the devices of a trial: none | fsdp
     checkpoint_steps: int | None = None
     keep: str = "last"
 

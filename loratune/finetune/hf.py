@@ -21,7 +21,7 @@ import torch
 from loratune.data.batches import Tokens
 from loratune.data.prepared import Prepared
 from loratune.data.tasks import task_named
-from loratune.errors import TrainingError, error_kind
+from loratune.errors import ModelError, TrainingError, error_kind
 from loratune.finetune import distributed, memory, model, segment
 from loratune.finetune.failures import error_text, ran_out, state_of
 from loratune.finetune.lora import adapter_parameters
@@ -56,11 +56,22 @@ class HfEngine:
         prepared = Prepared.load(root / recipe.data)
         self.train: Tokens = prepared.train
         self.validation: Tokens = prepared.validation
-        self.base = model.load(recipe.model, self.device)
+        self.sharded = recipe.training.sharding == "fsdp" and self.world > 1
+        self.base = self._sharded(recipe) if self.sharded else model.load(recipe.model, self.device)
         gc.collect()
         gc.freeze()  # what is loaded stays: collecting between trials need not look at it again
         self.training = recipe.training  # with smaller batches, once memory did not suffice
         self._base_loss: float | None = None  # of the base model, which is every trial's at step 0
+
+    def _sharded(self, recipe: Recipe) -> model.BaseModel:
+        """Loaded into main memory, then shared out over the devices. Raises ModelError."""
+        if recipe.model.load_in_4bit:
+            raise ModelError("load_in_4bit: weights of four bits cannot be shared out (training.sharding: fsdp). Switch one of them off.")
+        dtype = model.choose_dtype(recipe.model.dtype, self.device)
+        named = replace(recipe.model, dtype=next(name for name, known in model.DTYPES.items() if known == dtype))
+        base = model.load(named, torch.device("cpu"))
+        distributed.shard(base.model, self.device, self.world)
+        return replace(base, device=self.device)
 
     def run(self, inbox: Inbox, tell: Callable[[Progress | Outcome], None], stop: threading.Event) -> None:
         """Train what the inbox gives, in its order. Raises TrainingError only where one process of several failed."""
@@ -168,6 +179,7 @@ class HfEngine:
                 task=self.task,
                 rank=self.rank,
                 world=self.world,
+                sharded=self.sharded,
             )
             try:
                 trainer.train()
@@ -208,6 +220,7 @@ class HfEngine:
                     task=self.task,
                     rank=self.rank,
                     world=self.world,
+                    in_step=self.sharded,
                 )
                 break
             except Exception as error:

@@ -20,6 +20,7 @@ from loratune.data.shared_prefix import dropout_owners
 from loratune.data.tasks import TrainingTask
 from loratune.finetune import memory
 from loratune.finetune import model as base_model
+from loratune.finetune.distributed import average_gradients
 from loratune.finetune.dropout import DropoutKey
 from loratune.finetune.model import BaseModel
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, clip, learning_rate_factor, warmup_steps
@@ -87,8 +88,9 @@ class SegmentTrainer(transformers.Trainer):
         task: TrainingTask,
         rank: int,
         world: int,
+        sharded: bool = False,
     ) -> None:
-        self.key, self.base, self.run, self.task, self.world = key, base, run, task, world
+        self.key, self.base, self.run, self.task, self.world, self.sharded = key, base, run, task, world, sharded
         self.head = base_model.output_head(base.model)
         self.adamw = optimizer
         self.scale = HALF_PRECISION_SCALE if base.dtype == torch.float16 else 1.0
@@ -136,6 +138,10 @@ class SegmentTrainer(transformers.Trainer):
         self.remove_callback(transformers.PrinterCallback)
         hooks.trainer = self
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """DDP knows no weights that are shared out: then nothing is wrapped, and StepHooks averages the gradients."""
+        return _Unwrapped(model) if self.sharded else super()._wrap_model(model, training, dataloader)
+
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         return DataLoader(self.batches, batch_size=None)
 
@@ -163,6 +169,17 @@ class SegmentTrainer(transformers.Trainer):
         return None  # StepHooks has it
 
 
+class _Unwrapped(nn.Module):
+    """The model, so that Trainer takes it for one that is wrapped already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any, **options: Any) -> Any:
+        return self.module(*given, **options)
+
+
 class StepHooks(transformers.TrainerCallback):
     """What happens around every optimiser step: clip, look for inf and NaN, validate, checkpoint, report, stop."""
 
@@ -180,6 +197,8 @@ class StepHooks(transformers.TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
+        if trainer.sharded:
+            average_gradients(self.parameters)
         norm = clip(self.parameters, self.max_norm, trainer.scale)
         word = torch.stack([trainer.step_loss, norm.double(), torch.full_like(trainer.step_loss, float(self.stop.is_set()))])
         if trainer.world > 1:

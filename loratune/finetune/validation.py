@@ -6,7 +6,7 @@ through `token_nll`; the packed engine computes the same numbers with the head, 
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from loratune.data.batches import Batch, Tokens, validation_batches
+from loratune.data.batches import Batch, Tokens, collate, validation_batches
 from loratune.data.tasks import SFT, TrainingTask
 from loratune.errors import DataError
+from loratune.finetune import distributed
 from loratune.finetune.rope import sides_of
 
 _CHUNK = 2**25  # logits turned into float32 at a time: 128 MiB
@@ -58,11 +59,13 @@ def validate(
     task: TrainingTask = SFT,
     rank: int = 0,
     world: int = 1,
+    in_step: bool = False,
 ) -> tuple[float, float]:
     """The task's metric of `model` over all of `tokens`, and the seconds it took; independent of `batch_size`.
 
-    With `world` processes each scores a part and all return the same. Between batches `interrupted` is asked whether
-    to give up, with InterruptedError. Raises DataError when there is no response token to score.
+    With `world` processes each scores a part and all return the same; `in_step`: all run the model equally often. Between
+    batches `interrupted` is asked whether to give up, with InterruptedError. Raises DataError when there is no response
+    token to score.
     """
     began = time.perf_counter()
     device = device or next(model.parameters()).device
@@ -70,7 +73,12 @@ def validate(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # NLL, number
     with torch.no_grad(), autocast():
-        for batch in validation_batches(tokens, batch_size, pad_id, rank, world, sides_of(model.config)):
+        batches: Iterable[Batch] = validation_batches(tokens, batch_size, pad_id, rank, world, sides_of(model.config))
+        if in_step:
+            batches = list(batches)
+            spare = [collate(tokens, [0], pad_id=pad_id, scored=False)]
+            batches += spare * (distributed.most(len(batches), device) - len(batches))
+        for batch in batches:
             if interrupted():
                 raise InterruptedError
             batch = batch.to(device)

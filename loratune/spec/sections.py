@@ -252,6 +252,9 @@ class Training(Section):
         None, ge=1, description="trials that one process trains together; null: chosen for the model, the data and the device"
     )
     devices_per_trial: int = Field(1, ge=1, description="GPUs that train one trial together")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="none: each GPU of a trial holds the whole model; fsdp: a share of each layer, for models larger than one GPU"
+    )
 
     @model_validator(mode="after")
     def _slots_need_packed(self) -> Self:
@@ -259,6 +262,8 @@ class Training(Section):
             raise MistakesError(((("slots",), f"got {self.slots}; engine hf trains one trial at a time; write engine: packed"),))
         if (self.slots or 1) > 1 and self.devices_per_trial > 1:
             raise MistakesError(((("slots",), f"got {self.slots}; a trial on several devices (devices_per_trial) has them to itself"),))
+        if self.sharding == "fsdp" and self.devices_per_trial == 1:
+            raise MistakesError(((("sharding",), "got 'fsdp'; there is nothing to share out with devices_per_trial: 1; write 2 or more"),))
         return self
 
     @field_validator("report_to", mode="before")

@@ -24,6 +24,7 @@ import torch
 import transformers
 from torch.nn.attention import varlen as torch_varlen
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import initialization
 
 from loratune.finetune import compiled, model
 from loratune.finetune.model import BaseModel
@@ -207,5 +208,5 @@ class _Tokens:
 
 def _network(layers: int) -> Any:
     config = transformers.LlamaConfig(**LLAMA_7B, num_hidden_layers=layers)
-    with torch.device("meta"), transformers.initialization.no_init_weights():
+    with torch.device("meta"), initialization.no_init_weights():
         return transformers.LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False).eval()

@@ -1,7 +1,7 @@
 """Run segments in a process of its own, or in each of torchrun's: ROOT OUTCOMES SEGMENT...
 
 The outcomes are appended to the file OUTCOMES, one JSON per line. With LORATUNE_STOP_AT set, process 0 asks to stop
-once it has seen a report of that step.
+once it has seen a report of that step. With LORATUNE_SHARDS_OF set, each process must hold that part of the layers.
 """
 
 import os
@@ -23,6 +23,9 @@ def main(root: Path, outcomes: Path, *segments: str) -> None:
         if progress.step == stop_at:
             stop.set()
 
+    if shards := int(os.environ.get("LORATUNE_SHARDS_OF", "0")):
+        held = sum(p.to_local().numel() for p in engine.base.model.parameters() if hasattr(p, "to_local"))
+        assert held == sum(p.numel() for p in engine.base.model.parameters() if hasattr(p, "to_local")) / shards > 0
     for text in segments:
         assert broadcast(text) == text
         (outcome,) = run_segments(engine, [Segment.from_json(text)], tell=report, stop=stop)

@@ -110,6 +110,34 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_weights_that_are_shared_out_train_as_one(tmp_path: Path) -> None:
+    """FSDP: each of two processes holds a half of each layer; seven validation batches, which divide by nothing."""
+    study(tmp_path, sharding="fsdp", validation_batch_size=3, gradient_checkpointing=True)
+    wanted = [
+        segment(trial=0, batch_size=7, validate_at=(0, 3)),
+        segment(trial=1, batch_size=1, lora_dropout=0.5, target_modules="all-linear"),
+        segment(trial=2, batch_size=7, learning_rate=1e200),
+    ]
+    subprocess.run(command(tmp_path, *wanted), env=ENVIRONMENT, check=True, timeout=120)
+    alone = outcomes(tmp_path)
+    weights = [adapter(tmp_path, one) for one in wanted[:2]]
+    (tmp_path / "outcomes.jsonl").unlink()
+    (tmp_path / "trials").rename(tmp_path / "trials-alone")
+    environment = {**ENVIRONMENT, "LORATUNE_SHARDS_OF": "2"}
+    subprocess.run(command(tmp_path, *wanted, processes=2), env=environment, check=True, timeout=200)
+    together = outcomes(tmp_path)
+    assert [o.state for o in together] == [o.state for o in alone] == [State.COMPLETED] * 2 + [State.DIVERGED]
+    for a, b in zip(alone, together, strict=True):
+        for p, q in zip(a.curve, b.curve, strict=True):
+            assert q.validation_loss == pytest.approx(p.validation_loss, abs=1e-9)
+            assert q.train_loss == pytest.approx(p.train_loss, abs=1e-9)
+    for one, before in zip(wanted, weights, strict=False):
+        after = adapter(tmp_path, one)
+        assert after.keys() == before.keys()
+        assert all((after[name] - before[name]).norm() <= 1e-7 * before[name].norm() for name in before)
+
+
+@pytest.mark.slow
 def test_a_process_that_ran_out_of_memory_leaves_its_last_words(tmp_path: Path) -> None:
     """The group dies with it; started again, it answers out of memory instead of trying for ever."""
     study(tmp_path)

@@ -148,10 +148,10 @@ class PackedBase:
             names = [name for name in self.linear if any(name in adapter.layers for adapter in members)]
             words += [[adapter.key.of(name) for adapter in members] for name in names]
         held = memory.pinned(torch.tensor(words, dtype=torch.int32), self.device).to(self.device, non_blocking=True)
-        facts = {"thresholds": held[0], "keys": dict(zip(names, held[1:].unbind(), strict=True))}
+        keys = dict(zip(names, held[1:].unbind(), strict=True))
         hashes = dropout.row_hashes(flat.owners, flat.positions.squeeze(0))
-        everything = PassRows(hashes=hashes, whose=flat.whose, **facts)
-        return everything, PassRows(hashes=hashes[flat.predictors], whose=flat.whose[flat.predictors], **facts)
+        everything = PassRows(hashes=hashes, whose=flat.whose, thresholds=held[0], keys=keys)
+        return everything, replace(everything, hashes=hashes[flat.predictors], whose=flat.whose[flat.predictors], made={})
 
     def _cut(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Keep what the head is given; let it compute nothing."""

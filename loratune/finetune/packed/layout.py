@@ -173,7 +173,8 @@ def flatten(tokens: Tokens, shares: Sequence[Share], device: torch.device) -> Fl
 
 def lay_out(tokens: Tokens, shares: Sequence[Share], device: torch.device) -> Layout:
     """The part of `flatten` that needs no device: what can be done while it computes."""
-    ids, positions, owners, whose, predictors, labels, spans = [], [], [], [], [], [], []
+    ids, positions, owners, whose, predictors, labels = [], [], [], [], [], []
+    spans: list[Span] = []
     rows_of: list[np.ndarray] = []  # each sequence
     sequences: list[SequenceSpan] = []
     last_layer: list[SequenceSpan] = []

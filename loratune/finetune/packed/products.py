@@ -50,14 +50,14 @@ class PassRows:
     whose: torch.Tensor  # int64 [T]; the number of each row's span
     thresholds: torch.Tensor  # int32 [spans], of dropout.threshold
     keys: dict[str, torch.Tensor]  # int32 [spans] for each layer; empty where masks are made adapter by adapter
-    _made: dict[Any, "Widths"] = field(default_factory=dict)
+    made: dict[Any, "Widths"] = field(default_factory=dict)
 
     def widths(self, parts: Sequence["LayerDelta"]) -> "Widths":
         """Made at the first layer with such parts: mostly at the pass's first."""
         key = tuple((part.number, part.stop, part.a.shape[0], part.scale, part.p) for part in parts)
-        if key not in self._made:
-            self._made[key] = Widths.of(parts, self.whose.device)
-        return self._made[key]
+        if key not in self.made:
+            self.made[key] = Widths.of(parts, self.whose.device)
+        return self.made[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,11 @@ class Widths:
     def of(cls, parts: Sequence[LayerDelta], device: torch.device) -> "Widths":
         dtype = torch.promote_types(parts[0].a.dtype, torch.float32)
         scales = torch.tensor([part.scale / (1 - part.p) for part in parts], dtype=dtype)
-        ranks, counts = (torch.tensor(x) for x in zip(*((p.a.shape[0], p.stop - p.start) for p in parts), strict=True))
+        ranks, counts = [part.a.shape[0] for part in parts], torch.tensor([part.stop - part.start for part in parts])
         held = {
-            "whose": torch.tensor([part.number for part in parts]).repeat_interleave(ranks),
-            "scales": scales.repeat_interleave(ranks),
-            "ones": torch.ones(int(ranks.sum()), dtype=dtype),
+            "whose": torch.tensor([part.number for part in parts]).repeat_interleave(torch.tensor(ranks)),
+            "scales": scales.repeat_interleave(torch.tensor(ranks)),
+            "ones": torch.ones(sum(ranks), dtype=dtype),
             "ends": torch.tensor([part.stop - parts[0].start for part in parts], dtype=torch.int32),
             "factors": scales.repeat_interleave(counts).unsqueeze(1),
         }
@@ -216,7 +216,7 @@ def add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Ten
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=scale)
     elif adds_mixed(total.device, left.dtype, total.dtype):
-        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=scale, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=scale, out=total)
     else:
         total.add_(left @ right, alpha=scale)
 
@@ -229,7 +229,7 @@ def adds_mixed(device: torch.device, factors: torch.dtype, total: torch.dtype) -
     left = torch.arange(64, device=device).view(8, 8).to(factors)
     sums = torch.ones(8, 8, dtype=total, device=device)
     try:
-        torch.addmm(sums, left, left, out_dtype=total, alpha=2.0, out=sums)  # type: ignore[call-overload]
+        torch.addmm(sums, left, left, out_dtype=total, alpha=2.0, out=sums)
     except (NotImplementedError, RuntimeError, TypeError) as error:
         if memory.is_out_of_memory(error):
             raise
