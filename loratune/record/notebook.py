@@ -33,7 +33,7 @@ def rows(trials: "Sequence[Trial]") -> list[dict[str, Any]]:
 
 def dataframe(record: "StudyRecord") -> Any:
     """`rows` as a pandas DataFrame, one trial a row, in order of number."""
-    import pandas  # type: ignore[import-untyped]
+    import pandas
 
     return pandas.DataFrame(rows(record.trials))
 
