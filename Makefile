@@ -45,7 +45,7 @@ test-slow: $(VENV)/installed-dev
 
 ## make test-gpu   the checks that need a CUDA device
 test-gpu: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -rA -m gpu
 
 ## make docs       the documentation, into site/
 docs: $(VENV)/installed-dev

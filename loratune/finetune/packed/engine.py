@@ -29,8 +29,8 @@ from loratune.finetune.methods import method_named
 from loratune.finetune.packed import capacity
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.layout import Layouts, Share
-from loratune.finetune.packed.slot import Batch, Slot, fill, run_pass
-from loratune.finetune.packed.steps import Numbers, clip_all, fetched, update_all
+from loratune.finetune.packed.slot import Slot, StepBatch, fill
+from loratune.finetune.packed.steps import Numbers, clip_all, coming, numbers_of, try_pass, update_all
 from loratune.finetune.packed.validation_pass import validate_within
 from loratune.finetune.segment import Inbox
 from loratune.finetune.trainer import DivergedError
@@ -159,28 +159,16 @@ class PackedEngine:
         shares = self._filled(slots)
         members = [slots[share.adapter] for share in shares]
         began, before = time.perf_counter(), memory.mark(self.device)
-        try:
-            flat = self._layouts.flat(shares)
-            sums = run_pass(self.base, flat, slots, self.task)
-        except Exception as error:
-            if not ran_out(error, self.device):
-                raise
-            flat, sums = None, []
-        if flat is None:  # the error is gone, and with it the failed pass's graph
-            for slot in members:
-                slot.again()
+        flat = try_pass(self.base, self._layouts, slots, shares, self.task)
+        if flat is None:
             self._make_room(shares)
             return
-        for share, slot, total in zip(shares, members, sums, strict=True):
-            slot.seen(share, total)
         last = slots.index(members[-1]) + (1 if members[-1].complete else 0)
         self._occupied = [*slots[last:], *slots[:last], *[slot for slot in self._occupied if slot.done]]
         clipped = clip_all([slot for slot in members if slot.complete], self.device, self._back_to_checkpoint)
         if self.looks_ahead:
-            coming = [batch for slot in self._occupied if not slot.done and (batch := slot.ahead()) is not None]
-            if coming:
-                self._layouts.prepare(self._filled(coming))
-        numbers = fetched(clipped, self.base.device)
+            self._layouts.prepare(self._filled(coming(self._occupied)))
+        numbers = numbers_of(clipped, self.base.device)
         seconds, used = time.perf_counter() - began, memory.since(self.device, before)
         for span, slot in zip(flat.spans, members, strict=True):
             part = (span.stop - span.start) / flat.tokens
@@ -188,9 +176,9 @@ class PackedEngine:
             self._used(slot, used * part)
         self._step(numbers)
 
-    def _filled(self, slots: Sequence[Slot | Batch]) -> list[Share]:
+    def _filled(self, slots: Sequence[Slot | StepBatch]) -> list[Share]:
         free = self.capacity.room(sum(slot.adapter.size for slot in self._occupied))
-        return fill(slots, min(self.room, max(free, 1)), self.enough)
+        return fill(slots, min(self.room, max(free, 1)), self.enough) if slots else []
 
     def _make_room(self, shares: list[Share]) -> None:
         """A pass of these shares ran out of memory: smaller passes; when one example is too many, fewer slots."""

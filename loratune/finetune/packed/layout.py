@@ -263,7 +263,7 @@ class Layouts:
 
     def prepare(self, shares: Sequence[Share]) -> None:
         """Lay out what the next pass will hold, most likely."""
-        self._ahead = _content(shares), lay_out(self._tokens, shares, self._device)
+        self._ahead = (_content(shares), lay_out(self._tokens, shares, self._device)) if shares else None
 
 
 def _content(shares: Sequence[Share]) -> object:

@@ -28,7 +28,7 @@ from loratune.work import Progress, Recipe, Segment
 
 
 @dataclass(kw_only=True)
-class Batch:
+class StepBatch:
     """One optimiser step's examples, and which of them are still to be seen."""
 
     step: int
@@ -81,7 +81,7 @@ class Slot:
         self.adapter = Adapter(layers, h, segment.seed, recipe.training, dtype=base.base.dtype, device=base.device, method=method)
         self.usual_tokens = h.batch_size * float(np.mean(tokens.lengths))  # of one step, on average
         self.scale = HALF_PRECISION_SCALE if base.base.dtype == torch.float16 else 1.0
-        self._next: Batch | None = None
+        self._next: StepBatch | None = None
         self.peak = 0  # bytes of memory
         self._loss = torch.zeros((), dtype=torch.float64, device=base.device)
         self._warmup = warmup_steps(h.warmup_ratio, segment.total_steps)
@@ -116,10 +116,10 @@ class Slot:
         return self.batch.items
 
     def offer(self, room: int, number: int, *, beside: Share | None = None) -> Share | None:
-        """See `Batch.offer`."""
+        """See `StepBatch.offer`."""
         return self.batch.offer(room, number, beside=beside)
 
-    def ahead(self) -> Batch | None:
+    def ahead(self) -> StepBatch | None:
         """What the slot will offer once it has stepped, if its step is complete; None if that is its last."""
         if not self.complete:
             return self.batch
@@ -173,12 +173,12 @@ class Slot:
         prepared, self._next = self._next, None
         self.batch = prepared if prepared is not None and prepared.step == self.run.step else self._batch_of(self.run.step)
 
-    def _batch_of(self, step: int) -> Batch:
+    def _batch_of(self, step: int) -> StepBatch:
         examples = self.run.examples(step) if step < self.segment.stop_step else np.zeros(0, dtype=np.int64)
-        return Batch(step=step, tokens=self.tokens, sides=self._sides, usual_tokens=self.usual_tokens, examples=examples)
+        return StepBatch(step=step, tokens=self.tokens, sides=self._sides, usual_tokens=self.usual_tokens, examples=examples)
 
 
-def fill(slots: Sequence[Slot | Batch], room: int, enough: float) -> list[Share]:
+def fill(slots: Sequence[Slot | StepBatch], room: int, enough: float) -> list[Share]:
     """The shares of the next pass of at most `room` tokens: the first slot's examples, and others' beside them.
 
     A slot whose batches hold `enough` tokens to keep the device busy has its passes to itself: what it computes is then

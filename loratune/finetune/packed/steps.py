@@ -1,16 +1,43 @@
-"""Optimiser steps of several slots together: a device is asked twice, whether gradients are finite and whether weights are."""
+"""A pass and the optimiser steps of several slots: a device is asked twice, whether gradients are finite and whether weights are."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
+from loratune.data.tasks import TrainingTask
 from loratune.finetune import memory
-from loratune.finetune.failures import fits
-from loratune.finetune.packed.slot import Slot
+from loratune.finetune.failures import fits, ran_out
+from loratune.finetune.packed.base import PackedBase
+from loratune.finetune.packed.layout import Flat, Layouts, Share
+from loratune.finetune.packed.slot import Slot, StepBatch, run_pass
 from loratune.finetune.trainer import DivergedError
 
 Numbers = dict[Slot, tuple[float, float]]  # the step's loss, and the norm of its gradient
+
+
+def try_pass(base: PackedBase, layouts: Layouts, slots: Sequence[Slot], shares: Sequence[Share], task: TrainingTask) -> Flat | None:
+    """Run a pass of these shares, and tell the slots. None where memory ran out: their steps begin anew."""
+    members = [slots[share.adapter] for share in shares]
+    try:
+        flat = layouts.flat(shares)
+        sums = run_pass(base, flat, slots, task)
+    except Exception as error:
+        if not ran_out(error, base.device):
+            raise
+        sums = None
+    if sums is None:  # the error is gone, and with it the failed pass's graph
+        for slot in members:
+            slot.again()
+        return None
+    for share, slot, total in zip(shares, members, sums, strict=True):
+        slot.seen(share, total)
+    return flat
+
+
+def coming(slots: Sequence[Slot]) -> list[StepBatch]:
+    """What the slots will offer in the next pass, if all step and nobody else comes."""
+    return [batch for slot in slots if not slot.done and (batch := slot.ahead()) is not None]
 
 
 def clip_all(slots: Sequence[Slot], device: torch.device, set_aside: Callable[[Slot], None]) -> dict[Slot, torch.Tensor]:
@@ -22,7 +49,7 @@ def clip_all(slots: Sequence[Slot], device: torch.device, set_aside: Callable[[S
     return found
 
 
-def fetched(numbers: dict[Slot, torch.Tensor], device: torch.device) -> Numbers:
+def numbers_of(numbers: dict[Slot, torch.Tensor], device: torch.device) -> Numbers:
     """The numbers, in one transfer; the device has then done what it was given."""
     if not numbers:
         memory.synchronize(device)
