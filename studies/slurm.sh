@@ -16,6 +16,9 @@ set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(srun --nodes=1 --ntasks=1 -w "$head" hostname -I | awk '{print $1}')
 export RAY_ADDRESS="$address:${RAY_PORT:-6379}" RAY_USAGE_STATS_ENABLED=0
+# Only this job's processes, which inherit the token, may speak to its Ray.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 
 # --block: a node's Ray ends with its step, and with it the actors there.
 srun --nodes=1 --ntasks=1 --overlap -w "$head" ray start --head --node-ip-address="$address" --port="${RAY_PORT:-6379}" --block &

@@ -83,6 +83,8 @@ def slurm() -> Iterator[dict[str, str]]:
             pytest.skip(f"Slurm cannot start here: {state.stdout} {state.stderr} {logs}")
         yield environment
     finally:
+        subprocess.run(["scancel", "--full", "--user=root"], env=environment, check=False, capture_output=True, timeout=30)
+        time.sleep(2)
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
             try:
