@@ -275,6 +275,10 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
             "model.load_in_4bit: got 'yes'; needed: true or false",
         ),
         (
+            {"training": {"sharding": "fsdp"}},
+            "training.sharding: got 'fsdp'; there is nothing to share out with devices_per_trial: 1; write 2 or more",
+        ),
+        (
             {"model": {"dtype": "auto"}},
             "model.name_or_path: missing: local folder or Hugging Face hub id of the base model",
         ),
