@@ -10,7 +10,7 @@ centre it counts, far from it the short runs do.
 import math
 from collections.abc import Sequence
 
-from loratune.samplers.bracket import Options, PlacedRun
+from loratune.samplers.bracket_rule import Options, PlacedRun
 from loratune.samplers.prior import Prior, public_findings
 
 _FREEDOM = 3  # degrees of

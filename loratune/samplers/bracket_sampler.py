@@ -1,4 +1,4 @@
-"""The bracket search (`bracket.py`) as an Optuna sampler.
+"""The bracket search (`bracket_rule.py`) as an Optuna sampler.
 
 What it proposes depends on the stored trials alone. Beside the parameters of a trial it stores a system attribute,
 
@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from loratune.errors import SearchSpentError
 from loratune.samplers.base import Space, known_search_space, number_of_values, random_value, value_at
-from loratune.samplers.bracket import Options, PlacedRun, Proposal, SearchAxis, propose
+from loratune.samplers.bracket_rule import Options, PlacedRun, Proposal, SearchAxis, propose
 from loratune.samplers.prior import Facts, Prior, effective, learning_rate, recommend, rescaled, scale_of
 
 KEY = "bracket"
@@ -48,7 +48,7 @@ class BracketSampler(BaseSampler):
     spread: of the prior, in factors of ten. outside: whether start is an extrapolation, so that the guard comes first.
     slots: trials that train at the same time. trials: in all, at most; as few as the guard has leave no trial for a full run, so that
         guard "auto" then means "never".
-    guard: short runs over four decades, "auto", "always" or "never". step, tolerance, noise: see `bracket.Options`.
+    guard: short runs over four decades, "auto", "always" or "never". step, tolerance, noise: see `bracket_rule.Options`.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.study import Study
 
-    from loratune.samplers.bracket import Proposal
+    from loratune.samplers.bracket_rule import Proposal
     from loratune.samplers.prior import Prior
 
 

@@ -21,7 +21,7 @@ from loratune.data.prepared import Prepared
 from loratune.executors.devices import ClusterDevices
 from loratune.plugs import EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.plugs.kinds import ADAPTER_BYTES
-from loratune.samplers.bracket import Options
+from loratune.samplers.bracket_rule import Options
 from loratune.schedules import SliceResult
 from loratune.spec import StudySpec
 from loratune.study.objectives import Objectives

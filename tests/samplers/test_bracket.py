@@ -13,9 +13,9 @@ import pytest
 
 from loratune.errors import SearchSpentError, SpecError
 from loratune.samplers import BracketSampler, build
-from loratune.samplers.bracket import Options, PlacedRun, Proposal, SearchAxis, Step, propose
 from loratune.samplers.bracket_guard import grid, weighed
 from loratune.samplers.bracket_line import believe
+from loratune.samplers.bracket_rule import Options, PlacedRun, Proposal, SearchAxis, Step, propose
 from loratune.samplers.prior import Prior, effective, scale_of
 from loratune.spec import SearchSpace
 
