@@ -110,7 +110,7 @@ def test_layers_without_an_adapter_are_told_once_in_a_study(tmp_path: Path) -> N
     spec = _study(tmp_path, config, target_modules="all-linear")
     told = [event.text for event in tune(spec) if isinstance(event, Message) and "the experts, " in event.text]
     assert len(told) == 1
-    assert dict(spec_rows(read(tmp_path / "study")))["Notes"] == told[0]
+    assert told[0] in dict(spec_rows(read(tmp_path / "study")))["Notes"]
     assert not [event for event in tune(spec) if isinstance(event, Message) and "the experts, " in event.text]
 
 

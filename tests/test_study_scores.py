@@ -11,12 +11,13 @@ import pytest
 from test_study import Broken, Formula, events, load, outline, spec_of, until_it_ends
 from test_study_objectives import HALVING, SEVERAL, Measured, parameters
 
-from loratune.downstream import scoring
+from loratune.downstream import search_scoring
 from loratune.downstream.job import EvaluationJob
 from loratune.downstream.results.search_items import search_items
 from loratune.errors import EvaluationError, SpecError, StorageError
 from loratune.record import COMPLETE, DIVERGED, INFEASIBLE, PRUNED, StudyRecord, read
 from loratune.spec import StudySpec
+from loratune.study import loop
 from loratune.study.loop import Event
 from loratune.work import ModelRecipe
 
@@ -30,14 +31,14 @@ class Scores:
     def __init__(self) -> None:
         self.scored: list[int] = []
 
-    def __call__(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[scoring.ScoringProgress]:
+    def __call__(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[search_scoring.ScoringProgress]:
         assert loss is not None
         assert adapter.as_posix().endswith(f"trials/{trial:04d}/main/adapter")
         for batch in range(2):
-            yield scoring.ScoringProgress(done=batch, total=2, seconds=batch / 2)
+            yield search_scoring.ScoringProgress(done=batch, total=2, seconds=batch / 2)
         if not stop.is_set():
             self.scored.append(trial)
-            yield scoring.ScoringProgress(done=2, total=2, seconds=SECONDS, scores={"mmlu": score(loss)})
+            yield search_scoring.ScoringProgress(done=2, total=2, seconds=SECONDS, scores={"mmlu": score(loss)})
 
 
 def score(loss: float) -> float:
@@ -94,7 +95,8 @@ def test_a_finished_trial_has_its_score_and_the_front_maximises_it(tmp_path: Pat
         assert trial.values[1] == min(seen, default=0.0), "told as the lowest score seen"
 
 
-def test_a_trial_that_is_scored_is_shown_as_such(tmp_path: Path) -> None:
+def test_a_trial_that_is_scored_is_shown_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_SHOWN", 0.0)
     spec = spec_of(tmp_path / "s", "random", objectives=OBJECTIVES, trials=2)
     seen: list[dict[tuple[int, str], int]] = []
 
@@ -202,7 +204,7 @@ def test_a_real_study_of_loss_and_score(tmp_path: Path, monkeypatch: pytest.Monk
         assert trial.outcomes[-1].scoring_seconds > 0
     assert len({t.values for t in record.trials}) > 1
 
-    monkeypatch.setattr(scoring.Scorer, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(search_scoring.Scorer, "score", lambda *_: pytest.fail("scored again"))
     list(tune(spec))
     assert outlines(read(spec.folder)) == outlines(record)
 
@@ -220,10 +222,10 @@ def test_a_real_study_of_loss_and_score(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_cannot_be_scored_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scorer(**more: Any) -> scoring.Scorer:
+    def scorer(**more: Any) -> search_scoring.Scorer:
         given: dict[str, Any] = {"benchmarks": ("demo_choice",), "subset": 24, "recipe": ModelRecipe(name_or_path="m")}
         job = EvaluationJob(folder=tmp_path / "scoring", models=(), validation=tmp_path, leave_out={}, **{**given, **more})
-        return scoring.Scorer(job=job)
+        return search_scoring.Scorer(job=job)
 
     with pytest.raises(SpecError, match=r"scoring.items: got 16; demo_code has 30, of which at most half \(15\) may guide the search"):
         scorer(benchmarks=("demo_code",), subset=16).prepare()

@@ -321,7 +321,7 @@ def few_steps(spec: StudySpec, data: Prepared) -> list[str]:
         return []
     return [
         f"warning: a run at the defaults has {plural(steps, 'optimiser step')}, fewer than {_FEW_STEPS}: {len(data.train):,} examples, "
-        f"{default.epochs:g} epochs, batch_size {default.batch_size}; write a smaller training.batch_size, or more epochs"
+        f"epochs {default.epochs:g}, batch_size {default.batch_size}; write a smaller training.batch_size, or more epochs"
     ]
 
 

@@ -157,9 +157,9 @@ print("\\n".join(first_estimate(spec)))
 print(sorted({{"torch", "transformers", "datasets", "peft"}} & set(sys.modules)))
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    # 360 characters and 40 tokens around them are 130 tokens; 80 examples in batches of 8, twice, are 20 steps.
-    assert said[0] == "data          80 training and 20 validation examples of about 130 tokens"
-    assert said[1] == "work          10 full runs of about 20 steps; about 208 k training tokens"
+    # 360 characters, and 144 of Alpaca's prompt around them, are 126 tokens with the end; 80 examples in batches of 8, twice, are 20 steps.
+    assert said[0] == "data          80 training and 20 validation examples of about 126 tokens"
+    assert said[1] == "work          10 full runs of about 20 steps; about 201 k training tokens"
     assert said[2] == "model         1 M weights"
     assert said[-1] == "[]"
 

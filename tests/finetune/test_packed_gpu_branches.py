@@ -110,7 +110,7 @@ def test_training_is_the_same(
     monkeypatch.setattr(mlp, "swiglu", lambda gate, up, real=mlp.swiglu: (gated.append(1), real(gate, up))[1])
 
     def watched(self: layout.Layouts, shares: Any) -> layout.Flat:
-        ahead.append(self._ahead is not None and self._ahead[0] == layout._content(shares))
+        ahead.append(self._ahead is not None and self._ahead[1] == layout._content(shares))
         used.append(laid_out(self, shares))
         return used[-1]
 

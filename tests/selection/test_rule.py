@@ -84,7 +84,7 @@ def test_what_the_runner_up_lacks_is_enough() -> None:
     a, b = 1 + rng.normal(0, 0.002, 6), 1.0005 + rng.normal(0, 0.002, 6)
     choice = choose([Candidate(name="a", losses=a), Candidate(name="b", losses=b)], seed=0)
     change = next(text for text in choice.what_would_change if "lower by" in text)
-    lacking = float(change.split("lower by ")[1].split(":")[0])
+    lacking = float(change.split("lower by ")[1].split(" would")[0])
     losses = {"a": a, "b": b}
     losses[choice.runner_up or ""] = losses[choice.runner_up or ""] - 1.1 * lacking
     assert choose([Candidate(name=n, losses=x) for n, x in losses.items()], seed=0).winner == choice.runner_up

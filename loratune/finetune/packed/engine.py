@@ -67,7 +67,7 @@ class PackedEngine:
         self._occupied: list[Slot] = []
         self._returned: deque[Segment] = deque()  # put out of their slots for want of memory
         self._limit = self.slots
-        self._layouts = Layouts(self.train, self.base.device)
+        self._layouts = Layouts(lambda: self.train, self.base.device)
         self.looks_ahead = self.device.type != "cpu"  # lays the next pass out while the device computes
         self._base_loss: float | None = None  # of the base model, which is every trial's at step 0
         gc.collect()

@@ -5,7 +5,7 @@ Notation: T rows, one for each token of all sequences, but that a prefix which p
 so that its part of any activation is a slice. Attention needs whole sequences again: P copies of rows, some rows several times.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -251,19 +251,22 @@ def _moved(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Te
 class Layouts:
     """The flat batches of an engine's passes, the next one laid out while the device computes."""
 
-    def __init__(self, tokens: Tokens, device: torch.device) -> None:
+    def __init__(self, tokens: Callable[[], Tokens], device: torch.device) -> None:
+        """tokens: the engine's training set, which a probe changes."""
         self._tokens, self._device = tokens, device
-        self._ahead: tuple[object, Layout] | None = None
+        self._ahead: tuple[Tokens, object, Layout] | None = None
 
     def flat(self, shares: Sequence[Share]) -> Flat:
         """Of what was laid out ahead, if it is this; else it is laid out now."""
-        ahead, self._ahead = self._ahead, None
-        laid_out = ahead[1] if ahead is not None and ahead[0] == _content(shares) else lay_out(self._tokens, shares, self._device)
-        return laid_out.to(self._device)
+        ahead, self._ahead, tokens = self._ahead, None, self._tokens()
+        if ahead is not None and ahead[0] is tokens and ahead[1] == _content(shares):
+            return ahead[2].to(self._device)
+        return lay_out(tokens, shares, self._device).to(self._device)
 
     def prepare(self, shares: Sequence[Share]) -> None:
         """Lay out what the next pass will hold, most likely."""
-        self._ahead = (_content(shares), lay_out(self._tokens, shares, self._device)) if shares else None
+        tokens = self._tokens()
+        self._ahead = (tokens, _content(shares), lay_out(tokens, shares, self._device)) if shares else None
 
 
 def _content(shares: Sequence[Share]) -> object:
