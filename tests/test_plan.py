@@ -191,7 +191,7 @@ def test_too_few_steps_are_told() -> None:
 
     training = {"batch_size": 8, "epochs": 2}
     assert few_steps(spec(training=training), Data) == [  # type: ignore[arg-type]
-        "warning: a run at the defaults has 40 optimiser steps, fewer than 50: 160 examples, 2 epochs, batch_size 8; "
+        "warning: a run at the defaults has 40 optimiser steps, fewer than 50: 160 examples, epochs 2, batch_size 8; "
         "write a smaller training.batch_size, or more epochs"
     ]
     assert few_steps(spec(training={**training, "batch_size": 4}), Data) == []  # type: ignore[arg-type]

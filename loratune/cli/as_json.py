@@ -38,11 +38,11 @@ def run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """JSON has no NaN and no infinity: they become null, also as `Json.to_plain` spells them."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
+    if value in ("nan", "inf", "-inf") or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -164,7 +164,7 @@ class Prepared:
             (over, f"{over:,} training rows left out because validation has the same question"),
             (cut, f"{cut:,} cut at {m.recipe.max_length:,} tokens"),
             (dropped, f"{dropped:,} dropped (the prompt alone fills {m.recipe.max_length:,} tokens)"),
-            (bad, f"{bad:,} bad rows skipped"),
+            (bad, f"{bad:,} bad row{'s' if bad != 1 else ''} skipped"),
             (m.shared, f"{m.shared:,} validation examples share a question with training"),
             (m.near_duplicates, f"{m.near_duplicates:,} validation examples have a question nearly the same as one in training"),
             (left_out, f"{left_out:,} thinking parts of earlier answers left out, as the chat template does"),

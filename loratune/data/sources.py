@@ -158,7 +158,8 @@ def refuse(path: str, bad: Sequence[BadRow], rows: int, on_bad_rows: str) -> Non
     if len(bad) <= allowed:
         return
     if on_bad_rows == "error" or len(bad) == 1:
-        raise DataError(f"{bad[0]}. Fix the row, or leave such rows out with data.on_bad_rows: skip.")
+        more = f" (Up to {SKIPPED:.0%} of a source's rows, here {rows:,}, are skipped.)" if on_bad_rows == "auto" else ""
+        raise DataError(f"{bad[0]}. Fix the row, or leave such rows out with data.on_bad_rows: skip.{more}")
     listed = "\n".join(f"  {line}" for line in grouped(bad))
     raise DataError(
         f"{path}: {len(bad):,} of {rows:,} rows cannot be used, more than the {SKIPPED:.0%} that are skipped:\n{listed}\n"

@@ -130,7 +130,7 @@ class Written:
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
-            value = loader.construct_document(node) if node else None
+            value = loader.construct_document(node) if node else text or None  # "### Answer:" is a comment to YAML, a text to its writer
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             self.mistakes.append(((), f"--{name} {text}: {_problem(error)[1]}"))
             return

@@ -336,7 +336,7 @@ class _Session:
         self._facts = {
             "number": max((session["number"] for session in earlier), default=0) + 1,
             "started": time.time(),
-            "command": masked_command(sys.argv),
+            "command": masked_command(["loratune", *sys.argv[1:]] if Path(sys.argv[0]).name == "__main__.py" else sys.argv),
             "environment": environment(),
             "spent": None,  # the budget, once it is: StudyRecord.budget_spent
         }

@@ -84,7 +84,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"trials        {self.trials}, the work of {self.full_runs:.4g} full runs at the defaults"]
-        lines += [f"one trial     {self.steps:,} steps, {self.trial_tokens:,} training tokens"]
+        lines += [f"one trial     {self.steps:,} step{'s' if self.steps != 1 else ''}, {self.trial_tokens:,} training tokens"]
         lines += [
             f"in all        {self.tokens:,.0f} training tokens, {self.validations:.0f} validations of {self.validation_tokens:,} tokens"
         ]

@@ -279,7 +279,7 @@ def test_cut_dropped_and_bad_rows_are_counted(tmp_path, tokenizer):
     assert (counts.rows, counts.bad, counts.dropped, counts.cut, counts.train + counts.validation) == (11, 1, 1, 1, 9)
     assert max(prepared.train.lengths.max(), prepared.validation.lengths.max()) == 400
     summary = prepared.summary()
-    assert "1 cut at 400 tokens; 1 dropped (the prompt alone fills 400 tokens); 1 bad rows skipped" in summary
+    assert "1 cut at 400 tokens; 1 dropped (the prompt alone fills 400 tokens); 1 bad row skipped" in summary
     assert f"skipped: {path}, line 11: field output: is empty" in summary
     with pytest.raises(DataError, match=r"line 11: field output: is empty.*on_bad_rows: skip"):
         prepare(dataclasses.replace(recipe, on_bad_rows="error"), tokenizer=tokenizer, cache=tmp_path / "cache")

@@ -206,6 +206,11 @@ def test_numbers_in_scientific_notation(text: str, tmp_path: Path) -> None:
     assert spec.training.adam_epsilon == 1e-5
 
 
+def test_a_flag_that_yaml_takes_for_a_comment_is_a_text() -> None:
+    flags = [("data.response_marker", "### Response:"), ("model", "m"), ("data.train", "[a.json]"), ("data.validation_count", "3")]
+    assert StudySpec.load(None, flags).data.response_marker == "### Response:"
+
+
 def test_flags_lie_over_yaml_over_base(tmp_path: Path) -> None:
     text = """\
 model: {name_or_path: m, dtype: float32}
