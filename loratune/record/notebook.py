@@ -1,6 +1,5 @@
 """A study as a table, as a line, and as what a notebook shows: its choice, a picture, its best trials."""
 
-import json
 import math
 from collections.abc import Sequence
 from html import escape
@@ -46,11 +45,14 @@ def line(record: "StudyRecord") -> str:
 
 def html(record: "StudyRecord") -> str:
     """What a notebook shows: which trial, a picture of all losses, the best trials. Plain HTML and SVG, nothing is loaded."""
-    best = sorted(record.finished, key=lambda trial: (trial.value, trial.number))[:_SHOWN]
+    best = record.ranking[:_SHOWN]
     head = f"<b>{escape(record.name)}</b>: {plural(len(record.trials), 'trial')}, {record.device_seconds / 3600:.2f} device-hours"
     if not best:
         return f"<div>{head}; none was trained to its end yet.</div>"
-    made = _chosen(record)
+    from loratune.record.adapters import shipped_run  # it imports the record
+
+    shipped = shipped_run(record)
+    made = shipped[0] if shipped is not None else None
     chosen = f"ship trial {made} (chosen by <code>loratune select</code>)" if made is not None else f"lowest loss: trial {best[0].number}"
     others = [("the default", record.default.value if record.default else None), ("the untuned model", record.base_loss)]
     against = ", ".join(f"{name} {loss(value)}" for name, value in others if value is not None)
@@ -63,15 +65,6 @@ def html(record: "StudyRecord") -> str:
     table = f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in body)}</tbody></table>"
     told = f"{chosen}, validation loss {loss(best[0].value)}" if made is None else chosen
     return f"<div>{head}; {told}{f' ({against})' if against else ''}.</div>{_picture(record, best[0])}{table}"
-
-
-def _chosen(record: "StudyRecord") -> int | None:
-    """The trial that `loratune select` chose, as long as the study did not go on since."""
-    try:
-        made = json.loads(record.paths.selection.read_text(encoding="utf-8"))
-        return int(made["chosen"]) if made["finished"] == len(record.finished) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def _picture(record: "StudyRecord", best: "Trial") -> str:

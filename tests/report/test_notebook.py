@@ -26,7 +26,7 @@ def test_a_study_as_a_table_a_line_and_html(tmp_path: Path) -> None:
     assert [circle.find("title").text for circle in page.iter("circle") if circle.get("fill") == "currentColor"] == [  # type: ignore[union-attr]
         f"trial {best.number}: {best.value:.4f}"
     ]
-    record.paths.selection.write_text(json.dumps({"chosen": 3, "finished": len(record.finished)}))
+    record.paths.selection.write_text(json.dumps({"chosen": 3, "finished": len(record.finished), "shipped": {"run": "main"}}))
     assert "ship trial 3 (chosen by <code>loratune select</code>)" in record._repr_html_()
 
 
