@@ -1,12 +1,17 @@
 """What the driver costs with many devices: the real loop, record and storage around devices that a formula stands for.
 
-    python benchmarks/scale.py [--devices 1000] [--places 2000] [--trials 10000] [--sampler random] [--output NAME]
+    python benchmarks/scale.py [--devices 1000] [--places 4000] [--trials 10000] [--sampler random] [--output NAME]
 
 A trial takes ten minutes of simulated time, give or take a tenth; one in fifty takes three times as long (a straggler), and a
 device is taken away every six hours on average, for two minutes, its trial going on from a checkpoint a minute old. The simulated
 clock runs on while the driver works, second by second, so a slow driver leaves devices idle. `--places` are the segments in flight
-at a time, `executor.max_devices` of a study: those beyond the devices wait, so that a device that is done need not wait for the
-result that is next in order. Writes NAME.json to benchmarks/results/scale.
+at a time, `executor.workers` of a study: those beyond the devices wait, so that a device that is done need not wait for the result
+that is next in order. Results are applied in order, so all who come after a straggler are in flight until it ends: the devices stay
+busy with 1 + (STRAGGLER - 1) times as many places as there are devices, and those that the driver is about to fill.
+
+Busy: device-seconds that trained / device-seconds that there were (devices that were taken away are not there), from the first
+trial's start until there are no more trials than devices (`while_trials_are_left`), and to the end of the last (`whole_study`).
+Writes NAME.json to benchmarks/results/scale.
 """
 
 import argparse
@@ -49,16 +54,22 @@ class Simulated(Executor):
     def __init__(self, devices: int, places: int, trials: int, seed: int) -> None:
         super().__init__(max_retries=0)
         self.capacity, self.processes = places, devices
-        self.clock = self.worked = self.there = 0.0  # seconds; device-seconds, until the last trial has begun
+        self.clock = 0.0  # seconds
+        self.worked, self.there = [0.0, 0.0], [0.0, 0.0]  # device-seconds: while trials are left for all devices, and in all
         self.preemptions = 0
-        self._devices, self._running, self._away, self._unsent = devices, 0, 0, trials
+        self._devices, self._running, self._away, self._left_over = devices, 0, 0, trials
         self._waiting: deque[tuple[Segment, float]] = deque()
         self._left: dict[str, float] = {}  # work of preempted segments
         self._events: list[tuple[float, int, Segment | None, float | None]] = []  # end, number, segment, work left if preempted
+        self._news: list[News] = []
         self._chance, self._number, self._last = random.Random(seed), 0, time.perf_counter()
 
+    def pause(self, seconds: float) -> None:
+        """The clock stands for so long: the benchmark itself was at work."""
+        self._last += seconds
+
     def _start(self, segment: Segment) -> None:
-        self._unsent -= segment.attempt == 1
+        self._run_on()
         work = TRIAL * self._chance.lognormvariate(0.0, 0.1) * (STRAGGLER if self._chance.random() < SHARE else 1.0)
         self._waiting.append((segment, self._left.pop(segment.key, work)))
         self._fill()
@@ -75,33 +86,37 @@ class Simulated(Executor):
         heapq.heappush(self._events, (self.clock + after, self._number, segment, left))
 
     def _turn(self, clock: float) -> None:
-        if self._unsent or self._waiting:
-            self.worked += (clock - self.clock) * self._running
-            self.there += (clock - self.clock) * (self._devices - self._away)
+        for place, counts in enumerate((self._left_over > self._devices, self._left_over > 0)):
+            self.worked[place] += counts * (clock - self.clock) * self._running
+            self.there[place] += counts * (clock - self.clock) * (self._devices - self._away)
         self.clock = clock
 
-    def _poll(self, timeout: float) -> list[News]:
+    def _run_on(self, wait: bool = False) -> None:
+        """What happens until now, or, while the driver waits, until something does."""
         now = time.perf_counter()
         until, self._last = self.clock + now - self._last, now
-        if self._events:
-            until = max(until, self._events[0][0])  # the driver waits
-        news: list[News] = []
+        if wait and not self._news and self._events:
+            until = max(until, self._events[0][0])
         while self._events and self._events[0][0] <= until:
             end, _, segment, left = heapq.heappop(self._events)
             self._turn(end)
             if segment is None:
                 self._away -= 1
             elif left is None:
-                self._running -= 1
-                news.append(_outcome(segment))
+                self._running, self._left_over = self._running - 1, self._left_over - 1
+                self._news.append(_outcome(segment))
             else:
                 self.preemptions += 1
                 self._running, self._away = self._running - 1, self._away + 1
                 self._left[segment.key] = left
                 self._event(AWAY, None, None)
-                news.append(Outcome(key=segment.key, state=State.CANCELLED, attempt=segment.attempt))
+                self._news.append(Outcome(key=segment.key, state=State.CANCELLED, attempt=segment.attempt))
             self._fill()
         self._turn(until)
+
+    def _poll(self, timeout: float) -> list[News]:
+        self._run_on(wait=True)
+        news, self._news = self._news, []
         return news
 
     def close(self, grace: float = 60.0) -> None:
@@ -161,7 +176,7 @@ def main(devices: int, places: int, trials: int, sampler: str, folder: Path) -> 
         )
         began = last = time.perf_counter()
         began_cpu = last_cpu = time.process_time()
-        settled, step = 0, max(1, trials // 10)
+        settled, step, spent = 0, max(1, trials // 10), 0.0
         for event in loop.run():
             if not isinstance(event, SegmentFinished):
                 continue
@@ -182,7 +197,9 @@ def main(devices: int, places: int, trials: int, sampler: str, folder: Path) -> 
                 )
                 print(json.dumps(points[-1]), flush=True)
                 last, last_cpu = time.perf_counter(), time.process_time()
-        seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
+                executor.pause(last - now)
+                spent, began_cpu = spent + last - now, began_cpu + last_cpu - now_cpu
+        seconds, cpu = time.perf_counter() - began - spent, time.process_time() - began_cpu
     ended = [trial for trial in read(folder).trials if trial.state.ended]
     assert len({trial.number for trial in ended}) == len(ended) == trials, "none lost, none doubled"  # noqa: S101
     return {
@@ -197,10 +214,18 @@ def main(devices: int, places: int, trials: int, sampler: str, folder: Path) -> 
         "storage_kib_per_trial": round(1024 * points[-1]["storage_mib"] / trials, 2),
         "simulated_hours": round(executor.clock / 3600, 2),
         "preemptions": executor.preemptions,
-        "busy_until_the_last_trial_begins": round(executor.worked / executor.there, 4),
+        "busy_while_trials_are_left": round(executor.worked[0] / max(1.0, executor.there[0]), 4),
+        "busy_whole_study": round(executor.worked[1] / executor.there[1], 4),
+        "disk": _disk(folder),
         "growth": points,
         "environment": environment(),
     }
+
+
+def _disk(folder: Path) -> str:
+    """The kind of file system that holds the folder: tmpfs is main memory, where nothing waits for a disk."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    return max((mount for mount in mounts if folder.is_relative_to(mount[1])), key=lambda mount: len(mount[1]))[2]
 
 
 def _memory() -> int:
@@ -211,14 +236,14 @@ def _memory() -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=1000)
-    parser.add_argument("--places", type=int, default=None, help="default: two for each device")
+    parser.add_argument("--places", type=int, default=None, help="default: four for each device")
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--sampler", default="random")
     parser.add_argument("--output", default=None)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as temporary:
-        found = main(args.devices, args.places or 2 * args.devices, args.trials, args.sampler, Path(temporary) / "study")
+        found = main(args.devices, args.places or 4 * args.devices, args.trials, args.sampler, Path(temporary) / "study")
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = args.output or f"{args.sampler}_{args.devices}_{args.trials}"
     (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")

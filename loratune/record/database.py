@@ -1,44 +1,94 @@
-"""Optuna's storage in a database server, which may go away for a while: a statement that was cut off is made again.
+"""Optuna's storage in a database, with transactions, and in a server, which may go away for a while: what was cut off is made again.
 
 The study has one writer, so that a statement of which nobody knows whether it arrived can be looked up before it is repeated.
 """
 
 import functools
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+
+from loratune.record.one_writer import Change
 
 PATIENCE = 60.0  # seconds that a server is waited for, once the study has begun
+_MARK = "loratune:transaction"  # system attribute of the study: the latest transaction that arrived
 
 
-class ServerStorage(RDBStorage):
-    """Optuna's `RDBStorage` that waits for a server that went away, at most `PATIENCE` seconds, with growing pauses.
+class DatabaseStorage(RDBStorage):
+    """Optuna's `RDBStorage`, and several of its writing methods as one transaction."""
+
+    def together(self, study_id: int, changes: Sequence[Change]) -> list[Any]:
+        """Make all the changes, of one study, or, after an error, none; what each gave."""
+        given, sessions = list[Any](), self.scoped_session
+        session = sessions()
+        self.scoped_session = lambda: _Held(session)  # where Optuna's methods take theirs
+        try:
+            for name, arguments in changes:
+                given.append(getattr(RDBStorage, name)(self, *arguments))
+                if given[-1] is False:
+                    raise StorageInternalError(f"{name} could not be stored")
+            session.commit()
+        except BaseException:
+            session.rollback()
+            raise
+        finally:
+            self.scoped_session = sessions
+            session.close()
+        return given
+
+
+class _Held:
+    """A session of SQLAlchemy that is committed, rolled back and closed by who made it."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def commit(self) -> None:
+        self._session.flush()
+
+    def rollback(self) -> None:
+        raise  # the database's error, which Optuna would pass over or try again by itself
+
+    def close(self) -> None:
+        pass
+
+
+class ServerStorage(DatabaseStorage):
+    """A `DatabaseStorage` that waits for a server that went away, at most `PATIENCE` seconds, with growing pauses.
 
     Connections are tried before they are used (`pool_pre_ping`). The first one is not waited for: a wrong URL is told at once.
     """
 
     def __init__(self, url: str) -> None:
         super().__init__(url, engine_kwargs={"pool_pre_ping": True})
+        self._inside = False  # a transaction, which is made again as a whole
 
-    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        before = len(self.get_all_trials(study_id, deepcopy=False))
+    def together(self, study_id: int, changes: Sequence[Change]) -> list[Any]:
+        """As above. A mark that is stored with the changes tells whether they had arrived when the connection broke."""
+        mark, tried = secrets.token_hex(8), False
+        marked = [*changes, ("set_study_system_attr", (study_id, _MARK, mark))]
 
-        def create() -> FrozenTrial:
-            there = self.get_all_trials(study_id, deepcopy=False)
-            return there[-1] if len(there) > before else RDBStorage._create_new_trial(self, study_id, template_trial)
+        def make() -> list[Any]:
+            nonlocal tried
+            if tried and self.get_study_system_attrs(study_id).get(_MARK) == mark:
+                created = sum(name == "create_new_trial" for name, _ in changes)
+                trials = self.get_all_trials(study_id, deepcopy=False)
+                new = iter(trials[len(trials) - created :])
+                return [next(new)._trial_id if name == "create_new_trial" else True for name, _ in changes]
+            tried = self._inside = True
+            try:
+                return super(ServerStorage, self).together(study_id, marked)[:-1]
+            finally:
+                self._inside = False
 
-        return _patiently(create)
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
-        def change() -> bool:
-            if state.is_finished() and self.get_trial(trial_id).state is state:
-                return True  # it had arrived
-            return RDBStorage.set_trial_state_values(self, trial_id, state, values)
-
-        return _patiently(change)
+        return list(_patiently(make))
 
 
 def _waiting(name: str) -> Callable[..., Any]:
@@ -47,7 +97,7 @@ def _waiting(name: str) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: ServerStorage, *arguments: Any, **options: Any) -> Any:
-        return _patiently(lambda: method(self, *arguments, **options))
+        return method(self, *arguments, **options) if self._inside else _patiently(lambda: method(self, *arguments, **options))
 
     return call
 

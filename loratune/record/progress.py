@@ -32,6 +32,10 @@ class ProgressTracker:
     _trials: dict[int, Trial] = field(default_factory=dict)
     _speed: deque[tuple[float, int]] = field(default_factory=deque)  # (moment, tokens since the moment before)
     _here: float = 0.0  # device-seconds trained in this session
+    _device_seconds: float = 0.0
+    _tokens: int = 0
+    _ended: int = 0
+    _best: Trial | None = None
 
     @property
     def wall_seconds(self) -> float:
@@ -39,7 +43,12 @@ class ProgressTracker:
 
     @property
     def device_seconds(self) -> float:
-        return sum(trial.device_seconds for trial in self._trials.values())
+        return self._device_seconds
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of the settled trials."""
+        return self._tokens
 
     def began(self, key: str, total_steps: int, start_step: int) -> None:
         self._running[key] = {"trial": int(key.split("/")[0]), "run": key.split("/")[1], "step": start_step}
@@ -73,27 +82,30 @@ class ProgressTracker:
         self.left = left if left is not None and math.isfinite(left) else None
 
     def settled(self, trial: Trial) -> None:
+        before = self._trials.get(trial.number)
         self._trials[trial.number] = trial
+        self._device_seconds += trial.device_seconds - (before.device_seconds if before else 0.0)
+        self._tokens += trial.tokens - (before.tokens if before else 0)
+        self._ended += trial.state.ended - (before.state.ended if before else False)
+        if trial.state is TrialState.COMPLETE:
+            self._best = min(filter(None, (self._best, trial)), key=lambda t: (t.value, t.number))
 
     def snapshot(self) -> dict[str, Any]:
         now = time.monotonic()
         while self._speed and now - self._speed[0][0] > _WINDOW:
             self._speed.popleft()
         span = min(_WINDOW, now - self._started)
-        trials = list(self._trials.values())
-        ended = [t for t in trials if t.state.ended]
-        finished = [t for t in trials if t.state is TrialState.COMPLETE]
-        best = min(finished, key=lambda t: (t.value, t.number), default=None)
-        per_trial = self.device_seconds / max(1, len(trials))
-        left = per_trial * (self.budget_trials - len(ended)) / max(1, self.workers)
+        best = self._best
+        per_trial = self.device_seconds / max(1, len(self._trials))
+        left = per_trial * (self.budget_trials - self._ended) / max(1, self.workers)
         if self.budget_runs is not None and self.runs > 0:
             left = min(left, self.device_seconds / self.runs * max(0.0, self.budget_runs - self.runs) / max(1, self.workers))
         return {
             "pid": os.getpid(),
             "host": os.uname().nodename,
             "updated": time.time(),
-            "trials_ended": len(ended),
-            "trials_started": len(trials) + len({row["trial"] for row in self._running.values()} - set(self._trials)),
+            "trials_ended": self._ended,
+            "trials_started": len(self._trials) + len({row["trial"] for row in self._running.values()} - set(self._trials)),
             "budget_trials": self.budget_trials,
             "full_runs": self.runs,
             "budget_full_runs": self.budget_runs,
@@ -104,5 +116,5 @@ class ProgressTracker:
             "tokens_per_second": sum(tokens for _, tokens in self._speed) / span if span > 1 else None,
             "device_seconds": self.device_seconds,
             "wall_seconds": self.wall_seconds,
-            "seconds_left": left if ended else None,
+            "seconds_left": left if self._ended else None,
         }

@@ -35,7 +35,7 @@ def open_study(*, url: str | None, folder: Path, name: str, sampler: BaseSampler
     objectives: dict[str, Any] = objectives_of(yaml.safe_load(text_of(spec)) if spec.exists() else {})
     where, directions = place_of(url, folder), list(objectives.values())
     with explained(url, folder, opening=True):
-        storage = OneWriterStorage(_journal(where) if journal_of(where) else _database(where))
+        storage = OneWriterStorage(_journal(where) if journal_of(where) else _database(where), name)
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, directions=directions, load_if_exists=True)
         owner = study.user_attrs.get("folder")
         if owner is None:
@@ -162,12 +162,12 @@ def file_of(where: str) -> Path | None:
 
 def _database(where: str) -> optuna.storages.RDBStorage:
     """Optuna's storage in a database. A locked file, and a server that went away, are waited for."""
-    if file_of(where) is None:
-        from loratune.record.database import ServerStorage
+    from loratune.record.database import DatabaseStorage, ServerStorage
 
+    if file_of(where) is None:
         return ServerStorage(where)
     timeout = {} if "timeout=" in where else {"connect_args": {"timeout": PATIENCE}}  # SQLite's own is 5 seconds
-    return optuna.storages.RDBStorage(where, engine_kwargs=timeout)
+    return DatabaseStorage(where, engine_kwargs=timeout)
 
 
 def journal_of(where: str) -> Path | None:

@@ -12,7 +12,7 @@ length of the run, where the sampler asks for a short one.
 import contextlib
 import copy
 import dataclasses
-import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, cast
@@ -44,7 +44,6 @@ class Tried(Protocol):
     def hyperparameters(self) -> Hyperparameters: ...
 
 
-@functools.lru_cache(maxsize=100_000)  # every trial so far is asked for its key whenever one begins
 def _key_of(hyperparameters: Hyperparameters) -> _Key:
     """Equal for equal configurations: numbers to 12 digits, since a grid's are not always computed alike."""
     return tuple(float(f"{v:.12g}") if isinstance(v, float) else v for v in dataclasses.astuple(hyperparameters))
@@ -58,29 +57,39 @@ class Distinct:
         self._hyperparameters, self._seed = spec.hyperparameters, spec.seed
         distributions = self._space.distributions(self._ordinals).values()
         self._finite = all(d.single() or number_of_values(d) is not None for d in distributions)
+        self._noted = 0  # trials
+        self._seen: dict[Fraction, set[_Key]] = {}  # their keys, by the length of their runs
+        self._untried_keys = self._keys() if self._finite else iter(())
+        self._untried_key = next(self._untried_keys, None)  # no full run had it when it was last looked at
 
-    def used_up(self, trials: Iterable[Tried]) -> str:
-        """Why there is no configuration left that none of these trials has; "" where there is one."""
-        seen = _seen(trials) if self._finite else set()
-        if not self._finite or any(key not in seen for key in self._keys()):
+    def used_up(self, trials: Collection[Tried], short: Mapping[int, Fraction] | None = None) -> str:
+        """Why there is no configuration left that no full run of these trials has; "" where there is one. Arguments as `suggest`."""
+        self._note(trials, short or {})
+        seen = self._seen.get(Fraction(1), set())
+        while self._untried_key in seen:
+            self._untried_key = next(self._untried_keys, None)
+        if not self._finite or self._untried_key is not None:
             return ""
         count = len(set(self._keys()))
         all_of = f"all {count} configurations were" if count > 1 else "its only configuration was"
         return f"The search space is used up: {all_of} tried."
 
     def suggest(
-        self, asked: optuna.Trial, trials: Iterable[Tried], short: Mapping[int, Fraction] | None = None
+        self, asked: optuna.Trial, trials: Collection[Tried], short: Mapping[int, Fraction] | None = None
     ) -> tuple[optuna.Trial, dict[str, Any]]:
         """The trial that the study was `asked` for and its values, now stored: a configuration that none of these trials has.
 
-        short: of trials that had a short run by the sampler's wish, its length.
+        trials: those of earlier calls and, behind them, new ones. short: of trials that had a short run by the sampler's wish, its length.
         """
+        self._note(trials, short or {})
         if not asked.params:  # else a start that was killed while it stored them had decided already
-            groups: dict[Fraction, list[Tried]] = {}
-            for trial in trials:
-                groups.setdefault((short or {}).get(trial.number, Fraction(1)), []).append(trial)
-            asked = self._decided(asked, {at: _seen(group) for at, group in groups.items()})
+            asked = self._decided(asked, self._seen)
         return asked, self._space.suggest(asked, self._ordinals)
+
+    def _note(self, trials: Collection[Tried], short: Mapping[int, Fraction]) -> None:
+        for trial in itertools.islice(trials, self._noted, None):
+            self._seen.setdefault(short.get(trial.number, Fraction(1)), set()).add(_key_of(trial.hyperparameters))
+        self._noted = len(trials)
 
     def _decided(self, asked: optuna.Trial, by_length: Mapping[Fraction, Collection[_Key]]) -> optuna.Trial:
         """The trial, such that its parameters will be new ones."""
@@ -142,10 +151,6 @@ class Distinct:
                 yield from further(rest, {**values, first.name: first.decode(raw, self._ordinals)})
 
         return further(list(self._space.parameters.values()), {})
-
-
-def _seen(trials: Iterable[Tried]) -> set[_Key]:
-    return {_key_of(trial.hyperparameters) for trial in trials}
 
 
 class _WithoutParameters:

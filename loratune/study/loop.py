@@ -10,14 +10,15 @@ import heapq
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from loratune import samplers, schedules
 from loratune.data.order import total_steps
@@ -25,6 +26,7 @@ from loratune.errors import SearchSpentError, error_of
 from loratune.executors import Executor
 from loratune.executors.crashes import stop_for_common_cause
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, PRUNED, Record, Trial
+from loratune.record.one_writer import together
 from loratune.record.progress import ProgressTracker
 from loratune.samplers.distinct import Distinct
 from loratune.schedules import Decision, Slice, SliceResult
@@ -117,8 +119,8 @@ class Loop:
             if self.stop.is_set():
                 return
             yield self._apply()
-            crashes = [t.message if t.state == FAILED else "" for t in self._trials.values() if t.outcomes]
-            stop_for_common_cause(crashes, self._record.paths.trials)
+            crashes = (t.message if t.state == FAILED else "" for t in self._trials.values() if t.outcomes)
+            stop_for_common_cause(list(islice(crashes, 4)), self._record.paths.trials)  # more than three say nothing further
         if not self.stop.is_set():
             yield from self._close()
             self._record.progress(self._meter.snapshot())  # with the last result
@@ -155,10 +157,10 @@ class Loop:
         number = len(self._trials)
         if number in self._began_at:
             return self._settled >= self._began_at[number] or not self._flying
-        if self._spending.spent(self._trials.values(), self._meter.wall_seconds):
+        if self._budget_spent():
             return False
         try:
-            self._spent = self._spent or self._distinct.used_up(t for t in self._trials.values() if t.number not in self._short)
+            self._spent = self._spent or self._distinct.used_up(self._trials.values(), self._short)
             may = not self._spent and samplers.ready(self._study)
         except SearchSpentError as error:
             self._spent, may = str(error), False
@@ -166,23 +168,20 @@ class Loop:
             self._schedule.no_more()
         return may
 
+    def _budget_spent(self) -> str:
+        meter = self._meter
+        return self._spending.spent(device_seconds=meter.device_seconds, tokens=meter.tokens, wall_seconds=meter.wall_seconds)
+
     def _ask(self, number: int) -> Trial:
         """The trial of that number: from the storage, or from the sampler."""
         space, stored = self._spec.search_space, self._study.get_trials(deepcopy=False)
         if number not in self._began_at:
             self._record.begin(number, self._settled)
-        if not stored and self._spec.sampler.defaults_first and not samplers.starts_itself(self._spec.sampler.name):
-            self._study.enqueue_trial(space.defaults(self._ordinals))
         if number < len(stored) and stored[number].state.is_finished():
             values = space.decode(stored[number].params, self._ordinals)
         else:
-            begun = number < len(stored) and stored[number].state is TrialState.RUNNING  # its parameters may be half written
-            asked = optuna.Trial(self._study, stored[number]._trial_id) if begun else self._study.ask()
-            asked, values = self._distinct.suggest(asked, self._trials.values(), self._short)
-            for name, value in values.items():
-                if name not in asked.params:  # ordinals as indices, fixed values: what a dashboard would otherwise not show
-                    asked.set_user_attr(name, value)
-            self._open[number] = asked
+            with together(self._study):  # a kill leaves a trial with all its parameters, or none
+                values = self._asked(number, stored)
         length = samplers.length(self._study, number)
         if length < 1:
             self._short[number] = length
@@ -192,6 +191,19 @@ class Loop:
             trial = self._objectives.valued(replace(trial, state=INFEASIBLE, message=refusal), self._trials.values())
         self._record.trial(trial)
         return trial
+
+    def _asked(self, number: int, stored: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """The values that the sampler gives the trial, which is open then."""
+        if not stored and self._spec.sampler.defaults_first and not samplers.starts_itself(self._spec.sampler.name):
+            self._study.enqueue_trial(self._spec.search_space.defaults(self._ordinals))
+        begun = number < len(stored) and stored[number].state is TrialState.RUNNING  # an older start's, perhaps half written
+        asked = optuna.Trial(self._study, stored[number]._trial_id) if begun else self._study.ask()
+        asked, values = self._distinct.suggest(asked, self._trials.values(), self._short)
+        for name, value in values.items():
+            if name not in asked.params:  # ordinals as indices, fixed values: what a dashboard would otherwise not show
+                asked.set_user_attr(name, value)
+        self._open[number] = asked
+        return values
 
     def _refuse(self, slice: Slice, trial: Trial) -> Iterator[Event]:
         """End a trial that would break a known constraint, untrained."""
@@ -292,7 +304,8 @@ class Loop:
     def _tell(self, trial: Trial, outcome: Outcome | None = None) -> None:
         handle = self._open.get(trial.number)
         if handle is not None:
-            self._objectives.tell(self._study, handle, trial, outcome)
+            with together(self._study):
+                self._objectives.tell(self._study, handle, trial, outcome)
             if trial.state != PAUSED:
                 del self._open[trial.number]
         self._record.trial(trial)
@@ -308,7 +321,7 @@ class Loop:
         if outlook is not None and outlook.best is not None and math.isfinite(outlook.left):
             yield Message(text=f"With 90 % probability at most {outlook.left:.4f} nats of improvement are left.")
         trials = self._trials.values()
-        spent = self._spending.spent(trials, self._meter.wall_seconds) if len(trials) < self._spec.budget.most else ""
+        spent = self._budget_spent() if len(trials) < self._spec.budget.most else ""
         why = f"{self._spent} The study ends" if self._spent else spent
         if why:
             yield Message(text=f"{why} {self._spending.after(trials)}.")

@@ -82,8 +82,10 @@ class Objectives:
         if trial.state == FAILED:
             return trial
         measured = {} if trial.state == DIVERGED else self._measured(trial)
-        worst = self._worst([trial, *others])
-        values = tuple(w if math.isnan(v := measured.get(name, math.nan)) else v for name, w in zip(self.objectives, worst, strict=True))
+        values = tuple(measured.get(name, math.nan) for name in self.objectives)
+        if any(map(math.isnan, values)):  # else nobody else need be looked at
+            worst = self._worst([trial, *others])
+            values = tuple(w if math.isnan(v) else v for v, w in zip(values, worst, strict=True))
         return replace(trial, value=values[0] if trial.outcomes else None, values=values)
 
     def constraints(self, trial: Trial) -> dict[str, float]:

@@ -31,14 +31,14 @@ class Spending:
     def sent(self, segment: Segment) -> None:
         self.runs += self.share(segment)
 
-    def spent(self, trials: Collection[Trial], wall_seconds: float) -> str:
-        """Which budget is spent, so that no further trial begins; "" for none."""
+    def spent(self, *, device_seconds: float, tokens: int, wall_seconds: float) -> str:
+        """Which budget is spent by all trials so far, so that no further one begins; "" for none."""
         budget = self._budget
         hours = wall_seconds / 3600 >= (budget.max_hours or math.inf)
         most = budget.max_device_hours
-        if hours or (most is not None and sum(trial.device_seconds for trial in trials) / 3600 >= most):
+        if hours or (most is not None and device_seconds / 3600 >= most):
             return "The time budget is spent"
-        if budget.max_tokens is not None and sum(trial.tokens for trial in trials) >= budget.max_tokens:
+        if budget.max_tokens is not None and tokens >= budget.max_tokens:
             return f"The budget of {budget.max_tokens:,} tokens is spent"
         if budget.full_runs is not None and self.runs >= budget.full_runs - _ROUNDING:
             return f"The budget of {budget.full_runs:g} full runs is spent"

@@ -1,8 +1,10 @@
 """Studies of the embedded model on a Ray cluster of this machine: what `local` gives, whatever becomes of nodes and driver.
 
-LORATUNE_RAY_KILLS: nodes that are killed, 4 by default. Needs pip install 'loratune[ray]'.
+LORATUNE_RAY_KILLS: nodes and workers that are killed, 4 by default, and drivers, 1 by default. LORATUNE_RAY_RESULTS: a JSON file for
+what was done. Needs pip install 'loratune[ray]'.
 """
 
+import json
 import os
 import random
 import shutil
@@ -22,11 +24,12 @@ from loratune.record import StudyRecord, read
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KILLS = int(os.environ.get("LORATUNE_RAY_KILLS", "4"))
+DRIVERS = int(os.environ.get("LORATUNE_RAY_KILLS", "1"))
 STUDY = [
     "--sampler",
     "tpe",
     "--trials",
-    "10",
+    str(max(10, KILLS)),
     "--data.train_count",
     "320",
     "--training.checkpoint_steps",
@@ -46,10 +49,17 @@ def on(made: Any, *options: str) -> list[str]:
     return ["--executor.name", "ray", "--executor.options.address", made.address, *options]
 
 
-def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
+def start(folder: Path, *options: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        command(folder, *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL
+        command(folder, *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, cwd=cwd
     )
+
+
+def keep_figures(name: str, figures: dict[str, Any]) -> None:
+    if "LORATUNE_RAY_RESULTS" in os.environ:
+        path = Path(os.environ["LORATUNE_RAY_RESULTS"])
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | {name: figures}, indent=1) + "\n")
 
 
 def outline(record: StudyRecord) -> list[tuple[Any, ...]]:
@@ -96,7 +106,7 @@ def test_four_nodes_give_what_one_machine_gives(four: Any, expected: list[tuple[
 
 def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
     """kill -9 of a node, SIGTERM to the actor of one, at random moments; no retry is allowed: none of it counts as a crash."""
-    folder, chance, events = tmp_path / "study", random.Random(3), list[str]()
+    folder, chance, events, began = tmp_path / "study", random.Random(3), list[str](), time.monotonic()
     study = start(folder, *HALVING, *on(four, "--executor.max_retries", "0"))
     while study.poll() is None and len(events) < KILLS:
         time.sleep(chance.uniform(1, 6))
@@ -116,26 +126,42 @@ def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[A
     assert len(events) >= 3, "it was over before"
     assert "it was preempted" in text
     assert "went away" in text
-    assert outline(read(folder)) == expected
+    found = outline(read(folder))
+    killed = {"nodes": events.count("a node"), "workers": events.count("SIGTERM"), "trials": len(found)}
+    keep_figures("nodes", killed | {"seconds": round(time.monotonic() - began), "same": found == expected})
+    assert found == expected
 
 
-def test_a_killed_driver_leaves_nothing_behind_and_goes_on_elsewhere(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    folder, moved = tmp_path / "study", tmp_path / "elsewhere" / "study"
-    study = start(folder, *HALVING, *on(four))
-    while trained(folder) < 3:
-        assert study.poll() is None, study.communicate()[0]
-        time.sleep(0.2)
-    study.kill()
-    study.communicate()
-    deadline = time.monotonic() + 60
-    while workers() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not workers(), "actors of a dead driver end, and their workers with them"
-    moved.parent.mkdir()
-    shutil.move(folder, moved)
-    before = trained(moved)
-    study = start(moved, *HALVING, *on(four))
+def test_killed_drivers_leave_nothing_behind_and_the_study_goes_on_elsewhere(
+    four: Any, expected: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """kill -9 of the driver at random moments, the first in mid-training; the folder moves each time, and so does the working folder."""
+    chance, killed, began, before = random.Random(5), list[int](), time.monotonic(), 0
+    while True:
+        place = tmp_path / str(len(killed))
+        (place / "cwd").mkdir(parents=True)
+        if killed:
+            shutil.move(place.with_name(str(len(killed) - 1)) / "study", place / "study")
+            before = trained(place / "study")
+        study = start(place / "study", *HALVING, *on(four), cwd=place / "cwd")
+        if len(killed) == DRIVERS:
+            break
+        until = time.monotonic() + chance.uniform(1, 40)
+        while study.poll() is None and (trained(place / "study") < 3 if not killed else time.monotonic() < until):
+            time.sleep(0.2)
+        if study.poll() is not None:
+            break
+        study.kill()
+        study.communicate()
+        killed.append(trained(place / "study"))
+        deadline = time.monotonic() + 60
+        while workers() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not workers(), "actors of a dead driver end, and their workers with them"
     text, _ = study.communicate(timeout=900)
     assert study.returncode == 0, text
     assert before >= 3
-    assert outline(read(moved)) == expected
+    found = outline(read(place / "study"))
+    figures = {"drivers": len(killed), "segments_at_each_kill": killed, "trials": len(found)}
+    keep_figures("drivers", figures | {"seconds": round(time.monotonic() - began), "same": found == expected})
+    assert found == expected
