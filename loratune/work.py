@@ -165,6 +165,8 @@ class Outcome(Json):
     trainable_parameters: int = 0
     devices: int = 1
     device: str = ""  # name in words
+    node: str = ""  # of a cluster, where it was trained: its host and the beginning of its number
+    lost: tuple[str, ...] = ()  # nodes that went away, or were preempted, while they trained it: attempts that count as no tries
     scores: dict[str, float] = field(default_factory=dict)  # benchmark -> score in [0, 1], where scores guide the search
     scoring_seconds: float = 0.0  # that took, on one device
     message: str = ""  # for people: why, and what to do, when not completed

@@ -9,6 +9,7 @@ import pytest
 from loratune import demo
 from loratune.data.prepared import Prepared, pack_tokens
 from loratune.errors import SpecError
+from loratune.executors.devices import ClusterDevices
 from loratune.finetune.sizes import adapter_sizes
 from loratune.record import open_record
 from loratune.spec import StudySpec
@@ -56,6 +57,10 @@ def test_the_text_tells_what_matters() -> None:
         assert said in text
     assert "budget" not in text
     assert "max_hours: 1 ends it earlier, after about 1 trial" in str(replace(PLAN, max_hours=1.0))
+    assert "nodes  " not in text
+    cluster = ClusterDevices(gpus=True, number=8, nodes=1, there=4, asked_for=True)
+    told = "nodes         1 node with 4 GPUs now; planned for 8, executor.max_devices; the speed is this machine's"
+    assert told in str(replace(PLAN, cluster=cluster))
     assert text.count("busy") == 0
     shaky = str(replace(PLAN, spread=(0.5, 1.25), load=3.0))
     assert "time          48 min to 2.0 h per trial; 4.0 h to 10.1 h in all, 40.22 device-hours\n" in shaky

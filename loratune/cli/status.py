@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ def is_running(folder: Path) -> bool:
 def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
     from loratune.cli.status_scores import score_summary
+    from loratune.record.nodes import by_node
 
     progress, running = record.progress, is_running(record.folder)
     states = [trial.state for trial in record.trials]
@@ -80,6 +82,7 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "host": _holder(record.folder).get("host") if running else None,
         "nodes": progress.get("nodes") if running else None,
         "devices": progress.get("devices") if running else None,
+        "by_node": [asdict(share) for share in by_node(record.trials)],
         "seconds_since_update": time.time() - progress["updated"] if progress else None,
         "trials": {state: states.count(state) for state in dict.fromkeys(states)},
         "budget_trials": budget,
@@ -159,6 +162,9 @@ def _print(record: "StudyRecord") -> None:
     if now["front"]:
         console.print(f"\nfront of {len(now['front'])}: no trial is better in every objective")
         console.print(_front_table(now["front"]))
+    if now["by_node"]:
+        console.print("\nnodes")
+        console.print(_node_table(now["by_node"]))
     console.print()
     for line in live_tables.standing_lines(record):
         console.print(line, soft_wrap=True)
@@ -201,6 +207,19 @@ def _front_table(front: list[dict[str, Any]]) -> "Table":
     for row in front:
         loss, *others = row["values"].values()
         table.add_row(str(row["trial"]), f"{loss:.4f}", *(f"{value:.4g}" for value in others), params(row["params"]))
+    return table
+
+
+def _node_table(shares: list[dict[str, Any]]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("node")
+    for name in ("trials", "device-hours", "attempts lost"):
+        table.add_column(name, justify="right")
+    for share in shares:
+        table.add_row(share["node"], str(len(share["trials"])), f"{share['device_seconds'] / 3600:.2f}", str(share["lost"]))
     return table
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from loratune.record import COMPLETE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
+from loratune.record.nodes import by_node
 from loratune.system.formatting import count, duration, in_order, label, loss, plural, show
 from loratune.work import Outcome
 
@@ -79,6 +80,7 @@ def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
         return f"trial {trial.number} {trial.state} after {seconds}: {trial.message}".rstrip(": ")
     first = f" (base model {loss(base)})" if base is not None else ""
     paused = f", paused at step {outcome.key.rpartition('/')[2].lstrip('0')}" if trial.state == PAUSED else ""
+    seconds += f", on {outcome.node}" if outcome.node else ""
     scores = "".join(f", {name} {score:.3f}" for name, score in outcome.scores.items())
     last = outcome.curve[-1].step if outcome.curve else None
     at = f" at step {trial.kept_step}, its lowest" if trial.kept_step not in (None, last) else ""
@@ -109,8 +111,15 @@ def result(record: StudyRecord) -> list[str]:
     return [
         f"Validation loss after {plural(len(record.trials), 'trial')} ({counts(record.trials)}):",
         *(f"  {line}" for line in standing(record)),
-        f"Cost: {record.device_seconds / 3600:.2f} device-hours, {count(record.tokens)} training tokens.",
+        f"Cost: {record.device_seconds / 3600:.2f} device-hours{_on_nodes(record)}, {count(record.tokens)} training tokens.",
     ]
+
+
+def _on_nodes(record: StudyRecord) -> str:
+    shares = by_node(record.trials)
+    lost = sum(share.lost for share in shares)
+    went = f" ({plural(lost, 'attempt')} lost to nodes that went)" if lost else ""
+    return f" on {plural(len(shares), 'node')}{went}" if shares else ""
 
 
 def delivered(delivery: "Delivery") -> list[str]:

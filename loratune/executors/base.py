@@ -31,6 +31,7 @@ class Executor(ABC):
         self._tries: dict[str, int] = {}
         self._segments: dict[str, Segment] = {}
         self._crashes: dict[str, str] = {}  # the message of each segment's latest
+        self._lost: dict[str, list[str]] = {}  # nodes that left the segment
         self._messages: set[Message] = set()
 
     def submit(self, segment: Segment) -> None:
@@ -51,6 +52,8 @@ class Executor(ABC):
                 continue  # a worker that was given up sent something after all
             if isinstance(item, Outcome):
                 if item.state is State.CANCELLED:
+                    if item.node:
+                        self._lost.setdefault(item.key, []).append(item.node)
                     self._send_again(item.key)
                     continue
                 if item.state is State.CRASHED and self._may_retry(item):
@@ -60,6 +63,7 @@ class Executor(ABC):
                 tries = self._tries.pop(item.key)
                 del self._segments[item.key]
                 self._crashes.pop(item.key, None)
+                item = replace(item, lost=tuple(self._lost.pop(item.key, ())))
                 if item.state is State.CRASHED:
                     item = replace(item, message=f"gave up after {tries} tries. {item.message}")
             news.append(item)

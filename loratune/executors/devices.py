@@ -40,6 +40,7 @@ class ClusterDevices:
     gpus: bool  # GPUs, or else processors
     number: int  # that trials may use together, a multiple of what one needs
     nodes: int  # that have some
+    there: int  # of them now; others may come
     asked_for: bool = False  # the user gave the number
 
 

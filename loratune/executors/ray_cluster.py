@@ -70,5 +70,9 @@ def cluster_devices(
             "say with executor.max_devices how many will come."
         )
     return ClusterDevices(
-        gpus=on_gpu, number=number // per_trial * per_trial, nodes=sum(map(bool, there)), asked_for=max_devices is not None
+        gpus=on_gpu,
+        number=number // per_trial * per_trial,
+        nodes=sum(map(bool, there)),
+        there=sum(there),
+        asked_for=max_devices is not None,
     )

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ class RayExecutor(Executor):
         worker.note(said.log)
         worker.leaving |= said.leaving
         worker.owed -= {item.key for item in said.news if isinstance(item, Outcome)}
-        yield from said.news
+        for item in said.news:
+            yield replace(item, node=worker.name) if isinstance(item, Outcome) else item
         if not said.ended:
             worker.ask()
             return
@@ -169,7 +171,7 @@ class RayExecutor(Executor):
         if alone:  # the node lives: killed, as for want of memory
             yield from self._lost(worker, f"the worker's actor died: {text.strip().splitlines()[-1]}", State.CRASHED)
         else:
-            yield from self._lost(worker, f"the node {worker.host} went away", State.CANCELLED)
+            yield from self._lost(worker, f"the node {worker.name} went away", State.CANCELLED)
 
     def _lost(self, worker: "_Hired", why: str, state: State) -> Iterator[News]:
         """Give the worker up: the answers that it owes, and a line where a place was taken away."""
@@ -181,7 +183,7 @@ class RayExecutor(Executor):
             yield Message(text=f"worker {worker.number}: {'it was preempted' if worker.leaving else why}; {left}")
         message = f"{why}. {LOG} {worker.log or self._root}"
         for key in sorted(worker.owed):
-            yield Outcome(key=key, state=state, message=message)
+            yield Outcome(key=key, state=state, message=message, node=worker.name)
 
     def close(self, grace: float = 60.0) -> None:
         self._waiting.clear()
@@ -206,10 +208,15 @@ class _Hired:
         self.number, self.actor, self._root = number, actor, root
         self.log = StudyPaths(root).worker_logs / f"{number}.log" if root is not None else None
         self.owed: set[str] = set()
-        self.node = self.host = ""  # empty until it has started
+        self.node = self.host = ""  # empty until it has started; Ray's number
         self.leaving = False
         self.heard = 0.0  # when it last spoke, in monotonic seconds
         self.pending = actor.place.remote()
+
+    @property
+    def name(self) -> str:
+        """Of its node, for people: several may be on one host, and a host may come again as another node."""
+        return f"{self.host}/{self.node[:8]}" if self.node else ""
 
     def ask(self) -> None:
         self.pending = self.actor.hear.remote(_PATIENCE)

@@ -17,6 +17,7 @@ from loratune.errors import StorageError
 from loratune.preference import summary_lines
 from loratune.record import PAUSED, PRUNED, RUNNING, StudyRecord
 from loratune.record.adapters import find_adapter
+from loratune.record.nodes import by_node
 from loratune.record.paths import MAIN
 from loratune.report import figures, spec_summary, tables
 from loratune.report.drawing import DARK, SHADES, Plot
@@ -146,6 +147,7 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "sources": spec_summary.sources(record),
         "asked": spec_summary.spec_rows(record),
         "space": spec_summary.space(record),
+        "nodes": by_node(record.trials),
         "environment": spec_summary.environment_rows(record),
         "command": spec_summary.command(record),
     }

@@ -62,6 +62,7 @@ class Plan:
     max_hours: float | None = None
     max_device_hours: float | None = None
     notes: tuple[str, ...] = ()  # on what is not in these numbers
+    cluster: ClusterDevices | None = None  # that the trials train on; its devices are taken to be as fast as this machine's
 
     @property
     def tokens(self) -> float:
@@ -94,6 +95,7 @@ class Plan:
         kept, temporary = self.adapters_kept * self.adapter_bytes, self.processes * self.slots * 2 * 3 * self.adapter_bytes
         lines += [
             f"device        {self.device}; {self.processes * self.slots} at a time",
+            *self._nodes(),
             f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
             f"time          {self._range(self.trial_seconds / 3600)} per trial; {self._range(self.wall_hours)} in all, "
             f"{self.device_hours:.2f} device-hours",
@@ -115,6 +117,13 @@ class Plan:
         if self.load > _BUSY:
             yield f"busy          the machine is {self.load:.1f} times as busy as it has processors; on a free one it takes less"
 
+    def _nodes(self) -> Iterator[str]:
+        if (there := self.cluster) is not None:
+            what = "GPU" if there.gpus else "processor"
+            now = f"{plural(there.nodes, 'node')} with {plural(there.there, what)} now"
+            planned = f"planned for {there.number}" + (", executor.max_devices" if there.asked_for else "")
+            yield f"nodes         {now}; {planned}; the speed is this machine's"
+
     def _limits(self) -> Iterator[str]:
         for name, limit, needed in (
             ("max_hours", self.max_hours, self.wall_hours),
@@ -132,7 +141,7 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
     from loratune.finetune.engines import probe  # torch
     from loratune.work import State
 
-    slots = slots_for(spec, data)
+    slots, on = slots_for(spec, data), cluster_of(spec)
     default = spec.hyperparameters(spec.search_space.default_values())
     steps = total_steps(len(data.train), default.batch_size, default.epochs)
     shown = order(spec.seed, len(data.train), steps * default.batch_size)
@@ -151,7 +160,7 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
         validations=validations,
         training_tokens_per_second=probed.training_tokens_per_second,
         validation_tokens_per_second=probed.validation_tokens_per_second,
-        processes=_processes(spec),
+        processes=_processes(spec) if on is None else max(1, min(_processes(spec), on.number // spec.training.devices_per_trial)),
         slots=slots,
         devices_per_trial=spec.training.devices_per_trial,
         device=probed.device,
@@ -165,6 +174,7 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
         max_hours=spec.budget.max_hours,
         max_device_hours=spec.budget.max_device_hours,
         notes=_not_counted(spec),
+        cluster=on,
     )
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,36 @@ def test_status_as_json(loratune, done) -> None:
     assert facts["trials"] == {"complete": 3}
     assert (facts["running"], facts["finished"], facts["base_loss"]) == (False, True, record.base_loss)
     assert facts["device_seconds"] == record.device_seconds > 0
+
+
+def test_status_and_report_tell_which_node_trained_what(loratune, done, tmp_path: Path) -> None:
+    home, _ = done
+    study = tmp_path / "study"
+    shutil.copytree(home / "study", study)
+    assert json.loads(loratune("status", study, "--json").out)["by_node"] == []
+    assert "attempts lost" not in loratune("status", study).out
+    seconds = dict.fromkeys(("big/0123", "spot/89ab"), 0.0)
+    for trial, node, lost in ((0, "big/0123", []), (1, "spot/89ab", ["gone/4567", "big/0123"]), (2, "big/0123", ["gone/4567"])):
+        (path,) = (study / "trials" / f"{trial:04d}").glob("*/outcomes/*.json")
+        outcome = json.loads(path.read_text())
+        seconds[node] += outcome["train_seconds"] + outcome["validation_seconds"]
+        path.write_text(json.dumps(outcome | {"node": node, "lost": lost}))
+    by_node = json.loads(loratune("status", study, "--json").out)["by_node"]
+    assert [(share["node"], share["trials"], share["lost"]) for share in by_node] == [
+        ("big/0123", [0, 2], 1),
+        ("gone/4567", [], 2),
+        ("spot/89ab", [1], 0),
+    ]
+    assert {share["node"]: share["device_seconds"] for share in by_node} == pytest.approx(seconds | {"gone/4567": 0.0})
+    rows = [line.split() for line in loratune("status", study).out.splitlines() if "/0123" in line or "/4567" in line]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [("big/0123", "2", "1"), ("gone/4567", "0", "2")]
+    from loratune.cli.trial_lines import result
+    from loratune.report import write_report
+
+    assert "device-hours on 3 nodes (3 attempts lost to nodes that went)" in result(read(study))[-1]
+    page = write_report([read(study)], tmp_path / "report.html").read_text()
+    assert "spot/89ab" in page
+    assert "attempts lost" in page
 
 
 def test_status_sees_the_lock_of_a_running_study(loratune, done) -> None:

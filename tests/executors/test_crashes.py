@@ -105,3 +105,16 @@ def test_an_older_attempt_is_not_heard_and_a_preemption_is_no_try() -> None:
     done = Outcome(key=key, state=State.COMPLETED, validation_loss=2.0, attempt=7)
     executor.said = [*late, done, replace(done, validation_loss=3.0)]
     assert executor.collect(0.0) == [done]
+
+
+def test_an_outcome_names_the_nodes_that_left_its_segment() -> None:
+    executor = Speaking()
+    executor.submit(Segment(trial=0, hyperparameters=Hyperparameters(), seed=0, total_steps=9, stop_step=9))
+    key = executor.segment.key
+    for attempt, node in ((1, "a/1"), (2, ""), (3, "b/2")):  # without a node: asked to stop
+        executor.said = [Outcome(key=key, state=State.CANCELLED, attempt=attempt, node=node)]
+        assert executor.collect(0.0) == []
+    executor.said = [Outcome(key=key, state=State.COMPLETED, validation_loss=2.0, attempt=4, node="c/3")]
+    (done,) = executor.collect(0.0)
+    assert (done.node, done.lost) == ("c/3", ("a/1", "b/2"))
+    assert Outcome.from_plain(done.to_plain()) == done
