@@ -12,10 +12,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray_machine import cluster
+from sqlalchemy.exc import OperationalError
 
 from loratune.record import read
+from loratune.record.database import ServerStorage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -103,6 +107,56 @@ def test_a_server_that_comes_back_is_waited_for(server: Server, tmp_path: Path) 
     assert outline(study) == outline(tmp_path / "sqlite")
     assert SECRET not in said
     assert not planted(study)
+
+
+def test_a_server_that_comes_back_is_waited_for_by_a_cluster_too(server: Server, tmp_path: Path) -> None:
+    """It is away while workers go on training; what they found meanwhile is told when it is there again."""
+    two = ["--executor.workers", "2", "--training.slots", "1"]
+    plain = start(tmp_path / "sqlite", "--executor.name", "local", *two)
+    assert plain.wait() == 0
+    study = tmp_path / "postgresql"
+    with cluster(2) as made:
+        process = start(study, "--storage", server.url, "--executor.name", "ray", "--executor.options.address", made.address, *two)
+        wait((study / "trials" / "0003").exists, process)
+        server.stop()
+        time.sleep(4)
+        assert process.poll() is None, "it gave up at once"
+        server.start()
+        said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert outline(study) == outline(tmp_path / "sqlite")
+    assert not planted(study)
+
+
+def test_a_transaction_that_arrived_is_not_made_again(server: Server) -> None:
+    """The connection breaks after the commit: nobody knows whether it was made."""
+    import optuna
+
+    from loratune.record.database import DatabaseStorage
+    from loratune.record.one_writer import OneWriterStorage, together
+
+    storage = OneWriterStorage(ServerStorage(server.url), "s")
+    study = optuna.create_study(storage=storage, study_name="s")
+    made, broken = DatabaseStorage.together, list[int]()
+
+    def breaks(self: DatabaseStorage, study_id: int, changes: Any) -> list[Any]:
+        done = made(self, study_id, changes)
+        if len(broken) < 2:
+            broken.append(len(changes))
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DatabaseStorage, "together", breaks)
+        with together(study):
+            trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+        with together(study):
+            trial.report(0.5, 1)
+            study.tell(trial, 0.25)
+    assert len(broken) == 2
+    (stored,) = optuna.load_study(study_name="s", storage=server.url).trials
+    assert (stored.value, stored.params, stored.intermediate_values) == (0.25, trial.params, {1: 0.5})
 
 
 def test_a_server_that_stays_away_is_one_error_and_the_same_command_goes_on(server: Server, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from ray_machine import SMALL, cluster
 
 from loratune.record import StudyRecord, read
+from loratune.record.nodes import by_node
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -68,7 +70,8 @@ def outline(record: StudyRecord) -> list[tuple[Any, ...]]:
 
 
 def workers() -> list[int]:
-    found = subprocess.run(["pgrep", "-f", "executors.worker .*loratune-ray-"], capture_output=True, text=True, check=False)
+    mine = f"executors.worker .*{tempfile.gettempdir()}/loratune-ray-"
+    found = subprocess.run(["pgrep", "-f", mine], capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -104,6 +107,36 @@ def test_four_nodes_give_what_one_machine_gives(four: Any, expected: list[tuple[
     assert not workers()
 
 
+def test_a_shared_folder_is_used_and_nothing_copied(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    folder, fetched = tmp_path / "study", set[Path]()
+    study = start(folder, *HALVING, *on(four, "--executor.options.shared_folder", "true"))
+    here = False
+    while study.poll() is None:
+        fetched |= set(Path(tempfile.gettempdir()).glob(f"loratune-node-{os.getuid()}-*"))
+        here = here or subprocess.run(["pgrep", "-f", f"executors.worker .*{folder}"], capture_output=True, check=False).returncode == 0
+        assert not workers(), "they have folders of their own"
+        time.sleep(0.3)
+    text, _ = study.communicate()
+    assert study.returncode == 0, text
+    assert here, "the workers' folder is the study's"
+    assert not fetched
+    assert outline(read(folder)) == expected
+    assert list(folder.glob("workers/*.log"))
+
+
+def test_a_node_that_does_not_see_the_shared_folder_is_named(four: Any, tmp_path: Path) -> None:
+    """The driver's working folder is removed once the study runs, as on a node where it is not mounted."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    study = start(tmp_path / "study", *HALVING, *on(four, "--executor.options.shared_folder", "true"), cwd=cwd)
+    cwd.rmdir()
+    text, _ = study.communicate(timeout=600)
+    assert study.returncode != 0
+    assert f"does not see {cwd}" in text
+    assert "Mount it there under the same path, or set shared_folder: false" in text
+    assert "Traceback" not in text
+
+
 def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
     """kill -9 of a node, SIGTERM to the actor of one, at random moments; no retry is allowed: none of it counts as a crash."""
     folder, chance, events, began = tmp_path / "study", random.Random(3), list[str](), time.monotonic()
@@ -130,6 +163,12 @@ def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[A
     killed = {"nodes": events.count("a node"), "workers": events.count("SIGTERM"), "trials": len(found)}
     keep_figures("nodes", killed | {"seconds": round(time.monotonic() - began), "same": found == expected})
     assert found == expected
+    shares = by_node(read(folder).trials)
+    assert len({share.node for share in shares}) == len(shares) >= 5, "nodes that came took part"
+    assert sum(share.lost for share in shares) >= 2
+    status = subprocess.run([sys.executable, "-m", "loratune", "status", str(folder)], check=True, capture_output=True, text=True).stdout
+    assert "attempts lost" in status
+    assert all(share.node[:20] in status for share in shares)
 
 
 def test_killed_drivers_leave_nothing_behind_and_the_study_goes_on_elsewhere(
