@@ -1,13 +1,13 @@
 """What the driver costs with many devices: the real loop, record and storage around devices that a formula stands for.
 
     python benchmarks/scale.py [--devices 1000] [--places 4000] [--trials 10000] [--sampler random] [--output NAME]
+    python benchmarks/scale.py --order      # what the order of results alone costs, by places per device; seconds
 
 A trial takes ten minutes of simulated time, give or take a tenth; one in fifty takes three times as long (a straggler), and a
 device is taken away every six hours on average, for two minutes, its trial going on from a checkpoint a minute old. The simulated
 clock runs on while the driver works, second by second, so a slow driver leaves devices idle. `--places` are the segments in flight
 at a time, `executor.workers` of a study: those beyond the devices wait, so that a device that is done need not wait for the result
-that is next in order. Results are applied in order, so all who come after a straggler are in flight until it ends: the devices stay
-busy with 1 + (STRAGGLER - 1) times as many places as there are devices, and those that the driver is about to fill.
+that is next in order. Results are applied in order, so all who come after a straggler are in flight until it ends.
 
 Busy: device-seconds that trained / device-seconds that there were (devices that were taken away are not there), from the first
 trial's start until there are no more trials than devices (`while_trials_are_left`), and to the end of the last (`whole_study`).
@@ -121,6 +121,30 @@ class Simulated(Executor):
 
     def close(self, grace: float = 60.0) -> None:
         pass
+
+
+def busy_by_order(devices: int, places: int, trials: int, seed: int = 0) -> float:
+    """`while_trials_are_left` of devices that are never away and a driver that takes no time: what waiting for stragglers costs."""
+    chance, ends, waiting = random.Random(seed), list[tuple[float, int]](), deque[int]()
+    clock = worked = there = 0.0
+    sent = applied = running = 0
+    done: set[int] = set()
+    while applied < trials:
+        while sent < min(trials, applied + places):
+            waiting.append(sent)
+            sent += 1
+        while waiting and running < devices:
+            work = TRIAL * chance.lognormvariate(0.0, 0.1) * (STRAGGLER if chance.random() < SHARE else 1.0)
+            heapq.heappush(ends, (clock + work, waiting.popleft()))
+            running += 1
+        end, trial = heapq.heappop(ends)
+        if trials - len(done) > devices:
+            worked, there = worked + (end - clock) * running, there + (end - clock) * devices
+        clock, running = end, running - 1
+        done.add(trial)
+        while applied in done:
+            applied += 1
+    return worked / there
 
 
 def _outcome(segment: Segment) -> Outcome:
@@ -240,7 +264,14 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--sampler", default="random")
     parser.add_argument("--output", default=None)
+    parser.add_argument("--order", action="store_true", help="only what the order of results costs, without a driver")
     args = parser.parse_args()
+    if args.order:
+        found = {f"{n:g}": round(busy_by_order(args.devices, int(n * args.devices), args.trials), 4) for n in (1, 1.5, 2, 3, 4, 6)}
+        text = json.dumps({"devices": args.devices, "trials": args.trials, "busy_by_places_per_device": found}, indent=1)
+        (RESULTS / f"order_{args.devices}_{args.trials}.json").write_text(text + "\n")
+        print(text)
+        raise SystemExit
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as temporary:
         found = main(args.devices, args.places or 4 * args.devices, args.trials, args.sampler, Path(temporary) / "study")
