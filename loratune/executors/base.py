@@ -31,7 +31,7 @@ class Executor(ABC):
         self._tries: dict[str, int] = {}
         self._segments: dict[str, Segment] = {}
         self._crashes: dict[str, str] = {}  # the message of each segment's latest
-        self._lost: dict[str, list[str]] = {}  # nodes that left the segment
+        self._left_by: dict[str, list[str]] = {}  # nodes that left the segment
         self._messages: set[Message] = set()
 
     def submit(self, segment: Segment) -> None:
@@ -53,7 +53,7 @@ class Executor(ABC):
             if isinstance(item, Outcome):
                 if item.state is State.CANCELLED:
                     if item.node:
-                        self._lost.setdefault(item.key, []).append(item.node)
+                        self._left_by.setdefault(item.key, []).append(item.node)
                     self._send_again(item.key)
                     continue
                 if item.state is State.CRASHED and self._may_retry(item):
@@ -63,7 +63,7 @@ class Executor(ABC):
                 tries = self._tries.pop(item.key)
                 del self._segments[item.key]
                 self._crashes.pop(item.key, None)
-                item = replace(item, lost=tuple(self._lost.pop(item.key, ())))
+                item = replace(item, lost=tuple(self._left_by.pop(item.key, ())))
                 if item.state is State.CRASHED:
                     item = replace(item, message=f"gave up after {tries} tries. {item.message}")
             news.append(item)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from loratune import executors
-from loratune.errors import MissingExtraError, SpecError
+from loratune.errors import MissingExtraError, SpecError, StorageError
 from loratune.executors import ray_cluster, shipping
+from loratune.executors.ray_worker import Home, NodeWorker
 from loratune.executors.shipping import RunWatch, brought_home, fetch_parcel, node_store, parcel, release
 from loratune.record.paths import RunPaths
+from loratune.work import ModelRecipe, Recipe, TrainingRecipe
 
 
 def test_a_folder_reaches_a_node_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +138,13 @@ def test_the_devices_of_a_cluster(asked: dict[str, object], expected: tuple[bool
     monkeypatch.setattr(ray_cluster, "ray", lambda: cluster)
     found = ray_cluster.cluster_devices(**asked)  # type: ignore[arg-type]
     assert (found.gpus, found.number, found.nodes) == expected
+
+
+def test_a_node_that_does_not_see_the_shared_folder_is_named(tmp_path: Path) -> None:
+    recipe = Recipe(model=ModelRecipe(name_or_path="m"), training=TrainingRecipe(), data="d")
+    node = object.__new__(NodeWorker)
+    assert node._see(Home(folder=str(tmp_path), cwd=str(tmp_path), shared=True, recipe=recipe)) == tmp_path
+    for folder, cwd in ((tmp_path / "study", tmp_path), (tmp_path, tmp_path / "study")):
+        with pytest.raises(StorageError) as refused:
+            node._see(Home(folder=str(folder), cwd=str(cwd), shared=True, recipe=recipe))
+        assert f"does not see {tmp_path / 'study'}. Mount it there under the same path, or set shared_folder: false." in str(refused.value)
