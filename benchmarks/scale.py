@@ -71,7 +71,8 @@ class Simulated(Executor):
     def _start(self, segment: Segment) -> None:
         self._run_on()
         work = TRIAL * self._chance.lognormvariate(0.0, 0.1) * (STRAGGLER if self._chance.random() < SHARE else 1.0)
-        self._waiting.append((segment, self._left.pop(segment.key, work)))
+        again = segment.attempt > 1  # as the executor for Ray: others wait for its result
+        (self._waiting.appendleft if again else self._waiting.append)((segment, self._left.pop(segment.key, work)))
         self._fill()
 
     def _fill(self) -> None:

@@ -68,7 +68,10 @@ class RayExecutor(Executor):
         return {"nodes": len({worker.node for worker in ready}), "devices": len(ready) * self._size}
 
     def _start(self, segment: Segment) -> None:
-        self._waiting.append(segment)
+        if segment.attempt > 1:  # it is behind already, and the results of all who were sent after it wait for its own
+            self._waiting.insert(0, segment)
+        else:
+            self._waiting.append(segment)
         self._dispatch()
 
     def _dispatch(self) -> None:

@@ -7,7 +7,7 @@ import functools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
@@ -25,7 +25,7 @@ class DatabaseStorage(RDBStorage):
         """Make all the changes, of one study, or, after an error, none; what each gave."""
         given, sessions = list[Any](), self.scoped_session
         session = sessions()
-        self.scoped_session = lambda: _Held(session)  # where Optuna's methods take theirs
+        self.scoped_session = cast(Any, lambda: _Held(session))  # where Optuna's methods take theirs
         try:
             for name, arguments in changes:
                 given.append(getattr(RDBStorage, name)(self, *arguments))

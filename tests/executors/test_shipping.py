@@ -10,11 +10,12 @@ import pytest
 
 from loratune import executors
 from loratune.errors import MissingExtraError, SpecError, StorageError
-from loratune.executors import ray_cluster, shipping
+from loratune.executors import Executor, ray_cluster, shipping
+from loratune.executors.ray_executor import RayExecutor
 from loratune.executors.ray_worker import Home, NodeWorker
 from loratune.executors.shipping import RunWatch, brought_home, fetch_parcel, node_store, parcel, release
 from loratune.record.paths import RunPaths
-from loratune.work import ModelRecipe, Recipe, TrainingRecipe
+from loratune.work import Hyperparameters, ModelRecipe, Outcome, Recipe, Segment, State, TrainingRecipe
 
 
 def test_a_folder_reaches_a_node_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +149,17 @@ def test_a_node_that_does_not_see_the_shared_folder_is_named(tmp_path: Path) -> 
         with pytest.raises(StorageError) as refused:
             node._see(Home(folder=str(folder), cwd=str(cwd), shared=True, recipe=recipe))
         assert f"does not see {tmp_path / 'study'}. Mount it there under the same path, or set shared_folder: false." in str(refused.value)
+
+
+def test_a_segment_that_is_sent_again_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are applied in order: with thousands of places all who were sent after it would wait at the end of the queue with it."""
+    monkeypatch.setattr(RayExecutor, "_dispatch", lambda self: None)
+    executor = object.__new__(RayExecutor)
+    Executor.__init__(executor, max_retries=0)
+    executor._waiting = []
+    for trial in range(4):
+        executor.submit(Segment(trial=trial, hyperparameters=Hyperparameters(), seed=0, total_steps=9, stop_step=9))
+    gone = executor._waiting.pop(0)
+    monkeypatch.setattr(executor, "_poll", lambda timeout: [Outcome(key=gone.key, state=State.CANCELLED, attempt=1, node="a/1")])
+    assert executor.collect(0.0) == []
+    assert [(segment.trial, segment.attempt) for segment in executor._waiting] == [(0, 2), (1, 1), (2, 1), (3, 1)]
