@@ -340,7 +340,12 @@ class ExecutorSection(Section):
     """Where trials are trained."""
 
     name: Annotated[str, OneOf(EXECUTORS)] = Field("local", description=EXECUTORS.described)
-    workers: int | None = Field(None, ge=1, description="processes on a CPU; null: one per core, as memory and the number of trials allow")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="processes on a CPU; of ray: runs in flight, which may be more than devices; "
+        "null: one per core, as memory and the number of trials allow, or per device",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: all GPUs, else the CPU")
     devices: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(None, description="GPU indices; null: all visible GPUs")
     max_retries: int = Field(2, ge=0, description="retries of a crashed trial, each from its last checkpoint")
