@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", type=int, metavar="N", help="number of items per benchmark, always the same ones")
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help=f"number of trials, by lowest validation loss (default: {TOP})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the study's")
+    parser.add_argument("--engine", choices=("loratune", "vllm"), default="loratune", help="who answers (default: loratune)")
+    parser.add_argument("--server", metavar="URL", help="a vLLM server that runs; default: --engine vllm starts one and ends it")
     add_trust(parser)
     parser.add_argument("--allow-code-execution", action="store_true", help="run programs that models write, in a sandbox")
     parser.add_argument("--weaker-sandbox", action="store_true", help="accept a sandbox without namespaces where they are missing")
@@ -59,6 +61,8 @@ def main(args: argparse.Namespace) -> int:
             allow_code_execution=args.allow_code_execution,
             weaker_sandbox=args.weaker_sandbox,
             trust_remote_code=args.trust_remote_code,
+            engine=args.engine,
+            server=args.server,
             stop=interrupt.stop,
         )
         for event in events:
