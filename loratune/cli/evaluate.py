@@ -3,10 +3,12 @@
     loratune evaluate runs/demo --allow-code-execution         the demo's own benchmarks
     loratune evaluate runs/study --benchmarks mmlu,bbh --data FOLDER
     loratune evaluate runs/study --benchmarks lm_eval:arc_easy
+    loratune evaluate runs/study --benchmarks mmlu --engine vllm      on a GPU, by a vLLM server that is started and ended
 
 Benchmarks: mmlu, mmlu_loglikelihood, bbh, drop, humaneval, humaneval_fenced (an answer within ``` fences, which fails in the
 published protocol, is taken out of them), and any task of lm-evaluation-harness as lm_eval:TASK.
 After `loratune select` the adapter to ship is scored too, as a separate model if it was trained with another seed.
+An address of a vLLM server that runs already is given as --server URL. vLLM is not for every platform: docs/how-to/vllm.md.
 Before anything is scored, each adapter is checked to be active. Answers are kept in STUDY/evaluation: after Ctrl-C or a
 kill, the same command continues. The study's report, if there is one, is rewritten.
 """

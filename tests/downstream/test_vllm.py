@@ -148,7 +148,6 @@ def test_refused_before_anything_is_loaded(
     for reason in ("lm_eval:arc_easy", "load_in_4bit", "0001: vLLM serves plain LoRA", "use_dora, modules_to_save", "rank is 513"):
         assert reason in str(error.value)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr(vllm_server.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'loratune\[vllm\]'"):
         list(by_vllm(tmp_path, models, demo_data))
     with pytest.raises(EvaluationError, match="with vllm alone"):

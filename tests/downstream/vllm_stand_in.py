@@ -162,5 +162,5 @@ def main() -> None:
     server = StandIn(args.model, max_lora_rank=args.max_lora_rank, name=args.served_model_name, length=args.max_model_len, port=args.port)
     for module in map(json.loads, args.lora_modules):
         server.load(module["name"], module["path"])
-    print(f"stand-in: {len(server.adapters)} adapters of rank up to {args.max_lora_rank} on port {args.port}", flush=True)
+    print(f"stand-in: {len(server.adapters)} adapters of rank up to {args.max_lora_rank}, pid {os.getpid()}", flush=True)
     server.http.serve_forever()
