@@ -44,7 +44,7 @@ def score_models(job: EvaluationJob, *, loaded: "BaseModel | None" = None, stop:
             f"engine: {' or '.join(ENGINES)}, and an address of a server with {VLLM} alone; got {job.engine}, {job.server}."
         )
     if job.engine == VLLM:
-        vllm_server.refuse(job)
+        vllm_server.refuse_job(job)
     benchmarks, tasks = build_all(job)
     may_run(benchmarks, tasks, job.tasks, allow=job.allow_code_execution, weaker=job.weaker_sandbox)
     with sole_evaluation(job.folder):
@@ -70,7 +70,7 @@ def score_models(job: EvaluationJob, *, loaded: "BaseModel | None" = None, stop:
 def _stages(job: EvaluationJob, runs: list[BenchmarkRun | HarnessRun], loaded: "BaseModel | None") -> list[list[EvaluationJob]]:
     """Jobs by the time at which they run: those of a stage side by side, each in a process of its own where there are several."""
     if job.engine == VLLM:
-        return [[server] for server in vllm_server.groups(job, {name for run in runs for name in run.unfinished()})]
+        return [[server] for server in vllm_server.server_groups(job, {name for run in runs for name in run.unfinished()})]
     return [[job] if loaded is not None else share_out(job, runs)]
 
 

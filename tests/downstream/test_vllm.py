@@ -40,7 +40,6 @@ def models(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ev
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(completions_client, "_WAITS", (0.01, 0.01, 0.01))
-    monkeypatch.setattr(served_engine, "_CHECKED", 100)
     monkeypatch.setattr(served_engine, "_PIECE", 2)  # so that answers are asked for in pieces
     with StandIn(Path(RECIPE.name_or_path)) as running:
         yield running
@@ -141,11 +140,21 @@ def test_refused_before_anything_is_loaded(
     large = tmp_path / "large"
     large.mkdir()
     (large / "adapter_config.json").write_text(json.dumps({**config, "r": 513}))
-    many = [replace(models[0], adapter=dora), replace(models[1], adapter=large), models[-1]]
+    head = tmp_path / "head"
+    head.mkdir()
+    (head / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj", "lm_head"]}))
+    many = [replace(models[0], adapter=dora), replace(models[1], adapter=large), replace(models[1], name="0003", adapter=head), models[-1]]
     recipe = replace(RECIPE, load_in_4bit=True)
     with pytest.raises(EvaluationError) as error:
         list(scored(tmp_path / "evaluation", many, demo_data, [*NAMES, "lm_eval:arc_easy"], engine="vllm", recipe=recipe))
-    for reason in ("lm_eval:arc_easy", "load_in_4bit", "0001: vLLM serves plain LoRA", "use_dora, modules_to_save", "rank is 513"):
+    for reason in (
+        "lm_eval:arc_easy",
+        "load_in_4bit",
+        "0001: vLLM serves plain LoRA",
+        "use_dora, modules_to_save",
+        "rank is 513",
+        "0003: it adapts lm_head",
+    ):
         assert reason in str(error.value)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'loratune\[vllm\]'"):
@@ -185,12 +194,12 @@ def test_a_server_for_each_padded_rank(tmp_path: Path) -> None:
         folder=tmp_path, recipe=replace(RECIPE, revision="v1"), models=models, benchmarks=("mmlu",), validation=tmp_path, engine="vllm"
     )
     lacking = {model.name for model in models} - {"1"}
-    assert [group.names for group in vllm_server.groups(job, lacking)] == [["6", "base"], ["2"], ["0", "3", "5"], ["4"]]
-    assert [group.names for group in vllm_server.groups(job, {"base"})] == [["base"]]
-    assert [group.names for group in vllm_server.groups(replace(job, server="http://x"), lacking)] == [
+    assert [group.names for group in vllm_server.server_groups(job, lacking)] == [["6", "base"], ["2"], ["0", "3", "5"], ["4"]]
+    assert [group.names for group in vllm_server.server_groups(job, {"base"})] == [["base"]]
+    assert [group.names for group in vllm_server.server_groups(replace(job, server="http://x"), lacking)] == [
         ["0", "2", "3", "4", "5", "6", "base"]
     ]
-    flags = vllm_server.arguments(vllm_server.groups(job, lacking)[2], 8000, dtype="bfloat16", length=512)
+    flags = vllm_server.arguments(vllm_server.server_groups(job, lacking)[2], 8000, dtype="bfloat16", length=512)
     assert flags[:2] == ["serve", RECIPE.name_or_path]
     for flag, value in (
         ("--max-lora-rank", "8"),
@@ -201,4 +210,4 @@ def test_a_server_for_each_padded_rank(tmp_path: Path) -> None:
     ):
         assert flags[flags.index(flag) + 1] == value
     assert [json.loads(module)["name"] for module in flags[flags.index("--lora-modules") + 1 :]] == ["0", "3", "5"]
-    assert "--enable-lora" not in vllm_server.arguments(vllm_server.groups(job, {"base"})[0], 8000, dtype="float32", length=512)
+    assert "--enable-lora" not in vllm_server.arguments(vllm_server.server_groups(job, {"base"})[0], 8000, dtype="float32", length=512)

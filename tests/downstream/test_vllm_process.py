@@ -21,7 +21,6 @@ from random_adapters import load_base, write_adapters
 from trained_adapters import RECIPE, kept, scored
 
 from loratune.data.prepared import Prepared
-from loratune.downstream.answering import served_engine
 from loratune.downstream.job import EvaluatedModel, EvaluationJob
 from loratune.finetune.model import BaseModel, load, output_head
 from loratune.finetune.peft_layers import detach
@@ -34,12 +33,11 @@ NAMES = ["demo_choice", "demo_match"]
 STAND_IN = Path(__file__).resolve().parent / "stand_in"
 EVALUATE = """
 import sys
-from loratune.downstream.answering import served_engine
+
 from loratune.downstream.evaluator import score_models
 from loratune.downstream.job import EvaluationJob
 from loratune.errors import LoratuneError
 
-served_engine._CHECKED = 100
 try:
     for event in score_models(EvaluationJob.from_json(sys.stdin.read())):
         print(event, flush=True)
@@ -106,7 +104,7 @@ def test_dies_is_killed_and_goes_on(demo_data: Path, tmp_path: Path) -> None:
         process.stdin = None
         return process
 
-    died = start(STAND_IN_DIES_AFTER=90)  # 2 models are asked 3 texts and 30 examples for the check
+    died = start(STAND_IN_DIES_AFTER=90)  # 2 models are asked 3 texts and 32 examples for the check
     _, errors = died.communicate()
     assert died.returncode == 1
     assert "EvaluationError: " in errors
@@ -135,7 +133,7 @@ def test_dies_is_killed_and_goes_on(demo_data: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None or shutil.which("g++") is None, reason="vLLM is not installed, or no compiler for its kernels"
 )
-def test_vllm_itself(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_itself(demo_data: Path, tmp_path: Path) -> None:
     """On a model of its own: vLLM's CPU kernels take no heads of 24 features, as the demo's model has."""
     folder = tmp_path / "model"
     shutil.copytree(RECIPE.name_or_path, folder)
@@ -146,7 +144,6 @@ def test_vllm_itself(demo_data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     recipe = ModelRecipe(name_or_path=str(folder))
     base = load_base(folder)
     models = measured(base, demo_data, write_adapters(base, tmp_path, [4, 8]))
-    monkeypatch.setattr(served_engine, "_CHECKED", 100)
     for engine in ("loratune", "vllm"):
         list(scored(tmp_path / engine / "evaluation", models, demo_data, NAMES, recipe=recipe, engine=engine, device="auto"))
     ours, theirs = kept(tmp_path / "loratune" / "evaluation"), kept(tmp_path / "vllm" / "evaluation")

@@ -150,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=["serve"])
     parser.add_argument("model", type=Path)
-    for name in ("host", "served-model-name", "dtype", "generation-config", "seed", "max-loras", "max-cpu-loras"):
+    for name in ("host", "served-model-name", "dtype", "generation-config", "seed", "max-loras", "max-cpu-loras", "max-num-seqs"):
         parser.add_argument(f"--{name}")
     for name, default in (("port", 0), ("max-model-len", 512), ("max-lora-rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -65,9 +65,10 @@ class ServedEngine:
         self._loaded: list[str] = []
         self.exact = False
         if job.server is None:
-            dtype = str(choose_dtype(recipe.dtype, choose_device("auto"))).removeprefix("torch.")
+            device = choose_device("auto")
+            dtype = str(choose_dtype(recipe.dtype, device)).removeprefix("torch.")
             self.exact = dtype == "float32"
-            self._server = VllmServer(job, dtype=dtype, length=min(self.context, longest + _PROBED))
+            self._server = VllmServer(job, dtype=dtype, length=min(self.context, longest + _PROBED), on_cpu=device.type == "cpu")
             self.client = CompletionsClient(self._server.url, alive=self._server.alive, note=self._server.note, own=True)
         else:
             self.client = CompletionsClient(job.server)

@@ -32,7 +32,7 @@ _AT_ONCE = 16  # adapters in one batch of the device, which keeps room for so ma
 _GRACE = 25.0  # seconds in which it may end: more than server_process.py gives it
 
 
-def refuse(job: EvaluationJob) -> None:
+def refuse_job(job: EvaluationJob) -> None:
     """Raise EvaluationError, with all reasons at once, where vLLM cannot answer the job; MissingExtraError where it is not installed."""
     wrong = [f"{name} is answered by the engine loratune alone" for name in job.benchmarks if name.startswith(HARNESS)]
     if job.recipe.load_in_4bit:
@@ -48,7 +48,7 @@ def refuse(job: EvaluationJob) -> None:
         raise MissingExtraError(f"vLLM, which --engine {VLLM} starts,", "vllm", where)
 
 
-def groups(job: EvaluationJob, lacking: Iterable[str]) -> list[EvaluationJob]:
+def server_groups(job: EvaluationJob, lacking: Iterable[str]) -> list[EvaluationJob]:
     """One job per server, of the models that lack something: adapters that are filled up to the same rank, the largest first.
 
     The bare model goes with the first. A server that runs already takes all.
@@ -71,12 +71,12 @@ def padded_rank(rank: int) -> int:
 class VllmServer:
     """`vllm serve` with the job's adapters. `close` ends it; so does the end of this process, however it ends."""
 
-    def __init__(self, job: EvaluationJob, *, dtype: str, length: int) -> None:
-        """dtype: the model's. length: of the longest sequence, in tokens."""
+    def __init__(self, job: EvaluationJob, *, dtype: str, length: int, on_cpu: bool) -> None:
+        """dtype: the model's. length: of the longest sequence, in tokens. on_cpu: it has no GPU."""
         self.log, self._failed = job.folder / "vllm.log", False
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments(job, port, dtype=dtype, length=length)]
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments(job, port, dtype=dtype, length=length, on_cpu=on_cpu)]
         job.folder.mkdir(parents=True, exist_ok=True)
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
@@ -126,13 +126,16 @@ class VllmServer:
             self.log.unlink(missing_ok=True)
 
 
-def arguments(job: EvaluationJob, port: int, *, dtype: str, length: int) -> list[str]:
+def arguments(job: EvaluationJob, port: int, *, dtype: str, length: int, on_cpu: bool = False) -> list[str]:
     """Those of the `vllm` command."""
     recipe = job.recipe
     found = ["serve", recipe.name_or_path, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE_NAME, "--dtype", dtype]
     found += ["--max-model-len", str(length), "--generation-config", "vllm", "--seed", str(job.seed)]
     found += ["--revision", recipe.revision, "--tokenizer-revision", recipe.revision] if recipe.revision else []
     found += ["--trust-remote-code"] if recipe.trust_remote_code else []
+    found += (
+        ["--max-num-seqs", "1"] if on_cpu else []
+    )  # vLLM 0.32's CPU kernels fail at prompt_logprobs of two requests where there is LoRA
     adapters = {model.name: model.adapter for model in job.models if model.adapter is not None}
     if adapters:
         rank, number = max(padded_rank(_config(adapter)["r"]) for adapter in adapters.values()), len(adapters)
@@ -152,6 +155,9 @@ def _reason(config: dict[str, Any]) -> str:
     """Why vLLM does not serve an adapter as PEFT means it; empty where it does."""
     if more := more_than_plain(config):
         return f"vLLM serves plain LoRA adapters; this one has {more}"
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and any(str(name).rpartition(".")[2] == "lm_head" for name in targets):
+        return "it adapts lm_head, which vLLM leaves out of the log-probabilities of prompts (vLLM's issue 51594)"
     rank = config.get("r")
     return "" if isinstance(rank, int) and 0 < rank <= RANKS[-1] else f"its rank is {rank}; vLLM takes at most {RANKS[-1]}"
 
