@@ -130,10 +130,9 @@ def recommend(facts: Facts) -> Recommendation:
         ratio, source = known["ratio_outside"]["value"], known["ratio_outside"]["source"]
         reasons["alpha_ratio"] = f"alpha / r {ratio:g} for a model outside the findings: {source}"
     rank, reasons["lora_r"] = _rank(facts)
-    for name, value, there in (("s", ratio, reference["lora_alpha"] / reference["lora_r"]), ("g", rank, reference["lora_r"])):
-        reasons["learning_rate"] += _factor(
-            -_weight(name) * math.log10(value / there), f"at {'alpha / r' if name == 's' else 'r'} {value:g}"
-        )
+    scaled = ratio * reference["lora_r"] / reference["lora_alpha"]
+    reasons["learning_rate"] += _factor(-_weight("s") * math.log10(scaled), f"at alpha / r {ratio:g}")
+    reasons["learning_rate"] += _factor(-_weight("g") * math.log10(rank / reference["lora_r"]), f"at r {rank}")
     values: dict[str, Any] = {
         "learning_rate": _rounded(learning_rate(centre, ratio, rank)),
         "lora_r": rank,
