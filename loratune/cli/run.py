@@ -61,7 +61,7 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
     from loratune.spec import StudySpec
 
     path = Path(args.target) if args.target else None
-    continued = path is not None and path.is_dir()
+    continued, held_out = path is not None and path.is_dir(), False
     if not args.target and not args.demo and not args.model and not args.data and not args.overrides:
         raise SpecError("nothing to tune. Give a description (`loratune init` writes one), --model and --data, or --demo.")
     overrides = _convenience(args) + (args.overrides or [])
@@ -74,7 +74,7 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         path = StudyPaths(path).spec
     elif not args.target and not args.demo and args.data and not any(_asks_for_validation(name) for name, _ in overrides):
         overrides.append(("data.validation_fraction", _HELD_OUT))
-        print("A tenth of the data is held out for validation; to change that, use --data.validation_fraction or --validation.")
+        held_out = True
     base = None
     if args.demo and not continued:
         from loratune.demo import DEMO_RUNS, study
@@ -83,6 +83,8 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         if path is None and not any(name.startswith(("budget", "sampler", "n_trials")) for name, _ in overrides):
             base["budget"] = {"full_runs": DEMO_RUNS}
     spec = StudySpec.load(path, overrides, base)
+    if held_out:
+        print("A tenth of the data is held out for validation; to change that, use --data.validation_fraction or --validation.")
     if continued:
         _check_consent(spec, {name for name, _ in overrides})
     return spec

@@ -67,9 +67,10 @@ def is_running(folder: Path) -> bool:
 def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
     from loratune.cli.status_scores import score_summary
+    from loratune.record import RUNNING
 
     progress, running = record.progress, is_running(record.folder)
-    states = [trial.state for trial in record.trials]
+    states = ["interrupted" if trial.state == RUNNING and not running else str(trial.state) for trial in record.trials]
     budget = record.spec.get("budget", {}).get("trials")
     return {
         "name": record.name,

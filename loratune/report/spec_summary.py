@@ -27,7 +27,8 @@ def spec_rows(record: StudyRecord) -> list[tuple[str, str]]:
     options = show(sampler.get("options") or {})
     rows.append(("Sampler", sampler_of(record).split(" + ")[0] + (f" ({options})" if options else "")))
     if schedule.get("name", "full") == "full":
-        rows.append(("Schedule", "full: every configuration is trained to the end"))
+        short = " but the short runs of the search" if any(trial.short for trial in record.trials) else ""
+        rows.append(("Schedule", f"full: every configuration{short} is trained to the end"))
     else:
         rows.append(("Schedule", f"{schedule.pop('name')}: {show(schedule)}"))
     return [*rows, ("Seed", show(spec.get("seed")))]
