@@ -192,17 +192,32 @@ def _score(trial: Measured, *, name: str) -> float:
 
 
 class _Metrics(Registry[MetricPlug]):
-    """The metrics; of every benchmark its score is one."""
+    """The metrics; of every benchmark its score is one, and so are those of the descriptions that this process has read."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._declared: dict[str, MetricPlug] = {}
+
+    def declare(self, plug: MetricPlug) -> None:
+        """Add the metric of a description, in place of an earlier one's of that name."""
+        self._declared[plug.name] = plug
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names that no description may take."""
+        return super().names
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*super().names, *BENCHMARKS.names]))
+        return tuple(dict.fromkeys([*super().names, *BENCHMARKS.names, *self._declared]))
 
     @property
     def builtin(self) -> tuple[str, ...]:
         return (*super().builtin, *BENCHMARKS.builtin)
 
     def __getitem__(self, name: str) -> MetricPlug:
+        if name in self._declared and name not in self.known:
+            return self._declared[name]
         if name not in BENCHMARKS:
             return super().__getitem__(name)
         return MetricPlug(
@@ -216,7 +231,8 @@ class _Metrics(Registry[MetricPlug]):
 
     def read(self, name: str, trial: Measured) -> float:
         """The metric of a trial; NaN where it was not measured."""
-        return float(self[name].factory(trial) if name in BENCHMARKS else self.factory(name)(trial))
+        scored = name in BENCHMARKS or self[name].own
+        return float(self[name].factory(trial) if scored else self.factory(name)(trial))
 
     def label(self, name: str) -> str:
         """As a report calls it; a name that no plug has any more as it is."""

@@ -147,6 +147,7 @@ def _budget(budget: dict[str, Any]) -> str:
             ("max_tokens", "training tokens"),
             ("max_hours", "hours"),
             ("max_device_hours", "device-hours"),
+            ("max_cost", str(budget.get("currency") or "in cost")),
         )
         if budget.get(name)
     )

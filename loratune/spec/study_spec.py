@@ -18,6 +18,7 @@ from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.limits import Constraint
 from loratune.spec.loading import DEFAULT, SECTION_ALIASES, SHORTHAND, Written, lines_of
 from loratune.spec.objectives_and_constraints import Objective, checked, limits, listed, not_for
+from loratune.spec.own_metrics import OwnMetric, beside, declare, listed_metrics
 from loratune.spec.sections import Budget, Data, ExecutorSection, Model, Output, Sampler, ScheduleSection, Scoring, Section, Training
 from loratune.spec.space import PRESETS, SearchSpace
 from loratune.spec.validation_errors import MistakesError, found_in
@@ -44,6 +45,9 @@ class StudySpec(Section):
     constraints: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="limits on the same metrics: [adapter_mb <= 50, peak_memory_gib <= 24]"
     )
+    metrics: Annotated[tuple[OwnMetric, ...], Field(strict=False)] = Field(
+        (), description="measures of your own, functions of generated answers: [my_module:exact_match]"
+    )
     model: Model
     data: Data
     training: Training = Field(default_factory=Training)
@@ -64,6 +68,7 @@ class StudySpec(Section):
         written.add_mapping(given)
         if written.mistakes:
             raise MistakesError(written.mistakes)
+        declare(written.values.get("metrics"))
         return _with_space(_with_sampler(written.values))
 
     @field_validator("objectives", mode="before")
@@ -75,6 +80,24 @@ class StudySpec(Section):
     @classmethod
     def _together(cls, given: tuple[Objective, ...]) -> tuple[Objective, ...]:
         return checked(given)
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _one_metric(cls, given: Any) -> Any:
+        return listed_metrics(given)
+
+    @model_validator(mode="after")
+    def _metrics_are_its_own(self) -> Self:
+        names = [metric.name for metric in self.metrics]
+        if len(set(names)) < len(names):
+            raise MistakesError(((("metrics",), f"got {', '.join(names)}; each name may stand once"),))
+        used = [("objectives", objective.name) for objective in self.objectives] + [("constraints", limit.metric) for limit in self.limits]
+        foreign = [(field, name) for field, name in used if METRICS[name].own and name not in names]  # of another description
+        if foreign:
+            raise MistakesError(
+                ((field,), f"unknown metric {name!r}; `metrics` declares {', '.join(names) or 'none'}") for field, name in foreign
+            )
+        return self
 
     @field_validator("constraints", mode="before")
     @classmethod
@@ -145,6 +168,8 @@ class StudySpec(Section):
             written.add_mapping(base)
         if path is not None:
             written.add_file(Path(path))
+            if "metrics" in written.values:
+                written.values["metrics"] = beside(written.values["metrics"], Path(path).parent)
         for name, text in overrides:
             written.add_flag(name, text)
         if written.unread:  # of a file that says nothing, every field would be missing
@@ -172,6 +197,11 @@ class StudySpec(Section):
         """The benchmarks among the objectives and constraints, which every finished trial is scored on."""
         metrics = [*(objective.name for objective in self.objectives), *(limit.metric for limit in self.limits)]
         return tuple(name for name in dict.fromkeys(metrics) if name in BENCHMARKS)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """All that a finished trial's adapter is asked to write for: those, and the description's own metrics."""
+        return (*self.scores, *(metric.name for metric in self.metrics))
 
     def masked(self) -> Self:
         """The description as it may be written down: without the password in the storage's URL."""
@@ -230,6 +260,9 @@ class StudySpec(Section):
                 "anyOf": [one, field["items"], several],
                 **{key: field[key] for key in ("description", "default")},
             }
+        own = schema["properties"]["metrics"]
+        own["items"] = {"anyOf": [text, own["items"]]}
+        schema["properties"]["metrics"] = {"anyOf": [text, {"$ref": "#/$defs/OwnMetric"}, own], "description": own["description"]}
         for section, meant in SHORTHAND.items():
             if section != "search_space":  # which knows its short forms
                 shorthand = schema["$defs"][_section_class(section)]["properties"][meant]
@@ -299,6 +332,8 @@ def differences(old: StudySpec, new: StudySpec) -> list[str]:
     for path in dict.fromkeys([*before, *after]):
         was, now = before.get(path), after.get(path)
         if was == now:
+            continue
+        if path in ("budget.price_per_device_hour", "budget.currency"):
             continue
         if path.startswith("budget."):
             if now is not None and (was is None or now < was):
