@@ -98,7 +98,7 @@ def _check_consent(spec: "StudySpec", given: set[str]) -> None:
         "scoring.weaker_sandbox": spec.scoring.weaker_sandbox,
     }
     asked["metrics"] = bool(spec.metrics)
-    missing = [name for name, needed in asked.items() if needed and not any(flag.split(".")[0] == name or flag == name for flag in given)]
+    missing = [name for name, needed in asked.items() if needed and name not in given]
     if missing:
         values = {"model.attn_implementation": spec.model.attn_implementation}
         values["metrics"] = shlex.quote(json.dumps([metric.model_dump() for metric in spec.metrics]))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from loratune.downstream.evaluator import score_models
 from loratune.downstream.events import BenchmarkProgress, Event
 from loratune.downstream.job import EvaluatedModel, EvaluationJob, build_all
-from loratune.downstream.own_metrics import OwnMetrics
+from loratune.downstream.metric_functions import OwnMetrics
 from loratune.downstream.results.scores import model_name, read_results
 from loratune.downstream.results.search_items import keep_search_items
 from loratune.downstream.tasks.base import stratified

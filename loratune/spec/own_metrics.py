@@ -1,7 +1,7 @@
 """Measures of the user's own: a function of what a trial's adapter writes, by its address `my_module:exact_match`.
 
 The function gets a list of dicts, each with the texts `prompt`, `reference` (the answer in the data) and `answer` (what the adapter
-wrote), and returns one finite number. Nothing is imported here; `downstream/own_metrics.py` does that when a study begins.
+wrote), and returns one finite number. Nothing is imported here; `downstream/metric_functions.py` does that when a study begins.
 """
 
 import functools

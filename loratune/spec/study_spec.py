@@ -252,9 +252,12 @@ class StudySpec(Section):
         for sources in ("train", "validation"):
             fields[sources]["items"] = {"anyOf": [text, fields[sources]["items"]]}
             fields[sources] = {"anyOf": [text, {"$ref": "#/$defs/Source"}, fields[sources]]}
+        metric = {"anyOf": [{"enum": [*METRICS.known, *BENCHMARKS.names]}, text]}  # or one of `metrics`
+        schema["$defs"]["Objective"]["properties"]["name"] |= metric
+        del schema["$defs"]["Objective"]["properties"]["name"]["enum"]
         for name in ("objectives", "constraints"):  # one may stand without its list
             field = schema["properties"][name]
-            one = {"enum": list(METRICS.names)} if name == "objectives" else text
+            one = metric if name == "objectives" else text
             several = {**field, "items": {"anyOf": [one, field["items"]]}}
             schema["properties"][name] = {
                 "anyOf": [one, field["items"], several],

@@ -155,7 +155,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
 def check_functions(spec: StudySpec) -> None:
     """See that the functions of the study's own metrics are there, which are imported. Raises SpecError."""
     if spec.metrics:
-        from loratune.downstream.own_metrics import functions_of
+        from loratune.downstream.metric_functions import functions_of
 
         functions_of(spec.metrics)
 
@@ -257,7 +257,7 @@ def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int
     if not spec.scored:
         return None
     from loratune.downstream.job import EvaluationJob
-    from loratune.downstream.own_metrics import answer_set
+    from loratune.downstream.metric_functions import answer_set
     from loratune.downstream.search_scoring import Scorer  # scipy: a second of import
 
     job = EvaluationJob(

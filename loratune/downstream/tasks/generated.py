@@ -1,6 +1,6 @@
 """Answers that a study's own metrics are made of: a sample of its validation set, or of a file of the user's, answered greedily.
 
-It is answered as a benchmark is, and not judged here: a metric is one number of all answers together (own_metrics.py).
+It is answered as a benchmark is, and not judged here: a metric is one number of all answers together (metric_functions.py).
 """
 
 import functools
