@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratune.errors import SpecError
@@ -192,15 +192,26 @@ def _score(trial: Measured, *, name: str) -> float:
 
 
 class _Metrics(Registry[MetricPlug]):
-    """The metrics; of every benchmark its score is one, and so are those of the descriptions that this process has read."""
+    """The metrics; of every benchmark its score is one, and a description may declare its own.
+
+    `names` has those of the description that was read last; those of earlier ones are still found by name.
+    """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self._declared: dict[str, MetricPlug] = {}
+        self._latest: tuple[str, ...] = ()
 
-    def declare(self, plug: MetricPlug) -> None:
-        """Add the metric of a description, in place of an earlier one's of that name."""
-        self._declared[plug.name] = plug
+    def declare(self, plugs: Iterable[MetricPlug]) -> None:
+        """The metrics of a description, in place of earlier ones' of these names."""
+        new = {plug.name: plug for plug in plugs}
+        self._declared |= new
+        self._latest = tuple(new)
+
+    @property
+    def ever(self) -> tuple[str, ...]:
+        """Also those of earlier descriptions."""
+        return tuple(dict.fromkeys([*self.names, *self._declared]))
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -209,7 +220,7 @@ class _Metrics(Registry[MetricPlug]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*super().names, *BENCHMARKS.names, *self._declared]))
+        return tuple(dict.fromkeys([*super().names, *BENCHMARKS.names, *self._latest]))
 
     @property
     def builtin(self) -> tuple[str, ...]:

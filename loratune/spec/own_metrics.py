@@ -81,13 +81,13 @@ def listed_metrics(given: Any) -> Any:
 
 def declare(given: Any) -> None:
     """Let objectives, constraints and choices know the metrics of a description by their names; mistakes are told elsewhere."""
-    several = listed_metrics(given)
+    several, found = listed_metrics(given), []
     for one in several if isinstance(several, list | tuple) else ():
         try:
             metric = one if isinstance(one, OwnMetric) else OwnMetric.model_validate(one)
         except ValueError:
             continue
-        METRICS.declare(
+        found.append(
             MetricPlug(
                 name=metric.name,
                 make=functools.partial(_read, name=metric.name),
@@ -97,6 +97,7 @@ def declare(given: Any) -> None:
                 own=True,
             )
         )
+    METRICS.declare(found)
 
 
 def beside(given: Any, folder: Path) -> Any:

@@ -87,23 +87,17 @@ class StudySpec(Section):
         return listed_metrics(given)
 
     @model_validator(mode="after")
-    def _metrics_are_its_own(self) -> Self:
+    def _each_metric_once(self) -> Self:
         names = [metric.name for metric in self.metrics]
         if len(set(names)) < len(names):
             raise MistakesError(((("metrics",), f"got {', '.join(names)}; each name may stand once"),))
-        used = [("objectives", objective.name) for objective in self.objectives] + [("constraints", limit.metric) for limit in self.limits]
-        foreign = [(field, name) for field, name in used if METRICS[name].own and name not in names]  # of another description
-        if foreign:
-            raise MistakesError(
-                ((field,), f"unknown metric {name!r}; `metrics` declares {', '.join(names) or 'none'}") for field, name in foreign
-            )
         return self
 
     @field_validator("constraints", mode="before")
     @classmethod
     def _readable(cls, given: Any) -> Any:
         several = listed(given)
-        return tuple(map(str, limits(several))) if isinstance(several, list | tuple) else several
+        return tuple(map(str, limits(several, METRICS.names))) if isinstance(several, list | tuple) else several
 
     @model_validator(mode="after")
     def _sampler_is_able(self) -> Self:
@@ -190,7 +184,7 @@ class StudySpec(Section):
     @property
     def limits(self) -> tuple[Constraint, ...]:
         """The constraints, read."""
-        return limits(self.constraints)
+        return limits(self.constraints, METRICS.ever)
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -273,6 +267,9 @@ class StudySpec(Section):
         for section, registry in {"sampler": None, "schedule": SCHEDULES, "executor": EXECUTORS}.items():
             if registry is None or registry.names != registry.builtin:
                 schema["$defs"][_section_class(section)]["additionalProperties"] = True  # its own options may stand beside its name
+        known = {"anyOf": [metric["anyOf"][0], {"type": "object"}]}  # all there are, where the description has no metrics of its own
+        strict = {"objectives": {"anyOf": [*known["anyOf"], {"type": "array", "items": known}]}}
+        schema |= {"if": {"not": {"required": ["metrics"]}}, "then": {"properties": strict}}
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -85,6 +85,8 @@ def test_how_a_metric_may_be_written() -> None:
     spec = described(["mine:rate"], objectives=["validation_loss", "rate"], constraints="rate >= -3.5", sampler="tpe")
     assert [(o.name, o.direction) for o in spec.objectives] == [("validation_loss", "minimize"), ("rate", "maximize")]
     assert spec.scored == ("rate",)
+    described("mine:other")
+    assert [str(limit) for limit in spec.limits] == ["rate >= -3.5"], "another description was read meanwhile"
 
 
 def test_what_is_written_is_read_back_and_fits_the_schema(tmp_path: Path) -> None:
@@ -110,11 +112,11 @@ def test_what_is_written_is_read_back_and_fits_the_schema(tmp_path: Path) -> Non
         (["mine:rate", "yours:rate"], {}, r"metrics: got rate, rate; each name may stand once"),
         ("mine:rate", {"objectives": ["validation_loss", "raet"]}, r"objectives.1: got 'raet'; allowed: .*rate"),
         ("mine:rate", {"objectives": ["validation_loss", {"name": "rate", "direction": "minimize"}]}, r"metrics says maximize of rate"),
-        ("mine:other", {"constraints": ["rate > 1"]}, r"constraints: unknown metric 'rate'; `metrics` declares other"),
+        ("mine:other", {"constraints": ["rate > 1"]}, r"constraints.0: unknown metric 'rate'; allowed: .*other"),
     ],
 )
 def test_mistakes(metrics: Any, more: dict[str, Any], message: str) -> None:
-    described("mine:rate")  # known by name in this process, from another description
+    described("mine:rate", constraints="rate > 1")  # another description, whose metric is none of this one's
     with pytest.raises(SpecError, match=message):
         described(metrics, **more)
 
