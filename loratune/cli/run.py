@@ -14,6 +14,7 @@ Any field of the description is also a flag: --training.batch_size 64, --search_
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,9 +99,12 @@ def _check_consent(spec: "StudySpec", given: set[str]) -> None:
         "scoring.allow_code_execution": spec.scoring.allow_code_execution,
         "scoring.weaker_sandbox": spec.scoring.weaker_sandbox,
     }
+    asked["metrics"] = bool(spec.metrics)
     missing = [name for name, needed in asked.items() if needed and name not in given]
     if missing:
-        flags = " ".join(f"--{name} {spec.model.attn_implementation if name.endswith('implementation') else 'true'}" for name in missing)
+        values = {"model.attn_implementation": spec.model.attn_implementation}
+        values["metrics"] = shlex.quote(json.dumps([metric.model_dump() for metric in spec.metrics]))
+        flags = " ".join(f"--{name} {values.get(name, 'true')}" for name in missing)
         raise ModelError(
             f"the study in {spec.folder} asks to run code: {', '.join(missing)}. A folder cannot allow that by itself: if you trust its "
             f"source, add {flags}."

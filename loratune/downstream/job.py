@@ -14,6 +14,7 @@ from loratune.downstream.events import BenchmarkBegan, BenchmarkProgress, Event
 from loratune.downstream.results.scores import ResultWriter, adapter_fingerprint, describe_model
 from loratune.downstream.tasks.base import Benchmark, Item, constant_scores, stratified
 from loratune.downstream.tasks.benchmarks import HARNESS, build_benchmark
+from loratune.downstream.tasks.generated import AnswerSet, GeneratedAnswers
 from loratune.system.files import write_atomically
 from loratune.work import Json, Message, ModelRecipe
 
@@ -42,6 +43,7 @@ class EvaluationJob(Json):
     recipe: ModelRecipe
     models: tuple[EvaluatedModel, ...]
     benchmarks: tuple[str, ...]
+    answers: tuple[AnswerSet, ...] = ()  # besides, for a study's own metrics
     validation: Path  # the prepared data (data/prepare.py) whose losses were recorded
     recorded_base: float | None = None  # the bare model's validation loss
     data: Path | None = None  # the benchmarks' own data; None: the hub
@@ -144,6 +146,8 @@ def harness_name(task: str) -> str:
 def build_all(job: EvaluationJob) -> tuple[list[Benchmark], list[str]]:
     """The job's benchmarks, and its tasks of lm-evaluation-harness. Raises EvaluationError, DataError."""
     own = [build_benchmark(name, job.data, weaker=job.weaker_sandbox) for name in job.benchmarks if not name.startswith(HARNESS)]
+    trusted = job.recipe.trust_remote_code
+    own += [GeneratedAnswers(one, job.validation, seed=job.seed, trust_remote_code=trusted) for one in job.answers]
     return own, [name.removeprefix(HARNESS) for name in job.benchmarks if name.startswith(HARNESS)]
 
 
@@ -170,7 +174,7 @@ def open_runs(job: EvaluationJob, benchmarks: Sequence[Benchmark], tasks: Sequen
         allowed = [item for item in items if item.id not in excluded]
         run = BenchmarkRun(
             benchmark=benchmark,
-            items=stratified(allowed, job.subset, job.seed),
+            items=allowed if benchmark.drawn else stratified(allowed, job.subset, job.seed),
             writers=writers(benchmark.name, version=benchmark.version),
             left_out=len(excluded),
             left=len(allowed),

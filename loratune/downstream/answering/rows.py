@@ -32,7 +32,9 @@ class RowMaker:
         room = max(self.context - benchmark.max_new_tokens, self.context // 2)  # a small context is shared by both
         limit = min(room, benchmark.max_prompt_tokens or room)
         rows = []
-        for (place, item), ids in zip(members, self._encode([item.prompt for _, item in members]), strict=True):
+        encoded = iter(self._encode([item.prompt for _, item in members if not item.ids]))
+        for place, item in members:
+            ids = list(item.ids) or next(encoded)
             fitted = item
             while len(ids) > limit and (shorter := fitted.without_last_shot()) is not None:
                 fitted = shorter
@@ -62,7 +64,7 @@ class RowMaker:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids with the tokenizer's own special tokens, an EOS at the end apart."""
-        encoded = self.tokenizer(texts)["input_ids"]
+        encoded = self.tokenizer(texts)["input_ids"] if texts else []
         end = self.tokenizer.eos_token_id
         return [ids[:-1] if ids[-1:] == [end] else ids for ids in encoded]
 
