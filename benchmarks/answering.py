@@ -197,7 +197,7 @@ class Crew:
 
 def with_peft(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], watch: Watch) -> Answers:
     found: Answers = {}
-    make, members = RowMaker(base, base.model.config.max_position_embeddings), list(enumerate(items))
+    make, members = RowMaker(base.tokenizer, base.model.config.max_position_embeddings), list(enumerate(items))
     with watch:
         rows = to_score(make, members) if items[0].choices else make.to_write(benchmark, members)
         rows.sort(key=lambda row: -len(row.ids))

@@ -1,4 +1,4 @@
-"""Training tokens per second of the packed engine, the reference engine, stock Trainer + PEFT and a bare PEFT loop.
+"""Training tokens per second of the packed engine, the reference engine, Trainer + PEFT, TRL and a bare PEFT loop.
 
     python benchmarks/packed_throughput.py DATA [--sizes 0.65M 15M 125M] [--repeats 9] [--without WORD ...]
         [--examples N] [--output results.json]
@@ -6,8 +6,10 @@
 DATA holds models/tinystories656k and alpaca/alpaca_random_9k.json. The 0.65M model is the real one; 15M and 125M are Llama
 shapes with random weights. Every trial of every way sees the same examples once, and counts their tokens without padding.
 
-`stock` is Transformers' Trainer and PEFT as a person sets them up: a padding collator, labels of -100, logits of all
-positions. Our engine `hf` is Trainer and PEFT too, but already takes logits at response positions only.
+`TRL` is its SFTTrainer as it comes, which takes logits and loss in chunks of response positions, padded or padding-free; its
+rows are left out where `trl` is not installed. `stock` is Transformers' Trainer and PEFT as a person sets them up: a padding
+collator, labels of -100, logits of all positions. Our engine `hf` is Trainer and PEFT too, but already takes logits at
+response positions only.
 
 Every way has processes of its own, as a study's workers are: what one leaves behind in its memory (pages that need not be
 asked for again) neither helps nor hinders another. They wait without computing while others are measured. K trials are
@@ -28,7 +30,6 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -36,16 +37,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import peft
 import torch
 import transformers
+from stock_trainers import KINDS, Person, trl
 
-from loratune.data.order import order
 from loratune.data.prepare import prepare
-from loratune.data.prepared import Prepared
 from loratune.data.sources import DataRecipe, DataSource
-from loratune.finetune import model as base_model
 from loratune.finetune.engines import run_segments
 from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.engine import PackedEngine
@@ -66,7 +63,7 @@ HF, STOCK, STOCK_16 = "hf, batch 4", "stock Trainer + PEFT, batch 4", "stock Tra
 class Way:
     """A row of the table: `trials` trained at once in `processes`, which share the cores."""
 
-    kind: str  # hf, packed, shared (packed, and passes are shared), stock or loop
+    kind: str  # hf, packed, shared (packed, and passes are shared), or one of stock_trainers.KINDS
     batch: int = 4
     trials: int = 1
     processes: int = 1
@@ -100,6 +97,10 @@ def ways(size: str, cores: int) -> dict[str, Way]:
         "hf, batch 16": Way(kind="hf", batch=16),
         STOCK_16: Way(kind="stock", batch=16),
         "bare PEFT loop, batch 4": Way(kind="loop"),
+        "TRL SFTTrainer, batch 4": Way(kind="trl"),
+        "TRL SFTTrainer, batch 16": Way(kind="trl", batch=16),
+        "TRL SFTTrainer, padding-free, batch 4": Way(kind="trl padding-free"),
+        "TRL SFTTrainer, padding-free, batch 16": Way(kind="trl padding-free", batch=16),
         "packed, batch 4, K = 1": Way(kind="packed"),
         "packed, batch 16, K = 1": Way(kind="packed", batch=16),
         f"packed, batch 4, K = {most}, in one process": Way(kind="shared", trials=most),
@@ -129,64 +130,11 @@ class Trains:
         return sum(o.tokens for o in outcomes), sum(o.train_seconds for o in outcomes)
 
 
-class Person:
-    """Measures what a person writes by hand: padded batches, labels of -100, Transformers' loss and PEFT's LoRA."""
-
-    def __init__(self, way: Way, recipe: Recipe, root: Path) -> None:
-        base, tokens = base_model.load(recipe.model, torch.device("cpu")), Prepared.load(Path(recipe.data)).train
-        self.pad_id, self.scratch = base.pad_id, root / "person"
-        self.rows = [(ids.tolist(), np.where(mask, ids, -100).tolist()) for ids, mask in (tokens[i] for i in range(len(tokens)))]
-        h = Hyperparameters()
-        config = peft.LoraConfig(r=h.lora_r, lora_alpha=int(h.lora_alpha), lora_dropout=h.lora_dropout, target_modules=["q_proj", "v_proj"])
-        self.model = peft.get_peft_model(base.model, config)
-        self.train = self.stock if way.kind == "stock" else self.loop
-
-    def __call__(self, wanted: list[Segment]) -> tuple[int, float]:
-        (one,) = wanted
-        steps, batch = one.total_steps, one.hyperparameters.batch_size
-        examples = [self.rows[i] for i in order(0, len(self.rows), steps * batch)]
-        return sum(len(ids) for ids, _ in examples), self.train(examples, steps, batch)
-
-    def batch(self, examples: list[Any]) -> dict[str, torch.Tensor]:
-        longest = max(len(ids) for ids, _ in examples)
-        kinds = {"input_ids": (0, self.pad_id), "labels": (1, -100)}
-        padded = {k: torch.tensor([e[i] + [fill] * (longest - len(e[i])) for e in examples]) for k, (i, fill) in kinds.items()}
-        lengths = torch.tensor([len(ids) for ids, _ in examples])
-        return {**padded, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
-
-    def loop(self, examples: list[Any], _: int, batch: int) -> float:
-        """A bare loop's seconds."""
-        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
-        self.model.train()
-        began = time.perf_counter()
-        for start in range(0, len(examples), batch):
-            self.model(**self.batch(examples[start : start + batch]), use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.perf_counter() - began
-
-    def stock(self, examples: list[Any], steps: int, batch: int) -> float:
-        """Trainer's seconds, by its own clock."""
-        trainer = transformers.Trainer(
-            model=self.model,
-            args=transformers.TrainingArguments(
-                output_dir=str(self.scratch), max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-5, use_cpu=True,
-                lr_scheduler_type="cosine", report_to="none", save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-                dataloader_pin_memory=False, logging_steps=10,
-            ),
-            train_dataset=examples,
-            data_collator=self.batch,
-        )  # fmt: skip
-        trainer.remove_callback(transformers.PrinterCallback)
-        return float(trainer.train().metrics["train_runtime"])
-
-
 def serve(connection: Connection, way: Way, threads: int, recipe: Recipe, root: Path) -> None:
     """A process of a `Crew`: trains what it is sent, and answers with tokens and seconds."""
     torch.set_num_threads(threads)
     recipe = replace(recipe, training=replace(recipe.training, micro_batch_size=way.batch))
-    measured = (Person if way.kind in ("stock", "loop") else Trains)(way, recipe, root)
+    measured = Person(way.kind, recipe, root) if way.kind in KINDS else Trains(way, recipe, root)
     connection.send("ready")
     while True:
         connection.send(measured(connection.recv()))
@@ -240,7 +188,9 @@ def measures(size: str, examples: int, without: list[str], data: Path, scratch: 
             return crews[way.crew].speed(way.segments(examples, name))
 
         found = {
-            n: way for n, way in ways(size, torch.get_num_threads()).items() if n in (HF, STOCK) or not any(word in n for word in without)
+            n: way
+            for n, way in ways(size, torch.get_num_threads()).items()
+            if n in (HF, STOCK) or (not any(word in n for word in without) and (trl or not way.kind.startswith("trl")))
         }
         for way in found.values():
             if way.crew not in crews:
@@ -269,9 +219,14 @@ def table(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, dict[str, A
             "over_hf_batch_4_by_round": [round(r[name][0] / r[name][1], 3) for r in rounds],
             "over_stock_batch_4": statistics.median(r[name][0] / r[STOCK][0] for r in rounds),
         }
+        | ({"over_fastest_trl": statistics.median(r[name][0] / fastest_trl(r) for r in rounds)} if trl else {})
         | ({"over_stock_batch_16": statistics.median(r[name][0] / r[STOCK_16][0] for r in rounds)} if STOCK_16 in rounds[0] else {})
         for name in rounds[0]
     }
+
+
+def fastest_trl(round_: dict[str, tuple[float, float]]) -> float:
+    return max(speed for name, (speed, _) in round_.items() if name.startswith("TRL"))
 
 
 def main() -> None:

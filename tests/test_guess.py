@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def test_the_reference_and_what_moves_it() -> None:
     bounded = recommend(Facts(hidden_size=4096, memory=24 * 2**30, parameters_per_rank=2_500_000))
     assert bounded.values["lora_r"] == 64
     assert {"learning_rate", "lora_r", "batch_size", "target_modules", "epochs", "warmup_ratio"} <= llama.reasons.keys()
+
+
+@pytest.mark.parametrize("facts", [Facts(hidden_size=96, examples=900), Facts(hidden_size=4096, examples=53_610, memory=2**34)])
+def test_the_factors_of_the_reason_multiply_to_the_learning_rate(facts: Facts) -> None:
+    found = recommend(replace(facts, parameters_per_rank=2_500_000))
+    first, *factors = found.reasons["learning_rate"].split("; times ")
+    product = float(first.split()[0]) * math.prod(float(factor.split()[0].rstrip(",")) for factor in factors)
+    assert product == pytest.approx(found.values["learning_rate"], rel=0.1)
 
 
 def test_the_memory_of_the_gpu_bounds_the_rank_of_a_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

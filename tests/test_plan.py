@@ -62,6 +62,10 @@ def test_the_text_tells_what_matters() -> None:
     told = "nodes         1 node with 4 GPUs now; planned for 8, executor.max_devices; the speed is this machine's"
     assert told in str(replace(PLAN, cluster=cluster))
     assert text.count("busy") == 0
+    assert "cost" not in text
+    priced = replace(PLAN, price=2.0, currency="EUR", max_cost=40.0, spread=(0.5, 1.25))
+    assert "cost          64.35 EUR to 160.88 EUR, at 2.00 EUR per device-hour\n" in str(priced)
+    assert "max_cost: 40 ends it earlier, after about 4 trials" in str(priced)
     shaky = str(replace(PLAN, spread=(0.5, 1.25), load=3.0))
     assert "time          48 min to 2.0 h per trial; 4.0 h to 10.1 h in all, 40.22 device-hours\n" in shaky
     assert "busy          the machine is 3.0 times as busy as it has processors" in shaky

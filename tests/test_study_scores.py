@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,25 @@ def test_an_interrupted_study_ends_as_the_uninterrupted_one(
     again = Scores()
     list(run(broken, again))
     assert again.scored == [], "a score on disk is not computed again"
+
+
+@pytest.mark.parametrize(("sampler", "schedule", "width"), [("nomad", HALVING, 1), ("tpe", HALVING, 3), ("gp", None, 2)])
+def test_an_own_metric_that_is_minimised(sampler: str, schedule: dict[str, Any] | None, width: int, tmp_path: Path) -> None:
+    class Words(Scores):
+        def __call__(self, *given: Any) -> Iterator[search_scoring.ScoringProgress]:
+            for now in super().__call__(*given):
+                yield replace(now, scores={"words": 30 * now.scores["mmlu"]} if now.scores else {})
+
+    asked: dict[str, Any] = {"metrics": {"function": "mine:words", "direction": "minimize"}, "constraints": "words < 100", "trials": 12}
+    spec = spec_of(tmp_path / "s", SEVERAL[sampler], schedule, objectives=["validation_loss", "words"], **asked)
+    list(run(spec, Words(), Measured(width, seed=1)))
+    record = read(spec.folder)
+    assert record.objectives == {"validation_loss": "minimize", "words": "minimize"}
+    assert record.finished
+    assert all(t.values == (t.value, t.scores["words"]) for t in record.finished)
+    without = [t for t in record.trials if t.values and not t.scores]
+    told = {words for t in record.finished for words in t.scores.values()} | {math.inf}
+    assert {t.values[1] for t in without} <= told, "the highest that was measured, infinite before any"
 
 
 def test_a_finished_trial_has_its_score_and_the_front_maximises_it(tmp_path: Path) -> None:

@@ -43,8 +43,9 @@ def dry_run(spec: "StudySpec", facts: dict[str, Any]) -> int:
     print("\n".join(f"  {line}" for line in lines), flush=True)
     with _stage("Loading the libraries"):
         from loratune.data.cache import prepare_data
-        from loratune.study.driver import known_beforehand
+        from loratune.study.driver import check_functions, known_beforehand
         from loratune.study.plan import plan
+    check_functions(spec)
     notes: list[str] = []
     with _stage("Reading and tokenising the data"):
         data = prepare_data(spec, notes)

@@ -3,10 +3,12 @@
     loratune evaluate runs/demo --allow-code-execution         the demo's own benchmarks
     loratune evaluate runs/study --benchmarks mmlu,bbh --data FOLDER
     loratune evaluate runs/study --benchmarks lm_eval:arc_easy
+    loratune evaluate runs/study --benchmarks mmlu --engine vllm      on a GPU, by a vLLM server that is started and ended
 
 Benchmarks: mmlu, mmlu_loglikelihood, bbh, drop, humaneval, humaneval_fenced (an answer within ``` fences, which fails in the
 published protocol, is taken out of them), and any task of lm-evaluation-harness as lm_eval:TASK.
 After `loratune select` the adapter to ship is scored too, as a separate model if it was trained with another seed.
+An address of a vLLM server that runs already is given as --server URL. vLLM is not for every platform: docs/how-to/vllm.md.
 Before anything is scored, each adapter is checked to be active. Answers are kept in STUDY/evaluation: after Ctrl-C or a
 kill, the same command continues. The study's report, if there is one, is rewritten.
 """
@@ -32,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", type=int, metavar="N", help="number of items per benchmark, always the same ones")
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help=f"number of trials, by lowest validation loss (default: {TOP})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the study's")
+    parser.add_argument("--engine", choices=("loratune", "vllm"), default="loratune", help="who answers (default: loratune)")
+    parser.add_argument("--server", metavar="URL", help="a vLLM server that runs; default: --engine vllm starts one and ends it")
     add_trust(parser)
     parser.add_argument("--allow-code-execution", action="store_true", help="run programs that models write, in a sandbox")
     parser.add_argument("--weaker-sandbox", action="store_true", help="accept a sandbox without namespaces where they are missing")
@@ -59,6 +63,8 @@ def main(args: argparse.Namespace) -> int:
             allow_code_execution=args.allow_code_execution,
             weaker_sandbox=args.weaker_sandbox,
             trust_remote_code=args.trust_remote_code,
+            engine=args.engine,
+            server=args.server,
             stop=interrupt.stop,
         )
         for event in events:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from loratune.cli.trial_lines import params, standing, totals, varied_parameters
 from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PRUNED, RUNNING, StudyRecord, Trial
-from loratune.system.formatting import NOTHING, duration, label, loss, show
+from loratune.system.formatting import NOTHING, duration, label, loss, metric, show
 
 _BAR = 12  # characters of a progress bar
 _STYLES = {COMPLETE: "", RUNNING: "cyan", FAILED: "red", DIVERGED: "yellow", INFEASIBLE: "yellow"}
@@ -35,6 +35,9 @@ def trial_table(trials: Sequence[Trial], best: Trial | None) -> Table:
     table.add_column("trial", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("loss", justify="right", no_wrap=True)
+    scores = list(dict.fromkeys(name for trial in trials for name in trial.scores))
+    for name in scores:
+        table.add_column(metric(name), justify="right")
     for name in names:
         table.add_column(label(name), justify="right", overflow="fold")
     table.add_column("time", justify="right", no_wrap=True)
@@ -45,6 +48,7 @@ def trial_table(trials: Sequence[Trial], best: Trial | None) -> Table:
             f"{'* ' if is_best else ''}{trial.number}",
             "short" if trial.short and trial.state == PRUNED else trial.state,
             loss(trial.value) if trial.state not in (DIVERGED, INFEASIBLE) else NOTHING,
+            *(f"{trial.scores[name]:.4g}" if name in trial.scores else "" for name in scores),
             *cells,
             duration(trial.device_seconds),
             style="bold green" if is_best else _STYLES.get(trial.state, "dim"),

@@ -14,6 +14,7 @@ Any field of the description is also a flag: --training.batch_size 64, --search_
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +62,7 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
     from loratune.spec import StudySpec
 
     path = Path(args.target) if args.target else None
-    continued = path is not None and path.is_dir()
+    continued, held_out = path is not None and path.is_dir(), False
     if not args.target and not args.demo and not args.model and not args.data and not args.overrides:
         raise SpecError("nothing to tune. Give a description (`loratune init` writes one), --model and --data, or --demo.")
     overrides = _convenience(args) + (args.overrides or [])
@@ -74,7 +75,7 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         path = StudyPaths(path).spec
     elif not args.target and not args.demo and args.data and not any(_asks_for_validation(name) for name, _ in overrides):
         overrides.append(("data.validation_fraction", _HELD_OUT))
-        print("A tenth of the data is held out for validation; to change that, use --data.validation_fraction or --validation.")
+        held_out = True
     base = None
     if args.demo and not continued:
         from loratune.demo import DEMO_RUNS, study
@@ -83,6 +84,8 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         if path is None and not any(name.startswith(("budget", "sampler", "n_trials")) for name, _ in overrides):
             base["budget"] = {"full_runs": DEMO_RUNS}
     spec = StudySpec.load(path, overrides, base)
+    if held_out:
+        print("A tenth of the data is held out for validation; to change that, use --data.validation_fraction or --validation.")
     if continued:
         _check_consent(spec, {name for name, _ in overrides})
     return spec
@@ -96,9 +99,12 @@ def _check_consent(spec: "StudySpec", given: set[str]) -> None:
         "scoring.allow_code_execution": spec.scoring.allow_code_execution,
         "scoring.weaker_sandbox": spec.scoring.weaker_sandbox,
     }
+    asked["metrics"] = bool(spec.metrics)
     missing = [name for name, needed in asked.items() if needed and name not in given]
     if missing:
-        flags = " ".join(f"--{name} {spec.model.attn_implementation if name.endswith('implementation') else 'true'}" for name in missing)
+        values = {"model.attn_implementation": spec.model.attn_implementation}
+        values["metrics"] = shlex.quote(json.dumps([metric.model_dump() for metric in spec.metrics]))
+        flags = " ".join(f"--{name} {values.get(name, 'true')}" for name in missing)
         raise ModelError(
             f"the study in {spec.folder} asks to run code: {', '.join(missing)}. A folder cannot allow that by itself: if you trust its "
             f"source, add {flags}."

@@ -68,10 +68,11 @@ def is_running(folder: Path) -> bool:
 def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
     from loratune.cli.status_scores import score_summary
+    from loratune.record import RUNNING
     from loratune.record.nodes import by_node
 
     progress, running = record.progress, is_running(record.folder)
-    states = [trial.state for trial in record.trials]
+    states = ["interrupted" if trial.state == RUNNING and not running else str(trial.state) for trial in record.trials]
     budget = record.spec.get("budget", {}).get("trials")
     return {
         "name": record.name,
@@ -99,13 +100,18 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "tokens": record.tokens,
         "tokens_per_second": progress.get("tokens_per_second") if running else None,
         "device_seconds": record.device_seconds,
+        "cost": record.cost if not running else progress.get("cost"),
+        "budget_max_cost": record.spec.get("budget", {}).get("max_cost"),
+        "currency": record.currency,
         "wall_seconds": max(record.wall_seconds, progress.get("wall_seconds", 0.0)),
         "seconds_left": progress.get("seconds_left") if running else None,
     }
 
 
 def _brief(trial: "Trial | None") -> dict[str, Any] | None:
-    return None if trial is None else {"trial": trial.number, "state": trial.state, "value": trial.value, "params": trial.params}
+    if trial is None:
+        return None
+    return {"trial": trial.number, "state": trial.state, "value": trial.value, "scores": trial.scores, "params": trial.params}
 
 
 def _front(record: "StudyRecord") -> list[dict[str, Any]]:
@@ -224,11 +230,14 @@ def _node_table(shares: list[dict[str, Any]]) -> "Table":
 
 
 def _state(now: dict[str, Any]) -> str:
+    from loratune.system.formatting import plural
+
     if now["running"]:
         ago = f", last heartbeat {now['seconds_since_update']:.0f} s ago" if now["seconds_since_update"] is not None else ""
         nodes, devices = now["nodes"], now["devices"]
         where = "" if nodes is None else f", {devices} device{'s' * (devices != 1)} on {nodes} node{'s' * (nodes != 1)}"
         return f"running (process {now['pid']} on {now['host']}{ago}{where})"
     if now["finished"]:
-        return "finished"
+        paused, more = now["trials"].get("running", 0), f"a larger one continues: loratune run {now['folder']}"
+        return f"the budget is spent, {plural(paused, 'trial')} paused; {more}" if paused else "finished"
     return f"stopped; to continue: loratune run {now['folder']}"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.record import COMPLETE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
 from loratune.record.nodes import by_node
-from loratune.system.formatting import count, duration, in_order, label, loss, plural, show
+from loratune.system.formatting import count, duration, in_order, label, loss, money, plural, show
 from loratune.work import Outcome
 
 if TYPE_CHECKING:
@@ -65,10 +65,17 @@ def totals(numbers: dict[str, Any]) -> list[str]:
         f"{count(speed)} tokens/s" if speed else "",
         f"{duration(numbers['wall_seconds'])} elapsed",
         f"{numbers['device_seconds'] / 3600:.2f} device-hours",
+        _cost(numbers.get("cost"), numbers.get("budget_max_cost"), numbers.get("currency", "")),
         f"{count(tokens)} training tokens" if tokens is not None else "",
         f"about {duration(left)} left" if left is not None else "",
     ]
     return [part for part in said if part]
+
+
+def _cost(spent: float | None, most: float | None, currency: str) -> str:
+    if spent is None:
+        return ""
+    return money(spent, currency) if most is None else f"{spent:.2f} of {money(most, currency)}"
 
 
 def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
@@ -108,10 +115,11 @@ def result(record: StudyRecord) -> list[str]:
     if record.best is None or record.best.value is None:
         messages = [f"The last message, of trial {trial.number}: {trial.message}" for trial in record.trials if trial.message]
         return [f"No trial was trained to its end ({counts(record.trials)}).", *messages[-1:]]
+    price = "" if record.cost is None else f", {money(record.cost, record.currency)}"
     return [
         f"Validation loss after {plural(len(record.trials), 'trial')} ({counts(record.trials)}):",
         *(f"  {line}" for line in standing(record)),
-        f"Cost: {record.device_seconds / 3600:.2f} device-hours{_on_nodes(record)}, {count(record.tokens)} training tokens.",
+        f"Cost: {record.device_seconds / 3600:.2f} device-hours{_on_nodes(record)}{price}, {count(record.tokens)} training tokens.",
     ]
 
 

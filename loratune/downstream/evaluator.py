@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from loratune.downstream.answering import vllm_server
 from loratune.downstream.events import Event, EventMerger
-from loratune.downstream.job import BenchmarkRun, EvaluationJob, build_all, open_runs, run_job
+from loratune.downstream.job import ENGINES, VLLM, BenchmarkRun, EvaluationJob, HarnessRun, build_all, open_runs, run_job
 from loratune.downstream.parallel import run_jobs, share_out
 from loratune.downstream.results.scores import sole_evaluation
 from loratune.downstream.results.search_items import search_items
@@ -38,6 +39,12 @@ def score_models(job: EvaluationJob, *, loaded: "BaseModel | None" = None, stop:
     stop = stop or threading.Event()
     if len({model.name for model in job.models}) < len(job.models) or len(set(job.benchmarks)) < len(job.benchmarks):
         raise EvaluationError("a model or a benchmark is named twice.")
+    if job.engine not in ENGINES or (job.server is not None and job.engine != VLLM):
+        raise EvaluationError(
+            f"engine: {' or '.join(ENGINES)}, and an address of a server with {VLLM} alone; got {job.engine}, {job.server}."
+        )
+    if job.engine == VLLM:
+        vllm_server.refuse_job(job)
     benchmarks, tasks = build_all(job)
     may_run(benchmarks, tasks, job.tasks, allow=job.allow_code_execution, weaker=job.weaker_sandbox)
     with sole_evaluation(job.folder):
@@ -53,13 +60,28 @@ def score_models(job: EvaluationJob, *, loaded: "BaseModel | None" = None, stop:
         if not any(run.unfinished() for run in runs):
             yield Message(text="Nothing to do: everything is already scored.")
             return
-        jobs = [job] if loaded is not None else share_out(job, runs)
-        titles = [run.title(number, len(runs)) for number, run in enumerate(runs, 1)]
-        merger = EventMerger(titles, [[run.of(own.names).standing() for run in runs] for own in jobs])
-        here = ((0, event) for event in run_job(job, runs, interrupted=stop.is_set, loaded=loaded))
-        with contextlib.closing(run_jobs(jobs, stop) if len(jobs) > 1 else here) as events:
-            try:
-                for number, event in events:
-                    yield from merger.merge(number, event)
-            except InterruptedError:
-                yield Message(text="Stopped; the answers so far are kept.")
+        try:
+            for stage in _stages(job, runs, loaded):
+                yield from _score(stage, runs, loaded, stop)
+        except InterruptedError:
+            yield Message(text="Stopped; the answers so far are kept.")
+
+
+def _stages(job: EvaluationJob, runs: list[BenchmarkRun | HarnessRun], loaded: "BaseModel | None") -> list[list[EvaluationJob]]:
+    """Jobs by the time at which they run: those of a stage side by side, each in a process of its own where there are several."""
+    if job.engine == VLLM:
+        return [[server] for server in vllm_server.server_groups(job, {name for run in runs for name in run.unfinished()})]
+    return [[job] if loaded is not None else share_out(job, runs)]
+
+
+def _score(
+    jobs: list[EvaluationJob], runs: list[BenchmarkRun | HarnessRun], loaded: "BaseModel | None", stop: threading.Event
+) -> Iterator[Event]:
+    """Run the jobs of a stage. Raises InterruptedError."""
+    runs = [run.of({name for job in jobs for name in job.names}) for run in runs]
+    titles = [run.title(number, len(runs)) for number, run in enumerate(runs, 1)]
+    merger = EventMerger(titles, [[run.of(own.names).standing() for run in runs] for own in jobs])
+    here = ((0, event) for event in run_job(jobs[0], runs, interrupted=stop.is_set, loaded=loaded))
+    with contextlib.closing(run_jobs(jobs, stop) if len(jobs) > 1 else here) as events:
+        for number, event in events:
+            yield from merger.merge(number, event)

@@ -14,11 +14,16 @@ from loratune.downstream.events import BenchmarkBegan, BenchmarkProgress, Event
 from loratune.downstream.results.scores import ResultWriter, adapter_fingerprint, describe_model
 from loratune.downstream.tasks.base import Benchmark, Item, constant_scores, stratified
 from loratune.downstream.tasks.benchmarks import HARNESS, build_benchmark
+from loratune.downstream.tasks.generated import AnswerSet, GeneratedAnswers
 from loratune.system.files import write_atomically
 from loratune.work import Json, Message, ModelRecipe
 
 if TYPE_CHECKING:
+    from loratune.downstream.answering.answering_engine import AnsweringEngine
     from loratune.finetune.model import BaseModel
+
+_SPECIAL = 16  # tokens that a tokenizer may put around a text
+LOCAL, VLLM = ENGINES = ("loratune", "vllm")  # who answers (answering/answering_engine.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,7 @@ class EvaluationJob(Json):
     recipe: ModelRecipe
     models: tuple[EvaluatedModel, ...]
     benchmarks: tuple[str, ...]
+    answers: tuple[AnswerSet, ...] = ()  # besides, for a study's own metrics
     validation: Path  # the prepared data (data/prepare.py) whose losses were recorded
     recorded_base: float | None = None  # the bare model's validation loss
     data: Path | None = None  # the benchmarks' own data; None: the hub
@@ -48,6 +54,8 @@ class EvaluationJob(Json):
     device: str = "auto"
     allow_code_execution: bool = False
     weaker_sandbox: bool = False
+    engine: str = LOCAL
+    server: str | None = None  # address of a vLLM server that runs already
 
     @property
     def names(self) -> list[str]:
@@ -138,6 +146,8 @@ def harness_name(task: str) -> str:
 def build_all(job: EvaluationJob) -> tuple[list[Benchmark], list[str]]:
     """The job's benchmarks, and its tasks of lm-evaluation-harness. Raises EvaluationError, DataError."""
     own = [build_benchmark(name, job.data, weaker=job.weaker_sandbox) for name in job.benchmarks if not name.startswith(HARNESS)]
+    trusted = job.recipe.trust_remote_code
+    own += [GeneratedAnswers(one, job.validation, seed=job.seed, trust_remote_code=trusted) for one in job.answers]
     return own, [name.removeprefix(HARNESS) for name in job.benchmarks if name.startswith(HARNESS)]
 
 
@@ -149,7 +159,10 @@ def open_runs(job: EvaluationJob, benchmarks: Sequence[Benchmark], tasks: Sequen
     def writers(name: str, **more: Any) -> dict[str, ResultWriter]:
         return {
             model: ResultWriter(
-                job.folder, model, name, {"benchmark": name, "base": origin, "adapter": fingerprint, "seed": job.seed, **more}
+                job.folder,
+                model,
+                name,
+                {"benchmark": name, "base": origin, "adapter": fingerprint, "seed": job.seed, "engine": job.engine, **more},
             )
             for model, fingerprint in fingerprints.items()
         }
@@ -161,7 +174,7 @@ def open_runs(job: EvaluationJob, benchmarks: Sequence[Benchmark], tasks: Sequen
         allowed = [item for item in items if item.id not in excluded]
         run = BenchmarkRun(
             benchmark=benchmark,
-            items=stratified(allowed, job.subset, job.seed),
+            items=allowed if benchmark.drawn else stratified(allowed, job.subset, job.seed),
             writers=writers(benchmark.name, version=benchmark.version),
             left_out=len(excluded),
             left=len(allowed),
@@ -183,54 +196,62 @@ def run_job(
 
     Raises InterruptedError when `interrupted` says so, and the errors of `score_models`; the answers so far are kept.
     """
-    running = _Running(job, interrupted, loaded)
+    from loratune.downstream.answering.answering_engine import open_engine
+
+    engine = open_engine(job, longest=_longest(job, runs), interrupted=interrupted, loaded=loaded)
+    running = _Running(job, engine, interrupted)
     try:
         yield from running.check_adapters()
         for number, run in enumerate(runs):
             yield BenchmarkBegan(number)
             yield from running.answer(run) if isinstance(run, BenchmarkRun) else running.judge(run)
     finally:
-        running.adapters.close()
+        engine.close()
 
 
+def _longest(job: EvaluationJob, runs: Sequence[BenchmarkRun | HarnessRun]) -> int:
+    """Tokens that no sequence exceeds, a validation example included; there are at most as many as bytes."""
+    from loratune.data.prepared import Prepared
+
+    texts = [
+        len(item.prompt.encode()) + max((len(choice.encode()) for choice in item.choices), default=run.benchmark.max_new_tokens)
+        for run in runs
+        if isinstance(run, BenchmarkRun)
+        for item in run.items
+    ]
+    examples = Prepared.load(job.validation).validation.lengths if job.engine != LOCAL and any(m.adapter for m in job.models) else ()
+    return max([*texts, *map(int, examples)], default=0) + _SPECIAL
+
+
+@dataclass(frozen=True)
 class _Running:
-    """The frozen model with the job's adapters hooked in."""
+    """A job whose engine is ready."""
 
-    def __init__(self, job: EvaluationJob, interrupted: Callable[[], bool], loaded: "BaseModel | None") -> None:
-        from loratune.downstream.answering.adapter_stack import Adapters, read_adapter
-        from loratune.finetune.model import choose_device, load
-
-        self.job, self.interrupted = job, interrupted
-        self.base = loaded or load(job.recipe, choose_device(job.device))
-        self.tuned = [model for model in job.models if model.adapter is not None]
-        adapters = [read_adapter(model.adapter, self.base) for model in self.tuned if model.adapter]
-        self.adapters = Adapters(self.base, [None, *adapters])  # the bare model has a place in any case
-        self.places = {model.name: 0 for model in job.models} | {model.name: place for place, model in enumerate(self.tuned, 1)}
+    job: EvaluationJob
+    engine: "AnsweringEngine"
+    interrupted: Callable[[], bool]
 
     def check_adapters(self) -> Iterator[Event]:
         from loratune.data.prepared import Prepared
-        from loratune.downstream.answering.adapter_check import AdapterChecker, check_summary
+        from loratune.downstream.answering.adapter_check import check_summary
 
-        if not self.tuned:
+        tuned = [model for model in self.job.models if model.adapter is not None]
+        if not tuned:
             return
-        tokens, recorded_base = Prepared.load(self.job.validation).validation, self.job.recorded_base
-        checker = AdapterChecker(self.base, self.adapters, tokens, base_place=0, recorded_base=recorded_base, interrupted=self.interrupted)
+        checker = self.engine.checker(Prepared.load(self.job.validation).validation, self.job.recorded_base, self.interrupted)
         checks = []
-        for model in self.tuned:
-            checks.append(checker.check(self.places[model.name], describe_model(model.name), model.loss))
+        for model in tuned:
+            checks.append(checker.check(self.engine.place(model.name), describe_model(model.name), model.loss))
             write_atomically(self.job.folder / model.name / "proof.json", checks[-1].to_json() + "\n")
         yield Message(text=f"Adapter check: {check_summary(checks)}.")
 
     def answer(self, run: BenchmarkRun) -> Iterator[Event]:
-        from loratune.downstream.answering.answerer import Answerer
-
-        answerer, benchmark, began = Answerer(self.base, self.adapters), run.benchmark, time.monotonic()
+        benchmark, began = run.benchmark, time.monotonic()
         standing = run.standing()
         done, total = standing.done, standing.total
         for names, items in run.lacking().items():
             mark = time.monotonic()
-            places = [self.places[name] for name in names]
-            answered = answerer.answers(benchmark, items, places, seed=self.job.seed, interrupted=self.interrupted)
+            answered = self.engine.answers(benchmark, items, names, seed=self.job.seed, interrupted=self.interrupted)
             for batch, answers in answered:
                 judged = _judged(benchmark, batch, [[answer.text for answer in own] for own in answers])
                 seconds = (time.monotonic() - mark) / len(names)
@@ -245,15 +266,12 @@ class _Running:
             run.describe(model, self.job.subset)
 
     def judge(self, run: HarnessRun) -> Iterator[Event]:
-        from loratune.downstream.tasks.harness import run_task
-
         began, job, standing, unfinished = time.monotonic(), self.job, run.standing(), run.unfinished()
         models = [model for model in job.models if model.name in unfinished]
         for number, model in enumerate(models, 1):
             if self.interrupted():
                 raise InterruptedError
-            mark, place, code = time.monotonic(), self.places[model.name], job.allow_code_execution
-            judged = run_task(run.task, self.base, self.adapters, place, folder=job.tasks, limit=job.subset, allow_code=code, seed=job.seed)
+            mark, judged = time.monotonic(), self.engine.harness(run.task, model.name)
             facts = {"title": run.task, "chance": judged.chance, "version": judged.version, "metric": judged.metric}
             facts |= {"mean_over_groups": False, "items": len(judged.lines), "validation_loss": model.loss}
             run.writers[model.name].describe(facts)

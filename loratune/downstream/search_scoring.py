@@ -8,19 +8,21 @@ released after it: between two trials the device is training's.
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune.downstream.evaluator import score_models
 from loratune.downstream.events import BenchmarkProgress, Event
-from loratune.downstream.job import EvaluatedModel, EvaluationJob
+from loratune.downstream.job import EvaluatedModel, EvaluationJob, build_all
+from loratune.downstream.metric_functions import OwnMetrics
 from loratune.downstream.results.scores import model_name, read_results
 from loratune.downstream.results.search_items import keep_search_items
 from loratune.downstream.tasks.base import stratified
 from loratune.downstream.tasks.benchmarks import build_benchmark
 from loratune.errors import EvaluationError, SpecError
+from loratune.spec.own_metrics import OwnMetric
 
 if TYPE_CHECKING:
     from loratune.finetune.model import BaseModel
@@ -45,14 +47,16 @@ class Scorer:
     """
 
     job: EvaluationJob  # without models; its folder is the study's `scoring`
+    metrics: Sequence[OwnMetric] = ()  # the study's own, whose answers are among the job's
     hold: bool = False
     _loaded: "BaseModel | None" = field(default=None, init=False)
+    _own: OwnMetrics | None = field(default=None, init=False)
 
     def prepare(self) -> None:
         """Draw the items, or check that they are still the same, and that the benchmarks may and can be scored.
 
         Raises SpecError when too few would be left to report with, StorageError when the benchmark's data changed, and
-        the errors that `score_models` raises before anything is computed.
+        the errors that `score_models` raises before anything is computed; SpecError and StorageError of the own metrics' functions.
         """
         drawn, job, number = {}, self.job, self.job.subset or 0
         for name in job.benchmarks:
@@ -63,7 +67,11 @@ class Scorer:
                     "may guide the search: the others are needed to report its result"
                 )
             drawn[name] = [item.id for item in stratified(everything, number, job.seed)]
-        keep_search_items(job.folder.parent, drawn)
+        if drawn:
+            keep_search_items(job.folder.parent, drawn)
+        if self.metrics:
+            sets = [benchmark for benchmark in build_all(job)[0] if benchmark.drawn]
+            self._own = OwnMetrics(self.metrics, job.folder, {benchmark.name: benchmark.items() for benchmark in sets})
         for _ in self._evaluate((), threading.Event()):
             pass
         if self.hold:
@@ -85,6 +93,11 @@ class Scorer:
         found = {result.benchmark: result for result in read_results(self.job.folder) if result.model == name}
         if all(benchmark in found and found[benchmark].done for benchmark in self.job.benchmarks):
             scores = {benchmark: found[benchmark].score.value for benchmark in self.job.benchmarks}
+            if self._own is not None:
+                own = self._own.measure(name)
+                if not own:
+                    return
+                scores |= own
             yield ScoringProgress(done=total, total=total, seconds=time.monotonic() - began, scores=scores)
 
     def _evaluate(self, models: tuple[EvaluatedModel, ...], stop: threading.Event) -> Iterator[Event]:

@@ -69,7 +69,7 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
     LoRA dropout is then the only randomness in training, which makes a run a pure function of its seed.
     Raises ModelError, saying what is missing, for a folder or hub id that does not hold a causal language model.
     """
-    _config(recipe)
+    load_config(recipe)
     tokenizer = load_tokenizer(recipe.name_or_path, recipe.revision, recipe.trust_remote_code)
     model = load_network(recipe, device, silent=silent)
     if device.type != "meta" and not is_causal(model):
@@ -84,7 +84,7 @@ def load(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> B
 def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = True) -> transformers.PreTrainedModel:
     """The model of `load`, without its tokenizer. Raises ModelError."""
     dtype = choose_dtype(recipe.dtype, device)
-    config = _config(recipe)
+    config = load_config(recipe)
     if silent:
         _silence(config)
     options: dict[str, Any] = {"config": config, "dtype": dtype, **_common(recipe)}
@@ -118,7 +118,7 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
 
 def bare_model(recipe: ModelRecipe) -> Any:
     """The recipe's model without weights, on torch's meta device. Raises ModelError for one that cannot be built."""
-    config = _config(recipe)
+    config = load_config(recipe)
     with _explained(recipe, "layers"), torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
 
@@ -181,7 +181,8 @@ def _check_folder(recipe: ModelRecipe) -> None:
         raise ModelError(f"model: {name} holds no config.json. Give the folder that `save_pretrained` wrote.")
 
 
-def _config(recipe: ModelRecipe) -> transformers.PretrainedConfig:
+def load_config(recipe: ModelRecipe) -> transformers.PretrainedConfig:
+    """Its config.json. Raises ModelError for what is no causal language model."""
     _check_folder(recipe)
     with _explained(recipe, "config.json"):
         config = transformers.AutoConfig.from_pretrained(recipe.name_or_path, **_common(recipe))

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratune.errors import SpecError
@@ -192,17 +192,43 @@ def _score(trial: Measured, *, name: str) -> float:
 
 
 class _Metrics(Registry[MetricPlug]):
-    """The metrics; of every benchmark its score is one."""
+    """The metrics; of every benchmark its score is one, and a description may declare its own.
+
+    `names` has those of the description that was read last; those of earlier ones are still found by name.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._declared: dict[str, MetricPlug] = {}
+        self._latest: tuple[str, ...] = ()
+
+    def declare(self, plugs: Iterable[MetricPlug]) -> None:
+        """The metrics of a description, in place of earlier ones' of these names."""
+        new = {plug.name: plug for plug in plugs}
+        self._declared |= new
+        self._latest = tuple(new)
+
+    @property
+    def ever(self) -> tuple[str, ...]:
+        """Also those of earlier descriptions."""
+        return tuple(dict.fromkeys([*self.names, *self._declared]))
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names that no description may take."""
+        return super().names
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*super().names, *BENCHMARKS.names]))
+        return tuple(dict.fromkeys([*super().names, *BENCHMARKS.names, *self._latest]))
 
     @property
     def builtin(self) -> tuple[str, ...]:
         return (*super().builtin, *BENCHMARKS.builtin)
 
     def __getitem__(self, name: str) -> MetricPlug:
+        if name in self._declared and name not in self.known:
+            return self._declared[name]
         if name not in BENCHMARKS:
             return super().__getitem__(name)
         return MetricPlug(
@@ -216,7 +242,8 @@ class _Metrics(Registry[MetricPlug]):
 
     def read(self, name: str, trial: Measured) -> float:
         """The metric of a trial; NaN where it was not measured."""
-        return float(self[name].factory(trial) if name in BENCHMARKS else self.factory(name)(trial))
+        scored = name in BENCHMARKS or self[name].own
+        return float(self[name].factory(trial) if scored else self.factory(name)(trial))
 
     def label(self, name: str) -> str:
         """As a report calls it; a name that no plug has any more as it is."""

@@ -103,3 +103,4 @@ class MetricPlug(Plug):
     known: Literal["before", "during", "after"] = "after"
     """before: from hyperparameters and model alone; during: once above a bound, more training does not bring it below; after: else."""
     benchmark: bool = False  # a benchmark's score: measured when a full run ends, 0 to 1
+    own: bool = False  # a function of the user's (`metrics` of the description): measured when a full run ends, any number

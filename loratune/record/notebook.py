@@ -15,13 +15,14 @@ _WIDTH, _HEIGHT, _EDGE = 560, 150, 24  # of the picture, pixels
 
 
 def rows(trials: "Sequence[Trial]") -> list[dict[str, Any]]:
-    """A mapping per trial: number, state, what was searched, validation loss (nats), share of a full run, tokens, device-seconds."""
+    """Per trial: number, state, what was searched, validation loss (nats), scores, share of a full run, tokens, device-seconds."""
     return [
         {
             "trial": trial.number,
             "state": str(trial.state.value),
             **trial.params,
             "validation_loss": trial.value,
+            **trial.scores,
             "length": trial.length,
             "tokens": trial.tokens,
             "device_seconds": trial.device_seconds,

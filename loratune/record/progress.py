@@ -11,6 +11,7 @@ from loratune.record.states import TrialState
 from loratune.record.trials import Trial
 from loratune.work import Outcome, Progress
 
+_SCORING = "/scoring"  # a trial's row while it is scored
 _WINDOW = 30.0  # seconds over which tokens per second are averaged
 
 
@@ -27,6 +28,11 @@ class ProgressTracker:
     budget_runs: float | None = None  # full runs, where they are the budget
     runs: float = 0.0  # settled so far
     left: float | None = None  # nats below the best that are left to find, with 90 %, where the sampler can tell
+    devices: int = 1  # that train one trial
+    earlier_device_seconds: float = 0.0  # of former sessions, what was paused there included
+    price: float | None = None  # of a device-hour
+    budget_cost: float | None = None
+    currency: str = ""
     _started: float = field(default_factory=time.monotonic)
     _running: dict[str, dict[str, Any]] = field(default_factory=dict)
     _trials: dict[int, Trial] = field(default_factory=dict)
@@ -36,6 +42,9 @@ class ProgressTracker:
     _tokens: int = 0
     _ended: int = 0
     _best: Trial | None = None
+    _at_work: set[str] = field(default_factory=set)  # segments and scorings that were heard of and run
+    _busy: float = 0.0  # device-seconds of this session, by the clock
+    _ticked: float = field(default_factory=time.monotonic)
 
     @property
     def wall_seconds(self) -> float:
@@ -50,6 +59,23 @@ class ProgressTracker:
         """Training tokens of the settled trials."""
         return self._tokens
 
+    @property
+    def spent_device_seconds(self) -> float:
+        """Of all starts, with what runs now: its own seconds are known at its end; until then a process at work counts by the clock."""
+        self._tick()
+        return max(self.device_seconds, self.earlier_device_seconds + self._busy)
+
+    @property
+    def cost(self) -> float | None:
+        """That, at the price of a device-hour; None without a price."""
+        return None if self.price is None else self.spent_device_seconds / 3600 * self.price
+
+    def _tick(self) -> None:
+        now, scoring = time.monotonic(), sum(key.endswith(_SCORING) for key in self._at_work)
+        training = min(self.workers, len(self._at_work) - scoring)
+        self._busy += (now - self._ticked) * (training * self.devices + scoring)
+        self._ticked = now
+
     def began(self, key: str, total_steps: int, start_step: int) -> None:
         self._running[key] = {"trial": int(key.split("/")[0]), "run": key.split("/")[1], "step": start_step}
         self._running[key] |= {"total_steps": total_steps, "tokens": 0, "train_loss": None, "validation_loss": None}
@@ -58,6 +84,7 @@ class ProgressTracker:
         row = self._running.get(progress.key)
         if row is None:
             return
+        self._work(progress.key)
         self._speed.append((time.monotonic(), max(0, progress.tokens - row["tokens"])))
         row |= {"step": progress.step, "tokens": progress.tokens}
         losses = {"train_loss": progress.train_loss, "validation_loss": progress.validation_loss}
@@ -66,15 +93,25 @@ class ProgressTracker:
     def scoring(self, trial: int, done: int, total: int) -> None:
         """So many of the answers that guide the search are there."""
         row = {"trial": trial, "run": "scoring", "step": done, "total_steps": total, "tokens": 0}
-        self._running[f"{trial:04d}/scoring"] = row | {"train_loss": None, "validation_loss": None}
+        self._running[f"{trial:04d}{_SCORING}"] = row | {"train_loss": None, "validation_loss": None}
+        self._work(f"{trial:04d}{_SCORING}")
 
     def scored(self, trial: int) -> None:
-        self._running.pop(f"{trial:04d}/scoring", None)
+        self._end_work(f"{trial:04d}{_SCORING}")
 
     def came(self, outcome: Outcome) -> None:
         """An outcome arrived from the executor (not from the record)."""
-        self._running.pop(outcome.key, None)
+        self._end_work(outcome.key)
         self._here += (outcome.train_seconds + outcome.validation_seconds) * outcome.devices
+
+    def _work(self, key: str) -> None:
+        self._tick()
+        self._at_work.add(key)
+
+    def _end_work(self, key: str) -> None:
+        self._tick()
+        self._running.pop(key, None)
+        self._at_work.discard(key)
 
     def spent(self, runs: float, left: float | None) -> None:
         """So many full runs more are settled; `left` is as of now."""
@@ -115,6 +152,9 @@ class ProgressTracker:
             "default": self._trials[0].value if 0 in self._trials else None,
             "tokens_per_second": sum(tokens for _, tokens in self._speed) / span if span > 1 else None,
             "device_seconds": self.device_seconds,
+            "cost": self.cost,
+            "budget_max_cost": self.budget_cost,
+            "currency": self.currency,
             "wall_seconds": self.wall_seconds,
             "seconds_left": left if self._ended else None,
         }

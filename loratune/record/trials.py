@@ -55,6 +55,11 @@ class Trial(Json):
         return self.length < 1
 
     @property
+    def scores(self) -> dict[str, float]:
+        """Benchmarks and own metrics that were measured when the full run ended, by name."""
+        return self.outcomes[-1].scores if self.outcomes else {}
+
+    @property
     def device_seconds(self) -> float:
         """Of training and validation, on every device, and of scoring, on one."""
         return sum((o.train_seconds + o.validation_seconds) * o.devices + o.scoring_seconds for o in self.outcomes)
@@ -161,6 +166,21 @@ class StudyRecord:
         return sum(t.tokens for t in self.trials)
 
     @property
+    def spent_device_seconds(self) -> float:
+        """With what running and paused trials took so far, which no outcome tells yet."""
+        return max([self.device_seconds, *(s.get("device_seconds", 0.0) for s in self.sessions)])
+
+    @property
+    def cost(self) -> float | None:
+        """That, at `budget.price_per_device_hour`; None without a price."""
+        price = self.spec.get("budget", {}).get("price_per_device_hour")
+        return None if price is None else self.spent_device_seconds / 3600 * price
+
+    @property
+    def currency(self) -> str:
+        return str(self.spec.get("budget", {}).get("currency") or "")
+
+    @property
     def wall_seconds(self) -> float:
         return sum(s.get("seconds", 0.0) for s in self.sessions)
 
@@ -213,7 +233,8 @@ def read_sessions(paths: StudyPaths) -> list[dict[str, Any]]:
 
 def _session(text: str) -> dict[str, Any]:
     session = _mapping(json.loads(text))
-    return session | {"seconds": float(session.get("seconds", 0.0)), "number": int(session.get("number", 0))}
+    seconds = {name: float(session.get(name, 0.0)) for name in ("seconds", "device_seconds")}
+    return session | seconds | {"number": int(session.get("number", 0))}
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -243,7 +264,7 @@ _READ: dict[str, dict[str, Any]] = {  # what readers take from a description wit
     "": {"name": (str, type(None)), "seed": int},
     "sampler": {"name": str},
     "schedule": {"name": str},
-    "budget": {"trials": int},
+    "budget": {"trials": int, "price_per_device_hour": (int, float, type(None))},
     "model": {"name_or_path": str, "revision": (str, type(None))},
     "executor": {"device": str},
     "output": {},

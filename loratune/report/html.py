@@ -74,8 +74,22 @@ def _environment() -> jinja2.Environment:
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    spelt = ("show", "loss", "signed", "perplexity", "duration", "count", "plural", "label", "percent", "points", "measured", "metric")
-    found.globals |= {name: getattr(formatting, name) for name in spelt}
+    spelt = (
+        "show",
+        "loss",
+        "signed",
+        "perplexity",
+        "duration",
+        "count",
+        "plural",
+        "label",
+        "percent",
+        "points",
+        "measured",
+        "metric",
+        "money",
+    )
+    found.globals |= {name: getattr(formatting, name) for name in (*spelt, "money")}
     found.globals |= {"rule": RULE, "tables": tables, "votes": summary_lines, "describe_model": describe_model, "repr": repr}
     found.globals |= {"exp": math.exp}
     return found
@@ -133,6 +147,7 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "less_far": any(t.state in (PAUSED, PRUNED) for t in record.trials),
         "searched": tables.searched(record),
         "columns": tables.table_columns(record),
+        "scores": list(dict.fromkeys(name for trial in record.trials for name in trial.scores)),
         "top": top,
         "others": others,
         "plots": plots,

@@ -24,13 +24,22 @@ def spec_rows(record: StudyRecord) -> list[tuple[str, str]]:
     goals = [f"{metric(name)}{' (more is better)' if way == 'maximize' else ''}" for name, way in record.objectives.items()]
     rows += [("Objectives", "; ".join(goals))] if len(goals) > 1 else []
     rows += [("Constraints", "; ".join(spec["constraints"]))] if spec.get("constraints") else []
+    if own := spec.get("metrics"):
+        rows.append(("Own metrics", "; ".join(map(_own_metric, own))))
     options = show(sampler.get("options") or {})
     rows.append(("Sampler", sampler_of(record).split(" + ")[0] + (f" ({options})" if options else "")))
     if schedule.get("name", "full") == "full":
-        rows.append(("Schedule", "full: every configuration is trained to the end"))
+        short = " but the short runs of the search" if any(trial.short for trial in record.trials) else ""
+        rows.append(("Schedule", f"full: every configuration{short} is trained to the end"))
     else:
         rows.append(("Schedule", f"{schedule.pop('name')}: {show(schedule)}"))
     return [*rows, ("Seed", show(spec.get("seed")))]
+
+
+def _own_metric(metric: dict[str, Any]) -> str:
+    way = "more is better" if metric["direction"] == "maximize" else "less is better"
+    source = metric["data"] or "the validation set"
+    return f"{metric['name']}, {way}: {metric['function']} of up to {metric['examples']} answers to {source}"
 
 
 def _notes(record: StudyRecord) -> list[str]:
@@ -147,6 +156,7 @@ def _budget(budget: dict[str, Any]) -> str:
             ("max_tokens", "training tokens"),
             ("max_hours", "hours"),
             ("max_device_hours", "device-hours"),
+            ("max_cost", str(budget.get("currency") or "in cost")),
         )
         if budget.get(name)
     )

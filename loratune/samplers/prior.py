@@ -120,8 +120,7 @@ def recommend(facts: Facts) -> Recommendation:
         counted = min(max(facts.examples, known["data"]["fewest"]), known["data"]["most"])
         shift = known["data"]["exponent"] * math.log10(counted / reference["examples"])
         centre += shift
-        if abs(shift) > 0.05:
-            reasons["learning_rate"] += f"; times {10**shift:.2g} for {facts.examples:,} examples"
+        reasons["learning_rate"] += _factor(shift, f"for {facts.examples:,} examples")
     outside = sd > limit()
     if outside:
         notes.append(f"{width:,} wide is narrower than what the findings cover: the learning rate is an extrapolation")
@@ -131,6 +130,9 @@ def recommend(facts: Facts) -> Recommendation:
         ratio, source = known["ratio_outside"]["value"], known["ratio_outside"]["source"]
         reasons["alpha_ratio"] = f"alpha / r {ratio:g} for a model outside the findings: {source}"
     rank, reasons["lora_r"] = _rank(facts)
+    scaled = ratio * reference["lora_r"] / reference["lora_alpha"]
+    reasons["learning_rate"] += _factor(-_weight("s") * math.log10(scaled), f"at alpha / r {ratio:g}")
+    reasons["learning_rate"] += _factor(-_weight("g") * math.log10(rank / reference["lora_r"]), f"at r {rank}")
     values: dict[str, Any] = {
         "learning_rate": _rounded(learning_rate(centre, ratio, rank)),
         "lora_r": rank,
@@ -160,8 +162,13 @@ def _batch_size(facts: Facts) -> tuple[int, str]:
     most, steps = int(rule["most"]), int(rule["fewest_steps"])
     if facts.examples is None or facts.examples >= most * steps:
         return most, "quality falls above 128"
-    batch = _power(max(1, facts.examples // steps))
+    batch = _power(max(int(rule["fewest"]), facts.examples // steps))
     return batch, f"about {facts.examples // batch:,} steps in an epoch of {facts.examples:,} examples; never above 128"
+
+
+def _factor(change: float, why: str) -> str:
+    """A factor of the learning rate in words, from its change in factors of ten; empty where it is about 1."""
+    return "" if abs(change) < 0.01 else f"; times {10**change:.2g} {why}"
 
 
 def _power(number: int) -> int:

@@ -33,6 +33,7 @@ from loratune.selection.rerun import AGAIN, CHECK, RACE, Event, Rerun, RerunCost
 from loratune.selection.rule import Choice, Rule, choose
 from loratune.selection.selected import SelectionRecord, Shipped, UnbiasedLoss
 from loratune.selection.trial_metrics import metric_names
+from loratune.spec.own_metrics import declare
 from loratune.statistics import student_mean
 from loratune.system.files import AnyPath
 from loratune.work import Message
@@ -108,6 +109,7 @@ class _Selection:
 
     def __post_init__(self) -> None:
         study = self.study
+        declare(study.spec.get("metrics"))
         self.seed = int(study.spec["seed"])
         self.scores = scores_of(study)
         self.notes: list[str] = []

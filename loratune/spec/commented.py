@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel
 
 from loratune.spec.hyperparameters import NAMES
+from loratune.spec.own_metrics import OwnMetric
 from loratune.spec.sections import Source
 from loratune.spec.space import PRESETS
 from loratune.spec.study_spec import StudySpec
@@ -48,6 +49,9 @@ def _lines(model: type[BaseModel], given: dict[str, Any], depth: int) -> Iterato
             value = list(value) if isinstance(value, tuple) else value
             text = yaml.safe_dump([value], default_flow_style=True, width=1000, allow_unicode=True).strip()[1:-1]
             yield f"{'  ' * depth}{name}: {text}  # {field.description}"
+            if name == "metrics":
+                yield "# a metric that is a mapping has these fields:"
+                yield from (f"#   {inner}: {own.description}" for inner, own in OwnMetric.model_fields.items())
             if name == "train":
                 yield "  # a source that is a mapping has these fields:"
                 yield from (f"  #   {inner}: {source.description}" for inner, source in Source.model_fields.items())

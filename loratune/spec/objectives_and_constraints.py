@@ -5,7 +5,7 @@ trial is better than another in everything. A benchmark's name stands for its sc
 (`scoring.items`), which `loratune evaluate` then leaves out: what chose is not what reports.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
@@ -76,12 +76,12 @@ def checked(objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
     return objectives
 
 
-def limits(texts: Any) -> tuple[Constraint, ...]:
-    """The constraints of a description. Raises MistakesError with every mistake."""
+def limits(texts: Any, metrics: Collection[str]) -> tuple[Constraint, ...]:
+    """The constraints of a description on these metrics. Raises MistakesError with every mistake."""
     found, mistakes = [], list[tuple[FieldPath, str]]()
     for place, text in enumerate(texts):
         try:
-            limit = parse(text, METRICS.names)
+            limit = parse(text, metrics)
             if METRICS[limit.metric].benchmark and not 0 <= limit.bound <= 1:
                 raise ValueError(f"{limit}: a score is a share, from 0 to 1")
             found.append(limit)

@@ -373,7 +373,23 @@ class Budget(Section):
     )
     max_tokens: int | None = Field(None, ge=1, description="training tokens of all trials; null: no limit")
     max_hours: float | None = Field(None, gt=0, description="hours on the clock, over all starts; null: no limit")
-    max_device_hours: float | None = Field(None, gt=0, description="hours of training and validation, summed over devices; null: no limit")
+    max_device_hours: float | None = Field(
+        None, gt=0, description="hours of training, validation and scoring, summed over devices; null: no limit"
+    )
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        description="device-hours times price_per_device_hour, in its currency; null: no limit. What runs at a limit of hours "
+        "or cost is paused, and goes on with a larger one",
+    )
+    price_per_device_hour: float | None = Field(None, gt=0, description="price of an hour of one device; null: costs are not told")
+    currency: str = Field("", description="unit of the price, as it is shown: EUR")
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> Self:
+        if self.max_cost is not None and self.price_per_device_hour is None:
+            raise MistakesError(((("max_cost",), f"got {self.max_cost:g}; needs price_per_device_hour, that of an hour of one device"),))
+        return self
 
     @property
     def most(self) -> int:

@@ -18,6 +18,7 @@ from loratune.spec.hyperparameters import ALIASES, NAMES
 from loratune.spec.limits import Constraint
 from loratune.spec.loading import DEFAULT, SECTION_ALIASES, SHORTHAND, Written, lines_of
 from loratune.spec.objectives_and_constraints import Objective, checked, limits, listed, not_for
+from loratune.spec.own_metrics import OwnMetric, beside, declare, listed_metrics
 from loratune.spec.sections import Budget, Data, ExecutorSection, Model, Output, Sampler, ScheduleSection, Scoring, Section, Training
 from loratune.spec.space import PRESETS, SearchSpace
 from loratune.spec.validation_errors import MistakesError, found_in
@@ -44,6 +45,9 @@ class StudySpec(Section):
     constraints: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="limits on the same metrics: [adapter_mb <= 50, peak_memory_gib <= 24]"
     )
+    metrics: Annotated[tuple[OwnMetric, ...], Field(strict=False)] = Field(
+        (), description="measures of your own, functions of generated answers: [my_module:exact_match]"
+    )
     model: Model
     data: Data
     training: Training = Field(default_factory=Training)
@@ -64,6 +68,7 @@ class StudySpec(Section):
         written.add_mapping(given)
         if written.mistakes:
             raise MistakesError(written.mistakes)
+        declare(written.values.get("metrics"))
         return _with_space(_with_sampler(written.values))
 
     @field_validator("objectives", mode="before")
@@ -76,11 +81,23 @@ class StudySpec(Section):
     def _together(cls, given: tuple[Objective, ...]) -> tuple[Objective, ...]:
         return checked(given)
 
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _one_metric(cls, given: Any) -> Any:
+        return listed_metrics(given)
+
+    @model_validator(mode="after")
+    def _each_metric_once(self) -> Self:
+        names = [metric.name for metric in self.metrics]
+        if len(set(names)) < len(names):
+            raise MistakesError(((("metrics",), f"got {', '.join(names)}; each name may stand once"),))
+        return self
+
     @field_validator("constraints", mode="before")
     @classmethod
     def _readable(cls, given: Any) -> Any:
         several = listed(given)
-        return tuple(map(str, limits(several))) if isinstance(several, list | tuple) else several
+        return tuple(map(str, limits(several, METRICS.names))) if isinstance(several, list | tuple) else several
 
     @model_validator(mode="after")
     def _sampler_is_able(self) -> Self:
@@ -145,6 +162,8 @@ class StudySpec(Section):
             written.add_mapping(base)
         if path is not None:
             written.add_file(Path(path))
+            if "metrics" in written.values:
+                written.values["metrics"] = beside(written.values["metrics"], Path(path).parent)
         for name, text in overrides:
             written.add_flag(name, text)
         if written.unread:  # of a file that says nothing, every field would be missing
@@ -165,13 +184,18 @@ class StudySpec(Section):
     @property
     def limits(self) -> tuple[Constraint, ...]:
         """The constraints, read."""
-        return limits(self.constraints)
+        return limits(self.constraints, METRICS.ever)
 
     @property
     def scores(self) -> tuple[str, ...]:
         """The benchmarks among the objectives and constraints, which every finished trial is scored on."""
         metrics = [*(objective.name for objective in self.objectives), *(limit.metric for limit in self.limits)]
         return tuple(name for name in dict.fromkeys(metrics) if name in BENCHMARKS)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """All that a finished trial's adapter is asked to write for: those, and the description's own metrics."""
+        return (*self.scores, *(metric.name for metric in self.metrics))
 
     def masked(self) -> Self:
         """The description as it may be written down: without the password in the storage's URL."""
@@ -222,14 +246,20 @@ class StudySpec(Section):
         for sources in ("train", "validation"):
             fields[sources]["items"] = {"anyOf": [text, fields[sources]["items"]]}
             fields[sources] = {"anyOf": [text, {"$ref": "#/$defs/Source"}, fields[sources]]}
+        metric = {"anyOf": [{"enum": [*METRICS.known, *BENCHMARKS.names]}, text]}  # or one of `metrics`
+        schema["$defs"]["Objective"]["properties"]["name"] |= metric
+        del schema["$defs"]["Objective"]["properties"]["name"]["enum"]
         for name in ("objectives", "constraints"):  # one may stand without its list
             field = schema["properties"][name]
-            one = {"enum": list(METRICS.names)} if name == "objectives" else text
+            one = metric if name == "objectives" else text
             several = {**field, "items": {"anyOf": [one, field["items"]]}}
             schema["properties"][name] = {
                 "anyOf": [one, field["items"], several],
                 **{key: field[key] for key in ("description", "default")},
             }
+        own = schema["properties"]["metrics"]
+        own["items"] = {"anyOf": [text, own["items"]]}
+        schema["properties"]["metrics"] = {"anyOf": [text, {"$ref": "#/$defs/OwnMetric"}, own], "description": own["description"]}
         for section, meant in SHORTHAND.items():
             if section != "search_space":  # which knows its short forms
                 shorthand = schema["$defs"][_section_class(section)]["properties"][meant]
@@ -237,6 +267,9 @@ class StudySpec(Section):
         for section, registry in {"sampler": None, "schedule": SCHEDULES, "executor": EXECUTORS}.items():
             if registry is None or registry.names != registry.builtin:
                 schema["$defs"][_section_class(section)]["additionalProperties"] = True  # its own options may stand beside its name
+        known = {"anyOf": [metric["anyOf"][0], {"type": "object"}]}  # all there are, where the description has no metrics of its own
+        strict = {"objectives": {"anyOf": [*known["anyOf"], {"type": "array", "items": known}]}}
+        schema |= {"if": {"not": {"required": ["metrics"]}}, "then": {"properties": strict}}
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -299,6 +332,8 @@ def differences(old: StudySpec, new: StudySpec) -> list[str]:
     for path in dict.fromkeys([*before, *after]):
         was, now = before.get(path), after.get(path)
         if was == now:
+            continue
+        if path in ("budget.price_per_device_hour", "budget.currency"):
             continue
         if path.startswith("budget."):
             if now is not None and (was is None or now < was):

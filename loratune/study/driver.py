@@ -66,6 +66,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     _sampler(spec, workers=1)  # a mistake in a plug's options is told before the data are read
     schedules.of_study(spec)
     check(spec.training.report_to)
+    check_functions(spec)
     with open_record(spec.folder) as record, contextlib.ExitStack() as stack:
         guessed = _guessed(spec, record)
         spec = with_guess(spec, guessed.recommendation) if guessed is not None else spec
@@ -112,7 +113,13 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                 budget_runs=spec.budget.full_runs,
                 workers=executor.processes,
                 earlier_seconds=session.earlier_seconds,
+                devices=spec.training.devices_per_trial,
+                earlier_device_seconds=session.earlier_device_seconds,
+                price=spec.budget.price_per_device_hour,
+                budget_cost=spec.budget.max_cost,
+                currency=spec.budget.currency,
             )
+            session.meter = meter
             loop = Loop(
                 spec=spec,
                 record=record,
@@ -136,13 +143,21 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                     if over:
                         session.spent(spec)
                 finally:
-                    last = list(feed.close(over=over))
+                    last = list(feed.close(over=over and not loop.paused))  # what is paused may go on in its run
                 yield from last
         finally:
             executor.close()
             session.end()
         if not stop.is_set():
             remove_unneeded(spec, record.folder)
+
+
+def check_functions(spec: StudySpec) -> None:
+    """See that the functions of the study's own metrics are there, which are imported. Raises SpecError."""
+    if spec.metrics:
+        from loratune.downstream.metric_functions import functions_of
+
+        functions_of(spec.metrics)
 
 
 def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
@@ -239,9 +254,10 @@ def _sampler(spec: StudySpec, workers: int, guessed: Guess | None = None) -> Bas
 
 def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int]) -> "Scorer | None":
     """What scores the trials, where benchmarks are among the objectives and constraints."""
-    if not spec.scores:
+    if not spec.scored:
         return None
     from loratune.downstream.job import EvaluationJob
+    from loratune.downstream.metric_functions import answer_set
     from loratune.downstream.search_scoring import Scorer  # scipy: a second of import
 
     job = EvaluationJob(
@@ -249,6 +265,7 @@ def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int
         recipe=spec.recipe("").model,
         models=(),
         benchmarks=tuple(spec.scores),
+        answers=tuple(dict.fromkeys(map(answer_set, spec.metrics))),
         validation=data.folder,
         data=Path(spec.scoring.data) if spec.scoring.data else None,
         subset=spec.scoring.items,
@@ -258,7 +275,7 @@ def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int
         allow_code_execution=spec.scoring.allow_code_execution,
         weaker_sandbox=spec.scoring.weaker_sandbox,
     )
-    return Scorer(job=job, hold=EXECUTORS[spec.executor.name].in_process)
+    return Scorer(job=job, metrics=spec.metrics, hold=EXECUTORS[spec.executor.name].in_process)
 
 
 def _adopt(spec: StudySpec, record: Record) -> None:
@@ -332,6 +349,8 @@ class _Session:
     def __init__(self, record: Record) -> None:
         earlier = read_sessions(record.paths)
         self.earlier_seconds = sum(session["seconds"] for session in earlier)
+        self.earlier_device_seconds = max((session["device_seconds"] for session in earlier), default=0.0)
+        self.meter: ProgressTracker | None = None  # once there is one
         self._record, self._began, self._written = record, time.monotonic(), 0.0
         self._facts = {
             "number": max((session["number"] for session in earlier), default=0) + 1,
@@ -353,4 +372,5 @@ class _Session:
 
     def end(self) -> None:
         self._written = time.monotonic()
-        self._record.session(self._facts | {"seconds": self._written - self._began})
+        spent = self.earlier_device_seconds if self.meter is None else self.meter.spent_device_seconds  # of all starts so far
+        self._record.session(self._facts | {"seconds": self._written - self._began, "device_seconds": spent})

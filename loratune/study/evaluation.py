@@ -15,7 +15,7 @@ from loratune import demo
 from loratune.delivery.handover import selection_of
 from loratune.downstream.evaluator import score_models
 from loratune.downstream.events import Event
-from loratune.downstream.job import EvaluatedModel, EvaluationJob
+from loratune.downstream.job import LOCAL, VLLM, EvaluatedModel, EvaluationJob
 from loratune.downstream.results.contamination import contamination_lines, find_contamination
 from loratune.downstream.results.findings import finding_lines
 from loratune.downstream.results.scores import BASE, Result, describe_model, model_name, read_results
@@ -52,6 +52,8 @@ def evaluate(
     allow_code_execution: bool = False,
     weaker_sandbox: bool = False,
     trust_remote_code: bool = False,
+    engine: str = LOCAL,
+    server: str | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[Event | Scored]:
     """Score the `top` trials of the study in `folder`, its default's adapter and the bare model, and yield what happens.
@@ -62,12 +64,15 @@ def evaluate(
     benchmarks: their names; by default the published four, of the embedded demo its own. data: the benchmarks' data, else the hub.
     tasks: folder with descriptions of lm-evaluation-harness tasks. subset: items of each benchmark, the same every time. device: by
     default the study's. allow_code_execution: run what models write, in a sandbox; weaker_sandbox: without namespaces where they miss.
-    trust_remote_code: let code run that comes with the model, where the study asks for it.
+    trust_remote_code: let code run that comes with the model, where the study asks for it. engine: `loratune`, or `vllm`, which chooses
+    its device itself; server: the address of a vLLM server that runs, else one is started and ended here.
 
     Setting `stop`, or closing the iterator, ends it without `Scored`; the same call goes on. Raises EvaluationError, StorageError, ...
     """
     if top < 1 or (subset is not None and subset < 1):
         raise EvaluationError(f"top and subset are whole numbers above 0; got {top} and {subset}.")
+    if engine == VLLM and device is not None:
+        raise EvaluationError(f"device: vLLM chooses its own; leave it out, or the engine {VLLM}.")
     record, stop = read(folder, trust_remote_code=trust_remote_code), stop or threading.Event()
     names = list(benchmarks) if benchmarks is not None else default_benchmarks(record)
     if not names:
@@ -99,6 +104,8 @@ def evaluate(
         device=device or record.spec["executor"]["device"],
         allow_code_execution=allow_code_execution,
         weaker_sandbox=weaker_sandbox,
+        engine=engine,
+        server=server,
     )
     yield from score_models(job, stop=stop)
     if not stop.is_set():

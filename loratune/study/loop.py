@@ -10,7 +10,7 @@ import heapq
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import islice
@@ -33,6 +33,7 @@ from loratune.schedules import Decision, Slice, SliceResult
 from loratune.spec import StudySpec
 from loratune.study.objectives import Objectives, Sizes
 from loratune.study.spending import Spending
+from loratune.system.formatting import plural
 from loratune.work import Message, Outcome, Progress, Segment, State
 
 if TYPE_CHECKING:
@@ -69,6 +70,17 @@ class _InFlight:
     segment: Segment = field(compare=False)
 
 
+class _Until(threading.Event):
+    """Is set as soon as `stop` is, or `reached` names a limit."""
+
+    def __init__(self, stop: threading.Event, reached: Callable[[], str]) -> None:
+        super().__init__()
+        self._stop, self._reached = stop, reached
+
+    def is_set(self) -> bool:
+        return self._stop.is_set() or bool(self._reached())
+
+
 class Loop:
     """One study's loop over an opened record. Iterate over `run()`; setting `stop` ends it."""
 
@@ -101,7 +113,9 @@ class Loop:
         self._settled = 0
         self._first: int | None = None  # the first trial that was trained, which measures the untuned model too
         self._short: dict[int, Fraction] = {}  # trials that the sampler wants shorter than a full run
-        self._spending = Spending(spec, examples)
+        self._spending = Spending(spec, examples, meter)
+        self.paused = ""  # the limit of time or money at which running segments were left to be paused
+        self._until = _Until(stop, self._spending.limit)
         self._began_at = record.began_at()  # trial -> segments settled when it began the first time
         self._spent = ""  # why the sampler proposes no more
         self._shown = 0.0  # when progress.json was last written
@@ -112,11 +126,17 @@ class Loop:
             if not self._flying:
                 break
             while self._flying[0].segment.key not in self._arrived:
+                if limit := self._spending.limit():
+                    yield self._pause(limit)
+                    return
                 yield from self._listen()
                 if self.stop.is_set():
                     return
-            yield from self._scored()
+            scored = yield from self._scored()
             if self.stop.is_set():
+                return
+            if not scored:
+                yield self._pause(self._spending.limit())
                 return
             yield self._apply()
             crashes = (t.message if t.state == FAILED else "" for t in self._trials.values() if t.outcomes)
@@ -148,7 +168,7 @@ class Loop:
             known = self._record.outcome(segment)
             if known is not None:
                 self._arrived[segment.key] = known
-            else:
+            elif not self._spending.limit():
                 self._meter.began(segment.key, segment.total_steps, segment.start_step)
                 self._executor.submit(segment)
 
@@ -157,7 +177,7 @@ class Loop:
         number = len(self._trials)
         if number in self._began_at:
             return self._settled >= self._began_at[number] or not self._flying
-        if self._budget_spent():
+        if self._spending.spent():
             return False
         try:
             self._spent = self._spent or self._distinct.used_up(self._trials.values(), self._short)
@@ -167,10 +187,6 @@ class Loop:
         if self._spent:
             self._schedule.no_more()
         return may
-
-    def _budget_spent(self) -> str:
-        meter = self._meter
-        return self._spending.spent(device_seconds=meter.device_seconds, tokens=meter.tokens, wall_seconds=meter.wall_seconds)
 
     def _ask(self, number: int) -> Trial:
         """The trial of that number: from the storage, or from the sampler."""
@@ -255,20 +271,22 @@ class Loop:
             self._record.progress(self._meter.snapshot() | self._executor.where)
             self._shown = time.monotonic()
 
-    def _scored(self) -> Iterator[Event]:
-        """Where scores guide the search, score the next result, if it ends a full run and no constraint is broken already.
+    def _scored(self) -> Generator[Event, None, bool]:
+        """Where trials are scored, score the next result, if it ends a full run and no constraint is broken already.
 
-        Others train on meanwhile.
+        Others train on meanwhile. Gives whether it has its scores, or needs none; it has not where it was stopped or a limit was reached.
         """
         slice, segment = self._flying[0].slice, self._flying[0].segment
         outcome = self._arrived[segment.key]
         if self._score is None or outcome.state is not State.COMPLETED or outcome.scores or not slice.ends_full_run:
-            return
+            return True
         trial = self._trials[slice.trial]
         if self._objectives.broken(replace(trial, outcomes=(*trial.outcomes, outcome)), end=True):
-            return
+            return True
+        if self._until.is_set():
+            return False
         adapter = self._record.paths.of(segment).adapter
-        for now in self._score(trial.number, adapter, outcome.validation_loss, self.stop):
+        for now in self._score(trial.number, adapter, outcome.validation_loss, self._until):
             self._meter.scoring(trial.number, now.done, now.total)
             if now.scores:
                 outcome = replace(outcome, scores=now.scores, scoring_seconds=now.seconds)
@@ -276,6 +294,7 @@ class Loop:
                 self._arrived[segment.key] = outcome
             yield from self._listen(timeout=0.01)
         self._meter.scored(trial.number)
+        return bool(outcome.scores)
 
     def _apply(self) -> Event:
         """Turn the clock to the end of the next segment, and tell the schedule and the storage what became of it."""
@@ -311,6 +330,28 @@ class Loop:
         self._record.trial(trial)
         self._meter.settled(trial)
 
+    def _pause(self, limit: str) -> Message:
+        """A hard limit is reached while segments run: the executor, when it is closed, lets them write checkpoints.
+
+        Nothing is settled out of its turn, so a larger budget goes on exactly from here. A full run that is done, and waits for
+        one before it on the virtual clock, is noted as complete, lest the study's end forgets it.
+        """
+        self.paused = limit
+        waiting = {flying.slice.trial for flying in self._flying}
+        for flying in self._flying:
+            outcome = self._arrived.get(flying.segment.key)
+            if self._score is not None or outcome is None or outcome.state is not State.COMPLETED or not flying.slice.ends_full_run:
+                continue
+            trial = self._trials[flying.slice.trial]
+            trial = replace(trial, outcomes=(*trial.outcomes, outcome), state=COMPLETE)
+            if not self._objectives.broken(trial, end=True):
+                self._record.trial(self._objectives.valued(trial, self._trials.values()))
+                waiting.discard(trial.number)
+        self._record.progress(self._meter.snapshot() | {"running": []})
+        trials = self._trials.values()
+        left = f"; {plural(len(waiting), 'trial')} paused, which a larger budget continues" if waiting else ""
+        return Message(text=f"{limit} {self._spending.after(trials)}{left}.")
+
     def _close(self) -> Iterator[Event]:
         """The budget is spent: trials still paused stay where they are."""
         for trial in list(self._trials.values()):
@@ -321,7 +362,7 @@ class Loop:
         if outlook is not None and outlook.best is not None and math.isfinite(outlook.left):
             yield Message(text=f"With 90 % probability at most {outlook.left:.4f} nats of improvement are left.")
         trials = self._trials.values()
-        spent = self._budget_spent() if len(trials) < self._spec.budget.most else ""
+        spent = self._spending.spent() if len(trials) < self._spec.budget.most else ""
         why = f"{self._spent} The study ends" if self._spent else spent
         if why:
             yield Message(text=f"{why} {self._spending.after(trials)}.")

@@ -33,7 +33,7 @@ class Objectives:
         self._signs = [1.0 if objective.direction == "minimize" else -1.0 for objective in spec.objectives]
         self._limits = spec.limits
         self._metrics = {name: METRICS[name] for name in [*self.objectives, *(limit.metric for limit in self._limits)]}
-        self._scores = [name for name, metric in self._metrics.items() if metric.benchmark]
+        self._scores = [name for name, metric in self._metrics.items() if metric.benchmark or metric.own]
         self._sizes: Sizes | None = None
         if any(metric.known == "before" for metric in self._metrics.values()):
             if sizes is None:
@@ -133,7 +133,8 @@ class Objectives:
         found = [max(losses, default=math.inf)]
         for place, (name, sign) in list(enumerate(zip(self.objectives, self._signs, strict=True)))[1:]:
             if name in self._scores:  # measured ones alone: many trials are told of before the first is scored
-                found.append(min((o.scores[name] for t in trials for o in t.outcomes if name in o.scores), default=0.0))
+                scores = [sign * o.scores[name] for t in trials for o in t.outcomes if name in o.scores]
+                found.append(sign * max(scores, default=0.0 if sign < 0 else math.inf))
                 continue
             seen = [sign * t.values[place] for t in trials if t.values and math.isfinite(t.values[place])]
             found.append(sign * max(seen, default=math.inf))

@@ -25,7 +25,7 @@ from loratune.samplers.bracket_rule import Options
 from loratune.schedules import SliceResult
 from loratune.spec import StudySpec
 from loratune.study.objectives import Objectives
-from loratune.system.formatting import plural
+from loratune.system.formatting import money, plural
 from loratune.system.hub import weights_on_disk
 from loratune.system.machine import cpu_processes, threads_for
 from loratune.work import Hyperparameters
@@ -61,6 +61,9 @@ class Plan:
     load: float = 0.0  # processes that wanted a processor while that was measured, per processor
     max_hours: float | None = None
     max_device_hours: float | None = None
+    max_cost: float | None = None
+    price: float | None = None  # of a device-hour
+    currency: str = ""
     notes: tuple[str, ...] = ()  # on what is not in these numbers
     cluster: ClusterDevices | None = None  # that the trials train on; its devices are taken to be as fast as this machine's
 
@@ -83,6 +86,11 @@ class Plan:
     def wall_hours(self) -> float:
         return self.device_hours / self.devices_per_trial / self.processes
 
+    @property
+    def cost(self) -> float | None:
+        """Of all device-hours; None without a price."""
+        return None if self.price is None else self.device_hours * self.price
+
     def __str__(self) -> str:
         lines = [f"trials        {self.trials}, the work of {self.full_runs:.4g} full runs at the defaults"]
         lines += [f"one trial     {self.steps:,} step{'s' if self.steps != 1 else ''}, {self.trial_tokens:,} training tokens"]
@@ -99,6 +107,7 @@ class Plan:
             f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
             f"time          {self._range(self.trial_seconds / 3600)} per trial; {self._range(self.wall_hours)} in all, "
             f"{self.device_hours:.2f} device-hours",
+            *self._cost(),
             *self._busy(),
             *self._limits(),
             *(f"not counted   {note}" for note in self.notes),
@@ -112,6 +121,13 @@ class Plan:
         slowest, fastest = self.spread
         low, high = _hours(hours / fastest), _hours(hours / slowest)
         return low if low == high else f"{low} to {high}"
+
+    def _cost(self) -> Iterator[str]:
+        if self.cost is not None:
+            slowest, fastest = self.spread
+            low, high = money(self.cost / fastest, self.currency), money(self.cost / slowest, self.currency)
+            price = money(self.price or 0.0, self.currency)
+            yield f"cost          {low if low == high else f'{low} to {high}'}, at {price} per device-hour"
 
     def _busy(self) -> Iterator[str]:
         if self.load > _BUSY:
@@ -128,6 +144,7 @@ class Plan:
         for name, limit, needed in (
             ("max_hours", self.max_hours, self.wall_hours),
             ("max_device_hours", self.max_device_hours, self.device_hours),
+            ("max_cost", self.max_cost, self.cost or 0.0),
         ):
             if limit is not None and limit < needed:
                 yield f"budget        {name}: {limit:g} ends it earlier, after about {plural(int(self.trials * limit / needed), 'trial')}"
@@ -173,6 +190,9 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
         load=0.0 if devices_of(spec) else _load(),
         max_hours=spec.budget.max_hours,
         max_device_hours=spec.budget.max_device_hours,
+        max_cost=spec.budget.max_cost,
+        price=spec.budget.price_per_device_hour,
+        currency=spec.budget.currency,
         notes=_not_counted(spec),
         cluster=on,
     )
@@ -284,6 +304,10 @@ def _not_counted(spec: StudySpec) -> tuple[str, ...]:
     notes = [f"trials that break {', '.join(known)} are not trained and cost nothing"] if known else []
     if spec.scores:
         notes.append(f"scoring {', '.join(spec.scores)}, {spec.scoring.items} items each, after every trial that reaches its end")
+    if spec.metrics:
+        sets = {(metric.data, metric.examples, metric.max_new_tokens) for metric in spec.metrics}
+        asked, names = sum(examples for _, examples, _ in sets), ", ".join(metric.name for metric in spec.metrics)
+        notes.append(f"generating up to {asked:,} answers for {names}, after every trial that reaches its end")
     return tuple(notes)
 
 

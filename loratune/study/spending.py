@@ -4,9 +4,10 @@ import math
 from collections.abc import Collection
 
 from loratune.data.order import total_steps
+from loratune.record.progress import ProgressTracker
 from loratune.record.trials import Trial
 from loratune.spec import StudySpec
-from loratune.system.formatting import plural
+from loratune.system.formatting import money, plural
 from loratune.work import Segment
 
 _ROUNDING = 1e-6  # full runs
@@ -16,11 +17,12 @@ class Spending:
     """Counts the full runs' worth of training that was sent, and says when a budget other than the trials' is spent.
 
     A full run is one at the space's defaults, trained to its end; what a segment is of it is told by the examples it trains on.
+    meter: knows the time, and what runs now has cost.
     """
 
-    def __init__(self, spec: StudySpec, examples: int) -> None:
+    def __init__(self, spec: StudySpec, examples: int, meter: ProgressTracker) -> None:
         default = spec.hyperparameters(spec.search_space.default_values())
-        self._budget = spec.budget
+        self._budget, self._meter = spec.budget, meter
         self._full_run = total_steps(examples, default.batch_size, default.epochs) * default.batch_size  # examples
         self.runs = 0.0
 
@@ -31,14 +33,24 @@ class Spending:
     def sent(self, segment: Segment) -> None:
         self.runs += self.share(segment)
 
-    def spent(self, *, device_seconds: float, tokens: int, wall_seconds: float) -> str:
-        """Which budget is spent by all trials so far, so that no further one begins; "" for none."""
+    def limit(self) -> str:
+        """Which hard limit is reached, of time or money, so that what runs is paused; "" for none."""
         budget = self._budget
-        hours = wall_seconds / 3600 >= (budget.max_hours or math.inf)
-        most = budget.max_device_hours
-        if hours or (most is not None and device_seconds / 3600 >= most):
+        if self._meter.wall_seconds / 3600 >= (budget.max_hours or math.inf):
             return "The time budget is spent"
-        if budget.max_tokens is not None and tokens >= budget.max_tokens:
+        if budget.max_device_hours is not None and self._meter.spent_device_seconds / 3600 >= budget.max_device_hours:
+            return "The time budget is spent"
+        price = budget.price_per_device_hour or 0.0
+        if budget.max_cost is not None and self._meter.spent_device_seconds / 3600 * price >= budget.max_cost:
+            return f"The budget of {money(budget.max_cost, budget.currency)} is spent"
+        return ""
+
+    def spent(self) -> str:
+        """Which budget is spent, so that no further trial begins; "" for none."""
+        budget = self._budget
+        if reached := self.limit():
+            return reached
+        if budget.max_tokens is not None and self._meter.tokens >= budget.max_tokens:
             return f"The budget of {budget.max_tokens:,} tokens is spent"
         if budget.full_runs is not None and self.runs >= budget.full_runs - _ROUNDING:
             return f"The budget of {budget.full_runs:g} full runs is spent"

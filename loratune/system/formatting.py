@@ -133,5 +133,10 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def money(amount: float, currency: str = "") -> str:
+    """`12.50 EUR`; `12.50` without a unit."""
+    return f"{amount:.2f} {currency}".rstrip()
+
+
 def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

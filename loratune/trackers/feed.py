@@ -92,6 +92,7 @@ class Feed:
         if trial.state is COMPLETE and trial.value is not None:
             self._best = trial.value if self._best is None else min(self._best, trial.value)
         numbers = {"trial": trial.number, "value": trial.value, "best_value": self._best, "device_seconds": trial.device_seconds}
+        numbers |= trial.scores
         for number, stream in enumerate(self._streams):
             yield from self._guarded(number, lambda stream=stream: stream.end(trial, self._ended, numbers, self._config))
 
@@ -148,6 +149,7 @@ class _Stream:
             self._begin(run, _config(trial))
             state = TrialState.PRUNED if trial.state is TrialState.PAUSED else trial.state
             summary = {"state": state.value, "value": trial.value, "tokens": trial.tokens, "device_seconds": trial.device_seconds}
+            summary |= trial.scores
             self._tracker.finish(run, {k: v for k, v in summary.items() if v is not None}, failed=state is FAILED)
             self._finished.append(run)
             self._open.discard(run)

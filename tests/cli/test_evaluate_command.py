@@ -42,6 +42,9 @@ def test_mistakes(loratune: Callable[..., Any], study: Path) -> None:
         (("--benchmarks", "humaneval"), "give --data FOLDER"),
         (("--benchmarks", "demo_code"), "--allow-code-execution"),
         (("--subset", 0), "whole numbers above 0"),
+        (("--benchmarks", "mmlu", "--engine", "vllm", "--device", "cpu"), "vLLM chooses its own"),
+        (("--benchmarks", "mmlu", "--server", "http://localhost:1"), "with vllm alone"),
+        (("--benchmarks", "lm_eval:arc_easy", "--engine", "vllm"), "the engine loratune alone"),
     ):
         answer = loratune("evaluate", study, *flags)
         assert answer.code != 0

@@ -276,6 +276,10 @@ def test_a_template_that_looks_into_an_answer_is_noticed(tokenizer, test):
 def test_alpaca_has_no_place_for_them(tokenizer, example):
     with pytest.raises(UnfitError, match=r"a.json, record 3: .* prompt: alpaca has no place. Use prompt: chat"):
         choose_prompt(tokenizer("qwen3"), "alpaca").encode(example, 1000)
+    plain = copy.copy(tokenizer("qwen3"))
+    plain.chat_template = None
+    with pytest.raises(UnfitError, match="needs a chat template, which this tokenizer lacks: use an instruction-tuned model"):
+        choose_prompt(plain, "alpaca").encode(example, 1000)
 
 
 # ---- control tokens in the data ----

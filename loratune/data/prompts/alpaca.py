@@ -29,12 +29,17 @@ class Alpaca(Prompt):
     def question(self, instruction: str, input: str = "", system: str = "", *, thinking: bool = False) -> list[int]:
         return self._ids(alpaca_prompt(instruction, input, system), first=True)
 
+    def _advice(self) -> str:
+        if getattr(self.tokenizer, "chat_template", None):
+            return "Use prompt: chat"
+        return "It needs a chat template, which this tokenizer lacks: use an instruction-tuned model, or a template of your own as prompt"
+
     def _encode(self, example: Example) -> tuple[list[int], list[bool], int]:
         if example.tools or any(exchange.calls for exchange in example.exchanges):
-            raise UnfitError(example, "the row has tools, for which prompt: alpaca has no place. Use prompt: chat")
+            raise UnfitError(example, f"the row has tools, for which prompt: alpaca has no place. {self._advice()}")
         if any(exchange.reasoning for exchange in example.exchanges):
             raise UnfitError(
-                example, "an answer has a thinking part (reasoning_content), for which prompt: alpaca has no place. Use prompt: chat"
+                example, f"an answer has a thinking part (reasoning_content), for which prompt: alpaca has no place. {self._advice()}"
             )
         ids: list[int] = []
         mask: list[bool] = []

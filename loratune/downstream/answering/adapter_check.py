@@ -1,4 +1,4 @@
-"""Check that an adapter is on before anything is scored with it, through the same hooks that will answer.
+"""Check that an adapter is on before anything is scored with it, through whatever will answer: our hooks, or a server.
 
 1. On fixed texts its logits differ from the bare model's.
 2. Its validation loss is the recorded one. A validation set of few tokens is gone through whole; then the two numbers must
@@ -12,8 +12,10 @@ An adapter that learnt nothing (dropout 1, a learning rate near 0) may equal the
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +54,7 @@ class AdapterCheck(Json):
 
 
 @dataclass(frozen=True)
-class _Losses:
+class ExampleLosses:
     """Per example: summed NLL of response tokens, and their number. [m] each."""
 
     nll: np.ndarray
@@ -63,36 +65,31 @@ class _Losses:
         return float(self.nll.sum() / self.count.sum())
 
 
-class AdapterChecker:
-    """Checks the adapters of `adapters` one by one; the bare model, at place `base_place`, is measured once."""
+class LossChecker(ABC):
+    """Checks adapters one by one; the bare model, at place `base_place`, is measured once."""
 
-    def __init__(
-        self,
-        base: BaseModel,
-        adapters: Adapters,
-        validation: Tokens,
-        *,
-        base_place: int,
-        recorded_base: float | None,
-        limit: int | None = None,
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """recorded_base: the study's own figure for the bare model. limit: validation tokens gone through; None: by device."""
-        self.base, self.adapters, self.validation, self.recorded_base = base, adapters, validation, recorded_base
-        self.base_place, self.interrupted = base_place, interrupted
-        self.chosen = _sample(validation, limit or _WHOLE.get(base.device.type, _WHOLE["cuda"]))
-        exact = base.dtype in (torch.float32, torch.float64)
+    def __init__(self, validation: Tokens, examples: np.ndarray, *, base_place: Any, recorded_base: float | None, exact: bool) -> None:
+        """examples: those gone through. recorded_base: the study's own figure for the bare model. exact: in 32 bits or more."""
+        self.validation, self.chosen, self.base_place, self.recorded_base = validation, examples, base_place, recorded_base
         self.tolerance = 1e-3 if exact else 1e-2  # other kernels and batches; half precision rounds at 3 digits
-        self._base_losses: _Losses | None = None
-        self._base_logits: torch.Tensor | None = None
+        self._base_losses: ExampleLosses | None = None
+        self._base_probe: np.ndarray | None = None
 
-    def check(self, place: int, name: str, recorded: float | None) -> AdapterCheck:
+    @abstractmethod
+    def probe(self, place: Any) -> np.ndarray:
+        """Logits, or log-probabilities, on the fixed texts."""
+
+    @abstractmethod
+    def losses(self, place: Any) -> ExampleLosses:
+        """Losses of the chosen examples, longest first."""
+
+    def check(self, place: Any, name: str, recorded: float | None) -> AdapterCheck:
         """Raises EvaluationError, in one line, when the adapter at `place` cannot be the recorded trial's."""
-        if self._base_losses is None or self._base_logits is None:
-            self._base_losses, self._base_logits = self._losses(self.base_place), self._logits(self.base_place)
-        bare, base_logits = self._base_losses, self._base_logits
-        difference = float((self._logits(place) - base_logits).abs().max())
-        own = self._losses(place)
+        if self._base_losses is None or self._base_probe is None:
+            self._base_losses, self._base_probe = self.losses(self.base_place), self.probe(self.base_place)
+        bare = self._base_losses
+        difference = float(np.abs(self.probe(place) - self._base_probe).max())
+        own = self.losses(place)
         whole = len(self.chosen) == len(self.validation)
         facts = {
             "logits_differ": difference > 0,
@@ -113,7 +110,7 @@ class AdapterChecker:
             off = ": the adapter is not on" if not difference else ""
             raise EvaluationError(
                 f"{name}: validation loss {own.mean:.4f} {where}, but {recorded:.4f} was recorded (allowed difference {slack:.4f}){off}. "
-                "Its scores would not be this trial's; nothing was scored. Did the adapter, the base model or the data change?"
+                "Its scores would not be this trial's; it is not scored. Did the adapter, the base model or the data change?"
             )
         recorded_base = bare.mean if self.recorded_base is None else self.recorded_base
         gain, recorded_gain = bare.mean - own.mean, recorded_base - recorded
@@ -121,27 +118,47 @@ class AdapterChecker:
         if abs(gain - recorded_gain) > slack:
             raise EvaluationError(
                 f"{name}: {gain:.4f} below the bare model's validation loss {where}, but {recorded_gain:.4f} was recorded "
-                f"(allowed difference {slack:.4f}). Its scores would not be this trial's; nothing was scored."
+                f"(allowed difference {slack:.4f}). Its scores would not be this trial's; it is not scored."
             )
         silent = difference == 0
         if silent and abs(recorded_gain) > 2 * self.tolerance:
             raise EvaluationError(
                 f"{name}: its logits equal the bare model's, but its recorded loss {recorded:.4f} is not the bare model's "
-                f"{recorded_base:.4f}: the adapter is not on. Nothing was scored."
+                f"{recorded_base:.4f}: the adapter is not on. It is not scored."
             )
         effect = "no effect on the logits, as its recorded loss says" if silent else "its logits differ from the bare model's"
         return AdapterCheck(**facts, text=f"{effect}; validation loss {own.mean:.4f} {where}, recorded {recorded:.4f}")  # type: ignore[arg-type]
 
-    def _logits(self, place: int) -> torch.Tensor:
+
+class AdapterChecker(LossChecker):
+    """Checks the adapters of `adapters`, through their hooks in `base`."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapters: Adapters,
+        validation: Tokens,
+        *,
+        base_place: int,
+        recorded_base: float | None,
+        limit: int | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """limit: validation tokens gone through; None: by device."""
+        examples = sample(validation, limit or _WHOLE.get(base.device.type, _WHOLE["cuda"]))
+        exact = base.dtype in (torch.float32, torch.float64)
+        super().__init__(validation, examples, base_place=base_place, recorded_base=recorded_base, exact=exact)
+        self.base, self.adapters, self.interrupted = base, adapters, interrupted
+
+    def probe(self, place: int) -> np.ndarray:
         found = []
         with self.adapters.use([place]), torch.inference_mode(), autocast(self.base):
             for text in PROBE:
                 ids = self.base.tokenizer(text, return_tensors="pt")["input_ids"].to(self.base.device)
                 found.append(self.base.model(input_ids=ids, use_cache=False).logits.float().cpu().flatten())
-        return torch.cat(found)
+        return torch.cat(found).numpy()
 
-    def _losses(self, place: int) -> _Losses:
-        """Losses of the chosen examples, longest first."""
+    def losses(self, place: int) -> ExampleLosses:
         head = output_head(self.base.model)
         lengths = np.asarray(self.validation.lengths)
         order = self.chosen[np.argsort(-lengths[self.chosen], kind="stable")]
@@ -159,10 +176,10 @@ class AdapterChecker:
                 np.add.at(nll, rows, token_nll(self.base.model, head, batch.to(self.base.device)).double().cpu().numpy())
                 np.add.at(count, rows, 1)
                 start = stop
-        return _Losses(nll, count)
+        return ExampleLosses(nll, count)
 
 
-def _sample(tokens: Tokens, limit: int) -> np.ndarray:
+def sample(tokens: Tokens, limit: int) -> np.ndarray:
     """All examples, or a sample (seed 0) of about `limit` tokens."""
     lengths = np.asarray(tokens.lengths)
     if lengths.sum() <= limit:

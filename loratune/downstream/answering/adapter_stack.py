@@ -24,13 +24,13 @@ from safetensors.torch import load
 from torch import nn
 from torch.nn import functional
 
+from loratune.downstream.answering.plain_lora import more_than_plain
 from loratune.errors import ModelError
 from loratune.finetune.model import BaseModel
 from loratune.record.paths import ADAPTER_FILES
 
 _SMALL = 16  # a product of this rank costs little more than one of rank 1, and less than two products
 _PREFIX = "base_model.model."
-_MORE = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices")  # than plain LoRA
 
 
 Run = tuple[int, int, torch.Tensor, torch.Tensor]  # blocks `start` to `stop`, their A^T [k, in, r] and scaled B^T [k, r, out]
@@ -52,9 +52,8 @@ def read_adapter(folder: Path, base: BaseModel) -> Lora:
         config, tensors = json.loads(configuration), load(tensors_file)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder} holds no readable adapter: {error}. Give the `adapter` folder of a completed trial.") from error
-    unknown = [name for name in _MORE if config.get(name)]
-    if unknown or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise ModelError(f"{folder}: only plain LoRA adapters can be scored together; this one has {', '.join(unknown) or 'another type'}.")
+    if more := more_than_plain(config):
+        raise ModelError(f"{folder}: only plain LoRA adapters can be scored together; this one has {more}.")
     exact = torch.float64 if base.dtype == torch.float64 else torch.float32
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     weights = {}

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from loratune.downstream.answering.adapter_stack import Adapters
+from loratune.downstream.answering.completions import Completion, ItemAnswer, answer_of, likeliest
 from loratune.downstream.answering.decode_attention import decoding
 from loratune.downstream.answering.forward import Forward
-from loratune.downstream.answering.generation import Completion, Writer, turns
+from loratune.downstream.answering.generation import Writer, turns
 from loratune.downstream.answering.rows import PromptRow, RowMaker, common
 from loratune.downstream.tasks.base import Benchmark, Item
 from loratune.errors import ModelError
@@ -29,17 +30,7 @@ _CPU_CACHE = 2**30  # bytes of keys and values
 _SHARED = 16  # a shared prefix of fewer tokens is not worth its own pass
 _FEW = 4  # a group of fewer items is answered with those of other groups: wide batches are worth more
 
-Done = list[tuple[int, list["ItemAnswer"]]]  # (an item's place, an answer of each block)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ItemAnswer:
-    """One model's answer to one item."""
-
-    text: str  # what it wrote, or the likeliest choice
-    log_likelihoods: tuple[float, ...] = ()  # of the choices, natural logarithm, summed over tokens
-    shots: int | None = None  # examples that were left in the prompt, where some had to be left out
-    cut: bool = False  # even so the prompt did not fit, and lost its beginning
+Done = list[tuple[int, list[ItemAnswer]]]  # (an item's place, an answer of each block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +98,7 @@ class Answerer:
 
         Where a model computes long sequences otherwise, those come behind, and one by one the items that may cross its border.
         """
-        make = RowMaker(self.base, self.forward.context)
+        make = RowMaker(self.base.tokenizer, self.forward.context)
         groups: dict[str, list[tuple[int, Item]]] = {}
         for number, item in enumerate(items):
             groups.setdefault(item.prompt[: item.shared], []).append((number, item))
@@ -235,10 +226,7 @@ def _chosen(rows: list[PromptRow], spoken: Sequence[tuple[int, int, list[int]]],
     return [
         (
             row.place,
-            [
-                _likeliest(row, [values[row.place][choice][block] for choice in range(len(row.item.choices))])
-                for block in range(len(likely))
-            ],
+            [likeliest(row, [values[row.place][choice][block] for choice in range(len(row.item.choices))]) for block in range(len(likely))],
         )
         for row in {row.place: row for row in rows}.values()
     ]
@@ -257,19 +245,9 @@ def _at(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (rows.gather(-1, wanted[:, 1].expand(len(logits), -1).unsqueeze(-1)).squeeze(-1) - rows.logsumexp(-1)).double().cpu()
 
 
-def _likeliest(row: PromptRow, likely: list[float]) -> ItemAnswer:
-    best = likely.index(max(likely))  # ties go to the first, as in lm-evaluation-harness
-    return ItemAnswer(text=row.item.choices[best], log_likelihoods=tuple(likely), cut=row.cut)
-
-
 def _begun(writer: Writer, rows: list[PromptRow], prefix: Any, shared: int) -> Done:
     return _written(writer.begin(rows, prefix, shared))
 
 
 def _written(completions: list[list[Completion]]) -> Done:
-    return [(own[0].row.place, [_answer(completion) for completion in own]) for own in completions]
-
-
-def _answer(completion: Completion) -> ItemAnswer:
-    shots = completion.row.item.shots
-    return ItemAnswer(text=completion.text, shots=len(shots) - 1 if shots else None, cut=completion.row.cut)
+    return [(own[0].row.place, [answer_of(completion) for completion in own]) for own in completions]

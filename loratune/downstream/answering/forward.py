@@ -36,13 +36,10 @@ class Forward:
         self.base, self._only = base, only
         self.tokens = _TOKENS.get(base.device.type, _TOKENS["cuda"])
         config = base.model.config.get_text_config()
-        self.context = int(getattr(config, "max_position_embeddings", None) or 2048)
+        self.context = context_of(config)
         self._known = inspect.signature(base.model.forward).parameters
         if "past_key_values" not in self._known or getattr(base.model, "_is_stateful", False):
             raise ModelError(f"{type(base.model).__name__} keeps no key-value cache, which generating answers needs. It cannot be scored.")
-        for window in (getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)):
-            if window and window < self.context:
-                self.context = int(window)  # within it every token sees all before it, so padding is exact
         self._sides = sides_of(config)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -133,6 +130,13 @@ class Forward:
         before = mask[rows]
         positions = before.sum(1, keepdim=True) + (real.cumsum(1) - 1)  # padding stands where the last token does: none goes beyond it
         return self.run(ids, selected(cache, rows), keep=longest, mask=torch.cat([before, real], dim=1), positions=positions)[0]
+
+
+def context_of(config: Any) -> int:
+    """The longest sequence that is run, in tokens: the model's, or its window, within which every token sees all before it."""
+    config = config.get_text_config()
+    windows = (getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None))
+    return min([int(getattr(config, "max_position_embeddings", None) or 2048), *(int(window) for window in windows if window)])
 
 
 def selected(cache: Any, rows: torch.Tensor) -> Any:

@@ -11,13 +11,14 @@ stands beside the item.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from loratune.data.prompts import answer_ends, end_ids
+from loratune.downstream.answering.completions import Completion, Reader
 from loratune.downstream.answering.forward import SPARE, Forward, Layers, cached_layers, joined
 from loratune.downstream.answering.rows import PromptRow
 from loratune.downstream.tasks.base import Benchmark
@@ -26,36 +27,7 @@ from loratune.finetune.memory import is_out_of_memory
 
 _ROWS = 512  # decoded together, all adapters
 _WORK = {"cpu": 2.5e11, "cuda": 1e15}  # parameters x tokens that a crash may cost
-_TAIL = 4  # tokens of the prompt that new ones are decoded behind: some tokenizers drop a leading space
-_FIX = 8  # tokens decoded again at each step; what is older is fixed
 _SHRINK = 0.8  # let finished rows go at this share; above, the copy costs more than it saves
-
-
-@dataclass(kw_only=True)
-class Completion:
-    """One adapter's answer to one prompt, as it grows."""
-
-    row: PromptRow
-    opening: str  # the end of the prompt, as text
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    open: bool = True
-    fixed: int = 0  # so many tokens
-    fixed_text: str = ""
-    before: str = ""  # the last of the fixed tokens, as text
-
-    def __post_init__(self) -> None:
-        self.before = self.opening
-
-    def begin_anew(self, text: str) -> None:
-        """Back to the first token, which is `text`."""
-        self.open, self.text = True, text
-        del self.tokens[1:]
-        self.fixed, self.fixed_text, self.before = 0, "", self.opening
-
-    def fix(self, before: str) -> None:
-        """Take all tokens but the newest as decoded for good."""
-        self.fixed, self.fixed_text, self.before = len(self.tokens) - 1, self.text, before
 
 
 @dataclass(kw_only=True)
@@ -99,7 +71,8 @@ class Writer:
         self.forward, self.benchmark, self.blocks, self.memory = forward, benchmark, blocks, memory
         self.seed, self.interrupted, self.most = seed, interrupted, most
         base = forward.base
-        self._ends = answer_ends(base.tokenizer) | end_ids(getattr(base.model.generation_config, "eos_token_id", None))
+        ends = answer_ends(base.tokenizer) | end_ids(getattr(base.model.generation_config, "eos_token_id", None))
+        self._reader = Reader(base.tokenizer, benchmark, ends, forward.context)
         self._parameters = sum(p.numel() for p in base.model.parameters())
         self._uniform = functools.lru_cache(maxsize=None)(self._drawn)
         self._waiting: list[list[Completion]] = []  # of rows that some adapter still writes on
@@ -109,11 +82,10 @@ class Writer:
         """Run the prompts and choose the first token of each. Returns the completions of the rows that are finished."""
         if self.interrupted():
             raise InterruptedError
-        before = self._decode([row.ids[-_TAIL:] for row in rows])
-        completions = [Completion(row=row, opening=text) for _ in range(self.blocks) for row, text in zip(rows, before, strict=True)]
+        completions = self._reader.begin(list(rows) * self.blocks)
         logits, cache, mask = self.forward.prompts([row.ids[shared:] for row in rows], prefix, shared, self.blocks)
         tokens = self._choose(logits, completions)
-        self._take(completions, tokens)
+        self._reader.take(completions, tokens.tolist())
         if kept := self._open_rows(completions):
             index = torch.tensor(kept, device=mask.device) if len(kept) < len(completions) else slice(None)
             self._parts.append(
@@ -206,7 +178,7 @@ class Writer:
                 logits, cache = self.forward.run(tokens.view(-1, 1), cache, mask=shown, positions=positions)
             positions = (positions + 1).clamp(max=self.forward.context - 1)  # finished rows may run past the end
             tokens = self._choose(logits[:, -1], completions)
-            self._take(completions, tokens)
+            self._reader.take(completions, tokens.tolist())
 
     def _by_block(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Parts [K n_p, ...] -> [K sum(n_p), ...], a block's rows side by side."""
@@ -229,51 +201,6 @@ class Writer:
         drawn = [self._uniform(completion.row.item.id)[len(completion.tokens)] if completion.open else 0.0 for completion in completions]
         at = torch.tensor(drawn, dtype=cumulated.dtype, device=logits.device)
         return torch.searchsorted(cumulated, (at * cumulated[:, -1]).unsqueeze(1)).squeeze(1).clamp(max=logits.shape[-1] - 1)
-
-    def _take(self, completions: Sequence[Completion], tokens: torch.Tensor) -> None:
-        """Append each open completion's token, and close the completions that are finished."""
-        for completion, token in zip(completions, tokens.tolist(), strict=True):
-            if completion.open and token in self._ends:
-                completion.open = False
-            elif completion.open:
-                completion.tokens.append(token)
-        going = [completion for completion in completions if completion.open]
-        self._read(going)
-        for completion in going:
-            written = len(completion.tokens)
-            over = written >= self.benchmark.max_new_tokens or len(completion.row.ids) + written >= self.forward.context
-            completion.open = not over and not self.benchmark.decided(completion.row.item, completion.text)
-        self._read([completion for completion in completions if completion.fixed and not completion.open], whole=True)
-
-    def _read(self, completions: Sequence[Completion], *, whole: bool = False) -> None:
-        """Bring the completions' texts up to date: what the tokens that are not fixed add to it; or, `whole`, all of them."""
-        if whole:
-            for completion in completions:
-                completion.fixed, completion.fixed_text, completion.before = 0, "", completion.opening
-        elif old := [
-            completion
-            for completion in completions
-            if len(completion.tokens) > completion.fixed + _FIX and not completion.text.endswith("\ufffd")
-        ]:
-            tails = [[*completion.row.ids[-_TAIL:], *completion.tokens[:-1]][-_TAIL:] for completion in old]
-            for completion, before in zip(old, self._decode(tails), strict=True):
-                completion.fix(before)
-        sequences = [
-            [*completion.row.ids[-_TAIL:], *completion.tokens[: completion.fixed]][-_TAIL:] + completion.tokens[completion.fixed :]
-            for completion in completions
-        ]
-        for completion, text in zip(completions, self._decode(sequences) if completions else (), strict=True):
-            if text.startswith(completion.before):
-                completion.text = completion.fixed_text + text[len(completion.before) :]
-            else:
-                completion.text = str(self.forward.base.tokenizer.decode(completion.tokens, skip_special_tokens=True))
-
-    def _decode(self, sequences: list[list[int]]) -> list[str]:
-        tokenizer: Any = self.forward.base.tokenizer
-        rust = getattr(tokenizer, "backend_tokenizer", None)  # several times faster than the wrapper around it
-        if rust is None or getattr(tokenizer, "clean_up_tokenization_spaces", False):
-            return list(tokenizer.batch_decode(sequences, skip_special_tokens=True))
-        return list(rust.decode_batch(sequences, skip_special_tokens=True))
 
     def _drawn(self, item: str) -> np.ndarray:
         digest = hashlib.sha256(f"{self.seed}/{item}".encode()).digest()

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from loratune.downstream.tasks.base import Benchmark, Item
-from loratune.finetune.model import BaseModel
 
 
 @dataclass(kw_only=True)
@@ -22,17 +22,19 @@ Members = Sequence[tuple[int, Item]]  # (place, item)
 
 
 class RowMaker:
-    """Makes rows for `base`, of at most `context` tokens."""
+    """Makes rows of at most `context` tokens."""
 
-    def __init__(self, base: BaseModel, context: int) -> None:
-        self.base, self.context = base, context
+    def __init__(self, tokenizer: Any, context: int) -> None:
+        self.tokenizer, self.context = tokenizer, context
 
     def to_write(self, benchmark: Benchmark, members: Members) -> list[PromptRow]:
         """One row per item. A prompt that is too long loses its last examples, then its beginning."""
         room = max(self.context - benchmark.max_new_tokens, self.context // 2)  # a small context is shared by both
         limit = min(room, benchmark.max_prompt_tokens or room)
         rows = []
-        for (place, item), ids in zip(members, self._encode([item.prompt for _, item in members]), strict=True):
+        encoded = iter(self._encode([item.prompt for _, item in members if not item.ids]))
+        for place, item in members:
+            ids = list(item.ids) or next(encoded)
             fitted = item
             while len(ids) > limit and (shorter := fitted.without_last_shot()) is not None:
                 fitted = shorter
@@ -62,8 +64,8 @@ class RowMaker:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids with the tokenizer's own special tokens, an EOS at the end apart."""
-        encoded = self.base.tokenizer(texts)["input_ids"]
-        end = self.base.tokenizer.eos_token_id
+        encoded = self.tokenizer(texts)["input_ids"] if texts else []
+        end = self.tokenizer.eos_token_id
         return [ids[:-1] if ids[-1:] == [end] else ids for ids in encoded]
 
 

@@ -8,8 +8,8 @@
       part-0.log             the output of one of several processes, if it died
       lock                   an empty file
 
-Lines are only ever appended; a crash can tear the last one, which is then dropped. Results of another adapter, version or seed are
-put aside, never mixed in.
+Lines are only ever appended; a crash can tear the last one, which is then dropped. Results of another adapter, version, seed or engine
+are put aside, never mixed in.
 """
 
 import contextlib
@@ -171,7 +171,7 @@ class ResultWriter:
     def __init__(self, folder: Path, model: str, benchmark: str, identity: dict[str, Any]) -> None:
         self._lines, self._facts = folder / model / f"{benchmark}.jsonl", folder / model / f"{benchmark}.json"
         self._identity = identity
-        before = _facts(self._facts) if self._facts.is_file() else {}
+        before = {"engine": "loratune", **_facts(self._facts)} if self._facts.is_file() else {}  # older ones do not name it
         if any(before.get(name, self) != value for name, value in identity.items()):
             _put_aside(self._facts, self._lines)
             before = {}

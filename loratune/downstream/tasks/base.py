@@ -18,6 +18,7 @@ class Item:
     id: str  # unique within the benchmark, the same in every run and on every machine
     group: str = ""  # subject or task, for scores that are means over groups
     prompt: str  # what the model continues, few-shot examples included
+    ids: tuple[int, ...] = ()  # the prompt's tokens, where they are known; else the tokenizer's of the text
     shared: int = 0  # prompt[:shared] is common to the items of the group: computed once
     shots: tuple[int, ...] = ()  # where in the prompt each few-shot example begins, and where the last ends
     targets: tuple[str, ...] = ()  # accepted answers; of a choice, the accepted choices
@@ -53,6 +54,7 @@ class Benchmark(ABC):
     mean_over_groups: bool = False  # the benchmark's score: unweighted mean over groups, else over items
     runs_code: bool = False  # scoring executes what the model wrote
     protocol: str = ""  # a sentence that readers of the scores need; shown with them
+    drawn: bool = False  # whether `items` is a sample already
 
     @abstractmethod
     def items(self) -> list[Item]:
