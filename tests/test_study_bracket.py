@@ -174,13 +174,13 @@ def test_a_real_study_of_the_embedded_model(tmp_path: Path, monkeypatch: pytest.
     said = capsys.readouterr().out
     assert "2 full runs by bracket. Nothing is started." in said
     assert "First guess: rank 64" in said
-    assert "the work of 2.296 full runs at the defaults" in said
+    assert "the work of 2.259 full runs at the defaults" in said
     assert not (tmp_path / "study").exists()
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "The budget of 2 full runs is spent after 11 trials" in said
+    assert "The budget of 2 full runs is spent after 9 trials" in said
     record = read(tmp_path / "study")
-    assert [trial.short for trial in record.trials] == [True] * 9 + [False] * 2
+    assert [trial.short for trial in record.trials] == [True] * 7 + [False] * 2
     assert record.best is not None
     assert record.base_loss is not None
     assert record.best.value is not None

@@ -1,7 +1,6 @@
 """The guard of the bracket search: complete short runs over decades of u, weighed against the prior.
 
-They go from coarse to fine: every second point of a grid, then the neighbours of the best. One more at the best u asks for a
-higher rank: on tiny models that matters, and a short run tells, while alpha / r is lost in its noise (benchmarks/README.md).
+They go from coarse to fine: every second point of a grid, then the neighbours of the best.
 
 Each short run has its own warmup and decay. Their best u, moved by what the optimum falls from a short run to a full one
 (`prior.json`, length), is one measurement of the full run's best u; its error is the spread of the short runs that are about
@@ -11,16 +10,14 @@ centre it counts, far from it the short runs do.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from loratune.samplers.bracket_rule import Options, PlacedRun, SearchAxis
+from loratune.samplers.bracket_rule import Options, PlacedRun
 from loratune.samplers.prior import Prior, public_findings
 
 _FREEDOM = 3  # degrees of
 _DEPTH = 0.05  # short runs within this share of what the best one gained are about as good
 _BEYOND = 4  # points by which the grid grows where its best one is its last
-_HIGHER = 4  # times the rank
 _ROUNDING = 1e-9
 
 
@@ -39,14 +36,6 @@ def missing(guards: Sequence[PlacedRun], centre: float, options: Options) -> lis
 
 def _unseen(points: Sequence[float], guards: Sequence[PlacedRun], spacing: float) -> list[float]:
     return [u for u in points if not any(abs(u - run.u) < spacing / 4 for run in guards)]
-
-
-def higher(at: Mapping[str, Any], axes: Sequence[SearchAxis], history: Sequence[PlacedRun]) -> Mapping[str, Any] | None:
-    """`at` with the highest rank up to four times its own, and below all that did not fit; None: there is none."""
-    ranks, here = next((axis.values for axis in axes if axis.name == "lora_r"), ()), at.get("lora_r", math.inf)
-    refused = min((run.at["lora_r"] for run in history if not run.fits and {**run.at, "lora_r": here} == at), default=math.inf)
-    rank = max((rank for rank in ranks if here < rank <= _HIGHER * here and rank < refused), default=None)
-    return None if rank is None else {**at, "lora_r": rank}
 
 
 def grid(centre: float, options: Options) -> tuple[list[float], float]:

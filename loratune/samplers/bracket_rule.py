@@ -4,7 +4,7 @@ A pure function of what has been run: `propose` takes the history and says what 
 (`bracket_sampler.py`) asks it for an Optuna study; a replay on a recorded table calls it as it is.
 
     guard      where the model lies outside what the prior knows, or the first runs look wrong: complete short runs over four
-               decades of u, and one of a higher rank. Their minimum is weighed against the prior, never obeyed (`bracket_guard.py`)
+               decades of u. Their minimum is weighed against the prior, never obeyed (`bracket_guard.py`)
     line       a full run at u = centre and one a step d beside it; then the vertex of the parabola that these and the prior
                make likely, or, where that is nowhere new, a step to the other side, until the best run's expected regret is
                below the tolerance (`bracket_line.py`)
@@ -23,7 +23,7 @@ from loratune.samplers.bracket_line import believe
 from loratune.samplers.prior import Prior, public_findings
 
 _SAME = 0.02  # factors of ten: two learning rates nearer than this are one
-GUARD_RUNS = 8  # short runs of a guard: five points of the grid, two beside the best, one of a higher rank; more at the grid's end
+GUARD_RUNS = 7  # short runs of a guard: five points of the grid, two beside the best; more where that is the grid's end
 _WAVE = 3  # runs that are worth starting at once
 _SURE = 0.9  # probability of what is said to be left to find
 _DEVIATIONS = 1.2816  # below which that share of a normal distribution lies
@@ -97,7 +97,7 @@ def propose(
 
     start: values on the axes with which the search begins; the line is searched there.
     """
-    from loratune.samplers.bracket_guard import higher, missing, weighed
+    from loratune.samplers.bracket_guard import missing, weighed
 
     at = _fitting(start or {}, axes, history)
     if at is None:
@@ -118,16 +118,6 @@ def propose(
             return Proposal(steps=steps, phase="guard", best=best)
         if not any(_finite(run) for run in guards):
             return Proposal(stop="no short run learned anything at any learning rate", phase="guard", best=best)
-        raised = higher(at, axes, history)
-        asked_higher = [run for run in history if run.length < 1 and run.at == raised]
-        shortest = min(guards, key=_loss)
-        if raised is not None and not asked_higher and not any(run.length == 1 for run in history):
-            step = Step(u=shortest.u, at=raised, length=options.guard_length, why="a short run, to see whether a higher rank pays")
-            return Proposal(steps=(step,), phase="guard", best=best)
-        if any(run.loss is None for run in asked_higher):
-            return Proposal(phase="guard", best=best)
-        if any(_loss(run) < _loss(shortest) for run in asked_higher):
-            at = raised or at
         prior = weighed(prior if prior.outside else Prior(centre=prior.centre, sd=max(prior.sd, 1.0), outside=True), guards, options)
     lean = -1.0 if guards and prior.centre < before.centre else 1.0  # the short runs pull further than the posterior went
     place = best.at if best else at

@@ -135,34 +135,6 @@ def test_short_runs_go_from_coarse_to_fine() -> None:
     assert propose([*coarse, PlacedRun(u=centre + 2, length=SHORT)], OUTSIDE, Options()) == Proposal(phase="guard"), "wait"
 
 
-@pytest.mark.parametrize(("gain", "rank"), [(0.01, 128), (-0.01, 32)], ids=["pays", "does not"])
-def test_one_short_run_asks_for_a_higher_rank(gain: float, rank: int) -> None:
-    axes = (SearchAxis(name="lora_r", values=(16, 32, 64, 128, 256)), SearchAxis(name="alpha_ratio", values=(0.5, 2.0, 8.0)))
-    start, line = {"lora_r": 32, "alpha_ratio": 2.0}, valley(OUTSIDE.centre, depth=0.5)
-
-    def loss(u: float, length: Fraction, at: Mapping[str, Any]) -> float:
-        return line(u, length, at) - gain * math.log2(at["lora_r"] / 32)
-
-    history, _ = play(loss, OUTSIDE, 1, start=start, axes=axes)
-    grid_runs, asked, first = history[:7], history[7], history[8]
-    assert all(run.at == start for run in grid_runs)
-    assert (asked.at, asked.length) == ({**start, "lora_r": 128}, SHORT), "four times the rank"
-    assert asked.u == min(grid_runs, key=lambda run: run.loss or 0.0).u, "at the best u of the short runs"
-    assert (first.at, first.length) == ({**start, "lora_r": rank}, 1)
-
-
-def test_a_higher_rank_that_does_not_fit_is_not_gone_to() -> None:
-    axes, start = (SearchAxis(name="lora_r", values=(16, 32, 64, 128)),), {"lora_r": 32}
-    history, _ = play(valley(OUTSIDE.centre, depth=0.5), OUTSIDE, 7 / 27, start=start)
-    refused = [*history, PlacedRun(u=history[0].u, at={"lora_r": 128}, length=SHORT, loss=math.inf, fits=False)]
-    (step,) = propose(refused, OUTSIDE, Options(), start=start, axes=axes).steps
-    assert (step.at, step.length) == ({"lora_r": 64}, SHORT), "the next lower one"
-    asked = [*refused, PlacedRun(u=step.u, at=step.at, length=SHORT, loss=0.0)]
-    assert propose(asked, OUTSIDE, Options(), start=start, axes=axes).steps[0].at == {"lora_r": 64}
-    too_long = [*asked, PlacedRun(u=step.u, at=step.at, loss=math.inf, fits=False)]
-    assert propose(too_long, OUTSIDE, Options(), start=start, axes=axes).steps[0].at == start, "a full run of it did not fit"
-
-
 def test_the_guard_is_weighed_and_not_obeyed() -> None:
     points, _ = grid(FAIR.centre, Options())
     misled = [PlacedRun(u=u, length=SHORT, loss=1 + 0.02 * abs(u - (FAIR.centre + 1.5))) for u in points]  # says 1.5 higher, softly
