@@ -30,7 +30,7 @@ def test_an_interrupted_study_ends_as_the_uninterrupted_one(width: int, tmp_path
     whole = study_of(tmp_path / "whole")
     list(events(whole, Formula(width, seed=1)))
     expected = outline(read(whole.folder))
-    assert sum(state == PRUNED for _, _, state, _, _ in expected) >= 7
+    assert sum(state == PRUNED for _, _, state, _, _ in expected) >= 6
     broken = study_of(tmp_path / "broken")
     until_it_ends(monkeypatch, lambda attempt: list(events(broken, Formula(width, seed=attempt))), between=(3, 9), at_least=3)
     assert outline(read(broken.folder)) == expected
@@ -42,7 +42,7 @@ def test_short_runs_are_complete_runs_that_nobody_follows_up(tmp_path: Path) -> 
     list(events(spec, Formula(1, seed=1)))
     record = read(spec.folder)
     short = [trial for trial in record.trials if trial.short]
-    assert len(short) >= 7
+    assert len(short) == 6, "five over the decades, and the one neighbour that the best at the bound of the space has"
     assert {trial.state for trial in short} <= {PRUNED, DIVERGED}
     for trial in short:
         (outcome,) = trial.outcomes

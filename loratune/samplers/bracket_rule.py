@@ -23,12 +23,13 @@ from loratune.samplers.bracket_line import believe
 from loratune.samplers.prior import Prior, public_findings
 
 _SAME = 0.02  # factors of ten: two learning rates nearer than this are one
-GUARD_RUNS = 7  # short runs of a guard: five points of the grid, two beside the best; more where that is the grid's end
 _WAVE = 3  # runs that are worth starting at once
 _SURE = 0.9  # probability of what is said to be left to find
 _DEVIATIONS = 1.2816  # below which that share of a normal distribution lies
 _STEPS = 2  # of an axis that may each lower the loss
 _LONGEST = 0.5  # factors of ten: step of the bracket
+
+GUARD_RUNS = 7  # short runs of a guard as a rule: five points of the grid, two beside the best
 
 
 @dataclass(frozen=True, kw_only=True)
