@@ -24,7 +24,7 @@ from loratune.system.machine import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "search_on_tables"
 BUDGET = 10.0  # full runs
-AT = (1.0, 2.0, 3.0, 3.4, 5.0, 10.0)  # 3.4: three full runs and a guard of nine short ones
+AT = (1.0, 2.0, 3.0, 3.4, 5.0, 10.0)  # 3.4: three full runs and a guard of short ones
 SETTINGS = ("stories656k_mix", "llama2_7b_published")  # the tables on which the bracket's settings were chosen
 CURVE = np.arange(4, 41) / 4  # full runs, of the figure
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from multifidelity import botorch_search, priorband
 from recorded import Point, Table
 
 from loratune import samplers, schedules
@@ -171,6 +172,16 @@ def halving(prior: bool) -> Search:
     return search
 
 
+def with_prior(search: Callable[..., None]) -> Search:
+    """A search of multifidelity.py, from the guess."""
+
+    def begun(ledger: Ledger) -> None:
+        found, first = guess(ledger.table)
+        search(ledger, first, found.prior, in_space)
+
+    return begun
+
+
 def rule(ledger: Ledger) -> None:
     """The guess, and nothing else."""
     ledger.evaluate(guess(ledger.table)[1])
@@ -227,6 +238,8 @@ SEARCHES: dict[str, Search] = {
     "NOMAD from the rule, frame 0.25": nomad_near,
     "ASHA from the prior": halving(prior=True),
     "ASHA": halving(prior=False),
+    "PriorBand": with_prior(priorband),
+    "BoTorch, multi-fidelity": with_prior(botorch_search),
     "random": by_sampler("random"),
     "TPE": by_sampler("tpe", "defaults"),
     "TPE, 3 random": by_sampler("tpe", "defaults", n_startup_trials=3),
@@ -235,8 +248,8 @@ SEARCHES: dict[str, Search] = {
     "GP, 3 random": by_sampler("gp", "defaults", n_startup_trials=3),
     "NOMAD": by_sampler("nomad", "defaults"),
 }
-SLOW = ("GP, 3 random", "NNI TPE")  # to decide: fewer seeds
-SHORT = ("ASHA", "ASHA from the prior")  # need short runs
+SLOW = ("GP, 3 random", "NNI TPE", "BoTorch, multi-fidelity")  # to decide: fewer seeds
+SHORT = ("ASHA", "ASHA from the prior", "PriorBand", "BoTorch, multi-fidelity")  # need short runs
 
 
 def run(name: str, table: Table, seed: int, budget: float) -> Ledger:

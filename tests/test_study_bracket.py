@@ -30,7 +30,7 @@ def test_an_interrupted_study_ends_as_the_uninterrupted_one(width: int, tmp_path
     whole = study_of(tmp_path / "whole")
     list(events(whole, Formula(width, seed=1)))
     expected = outline(read(whole.folder))
-    assert sum(state == PRUNED for _, _, state, _, _ in expected) >= 9
+    assert sum(state == PRUNED for _, _, state, _, _ in expected) >= 6
     broken = study_of(tmp_path / "broken")
     until_it_ends(monkeypatch, lambda attempt: list(events(broken, Formula(width, seed=attempt))), between=(3, 9), at_least=3)
     assert outline(read(broken.folder)) == expected
@@ -42,7 +42,7 @@ def test_short_runs_are_complete_runs_that_nobody_follows_up(tmp_path: Path) -> 
     list(events(spec, Formula(1, seed=1)))
     record = read(spec.folder)
     short = [trial for trial in record.trials if trial.short]
-    assert len(short) >= 9
+    assert len(short) == 6, "five over the decades, and the one neighbour that the best at the bound of the space has"
     assert {trial.state for trial in short} <= {PRUNED, DIVERGED}
     for trial in short:
         (outcome,) = trial.outcomes
@@ -174,13 +174,13 @@ def test_a_real_study_of_the_embedded_model(tmp_path: Path, monkeypatch: pytest.
     said = capsys.readouterr().out
     assert "2 full runs by bracket. Nothing is started." in said
     assert "First guess: rank 64" in said
-    assert "the work of 2.333 full runs at the defaults" in said
+    assert "the work of 2.259 full runs at the defaults" in said
     assert not (tmp_path / "study").exists()
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "The budget of 2 full runs is spent after 11 trials" in said
+    assert "The budget of 2 full runs is spent after 9 trials" in said
     record = read(tmp_path / "study")
-    assert [trial.short for trial in record.trials] == [True] * 9 + [False] * 2
+    assert [trial.short for trial in record.trials] == [True] * 7 + [False] * 2
     assert record.best is not None
     assert record.base_loss is not None
     assert record.best.value is not None

@@ -32,7 +32,7 @@ def questions_file() -> Path:
 
 
 def study() -> dict[str, Any]:
-    """The demo study, in the sections of a study's YAML file: full runs by the bracket search, after nine short ones."""
+    """The demo study, in the sections of a study's YAML file: full runs by the bracket search, after some short ones."""
     train, validation = data_files()
     return {
         "name": "demo",

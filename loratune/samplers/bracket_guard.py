@@ -1,5 +1,7 @@
 """The guard of the bracket search: complete short runs over decades of u, weighed against the prior.
 
+They go from coarse to fine: every second point of a grid, then the neighbours of the best.
+
 Each short run has its own warmup and decay. Their best u, moved by what the optimum falls from a short run to a full one
 (`prior.json`, length), is one measurement of the full run's best u; its error is the spread of the short runs that are about
 as good, the grid's, and that of the move. The posterior is prior times likelihood. Beyond what it knows the prior is a
@@ -16,26 +18,24 @@ from loratune.samplers.prior import Prior, public_findings
 _FREEDOM = 3  # degrees of
 _DEPTH = 0.05  # short runs within this share of what the best one gained are about as good
 _BEYOND = 4  # points by which the grid grows where its best one is its last
+_ROUNDING = 1e-9
 
 
 def missing(guards: Sequence[PlacedRun], centre: float, options: Options) -> list[float]:
-    """The grid's points that were not run: first `guard_points` over `guard_decades`, then more beyond an end that is the best."""
+    """What is to be run next: every second point of the grid, then the neighbours of the best one, until both were run."""
     points, spacing = grid(centre, options)
-    for _ in range(_BEYOND):
-        todo = [u for u in points if not any(abs(u - run.u) < spacing / 4 for run in guards)]
-        if todo or any(run.loss is None for run in guards):
-            return todo
-        best = min(guards, key=lambda run: (run.loss if run.loss is not None else math.inf, run.u))
-        if best.u > points[-1] - spacing / 2:
-            further = points[-1] + spacing
-        elif best.u < points[0] + spacing / 2:
-            further = points[0] - spacing
-        else:
-            return []
-        if not options.low <= further <= options.high:
-            return []
-        points = sorted([*points, further])
-    return []
+    todo = _unseen(points[::2], guards, spacing)
+    if todo or any(run.loss is None for run in guards):
+        return todo
+    best = min(guards, key=lambda run: (run.loss if run.loss is not None else math.inf, run.u))
+    reach = (_BEYOND + 0.25) * spacing
+    low, high = max(options.low - _ROUNDING, points[0] - reach), min(options.high + _ROUNDING, points[-1] + reach)
+    near = [u for u in (best.u - spacing, best.u + spacing) if low <= u <= high]
+    return _unseen(near, guards, spacing)
+
+
+def _unseen(points: Sequence[float], guards: Sequence[PlacedRun], spacing: float) -> list[float]:
+    return [u for u in points if not any(abs(u - run.u) < spacing / 4 for run in guards)]
 
 
 def grid(centre: float, options: Options) -> tuple[list[float], float]:

@@ -29,6 +29,8 @@ _DEVIATIONS = 1.2816  # below which that share of a normal distribution lies
 _STEPS = 2  # of an axis that may each lower the loss
 _LONGEST = 0.5  # factors of ten: step of the bracket
 
+GUARD_RUNS = 7  # short runs of a guard as a rule: five points of the grid, two beside the best
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedRun:
@@ -57,7 +59,7 @@ class Options:
     slots: int = 1  # runs that can be in training together
     step: float = 0.3  # of the bracket
     guard: Literal["auto", "always", "never"] = "auto"
-    guard_points: int = 9
+    guard_points: int = 9  # of the grid
     guard_decades: float = 4.0
     guard_length: Fraction = Fraction(1, 27)
     tolerance: float = 0.0005  # expected improvement below which the search stops

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from loratune.errors import SearchSpentError
 from loratune.samplers.base import Space, known_search_space, number_of_values, random_value, value_at
-from loratune.samplers.bracket_rule import Options, PlacedRun, Proposal, SearchAxis, propose
+from loratune.samplers.bracket_rule import GUARD_RUNS, Options, PlacedRun, Proposal, SearchAxis, propose
 from loratune.samplers.prior import Facts, Prior, effective, learning_rate, recommend, rescaled, scale_of
 
 KEY = "bracket"
@@ -75,7 +75,7 @@ class BracketSampler(BaseSampler):
         guess = recommend(Facts()).prior
         self._spread = guess.sd if spread is None else spread
         self._outside = guess.outside if outside is None else outside
-        if guard == "auto" and trials is not None and trials <= Options.guard_points:
+        if guard == "auto" and trials is not None and trials <= GUARD_RUNS:
             guard = "never"
         self._options = Options(slots=slots, step=step, guard=guard, tolerance=tolerance, noise=noise)
 

@@ -21,7 +21,7 @@ from loratune.data.prepared import Prepared
 from loratune.executors.devices import ClusterDevices
 from loratune.plugs import EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.plugs.kinds import ADAPTER_BYTES
-from loratune.samplers.bracket_rule import Options
+from loratune.samplers.bracket_rule import GUARD_RUNS, Options
 from loratune.schedules import SliceResult
 from loratune.spec import StudySpec
 from loratune.study.objectives import Objectives
@@ -286,7 +286,7 @@ def _simulated(spec: StudySpec, chance: random.Random, guard: bool = False) -> t
     runs, validations = 0.0, 1.0
     values: dict[int, float] = {}
     each = spec.training.validations
-    short = Options.guard_points if guard and spec.budget.most > Options.guard_points else 0
+    short = GUARD_RUNS if guard and spec.budget.most > GUARD_RUNS else 0
     while runs < (spec.budget.full_runs or math.inf) and (slice := schedule.next(may_start=True)) is not None:
         guarding = len(values) < short  # each is validated at its end alone
         if guarding:

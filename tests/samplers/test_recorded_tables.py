@@ -59,3 +59,16 @@ def test_searches_replay_on_a_table(modules: tuple[ModuleType, ModuleType]) -> N
         assert [loss for *_, loss in first.runs] != [loss for *_, loss in other.runs]
     within = [searches.run("bracket", table, seed, 5.0).regret(3.0) <= table.tolerance for seed in range(20)]
     assert sum(within) >= 19, "the aim of three runs with a fair prior: 95 %"
+
+
+def test_priorband_draws_around_the_guess_and_replays(modules: tuple[ModuleType, ModuleType]) -> None:
+    recorded, searches = modules
+    table = recorded.load("stories260k_alpaca")
+    first, again = (searches.run("PriorBand", table, 0, 5.0) for _ in range(2))
+    assert first.runs == again.runs
+    assert first.runs[0][1] == searches.guess(table)[1]
+    assert {length for _, _, length, _ in first.runs} == {0, 1, 2, 3}, "from 1/27 to full runs"
+    assert all(
+        table.space.parameters["learning_rate"].low <= p["learning_rate"] <= table.space.parameters["learning_rate"].high
+        for _, p, *_ in first.runs
+    )
