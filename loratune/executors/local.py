@@ -88,7 +88,10 @@ class LocalExecutor(Executor):
         self._waiting.clear()
         deadline = time.monotonic() + grace
         for worker in self._workers:
-            worker.process.send(None)
+            if worker.process.used:
+                worker.process.send(None)
+            else:  # importing or loading, for seconds, with nothing to write
+                worker.process.kill()
         for worker in self._workers:
             worker.process.end(deadline - time.monotonic())
 

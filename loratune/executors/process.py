@@ -64,6 +64,7 @@ class WorkerProcess:
         self._folder = ""  # that the server's socket lies in
         self.connection: Connection | None = None  # None while no process runs
         self.leaving = False  # it was preempted: it cancels its segments and ends
+        self.used = False  # it was given a segment
         self.log = StudyPaths(root).worker_logs / f"{number}.log"
 
     @property
@@ -80,7 +81,7 @@ class WorkerProcess:
     def start(self) -> None:
         """Start the process, without waiting for it: it imports what it needs, and waits for `launch` before it reads the recipe."""
         self.log.parent.mkdir(exist_ok=True)
-        self.leaving = False
+        self.leaving = self.used = False
         self._folder = _socket_folder()
         address = f"{self._folder}/socket"
         self._server = socket.socket(socket.AF_UNIX)
@@ -127,6 +128,7 @@ class WorkerProcess:
 
     def send(self, segment: Segment | None) -> None:
         """Give it a segment; None: stop."""
+        self.used |= segment is not None
         self._say({"stop": True} if segment is None else {"segment": segment.to_plain()})
 
     def _say(self, message: dict[str, Any]) -> None:
