@@ -6,7 +6,8 @@ LocalExecutor   a process (or torchrun group of processes) per device, each runn
 RayExecutor     an actor per device of a Ray cluster, each with such a process
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from loratune.plugs import EXECUTORS
 from loratune.plugs.registry import imported
 from loratune.work import Recipe
 
-__all__ = ["Executor", "build", "cluster", "devices_for"]
+__all__ = ["Executor", "build", "cluster", "devices_for", "started_ahead"]
 
 
 def cluster(
@@ -50,6 +51,27 @@ def devices_for(
     return list(range(found.number)) if found.gpus else []
 
 
+@contextlib.contextmanager
+def started_ahead(
+    name: str, *, root: Path, lock: int, devices: Sequence[int], workers: int, threads: int | None, devices_per_trial: int
+) -> Iterator[Any]:
+    """What the executor called `name` can start before its recipe is known, for `build`; None where there is nothing. It ends with
+    the context, unless an executor took it over. Raises TrainingError.
+    """
+    plug = EXECUTORS[name]
+    if plug.ahead is None:
+        yield None
+        return
+    begun = imported(plug.ahead)(
+        root=root, lock=lock, devices=devices, workers=workers, threads=threads, devices_per_trial=devices_per_trial
+    )
+    try:
+        yield begun
+    finally:
+        if begun is not None:
+            begun.discard()
+
+
 def build(
     name: str,
     *,
@@ -62,12 +84,14 @@ def build(
     max_retries: int,
     hang_timeout: float | None,
     options: Mapping[str, Any] | None = None,
+    ahead: Any = None,
 ) -> Executor:
     """Make the executor called `name` for the study in the folder `root`.
 
     `devices` are CUDA device indices, empty on CPU, where `workers` processes share the cores; each process
     is sent `recipe.slots` segments at a time, and an engine that trains fewer lets the others wait.
-    `lock` is the file descriptor of the study's lock, which workers inherit. `options`: the executor's own. Raises SpecError.
+    `lock` is the file descriptor of the study's lock, which workers inherit. `options`: the executor's own. `ahead`: what
+    `started_ahead` gave. Raises SpecError.
     """
     given = {
         "recipe": recipe,
@@ -78,5 +102,6 @@ def build(
         "threads": threads,
         "max_retries": max_retries,
         "hang_timeout": hang_timeout,
+        "ahead": ahead,
     }
     return EXECUTORS.make(name, Executor, given, options)

@@ -30,16 +30,18 @@ class LocalExecutor(Executor):
         threads: int | None,
         max_retries: int,
         hang_timeout: float | None,
+        ahead: WorkerProcess | None = None,
     ) -> None:
-        """`devices`: CUDA indices, empty on CPU; `threads` per process, by default the usable cores shared evenly (system/machine.py)."""
+        """`devices`: CUDA indices, empty on CPU; `threads` per process, by default the usable cores shared evenly (system/machine.py).
+
+        ahead: what `start_ahead` gave; where it fits it is the first worker, and loads the model from now on.
+        """
         super().__init__(max_retries=max_retries)
-        size = recipe.devices_per_trial
-        groups = [list(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)] or [[]] * workers
-        threads = threads or threads_for(len(groups) * size)
-        self._workers = [
-            _Worker(WorkerProcess(number=n, root=root, lock=lock, devices=group, size=size, threads=threads))
-            for n, group in enumerate(groups)
-        ]
+        processes = _processes(root, lock, devices, recipe.devices_per_trial, workers, threads)
+        if ahead is not None and ahead.same(processes[0]):
+            processes[0] = ahead
+            ahead.launch()
+        self._workers = [_Worker(process) for process in processes]
         self._slots, self._hang_timeout = recipe.slots, hang_timeout
         self._waiting: list[Segment] = []
         self.processes = len(self._workers)
@@ -86,9 +88,34 @@ class LocalExecutor(Executor):
         self._waiting.clear()
         deadline = time.monotonic() + grace
         for worker in self._workers:
-            worker.process.send(None)
+            if worker.process.used:
+                worker.process.send(None)
+            else:  # importing or loading, for seconds, with nothing to write
+                worker.process.kill()
         for worker in self._workers:
             worker.process.end(deadline - time.monotonic())
+
+
+def start_ahead(
+    *, root: Path, lock: int, devices: Sequence[int], workers: int, threads: int | None, devices_per_trial: int
+) -> WorkerProcess | None:
+    """The first worker of an executor that will be made with the same arguments, started: it imports torch while the driver reads data.
+
+    None where torchrun starts the workers, which imports torch itself. The caller ends it with `discard`, which does nothing to
+    one that an executor took over.
+    """
+    if devices_per_trial > 1:
+        return None
+    first = _processes(root, lock, devices, devices_per_trial, workers, threads)[0]
+    first.start()
+    return first
+
+
+def _processes(root: Path, lock: int, devices: Sequence[int], size: int, workers: int, threads: int | None) -> list[WorkerProcess]:
+    """One per group of `size` devices; on a CPU as many as `workers`. None runs yet."""
+    groups = [list(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)] or [[]] * workers
+    threads = threads or threads_for(len(groups) * size)
+    return [WorkerProcess(number=n, root=root, lock=lock, devices=group, size=size, threads=threads) for n, group in enumerate(groups)]
 
 
 class _Worker:

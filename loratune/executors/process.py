@@ -11,6 +11,7 @@ import time
 from json import dumps, loads
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from loratune.errors import TrainingError
 from loratune.executors.base import News
@@ -59,8 +60,11 @@ class WorkerProcess:
     ) -> None:
         self._root, self._lock, self._devices, self._size, self._threads, self._cwd = root, lock, devices, size, threads, cwd
         self._process: subprocess.Popen[bytes] | None = None
+        self._server: socket.socket | None = None  # between `start` and the process's call
+        self._folder = ""  # that the server's socket lies in
         self.connection: Connection | None = None  # None while no process runs
         self.leaving = False  # it was preempted: it cancels its segments and ends
+        self.used = False  # it was given a segment
         self.log = StudyPaths(root).worker_logs / f"{number}.log"
 
     @property
@@ -74,19 +78,18 @@ class WorkerProcess:
         hint = ", probably by the system because memory ran out" if -code == signal.SIGKILL else ""
         return f", killed by {signal.Signals(-code).name}{hint}"
 
-    def launch(self) -> None:
-        """Start the process unless it runs. Raises TrainingError when it cannot start."""
-        if self.connection is not None:
-            return
+    def start(self) -> None:
+        """Start the process, without waiting for it: it imports what it needs, and waits for `launch` before it reads the recipe."""
         self.log.parent.mkdir(exist_ok=True)
-        self.leaving = False
-        folder = _socket_folder()
+        self.leaving = self.used = False
+        self._folder = _socket_folder()
+        address = f"{self._folder}/socket"
+        self._server = socket.socket(socket.AF_UNIX)
         try:
-            with socket.socket(socket.AF_UNIX) as server, self.log.open("ab") as log:
-                address = f"{folder}/socket"
-                server.bind(address)
-                server.listen(1)
-                server.settimeout(0.2)
+            self._server.bind(address)
+            self._server.listen(1)
+            self._server.settimeout(0.2)
+            with self.log.open("ab") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, *self._launcher(), "-m", "loratune.executors.worker", str(self._root), address],
                     stdin=subprocess.DEVNULL,
@@ -97,14 +100,39 @@ class WorkerProcess:
                     cwd=self._cwd,
                     start_new_session=True,  # Ctrl-C is the driver's to answer; and the whole group can be killed
                 )
-                self.connection = self._accept(server)
+        except BaseException:
+            self._close_server()
+            raise
+
+    def launch(self) -> None:
+        """Have the process run and load the model, which the study's recipe names. Raises TrainingError when it cannot start."""
+        if self.connection is not None:
+            return
+        if self._server is None:
+            self.start()
+        try:
+            self.connection = self._accept()
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._close_server()
+        self._say({"load": True})
+
+    def same(self, other: "WorkerProcess") -> bool:
+        """Whether `other` would be started in the same way."""
+        return self._started_as() == other._started_as()
+
+    def discard(self) -> None:
+        """End a process that `start` began and nobody launched."""
+        if self._server is not None:
+            self._close_server()
+            self.kill()
 
     def send(self, segment: Segment | None) -> None:
         """Give it a segment; None: stop."""
+        self.used |= segment is not None
+        self._say({"stop": True} if segment is None else {"segment": segment.to_plain()})
+
+    def _say(self, message: dict[str, Any]) -> None:
         if self.connection is not None:
-            message = {"stop": True} if segment is None else {"segment": segment.to_plain()}
             with contextlib.suppress(OSError):  # it died; whoever receives will see the end of the stream
                 self.connection.send_bytes(dumps(message).encode())
 
@@ -156,6 +184,15 @@ class WorkerProcess:
             self.connection.close()
             self.connection = None
 
+    def _started_as(self) -> tuple[object, ...]:
+        return self._root, self._lock, self._devices, self._size, self._threads, self._cwd, self.log
+
+    def _close_server(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            shutil.rmtree(self._folder, ignore_errors=True)
+
     def _launcher(self) -> list[str]:
         return [] if self._size == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._size}"]
 
@@ -167,11 +204,11 @@ class WorkerProcess:
                 chosen[_ALLOCATOR[0]] = "expandable_segments:True"  # passes differ in size: fragments would fill the memory
         return chosen
 
-    def _accept(self, server: socket.socket) -> Connection:
+    def _accept(self) -> Connection:
         deadline = time.monotonic() + _START_PATIENCE
-        while time.monotonic() < deadline:
+        while self._server is not None and time.monotonic() < deadline:
             try:
-                return Connection(server.accept()[0].detach())
+                return Connection(self._server.accept()[0].detach())
             except TimeoutError:
                 if self._process is not None and self._process.poll() is not None:
                     break

@@ -2,12 +2,13 @@
 
     python -m loratune.executors.worker STUDY_FOLDER SOCKET
 
-It reads and writes JSON, one object at a time, over a Unix socket: in come {"segment": ...} and {"stop": true};
-out go {"progress": ...}, {"message": ...} and {"outcome": ...}, one outcome per segment. The loss of the socket
-means that the driver is gone: the worker then ends at once, since nobody would record what it finished, and
-a checkpoint is on the disk. SIGTERM means that the machine is taken away: it says {"leaving": true}, writes checkpoints, cancels
-its segments and ends. What it says carries the segment's attempt. Under torchrun every process of the group trains; the one of rank 0 alone
-holds the socket, and passes the segments on to the others.
+It reads and writes JSON, one object at a time, over a Unix socket. In come {"load": true}, which says that the study's recipe
+is written, {"segment": ...} and {"stop": true}; until the first of them it imports what it will need. Out go {"progress": ...},
+{"message": ...} and {"outcome": ...}, one outcome per segment. The loss of the socket means that the driver is gone: the worker
+then ends at once, since nobody would record what it finished, and a checkpoint is on the disk. SIGTERM means that the machine
+is taken away: it says {"leaving": true}, writes checkpoints, cancels its segments and ends. What it says carries the segment's
+attempt. Under torchrun every process of the group trains; the one of rank 0 alone holds the socket, and passes the segments on
+to the others.
 """
 
 import json
@@ -26,6 +27,7 @@ from loratune.executors.base import News
 from loratune.executors.inbox import QueueInbox
 from loratune.executors.process import DEVICE_LOST, ON_GPU
 from loratune.record.paths import StudyPaths
+from loratune.system.imports import uncollected
 from loratune.work import Message, Outcome, Recipe, Segment, State
 
 
@@ -59,15 +61,12 @@ class _Driver:
 
 def main(root: Path, address: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the driver alone decides
-    recipe = Recipe.from_json(StudyPaths(root).recipe.read_text())
-    if ON_GPU in os.environ:
-        recipe = replace(recipe, device="cuda")
     try:
         if int(os.environ.get("RANK", "0")) == 0:
-            _lead(recipe, root, address)
+            _lead(root, address)
         else:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 says when to stop
-            _follow(recipe, root)
+            _follow(root)
     except DeviceLostError:
         # No outcome is sent: the driver sees the process end, and sends its segments to a new one. An orderly exit
         # would ask the device to free its memory, which may hang.
@@ -76,23 +75,33 @@ def main(root: Path, address: str) -> None:
         os._exit(DEVICE_LOST)
 
 
-def _lead(recipe: Recipe, root: Path, address: str) -> None:
+def _recipe(root: Path) -> Recipe:
+    recipe = Recipe.from_json(StudyPaths(root).recipe.read_text())
+    return replace(recipe, device="cuda") if ON_GPU in os.environ else recipe
+
+
+def _lead(root: Path, address: str) -> None:
     driver = _Driver(address)
-    inbox, stop = QueueInbox(), threading.Event()
+    inbox, stop, answered = QueueInbox(), threading.Event(), threading.Event()
 
     def leave() -> None:
         driver.say(leaving=True)
         stop.set()
         inbox.end()
+        answered.set()
 
     # In a thread: the handler may have interrupted a message.
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=leave, daemon=True).start())
-    threading.Thread(target=_listen, args=(driver, inbox, stop), daemon=True).start()
+    threading.Thread(target=_listen, args=(driver, inbox, stop, answered), daemon=True).start()
 
-    from loratune.finetune.engines import load_engine  # torch: seconds to import; the socket is open meanwhile
+    with uncollected():
+        from loratune.finetune.engines import load_engine  # torch: seconds to import; the socket is open meanwhile
 
+    answered.wait()
+    if stop.is_set():
+        return
     try:
-        engine = load_engine(recipe, root)
+        engine = load_engine(_recipe(root), root)
     except DeviceLostError:
         raise
     except LoratuneError as error:  # a model that cannot be loaded: every segment gets the same clear answer
@@ -105,11 +114,11 @@ def _lead(recipe: Recipe, root: Path, address: str) -> None:
     engine.close()
 
 
-def _follow(recipe: Recipe, root: Path) -> None:
+def _follow(root: Path) -> None:
     from loratune.finetune.engines import load_engine
 
     try:
-        engine = load_engine(recipe, root)
+        engine = load_engine(_recipe(root), root)
     except DeviceLostError:
         raise
     except LoratuneError:
@@ -129,15 +138,17 @@ def _share(segment: Segment | None) -> Segment | None:
     return Segment.from_json(text) if text is not None else None
 
 
-def _listen(driver: _Driver, inbox: QueueInbox, stop: threading.Event) -> None:
+def _listen(driver: _Driver, inbox: QueueInbox, stop: threading.Event, answered: threading.Event) -> None:
+    """Hear the driver. `answered`: whether to load, or to stop, is known."""
     try:
         while True:
             message = driver.receive()
             if "segment" in message:
                 inbox.put(Segment.from_plain(message["segment"]))
-            else:
+            elif "stop" in message:
                 stop.set()
                 inbox.end()
+            answered.set()
     except (EOFError, OSError):
         os._exit(3)
 

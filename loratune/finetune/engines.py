@@ -15,7 +15,6 @@ from loratune.data.batches import Tokens
 from loratune.errors import LoratuneError, ModelError, NotPackableError
 from loratune.finetune import memory, model
 from loratune.finetune.failures import ran_out
-from loratune.finetune.hf import HfEngine
 from loratune.finetune.packed.engine import PackedEngine
 from loratune.finetune.segment import Inbox
 from loratune.system import files
@@ -71,16 +70,22 @@ def load_engine(recipe: Recipe, root: Path) -> Engine:
 
 def _loaded(recipe: Recipe, root: Path) -> Engine:
     if recipe.engine == "hf":
-        return HfEngine(recipe, root)
+        return _reference(recipe, root)
     try:
         return PackedEngine(recipe, root)
     except NotPackableError as error:
         why = str(error)
     memory.free(model.choose_device(recipe.device))  # of the model that was loaded for `packed`: it goes with the error
-    engine = HfEngine(recipe, root)
+    engine = _reference(recipe, root)
     cost = "training takes longer, 1.7 to 2.5 times as long where it was measured, on CPUs"
     engine.notice = f"the packed engine cannot train this model: {why}; warning: {cost}; training one trial at a time with hf"
     return engine
+
+
+def _reference(recipe: Recipe, root: Path) -> Engine:
+    from loratune.finetune.hf import HfEngine  # Trainer, with datasets and pandas: a second that `packed` does without
+
+    return HfEngine(recipe, root)
 
 
 def limit_threads(threads: int | None) -> None:

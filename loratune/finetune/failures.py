@@ -13,6 +13,10 @@ from loratune.finetune import memory
 from loratune.work import Segment, State
 
 
+class DivergedError(Exception):
+    """Loss, gradient or weights became inf or NaN."""
+
+
 def state_of(error: Exception) -> State:
     """The state of a trial that ended with this error."""
     if error_kind(error):

@@ -23,14 +23,14 @@ from loratune.data.prepared import Prepared
 from loratune.data.tasks import task_named
 from loratune.errors import ModelError, TrainingError, error_kind
 from loratune.finetune import distributed, memory, model, segment
-from loratune.finetune.failures import error_text, ran_out, state_of
+from loratune.finetune.failures import DivergedError, error_text, ran_out, state_of
 from loratune.finetune.lora import adapter_parameters
 from loratune.finetune.methods import method_named
 from loratune.finetune.optimisation import make_optimizer
 from loratune.finetune.peft_layers import ADAPTER, detach
 from loratune.finetune.segment import Inbox, SegmentRun
 from loratune.finetune.targets import left_out
-from loratune.finetune.trainer import DivergedError, SegmentTrainer, StepHooks
+from loratune.finetune.trainer import SegmentTrainer, StepHooks
 from loratune.finetune.validation import validate
 from loratune.record.paths import RunPaths, StudyPaths
 from loratune.system.files import write_atomically

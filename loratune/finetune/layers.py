@@ -13,6 +13,7 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -154,11 +155,16 @@ def _routes(name: str, module: Any, counts: set[int]) -> bool:
 def _read_only(model: Any, name: str) -> bool:
     """Whether the class around the layer hands its weight to a kernel or a product of its own."""
     parent, _, leaf = name.rpartition(".")
+    return re.search(rf"self\.{re.escape(leaf)}\.weight(,\s*$|\s*@)", _source(type(model.get_submodule(parent))), re.MULTILINE) is not None  # type: ignore[arg-type]
+
+
+@lru_cache
+def _source(kind: type) -> str:
+    """The text of a class; it is parsed for that, a fiftieth of a second, and a model has few classes. Empty where there is no file."""
     try:
-        source = inspect.getsource(type(model.get_submodule(parent)))
-    except (OSError, TypeError):  # no file, as for a class made in a notebook
-        return False
-    return re.search(rf"self\.{re.escape(leaf)}\.weight(,\s*$|\s*@)", source, re.MULTILINE) is not None
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # as for a class made in a notebook
+        return ""
 
 
 def _fused(module: nn.Module) -> bool:

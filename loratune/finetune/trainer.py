@@ -22,16 +22,13 @@ from loratune.finetune import memory
 from loratune.finetune import model as base_model
 from loratune.finetune.distributed import average_gradients
 from loratune.finetune.dropout import DropoutKey
+from loratune.finetune.failures import DivergedError
 from loratune.finetune.model import BaseModel
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, clip, learning_rate_factor, warmup_steps
 from loratune.finetune.rope import sides_of
 from loratune.finetune.segment import SegmentRun
 from loratune.finetune.validation import token_nll
 from loratune.work import TrainingRecipe
-
-
-class DivergedError(Exception):
-    """Loss, gradient or weights became inf or NaN."""
 
 
 class MicroBatches(Dataset[dict[str, Any]]):

@@ -119,7 +119,12 @@ EXECUTORS = Registry(
     ExecutorPlug,
     (
         ExecutorPlug(name="inline", make="loratune.executors.inline:InlineExecutor", help="in this process", in_process=True),
-        ExecutorPlug(name="local", make="loratune.executors.local:LocalExecutor", help="one process per worker"),
+        ExecutorPlug(
+            name="local",
+            make="loratune.executors.local:LocalExecutor",
+            help="one process per worker",
+            ahead="loratune.executors.local:start_ahead",
+        ),
         ExecutorPlug(
             name="ray",
             make="loratune.executors.ray_executor:RayExecutor",

@@ -53,14 +53,17 @@ class ExecutorPlug(Plug):
     """Makes a `loratune.executors.Executor`.
 
     The study gives `recipe`, `root` (its folder), `lock` (a file descriptor), `devices` (CUDA indices, empty on CPU), `workers`,
-    `threads`, `max_retries`, `hang_timeout`.
+    `threads`, `max_retries`, `hang_timeout`, `ahead` (what `ahead` below gave, else None).
     """
 
-    given: ClassVar[tuple[str, ...]] = ("recipe", "root", "lock", "devices", "workers", "threads", "max_retries", "hang_timeout")
+    given: ClassVar[tuple[str, ...]] = ("recipe", "root", "lock", "devices", "workers", "threads", "max_retries", "hang_timeout", "ahead")
     in_process: bool = False  # trials train in the driver's own process
     count: str | Callable[..., Any] | None = None
     """Where trials train on other machines: what counts their devices, or its address. It is called with `device`, `per_trial`,
     `threads` and the user's options, and gives a `loratune.executors.devices.ClusterDevices`."""
+    ahead: str | Callable[..., Any] | None = None
+    """Starts what the executor will need, or its address, while the driver reads the data. It is called with `root`, `lock`, `devices`,
+    `workers`, `threads`, `devices_per_trial`, and gives something with a method `discard()`, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)

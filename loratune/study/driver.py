@@ -35,6 +35,7 @@ from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
 from loratune.study.plan import cluster_of, devices_of, few_steps, slots_for, workers_for
 from loratune.system.files import AnyPath, parsed, text_of, write_atomically
+from loratune.system.imports import uncollected
 from loratune.system.machine import environment
 from loratune.system.masking import masked_command
 from loratune.trackers import Feed, check
@@ -78,6 +79,19 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             return
         only = stack.enter_context(_only_driver(spec, record))
         session = _Session(record)
+        workers, ahead = record.pin("workers", workers_for(spec)), None
+        if not session.all_spent(spec):
+            ahead = stack.enter_context(
+                executors.started_ahead(
+                    spec.executor.name,
+                    root=record.folder.resolve(),
+                    lock=record.lock,
+                    devices=devices,
+                    workers=workers,
+                    threads=spec.executor.threads,
+                    devices_per_trial=spec.training.devices_per_trial,
+                )
+            )
         unused = unused_gpu(spec.executor.device, devices) if cluster is None else _in_words(cluster)
         notes = [note for note in (unused, network_warning(spec.storage, record.folder)) if note]
         data = prepare_data(spec, notes, date=record.date())
@@ -99,11 +113,12 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             root=record.folder.resolve(),
             lock=record.lock,
             devices=devices,
-            workers=record.pin("workers", workers_for(spec)),
+            workers=workers,
             threads=spec.executor.threads,
             max_retries=spec.executor.max_retries,
             hang_timeout=spec.executor.hang_timeout,
             options=spec.executor.options,
+            ahead=ahead,
         )
         try:
             sampler = _sampler(spec, workers=executor.capacity, guessed=guessed)
@@ -165,8 +180,9 @@ def known_beforehand(spec: StudySpec, data: Prepared) -> list[str]:
 
     Raises one ModelError for tokens without an embedding, examples beyond the model's positions, layers that it has not.
     """
-    from loratune.finetune import preflight  # torch
-    from loratune.finetune.model import bare_model
+    with uncollected():
+        from loratune.finetune import preflight  # torch
+        from loratune.finetune.model import bare_model
 
     recipe, few = spec.recipe("").model, few_steps(spec, data)
     try:
@@ -351,6 +367,7 @@ class _Session:
         self.earlier_seconds = sum(session["seconds"] for session in earlier)
         self.earlier_device_seconds = max((session["device_seconds"] for session in earlier), default=0.0)
         self.meter: ProgressTracker | None = None  # once there is one
+        self._spent_before = earlier[-1].get("spent") if earlier else None
         self._record, self._began, self._written = record, time.monotonic(), 0.0
         self._facts = {
             "number": max((session["number"] for session in earlier), default=0) + 1,
@@ -360,6 +377,10 @@ class _Session:
             "spent": None,  # the budget, once it is: StudyRecord.budget_spent
         }
         self.end()
+
+    def all_spent(self, spec: StudySpec) -> bool:
+        """Whether the session before came to the end of this budget, so that little or nothing is left to train."""
+        return self._spent_before == spec.budget.model_dump(mode="json")
 
     def spent(self, spec: StudySpec) -> None:
         """The study ran to the end of its budget."""

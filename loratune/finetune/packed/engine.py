@@ -24,7 +24,7 @@ from loratune.data.prepared import Prepared
 from loratune.data.tasks import task_named
 from loratune.errors import DeviceLostError, NotPackableError, StorageError, error_kind
 from loratune.finetune import memory, model, segment
-from loratune.finetune.failures import error_text, fits, ran_out, state_of, too_large
+from loratune.finetune.failures import DivergedError, error_text, fits, ran_out, state_of, too_large
 from loratune.finetune.methods import method_named
 from loratune.finetune.packed import capacity
 from loratune.finetune.packed.base import PackedBase
@@ -33,7 +33,6 @@ from loratune.finetune.packed.slot import Slot, StepBatch, fill
 from loratune.finetune.packed.steps import Numbers, clip_all, coming, numbers_of, try_pass, update_all
 from loratune.finetune.packed.validation_pass import validate_within
 from loratune.finetune.segment import Inbox
-from loratune.finetune.trainer import DivergedError
 from loratune.work import Outcome, Progress, Recipe, Segment, State
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}  # where the recipe leaves it open

@@ -15,6 +15,7 @@ from torch import nn
 from loratune.data.batches import Sides, Tokens, response_tokens
 from loratune.data.shared_prefix import dropout_owners
 from loratune.data.tasks import TrainingTask
+from loratune.finetune.failures import DivergedError
 from loratune.finetune.methods import Method
 from loratune.finetune.optimisation import HALF_PRECISION_SCALE, learning_rate_factor, warmup_steps
 from loratune.finetune.packed.adapter import Adapter
@@ -22,7 +23,6 @@ from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.layout import Flat, Share
 from loratune.finetune.segment import SegmentRun
 from loratune.finetune.targets import chosen_layers, left_out
-from loratune.finetune.trainer import DivergedError
 from loratune.record.paths import RunPaths, StudyPaths
 from loratune.work import Progress, Recipe, Segment
 

@@ -7,11 +7,10 @@ import torch
 
 from loratune.data.tasks import TrainingTask
 from loratune.finetune import memory
-from loratune.finetune.failures import fits, ran_out
+from loratune.finetune.failures import DivergedError, fits, ran_out
 from loratune.finetune.packed.base import PackedBase
 from loratune.finetune.packed.layout import Flat, Layouts, Share
 from loratune.finetune.packed.slot import Slot, StepBatch, run_pass
-from loratune.finetune.trainer import DivergedError
 
 Numbers = dict[Slot, tuple[float, float]]  # the step's loss, and the norm of its gradient
 

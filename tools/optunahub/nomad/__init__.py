@@ -1,0 +1,4 @@
+from loratune.samplers import NomadSampler
+
+
+__all__ = ["NomadSampler"]
