@@ -122,7 +122,9 @@ def keep(problem: str, way: str, seed: int, record: StudyRecord) -> None:
     found["machine"] = {key: value for key, value in record.sessions[-1]["environment"].items() if key != "host"}
     row = {"problem": problem, "way": way, "seed": seed}
     others = [study for study in found["studies"] if any(study[key] != row[key] for key in row)]
-    found["studies"] = sorted([*others, row | summary(record)], key=lambda s: (s["problem"], s["way"], s["seed"]))
+    earlier = [study["fresh"] for study in found["studies"] if study not in others and "fresh" in study]
+    row |= summary(record) | ({"fresh": earlier[0]} if earlier else {})
+    found["studies"] = sorted([*others, row], key=lambda s: (s["problem"], s["way"], s["seed"]))
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(problem, way, seed, record.best and record.best.value, f"{record.tokens:,} tokens", flush=True)
 
