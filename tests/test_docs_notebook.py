@@ -25,8 +25,8 @@ def code_cells(notebook: Any) -> list[Any]:
 
 def shown(cell: Any) -> list[str]:
     """What a cell shows, a text per form: printed, plain, HTML."""
-    forms = [form for output in cell["outputs"] for form in (output["data"].values() if "data" in output else [output["text"]])]
-    return ["".join(form) for form in forms]
+    forms = [sorted(output["data"].items()) if "data" in output else [("", output["text"])] for output in cell["outputs"]]
+    return ["".join(text) for output in forms for _, text in output]
 
 
 def test_it_compiles_shows_results_and_names_what_there_is() -> None:

@@ -142,7 +142,8 @@
       const last = place(k).at(-1), p = panelOf(mark), [x, y] = keep || (p ? p.clamp(...last) : last), on = new DOMPoint(x, y).matrixTransform(svg.getScreenCTM());
       const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
       tip.style.left = `${scrollX + Math.max(8, Math.min(room, on.x + 14))}px`;
-      tip.style.top = `${scrollY + (on.y + 18 + tip.offsetHeight > innerHeight ? on.y - tip.offsetHeight - 12 : on.y + 18)}px`;
+      const above = on.y - tip.offsetHeight - 12, below = on.y + 18;  // above on a phone, where the buttons below are wanted
+      tip.style.top = `${scrollY + (below + tip.offsetHeight > innerHeight || (above > 0 && matchMedia("(hover: none)").matches) ? above : below)}px`;
     };
     const hide = () => {
       shown = null;
