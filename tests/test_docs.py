@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     application = pytest.importorskip("sphinx.application", reason="Sphinx is not installed: pip install 'loratune[docs]'")
     pytest.importorskip("furo")
-    pytest.importorskip("myst_parser")
+    pytest.importorskip("myst_nb")
     folder = tmp_path_factory.mktemp("site")
     built = application.Sphinx(ROOT / "docs", ROOT / "docs", folder, folder / ".doctrees", "html", status=None, warningiserror=True)
     built.build()

@@ -86,4 +86,5 @@ def _picture(record: "StudyRecord", best: "Trial") -> str:
         for number, value in points
     )
     words = f'<text x="{_EDGE}" y="14" font-size="12" fill="currentColor">validation loss, {low:.4f} to {high:.4f}, over trials</text>'
-    return f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="validation loss over trials">{words}{circles}</svg>'
+    size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" style="max-width:100%"'
+    return f'<svg {size} role="img" aria-label="validation loss over trials">{words}{circles}</svg>'

@@ -1,8 +1,12 @@
-"""The report as one HTML file: numbers from tables.py and evidence.py, figures inline as SVG, no script, nothing to download.
+"""The report as one HTML file: numbers from tables.py and evidence.py, figures inline as SVG, nothing to download.
+
+Its only script, `templates/figures.js`, tells trials under the pointer and zooms; the page is complete without it.
 
 `templates/page.html` is the frame; each section of a study is a file of `templates/sections/`, in the order of `_sections`.
 """
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from loratune.downstream.results.contamination import RULE
 from loratune.downstream.results.scores import describe_model
@@ -37,8 +42,9 @@ def render(records: Sequence[StudyRecord], destination: Path) -> Path:
         raise StorageError("a report needs at least one study: give the folder that `loratune run` made.")
     folder = destination.parent / "figures"
     evidence = [gather(record) for record in records]
-    together = _figures(figures.of_several(records), folder, prefix="")
-    drawn = [_figures(figures.of_one(found), folder, prefix) for found, prefix in zip(evidence, _prefixes(records), strict=True)]
+    prefixes = _prefixes(records)
+    together = _figures(figures.of_several(records), folder, "", prefixes)
+    drawn = [_figures(figures.of_one(found), folder, prefix, [prefix]) for found, prefix in zip(evidence, prefixes, strict=True)]
     write_atomically(destination, compose(evidence, drawn, together))
     return destination
 
@@ -48,6 +54,7 @@ def compose(evidence: Sequence[Evidence], drawn: Sequence[dict[str, Inline]], to
     records = [found.record for found in evidence]
     studies = [_study(*parts) for parts in zip(evidence, drawn, _prefixes(records), strict=True)]
     rows, common = tables.compare_studies(records)
+    script = "\n" + (TEMPLATES / "figures.js").read_text(encoding="utf-8")
     return (
         _environment()
         .get_template("page.html")
@@ -61,6 +68,8 @@ def compose(evidence: Sequence[Evidence], drawn: Sequence[dict[str, Inline]], to
             benchmarks=list(dict.fromkeys(title for study in studies for title in study["means"])),
             version=version_of_loratune(),
             shades=list(zip(SHADES, DARK, strict=True)),
+            script=Markup(script),
+            digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
 
@@ -95,10 +104,10 @@ def _environment() -> jinja2.Environment:
     return found
 
 
-def _figures(plots: Iterable[Plot], folder: Path, prefix: str) -> dict[str, Inline]:
-    """The figures saved to `folder` and ready for the page, by name."""
+def _figures(plots: Iterable[Plot], folder: Path, prefix: str, studies: Sequence[str]) -> dict[str, Inline]:
+    """The figures saved to `folder` and ready for the page, by name; `studies`: the prefix of each study they show."""
     return {
-        plot.name: inline(plot, save_figure(plot, folder / (prefix + plot.name)), key=_slug(f"{prefix}figure-{plot.name}"))
+        plot.name: inline(plot, save_figure(plot, folder / (prefix + plot.name)), _slug(f"{prefix}figure-{plot.name}"), studies)
         for plot in plots
     }
 

@@ -3,12 +3,14 @@
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 from markupsafe import Markup, escape
 
+from loratune.report import live
 from loratune.report.drawing import FAINT, INK, PAPER, SHADES, SOFT, STYLE, Plot
 from loratune.system.files import write_atomically
 
@@ -27,6 +29,7 @@ class Inline:
 def save_figure(plot: Plot, stem: Path) -> str:
     """Write <stem>.svg and <stem>.pdf in the light colours; returns the SVG. The same record gives the same bytes."""
     svg, pdf = io.StringIO(), io.BytesIO()
+    live.name_groups(plot.figure)
     undated = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with warnings.catch_warnings(), matplotlib.rc_context({**STYLE, "svg.hashsalt": plot.name}):
         warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that matplotlib's font lacks; the page's font has them
@@ -38,14 +41,15 @@ def save_figure(plot: Plot, stem: Path) -> str:
     return svg.getvalue()
 
 
-def inline(plot: Plot, svg: str, key: str) -> Inline:
-    """The figure as an HTML <figure> whose ids all begin with `key`."""
+def inline(plot: Plot, svg: str, key: str, studies: Sequence[str]) -> Inline:
+    """The figure as an HTML <figure> whose ids all begin with `key`, and the ids of each study's rows with those of `studies`."""
+    svg = live.annotate(plot.figure, svg, studies)
     head, _, body = svg[svg.index("<svg") :].partition(">")
     box = head.partition('viewBox="')[2].partition('"')[0]
     for before, after in ((r'\bid="', f'id="{key}-'), (r'href="#', f'href="#{key}-'), (r"url\(#", f"url(#{key}-")):
         body = re.sub(before, after, body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda found: f"var(--{THEMED[found[0]]})" if found[0] in THEMED else found[0], body)
-    body = re.sub(r"font: (?:\w+ )?([\d.]+px)[^;\"]*", r"font-size: \1", body)
+    body = re.sub(r" ?font-family: [^;\"]*;", "", body)
     title, alt = f'<title id="{key}-title">{escape(plot.title)}</title>', f'<desc id="{key}-alt">{escape(plot.alt)}</desc>'
     opening = f'<svg viewBox="{box}" role="img" aria-labelledby="{key}-title {key}-alt">'
     drawing = f'<div class="drawing">{opening}{title}{alt}{body}</div>'

@@ -39,7 +39,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" in self.open or "svg" in self.open:
+        if {"style", "script"} & set(self.open) or "svg" in self.open:
             return
         self.texts.append(data)
         if {"td", "th"} & set(self.open):

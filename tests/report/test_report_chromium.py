@@ -111,3 +111,67 @@ def test_on_paper_nothing_is_cut_off(story: Path, browser: Any, tmp_path: Path) 
     page.pdf(path=(pdf := Path(SHOTS or tmp_path) / "report.pdf"), format="A4", prefer_css_page_size=True)
     assert pdf.read_bytes().startswith(b"%PDF")
     page.close()
+
+
+def test_hover_and_zoom(story: Path, browser: Any) -> None:
+    """By mouse and by keys; a reset gives the same picture back."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(story.as_uri())
+    figure, tip = page.locator("#figure-slices"), page.locator(".tip")
+    rate = figure.locator("[data-panel]").nth(3)  # the learning rate's
+    marks, ticks = rate.locator("use[data-trial]"), rate.locator(".finer text")
+
+    def centre(place: int) -> tuple[float, float]:
+        box = marks.nth(place).bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    def words(number: int) -> list[str]:
+        cells = [cell.split("\n")[0].strip() for cell in page.locator(f"#trial-{number} > *").all_inner_texts()]
+        heads = page.locator("table.trials thead th").all_inner_texts()
+        return [f"trial {number}, {cells[1]}", *(f"{head} {cell}" for head, cell in zip(heads[2:], cells[2:], strict=True))]
+
+    marks.nth(0).scroll_into_view_if_needed()
+    assert tip.is_hidden()
+    page.mouse.move(*centre(4))
+    assert tip.inner_text().split("\n") == words(4)
+    assert figure.locator("use.on").count() == 4  # in each panel
+    page.mouse.move(5, 5)
+    assert tip.is_hidden()
+
+    before = [centre(k) for k in range(3)]
+    shown = rate.locator('g[id*="xtick_"]:visible').count()
+    box = rate.locator("path").first.bounding_box()  # the panel's ground
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.3 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.9 * box["height"], steps=2)
+    page.mouse.up()
+    assert ticks.count() >= 3
+    assert rate.locator('g[id*="xtick_"]:visible').count() == 0
+    assert figure.locator("[data-panel]").nth(0).locator('g[id*="ytick_"]:visible').count() == 0  # the loss is one axis of all
+    after = [centre(k) for k in range(3)]
+    for side, factor in ((0, 1 / 0.5), (1, 1 / 0.6)):
+        for k in (1, 2):
+            assert after[k][side] - after[0][side] == pytest.approx(factor * (before[k][side] - before[0][side]), rel=0.02, abs=0.5)
+    page.mouse.dblclick(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+    assert ticks.count() == 0
+    assert rate.locator('g[id*="xtick_"]:visible').count() == shown
+    assert [centre(k) for k in range(3)] == before
+
+    curves = page.locator("#figure-learning-curves .drawing")
+    line = curves.locator("path[data-trial]").first
+    straight = line.get_attribute("d")
+    curves.focus()
+    page.keyboard.press("ArrowRight")
+    assert tip.inner_text().split("\n") == words(0)
+    page.keyboard.press("+")
+    assert line.get_attribute("d") != straight
+    assert any(text.endswith(" k") for text in curves.locator(".finer text").all_text_contents())
+    page.keyboard.press("0")
+    assert line.get_attribute("d") == straight
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    assert said == []
+    page.close()

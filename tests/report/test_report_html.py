@@ -1,6 +1,10 @@
 """The page: its numbers are the records', it opens offline, everyone can read it, whatever became of the study."""
 
 import ast
+import base64
+import hashlib
+import html
+import json
 import math
 import random
 import re
@@ -69,8 +73,13 @@ def page(request: pytest.FixtureRequest) -> Page:
     return Page(request.getfixturevalue(request.param))
 
 
-def test_it_loads_nothing_and_runs_nothing(page: Page) -> None:
-    assert not {"script", "link", "img", "iframe", "object", "embed", "audio", "video", "base"} & {tag for tag, _ in page.tags}
+def test_it_loads_nothing_and_runs_its_own_script_alone(page: Page) -> None:
+    assert page.named("script") == [{}]  # inline
+    script = page.source.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(str(meta["content"]) for meta in page.named("meta") if "http-equiv" in meta)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert not {"link", "img", "iframe", "object", "embed", "audio", "video", "base"} & {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
         for name, value in attributes.items():
             if name in ("src", "srcset", "href", "xlink:href", "data", "poster"):
@@ -104,6 +113,62 @@ def test_the_figures_for_a_paper_lie_beside_it(single: Path) -> None:
     assert "var(--" not in (folder / "history.svg").read_text()
 
 
+def marked(source: str) -> dict[str, list[tuple[str, list[int]]]]:
+    """Figure -> (what its rows' ids begin with, the trials in the order drawn) of each group of marks."""
+    found = {}
+    for key, figure in re.findall(r'<figure id="([^"]+)">(.*?)</figure>', source, re.DOTALL):
+        groups = re.split(r'data-study="([^"]*)"', figure)[1:]
+        told = [(study, re.findall(r'data-trial="(\d+)"', its)) for study, its in zip(groups[::2], groups[1::2], strict=True)]
+        found[key] = [(study, [int(number) for number in numbers]) for study, numbers in told]
+    return found
+
+
+def test_each_mark_knows_its_trial(study: Study, tmp_path: Path, pair: Path) -> None:
+    points = spread(9)
+    points[3] = Point(params=points[3].params, value=None, state=DIVERGED, message="NaN")
+    points[5] = Point(params=points[5].params, value=1.4, state=PAUSED, runs=(("budget-1-3", (1.4,)),))
+    for k in (0, 1, 2, 4, 6, 7, 8):
+        points[k].runs = (("main", (1.5, points[k].value or 0.0)),)
+    page = page_of(study(points), folder=tmp_path)
+    trained = [0, 1, 2, 4, 6, 7, 8]
+    told = marked(page.source)
+    assert told["figure-history"] == [("", [5]), ("", [3]), ("", trained)]
+    assert told["figure-slices"] == [("", trained)] * 4
+    assert [(study, sorted(order)) for study, order in told["figure-learning-curves"]] == [("", sorted([*trained, 5]))]
+    assert [(study, sorted(order)) for study, order in told["figure-parallel-coordinates"]] == [("", trained)]
+    rows = {str(row.get("id")) for row in page.named("tr")}
+    assert {f"trial-{number}" for number in range(9)} <= rows
+    # The higher a mark stands, the higher its trial's loss.
+    history = page.source.partition('<figure id="figure-history">')[2].partition("</figure>")[0]
+    heights = {int(number): -float(y) for number, y in re.findall(r'<use data-trial="(\d+)"[^>]* y="([\d.]+)"', history)}
+    rising = [heights[number] for number in sorted(trained, key=lambda number: points[number].value or 0)]
+    assert rising == sorted(rising)
+    several = marked(pair.read_text())
+    assert [(study, sorted(order)) for study, order in several["figure-parallel-coordinates"]] == [
+        ("1-a-", list(range(9))),
+        ("2-b-", list(range(5))),
+    ]
+    assert 'id="2-b-trial-4"' in pair.read_text()
+
+
+def test_axes_say_what_their_ends_are(single: Path) -> None:
+    source = single.read_text()
+    panels = [json.loads(html.unescape(told)) for told in re.findall(r'data-panel="([^"]+)"', source)]
+    assert len(panels) == 1 + 1 + 4  # the search, the learning curves, four hyperparameters; parallel coordinates have no scales
+    history, curves, rank, alpha, dropout, rate = panels
+    assert history["x"]["whole"]
+    assert history["y"]["low"] < min(p.value or 0 for p in spread(12)) < history["y"]["high"]
+    assert curves["x"] == {"low": 0, "high": 1.02 * 1e6, "log": False, "large": True}
+    assert [text for _, text in rank["x"]["named"]] == ["4", "8", "16", "32", "64", "128", "256", "512"]
+    assert "low" not in rank["x"]
+    assert (alpha["x"]["whole"], alpha["x"]["log"], dropout["x"]["named"][0][1]) == (True, False, "0")
+    assert rate["x"]["low"] < 1e-6 < 1e-3 < rate["x"]["high"] < 1.5e-3
+    for panel in panels:
+        left, top, right, bottom = panel["box"]
+        assert 0 < left < right < 375
+        assert 0 <= top < bottom
+
+
 def test_the_same_record_gives_the_same_bytes(single: Path, tmp_path: Path) -> None:
     again = write_report([read(single.parent.parent / "study")], tmp_path / "report.html")
     assert again.read_bytes() == single.read_bytes()
@@ -125,7 +190,8 @@ def test_foreign_text_is_escaped(study: Study, tmp_path: Path) -> None:
     points[3] = Point(params=points[3].params, value=None, state=FAILED, message="<b>boom</b> & worse")
     first = study(points, name=name, folder="one", model={"name_or_path": '<img src="x">'})
     page = page_of(first, study(spread(2), name="_other", folder="two", model={"name_or_path": '<img src="x">'}), folder=tmp_path)
-    assert not page.named("script")
+    assert page.source.count("<script") == 1  # ours
+    assert "<script>alert" not in page.source
     assert not page.named("img")
     assert not page.named("b")
     assert (2, name) in page.headings

@@ -11,6 +11,7 @@ from loratune.report import importance as importances
 from loratune.report import tables
 from loratune.report.axes import ABSENT, Axis, axis_of
 from loratune.report.drawing import BEST, INK, LEVELS, SHADES, STYLE, WIDTH, Plot, Scale, blank
+from loratune.report.live import tell_axis, tell_trials
 from loratune.report.tables import finished_trials, headline, value
 from loratune.system.formatting import count, label, loss, metric, plural, show
 
@@ -79,7 +80,7 @@ def _slice_panel(axes: Any, axis: Axis, trials: list[Trial], scale: Scale, found
 
     placed = [point(t) for t in trials]
     shades = [scale.shade(value(t)) for t in trials]
-    axes.scatter([x for x, _ in placed], [y for _, y in placed], s=11, c=shades, alpha=0.8, linewidths=0, zorder=3)
+    tell_trials(axes.scatter(*zip(*placed, strict=True), s=11, c=shades, alpha=0.8, linewidths=0, zorder=3), trials)
     if found.best:
         axes.scatter(*point(found.best), s=46, facecolors="none", edgecolors=BEST, linewidths=1.5, zorder=4)
     absent = any(x == ABSENT for x, _ in placed)
@@ -88,6 +89,8 @@ def _slice_panel(axes: Any, axis: Axis, trials: list[Trial], scale: Scale, found
     if max(len(text) for _, text in ticks) * len(ticks) > 34:
         axes.tick_params(axis="x", rotation=30)
     axes.set_xlim(ABSENT - 0.05 if absent else -0.04, 1.04)
+    spanned = {} if axis.places or axis.high == axis.low else {"low": axis.low, "high": axis.high, "log": axis.log, "whole": axis.whole}
+    tell_axis(axes, "x", named=[(x, text) for x, text in ticks if x == ABSENT or not spanned], **spanned)
     axes.set_xlabel(axis.label)
 
 
@@ -128,18 +131,20 @@ def _front_panel(axes: Any, record: StudyRecord, trials: list[Trial], scale: Sca
     top = scale.high + scale.room
     at = {t.number: (t.values[place], min(value(t), top)) for t in trials}
     rest = [t for t in trials if t.number not in best]
-    axes.scatter(
+    dots = axes.scatter(
         *zip(*[at[t.number] for t in rest], strict=True) if rest else ([], []),
         s=13,
         color=SHADES[LEVELS // 3],
         linewidths=0,
         label="trials",
     )
-    on = sorted(at[number] for number in best if number in at)
+    ringed = sorted((number for number in best if number in at), key=lambda number: at[number])
+    on = [at[number] for number in ringed]
     if len(record.objectives) == 2:
         maximised = list(record.objectives.values())[place] == "maximize"
         axes.step(*zip(*on, strict=True), where="pre" if maximised else "post", color=BEST, linewidth=1.2, zorder=2)
-    axes.scatter(*zip(*on, strict=True), s=26, facecolors=BEST, edgecolors="none", zorder=4, label="on the front")
+    tell_trials(dots, rest)
+    tell_trials(axes.scatter(*zip(*on, strict=True), s=26, facecolors=BEST, edgecolors="none", zorder=4, label="on the front"), ringed)
     if record.default is not None and record.default.number in at:
         axes.scatter(
             *at[record.default.number], s=52, marker="s", facecolors="none", edgecolors=INK, linewidths=1.2, zorder=5, label="default"
@@ -148,4 +153,5 @@ def _front_panel(axes: Any, record: StudyRecord, trials: list[Trial], scale: Sca
     if lowest > 0 and highest > 20 * lowest:
         axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda x, _: count(x) if x >= 1000 else show(x))
+    tell_axis(axes, "x", large=True)
     axes.set_ylim(scale.low - scale.room, top + scale.room)

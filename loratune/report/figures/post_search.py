@@ -11,6 +11,7 @@ from loratune.preference.summary_lines import PreferenceRow, rows_of
 from loratune.report import tables
 from loratune.report.drawing import BEST, INK, LEVELS, SHADES, SOFT, STUDIES, STYLE, WIDTH, Plot, Scale, blank, literal
 from loratune.report.evidence import Downstream, Evidence
+from loratune.report.live import tell_trials
 from loratune.report.tables import value
 from loratune.selection import Finalist, SelectionRecord
 from loratune.statistics import Interval
@@ -102,7 +103,8 @@ def _score_panel(axes: Any, found: Downstream, benchmark: str) -> str:
         if score.known:
             axes.plot([at, at], [100 * score.low, 100 * score.high], color=color, linewidth=0.8, alpha=0.55)
         marker = "s" if name == found.default else "o"
-        axes.plot([at], [100 * score.value], marker=marker, color=color, markersize=4 if color == SHADE else 5, zorder=4 if best else 3)
+        look = {"marker": marker, "linestyle": "none", "color": color, "markersize": 4 if color == SHADE else 5, "zorder": 4 if best else 3}
+        tell_trials(axes.plot([at], [100 * score.value], **look)[0], [int(name)])
     axes.margins(x=0.06)
     low, high = axes.get_ylim()
     if chance is not None and low <= 100 * chance <= high:

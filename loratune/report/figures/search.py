@@ -28,6 +28,7 @@ from loratune.report.drawing import (
     smooth_points,
     tag,
 )
+from loratune.report.live import tell_axis, tell_trials
 from loratune.report.tables import finished_trials, headline, value
 from loratune.system.formatting import count, loss, plural
 
@@ -47,13 +48,15 @@ def history(record: StudyRecord) -> Plot | None:
     axes.set_ylim(scale.low - scale.room, top + scale.room)
     less = [t for t in record.trials if t.state in (PAUSED, PRUNED) and t.value is not None and math.isfinite(t.value)]
     if less:
-        axes.scatter(*_points(less, top), s=13, facecolors="none", edgecolors=SOFT, linewidths=0.8, label="trained less far")
+        open_dots = axes.scatter(*_points(less, top), s=13, facecolors="none", edgecolors=SOFT, linewidths=0.8, label="trained less far")
+        tell_trials(open_dots, less)
     shades = [scale.shade(v) for v in losses]
-    axes.scatter(*_points(trials, top), s=16, c=shades, linewidths=0, zorder=3)
+    tell_trials(axes.scatter(*_points(trials, top), s=16, c=shades, linewidths=0, zorder=3), trials)
     axes.scatter([], [], s=16, c=SHADES[LEVELS // 4], linewidths=0, label="trained to the end")
     lost = [t for t in record.trials if t.state in LOST]
     if lost:
-        axes.scatter([t.number for t in lost], [top] * len(lost), s=16, marker="x", c=INK, linewidths=0.9, label="failed or diverged")
+        places = [t.number for t in lost], [top] * len(lost)
+        tell_trials(axes.scatter(*places, s=16, marker="x", c=INK, linewidths=0.9, label="failed or diverged"), lost)
     path = tables.running_best(record)
     axes.step(range(len(path)), [v if math.isfinite(v) else math.nan for v in path], where="post", color=BEST, label="best so far")
     if found.default:
@@ -64,6 +67,7 @@ def history(record: StudyRecord) -> Plot | None:
     axes.set_ylabel("validation loss")
     axes.set_xlim(-0.5 - 0.01 * len(path), len(path) - 0.5 + 0.01 * len(path))
     axes.xaxis.get_major_locator().set_params(integer=True)
+    tell_axis(axes, "x", whole=True)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, handletextpad=0.4, columnspacing=1.2, borderpad=0.2)
     hidden = scale.beyond([*losses, *(value(found.default) for _ in [0] if found.default)])
     best = found.best
@@ -97,7 +101,8 @@ def parallel(records: Sequence[StudyRecord]) -> Plot | None:
     figure = Figure(figsize=(WIDTH, 2.75 * len(shown) + 0.25), layout="constrained")
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for panel, record in zip(panels, shown, strict=True):
-        _parallel_panel(panel, record, scale, title=f"{literal(record.name)} ({tables.sampler_of(record)})" if len(records) > 1 else "")
+        lines = _parallel_panel(panel, record, scale, f"{literal(record.name)} ({tables.sampler_of(record)})" if len(records) > 1 else "")
+        tell_trials(*lines, study=next(k for k, r in enumerate(records) if r is record))
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper left", ncols=3)
     tops = [(r, best) for r, best in ((r, headline(r).best) for r in shown) if best]
@@ -119,7 +124,8 @@ def parallel(records: Sequence[StudyRecord]) -> Plot | None:
     )
 
 
-def _parallel_panel(axes: Any, record: StudyRecord, scale: Scale, title: str) -> None:
+def _parallel_panel(axes: Any, record: StudyRecord, scale: Scale, title: str) -> tuple[PathCollection, list[Trial]]:
+    """Draw one study; returns its lines, and whose they are."""
     parameters = tables.space_of(record).parameters
     columns = [axis_of(name, parameters[name]) for name in tables.searched(record)]
     trials = sorted(finished_trials(record), key=lambda t: (-value(t), -t.number))  # best last, on top
@@ -132,7 +138,8 @@ def _parallel_panel(axes: Any, record: StudyRecord, scale: Scale, title: str) ->
     curves = [smooth(heights(t)) for t in trials]
     faint = 0.8 if len(trials) <= 60 else 0.55
     colors = [scale.shade(value(t)) for t in trials]
-    axes.add_collection(PathCollection(curves, facecolors="none", edgecolors=colors, linewidths=0.9, alpha=faint, zorder=2))
+    lines = PathCollection(curves, facecolors="none", edgecolors=colors, linewidths=0.9, alpha=faint, zorder=2)
+    axes.add_collection(lines)
     # Legend proxies are the highlighted curves themselves, drawn point by point.
     if found.default:
         xs, ys = smooth_points(heights(found.default))
@@ -162,6 +169,7 @@ def _parallel_panel(axes: Any, record: StudyRecord, scale: Scale, title: str) ->
     axes.axis("off")
     if title:
         axes.set_title(title, loc="left", fontsize=9, fontweight="bold", color=INK, pad=8)
+    return lines, trials
 
 
 @matplotlib.rc_context(STYLE)
@@ -178,13 +186,16 @@ def curves(record: StudyRecord) -> Plot | None:
     figure, axes = blank(3.0)
     done = {t.number for t in ends}
     paths, shades, widths = [], [], []
-    for trial in sorted(trials, key=lambda t: (t.number in done, -value(t))):
+    drawn = sorted(trials, key=lambda t: (t.number in done, -value(t)))
+    for trial in drawn:
         points = lines[trial.number]
         stride = math.ceil(len(points) / keep)
         paths.append([*points[:-1:stride], points[-1]])
         shades.append(scale.shade(value(trial)) if trial.number in done else SOFT)
         widths.append(0.9 if trial.number in done else 0.5)
-    axes.add_collection(LineCollection(paths, colors=shades, linewidths=widths, alpha=0.75))
+    collection = LineCollection(paths, colors=shades, linewidths=widths, alpha=0.75)
+    axes.add_collection(collection)
+    tell_trials(collection, drawn)
     kept = {number: at for number, at in ((t.number, _kept(t)) for t in trials) if at is not None}
     if kept:
         marks = [scale.shade(value(t)) if t.number in done else SOFT for t in trials if t.number in kept]
@@ -200,6 +211,7 @@ def curves(record: StudyRecord) -> Plot | None:
     axes.set_ylim(seen[0] - room, high + room)
     axes.set_xlim(0, 1.02 * max(x for path in paths for x, _ in path))
     axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
+    tell_axis(axes, "x", large=True)
     axes.set_xlabel("training tokens")
     axes.set_ylabel("validation loss")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
