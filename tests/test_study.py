@@ -24,7 +24,7 @@ from loratune.record.progress import ProgressTracker
 from loratune.record.storage import open_study
 from loratune.spec import StudySpec
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
-from loratune.work import CurvePoint, Hyperparameters, Outcome, Progress, Segment, State
+from loratune.work import CurvePoint, Hyperparameters, Message, Outcome, Progress, Segment, State
 
 EXAMPLES, VALIDATION = 640, 60
 
@@ -284,9 +284,10 @@ def test_every_sampler_survives_a_study_where_much_fails(sampler: str, tmp_path:
         pytest.importorskip("nni")
     space = {"preset": "published", "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True, "default": 1e-3}}
     spec = spec_of(tmp_path / "s", sampler, trials=16, search_space=space)  # most diverge, the first included
-    list(events(spec, Formula(2, seed=1)))
+    *_, last = events(spec, Formula(2, seed=1))
     trials = read(spec.folder).trials
-    assert len(trials) == 16
+    ended = isinstance(last, Message) and last.text.startswith("The search is over")  # by itself, as a further run would gain nothing
+    assert len(trials) == 16 or (sampler == "bracket" and ended)
     assert {DIVERGED, COMPLETE} <= {t.state for t in trials}
 
 

@@ -135,7 +135,7 @@ def count(number: float) -> str:
 
 def money(amount: float, currency: str = "") -> str:
     """`12.50 EUR`; `12.50` without a unit."""
-    return f"{amount:.2f} {currency}".rstrip()
+    return _odd(amount) or f"{amount:.2f} {currency}".rstrip()
 
 
 def plural(number: int, noun: str) -> str:
