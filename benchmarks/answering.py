@@ -12,8 +12,10 @@ BBH's prompts with 48 tokens written to the end, on tinystories656k. Ways, which
     together, one process
                    all adapters in one pass of one process with all threads, as on a GPU
     one at a time  the same code with one adapter after the other, all threads
-    peft           all threads; PeftModel with model.generate, or forward passes for log-likelihoods: batches of at most 64 rows and 4,096
-                   tokens sorted by length, padded on the left; no shared beginning; EOS or max_new_tokens ends an answer
+    peft           all threads; PeftModel with model.generate, or forward passes for log-likelihoods, one adapter after the other:
+                   batches of at most 64 rows and 4,096 tokens sorted by length, padded on the left; no shared beginning; EOS or
+                   max_new_tokens ends an answer
+    peft, mixed    the same with rows of all adapters in a batch, by PEFT's `adapter_names`
 
 Figures are medians over repeats of wall-clock seconds, on a machine with nothing else to do; tokenising and sending
 the answers included, loading model, data and adapters not. Each way has processes of its own, lest one find memory that
@@ -30,19 +32,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
+from answering_with_peft import Answers, with_peft
 
 from loratune import demo
 from loratune.downstream.answering.adapter_stack import Adapters, read_adapter
 from loratune.downstream.answering.answerer import Answerer
-from loratune.downstream.answering.rows import PromptRow, RowMaker
 from loratune.downstream.job import EvaluatedModel
 from loratune.downstream.parallel import deal
 from loratune.downstream.tasks.base import Benchmark, Item, stratified
@@ -58,11 +58,8 @@ from loratune.work import Hyperparameters, ModelRecipe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "answering"
 RANKS = (4, 8, 8, 16, 16, 16, 32, 32, 64, 64)
-BATCH_ROWS, BATCH_TOKENS = 64, 4096  # of the peft way
 GROUPS = 3
 LONG = 48  # tokens
-
-Answers = dict[tuple[int, str], str]  # (adapter, item) -> text
 
 
 class Watch:
@@ -195,80 +192,14 @@ class Crew:
             process.join()
 
 
-def with_peft(base: BaseModel, folders: list[Path], benchmark: Any, items: list[Item], watch: Watch) -> Answers:
-    found: Answers = {}
-    make, members = RowMaker(base.tokenizer, base.model.config.max_position_embeddings), list(enumerate(items))
-    with watch:
-        rows = to_score(make, members) if items[0].choices else make.to_write(benchmark, members)
-        rows.sort(key=lambda row: -len(row.ids))
-    for place, folder in enumerate(folders):
-        model = peft.PeftModel.from_pretrained(base.model, str(folder)).eval()
-        with watch:
-            own = one_with_peft(base, model, benchmark, items, rows)
-        found |= {(place, item): text for item, text in own.items()}
-        model.unload()
-        detach(base.model)
-    return found
-
-
-def to_score(make: RowMaker, members: list[tuple[int, Item]]) -> list[PromptRow]:
-    """A row per choice, the choice's tokens but the last behind the prompt; one for all where each is a single token."""
-    rows = make.to_score(members)
-    if all(len(tokens) == 1 for row in rows for _, tokens in row.scored):
-        return rows
-    return [replace(row, ids=row.ids + tokens[:-1], scored=[(choice, tokens)]) for row in rows for choice, tokens in row.scored]
-
-
-def one_with_peft(base: BaseModel, model: Any, benchmark: Any, items: list[Item], rows: list[PromptRow]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    likely: dict[str, dict[int, float]] = {}
-    waiting = rows
-    while waiting:
-        longest = len(waiting[0].ids)
-        batch = waiting[: max(1, min(BATCH_ROWS, BATCH_TOKENS // longest))]
-        waiting = waiting[len(batch) :]
-        ids = torch.tensor([[base.pad_id] * (longest - len(row.ids)) + row.ids for row in batch])
-        mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in batch])
-        with torch.inference_mode():
-            if batch[0].scored:
-                score(model, batch, ids, mask, likely)
-            else:
-                found |= {row.item.id: text for row, text in write(base, model, benchmark, batch, ids, mask)}
-    for item in items if likely else ():
-        own = likely[item.id]
-        found[item.id] = item.choices[max(own, key=lambda choice: (own[choice], -choice))]
-    return found
-
-
-def write(
-    base: BaseModel, model: Any, benchmark: Any, batch: list[PromptRow], ids: torch.Tensor, mask: torch.Tensor
-) -> Iterator[tuple[PromptRow, Any]]:
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=benchmark.max_new_tokens, do_sample=False, pad_token_id=base.pad_id
-    )
-    for row, new in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-        tail = row.ids[-4:]
-        text, before = (base.tokenizer.decode(t, skip_special_tokens=True) for t in (tail + new, tail))
-        yield row, text[len(before) :]
-
-
-def score(model: Any, batch: list[PromptRow], ids: torch.Tensor, mask: torch.Tensor, likely: dict[str, dict[int, float]]) -> None:
-    """Add the log-likelihoods of the rows' choices to `likely`: item -> choice -> sum over its tokens."""
-    keep = max(len(tokens) for row in batch for _, tokens in row.scored)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False).logits.log_softmax(-1)
-    for row, own in zip(batch, logits, strict=True):
-        for choice, tokens in row.scored:
-            places = range(keep - len(tokens), keep)
-            likely.setdefault(row.item.id, {})[choice] = float(own[list(places), tokens].sum())
-
-
 def measure(
     base: BaseModel, folders: list[Path], crews: dict[str, Crew], benchmark: Any, items: list[Item], repeats: int
 ) -> dict[str, Any]:
     every = list(range(len(folders)))
     ways: dict[str, Callable[[Watch], Answers]] = {name: partial(crew.answers, benchmark, items) for name, crew in crews.items()}
-    ways["peft"] = partial(with_peft, base, folders, benchmark, items)
+    ways |= {
+        name: partial(with_peft, base, folders, benchmark, items, mixed=mixed) for name, mixed in (("peft", False), ("peft, mixed", True))
+    }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     differing = dict.fromkeys(ways, 0)
     for repeat in range(repeats):
@@ -311,7 +242,7 @@ def drawn(benchmark: Any, number: int) -> list[Item]:
 
 
 def table(results: dict[str, Any]) -> str:
-    machine, others = results["environment"], ("together, one process", "one at a time", "peft")
+    machine, others = results["environment"], ("together, one process", "one at a time", "peft", "peft, mixed")
     lines = [
         "# Ten adapters answer",
         "",
@@ -319,8 +250,8 @@ def table(results: dict[str, Any]) -> str:
         f"for *together* in {results['processes']} processes; in brackets times those of *together*. What is compared is told at the "
         "top of the script.",
         "",
-        "| task | items | together | together, one process | one at a time | peft, one at a time | answers that differ |",
-        "|---|---|---|---|---|---|---|",
+        "| task | items | together | together, one process | one at a time | peft, one at a time | peft, mixed | answers that differ |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in results["tasks"].items():
         ways = found["ways"]
