@@ -380,7 +380,8 @@ def test_a_full_disk(place: Place, limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     before = place.contents()
-    done = subprocess.run([*COMMAND, *RUN], capture_output=True, text=True, preexec_fn=small, check=False)
+    whole = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # Python would keep a module's first bytes as its compiled file
+    done = subprocess.run([*COMMAND, *RUN], capture_output=True, text=True, preexec_fn=small, env=whole, check=False)
     assert done.returncode == 5, done.stderr
     assert done.stderr.startswith("loratune: ")
     assert "Traceback" not in done.stderr

@@ -165,7 +165,8 @@ def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(tmp_path: Path
         limit
         + "from pathlib import Path; from loratune.system.files import write_atomically; write_atomically(Path(sys.argv[1]), 'x' * 100)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True, check=False)
+    # -B: Python would keep a module's first bytes as its compiled file, which the next process could not read.
+    done = subprocess.run([sys.executable, "-B", "-c", code, str(target)], capture_output=True, text=True, check=False)
     assert "StorageError: cannot write" in done.stderr
     assert target.read_text() == "old"
     assert json.dumps(sorted(p.name for p in target.parent.iterdir())) == '["file.json"]', "no half-written file stays behind"
