@@ -63,6 +63,18 @@ CASES = [(name, "full", width) for name, width in zip(SEVERAL, itertools.cycle([
 CASES += [("tpe", "halving", 3), ("nomad", "halving", 1), ("nsga2", "halving", 1)]
 
 
+@pytest.mark.timeout(60)  # it once asked for the refused rank for ever
+@pytest.mark.parametrize("limit", [0.6, 0.3])
+def test_the_bracket_ends_where_a_constraint_refuses_the_next_rank(limit: float, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path / "s", "bracket", search_space="recommended", constraints=[f"adapter_mb <= {limit}"], trials=40)
+    list(run(spec))
+    record = read(spec.folder)
+    refused = [t.params for t in record.trials if t.state == INFEASIBLE]
+    assert all(refused.count(params) == 1 for params in refused)
+    assert record.best is not None
+    assert megabytes(record.best.hyperparameters) <= limit
+
+
 @pytest.mark.parametrize(("sampler", "schedule", "width"), CASES)
 def test_an_interrupted_study_of_two_objectives_ends_as_the_uninterrupted_one(
     sampler: str, schedule: str, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

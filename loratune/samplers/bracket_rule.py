@@ -124,8 +124,10 @@ def propose(
     place = best.at if best else at
     full = [run for run in history if run.length == 1 and run.fits]
     asked = _line(full, place, prior, curvature(gained), options, lean)
-    line = [Step(u=u, at=place, why=asked.why) for u in asked.points if not any(abs(u - run.u) <= _SAME for run in full if run.at == place)]
-    questions, held = _questions(best, asked.u, full, axes, (gained or 0.0) if prior.outside else 0.0) if best else ([], [])
+    taken = [run.u for run in history if run.length == 1 and run.at == place]  # refused ones too: nobody asks twice
+    line = [Step(u=u, at=place, why=asked.why) for u in asked.points if not any(abs(u - other) <= _SAME for other in taken)]
+    refused = [run.at for run in history if not run.fits]
+    questions, held = _questions(best, asked.u, full, refused, axes, (gained or 0.0) if prior.outside else 0.0) if best else ([], [])
     worth = [question.step for question in questions if question.expected >= options.tolerance]
     promised = max((question.expected for question in questions), default=0.0)
     expected, left = max(asked.expected, promised), math.hypot(asked.left, *(_STEPS * _DEVIATIONS * sd for sd in held))
@@ -198,12 +200,13 @@ class _Question:
 
 
 def _questions(
-    best: PlacedRun, u: float, runs: list[PlacedRun], axes: Sequence[SearchAxis], gained: float
+    best: PlacedRun, u: float, runs: list[PlacedRun], refused: list[Mapping[str, Any]], axes: Sequence[SearchAxis], gained: float
 ) -> tuple[list[_Question], list[float]]:
     """(the best point's untried neighbours, of each axis the most promising, that first; standard deviation of what each axis holds).
 
-    u: where they would be run. gained: nats, where what a step gains is a share of what tuning gained; else 0. An answer that was
-    no better makes the next less likely to be, and what the axis holds smaller; not nothing, for it was one noisy run.
+    u: where they would be run. refused: places that do not fit, where nothing is asked or hoped for. gained: nats, where what a
+    step gains is a share of what tuning gained; else 0. An answer that was no better makes the next less likely to be, and what
+    the axis holds smaller; not nothing, for it was one noisy run.
     """
     known, found, held = public_findings()["questions"], [], []
     for axis in axes:
@@ -217,7 +220,7 @@ def _questions(
         worse = sum(value in tried and value != here for value in axis.values)
         steps = []
         for i in near:
-            if 0 <= i < len(axis.values):
+            if 0 <= i < len(axis.values) and {**best.at, axis.name: axis.values[i]} not in refused:
                 sd = max(sds["nats"], sds["share_up" if i > place else "share_down"] * gained)
                 steps.append((sd / (1 + worse), axis.values[i]))
         held.append(max((sd for sd, _ in steps), default=0.0))

@@ -129,7 +129,10 @@ class BracketSampler(BaseSampler):
             known = seen.get((step.length, _key(params)))
             if known is None:
                 return proposal, params
-            history.append(replace(known, u=step.u, at=step.at))
+            placed = replace(known, u=step.u, at=step.at)
+            if placed in history:  # the rule knows this result and would ask for it for ever
+                return replace(proposal, steps=(), stop="the space has no other point for the next run"), {}
+            history.append(placed)
 
 
 class _Form:

@@ -208,6 +208,14 @@ def test_what_does_not_fit_is_tried_at_a_lower_rank() -> None:
     assert "nothing fits" in propose(smaller, FAIR, Options(), start=START, axes=AXES).stop
 
 
+def test_a_question_that_does_not_fit_is_asked_once() -> None:
+    history, _ = play(valley(FAIR.centre), FAIR, 20, Options(guard="never"), START)
+    asked = propose(history, FAIR, Options(guard="never", tolerance=1e-6), start=START, axes=AXES).steps[0]
+    refused = [*history, PlacedRun(u=asked.u, at=asked.at, loss=math.inf, fits=False)]
+    later = propose(refused, FAIR, Options(guard="never", tolerance=1e-6), start=START, axes=AXES)
+    assert asked.at not in [step.at for step in later.steps]
+
+
 def test_a_bound_of_the_space_ends_the_walk() -> None:
     history, proposal = play(valley(-1.0), FAIR, 20, Options(high=-2.0, guard="never"))
     assert max(run.u for run in history) == -2.0
