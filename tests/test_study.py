@@ -104,7 +104,8 @@ def events(spec: StudySpec, executor: Formula, **more: Any) -> Iterator[Event]:
             workers=executor.capacity,
         )
         study = open_study(url=spec.storage, folder=spec.folder, name=spec.name, sampler=sampler)
-        meter = ProgressTracker(budget_trials=spec.budget.trials, workers=executor.capacity)
+        objectives = {objective.name: objective.direction for objective in spec.objectives}
+        meter = ProgressTracker(budget_trials=spec.budget.trials, workers=executor.capacity, objectives=objectives)
         stop = threading.Event()
         counts = {"examples": EXAMPLES, "validation_examples": VALIDATION}
         yield from Loop(spec=spec, record=record, study=study, executor=executor, meter=meter, stop=stop, **counts, **more).run()

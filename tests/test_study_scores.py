@@ -94,6 +94,79 @@ def test_an_own_metric_that_is_minimised(sampler: str, schedule: dict[str, Any] 
     assert {t.values[1] for t in without} <= told, "the highest that was measured, infinite before any"
 
 
+class Matches:
+    """An own metric of few values; at a rung it is told which."""
+
+    def __init__(self) -> None:
+        self.scored: list[tuple[int, str]] = []
+
+    def __call__(
+        self, trial: int, adapter: Path, loss: float | None, stop: threading.Event, rung: str = ""
+    ) -> Iterator[search_scoring.ScoringProgress]:
+        assert adapter.parent.name == rung.rpartition("-")[0] or (not rung and adapter.parent.name == "main")
+        if not stop.is_set():
+            self.scored.append((trial, rung))
+            yield search_scoring.ScoringProgress(done=1, total=1, seconds=SECONDS, scores={"matches": matches(loss)})
+
+
+def matches(loss: float | None) -> float:
+    """One of eleven values; the best is far from the lowest loss."""
+    assert loss is not None
+    return round(1 - min(1.0, abs(loss - 2.0)), 1)
+
+
+OWN: dict[str, Any] = {"metrics": "mine:matches", "objectives": ["matches"], "trials": 16}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "width"),
+    [("nomad", None, 1), ("tpe", None, 2), ("random", None, 1), ("tpe", HALVING, 3), ("nomad", {**HALVING, "fidelity": "budget"}, 1)],
+)
+def test_an_own_metric_may_be_the_only_objective(
+    sampler: str, schedule: dict[str, Any] | None, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, scores = spec_of(tmp_path / "whole", SEVERAL[sampler], schedule, **OWN), Matches()
+    list(run(whole, scores, Measured(width, seed=1)))
+    record, study = read(whole.folder), load(whole)
+    assert record.objectives == {"matches": "maximize"}
+    assert [d.name for d in study.directions] == ["MAXIMIZE"]
+    top = max(record.finished, key=lambda t: (t.scores["matches"], -(t.value or 0.0), -t.number))
+    assert record.best == top
+    assert min(record.finished, key=lambda t: t.value or 9.0).number != top.number, "or nothing is tested"
+    for trial in record.finished:
+        assert trial.value == trial.outcomes[-1].validation_loss, "the value stays the loss"
+        assert trial.values == (trial.scores["matches"],) == (matches(trial.value),)
+        assert study.trials[trial.number].value == trial.scores["matches"]
+    for trial in (t for t in record.trials if t.state == DIVERGED):
+        seen = [o.scores["matches"] for t in record.trials[: trial.number] for o in t.outcomes if o.scores]
+        assert trial.values == (min(seen, default=0.0),)
+    assert json.loads((whole.folder / "progress.json").read_text())["best"]["trial"] == top.number
+    pruned = [t for t in record.trials if t.state == PRUNED]
+    assert bool(pruned) == bool(schedule)
+    for trial in pruned:
+        assert study.trials[trial.number].intermediate_values == {o.stop_step: o.scores["matches"] for o in trial.outcomes}
+    if schedule is None:
+        assert not any(rung for _, rung in scores.scored)
+
+    broken, again = spec_of(tmp_path / "broken", SEVERAL[sampler], schedule, **OWN), Matches()
+    until_it_ends(monkeypatch, lambda n: list(run(broken, again, Measured(width, seed=n))), between=(6, 20), at_least=2, seed=5)
+    assert outlines(read(broken.folder)) == outlines(record)
+    assert sorted(set(again.scored)) == sorted(scores.scored)
+
+
+def test_halving_promotes_by_the_own_metric_and_breaks_ties_by_the_loss(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path / "s", "random", HALVING, **{**OWN, "trials": 27})
+    list(run(spec, Matches()))
+    record = read(spec.folder)
+    rung = {t.number: t.outcomes[0] for t in record.trials if t.outcomes and t.outcomes[0].scores}
+    promoted = {t.number for t in record.trials if len(t.outcomes) > 1} - {0}
+    best = max(outcome.scores["matches"] for outcome in rung.values())
+    leading = [number for number, outcome in rung.items() if outcome.scores["matches"] == best]
+    assert min(leading, key=lambda number: rung[number].validation_loss or 9.0) in promoted
+    lowest = min(rung, key=lambda number: rung[number].validation_loss or 9.0)
+    assert lowest not in promoted | {0}, "the lowest loss is far from the best value"
+
+
 def test_a_finished_trial_has_its_score_and_the_front_maximises_it(tmp_path: Path) -> None:
     spec = spec_of(tmp_path / "s", "random", objectives=OBJECTIVES, trials=24)
     scores = Scores()

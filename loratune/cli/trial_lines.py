@@ -97,11 +97,14 @@ def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
 def standing(record: StudyRecord) -> list[str]:
     """Best, default and base model, a line each."""
     rows, best, default, base = [], record.best, record.default, record.base_loss
+    own = record.own_objective
     if best is not None:
-        rows.append((f"best, trial {best.number}", best.value, params(best.params)))
+        rows.append((f"best, trial {best.number}", best.value, _scored(best, own) + params(best.params)))
     if default is not None and default.value is not None and default.state == COMPLETE:
         gap = ""
-        if best is not None and best.value is not None:
+        if own:
+            gap = _scored(default, own)
+        elif best is not None and best.value is not None:
             gap = f"{default.value - best.value:.4f} above the best; " if best.number else "no trial is better; "
         rows.append((f"default, trial {default.number}", default.value, gap + params(default.params)))
     if base is not None:
@@ -110,14 +113,20 @@ def standing(record: StudyRecord) -> list[str]:
     return [f"{name:<{width}}  {loss(value)}  {text}".rstrip() for name, value, text in rows]
 
 
+def _scored(trial: Trial, own: str) -> str:
+    """`exact_match 0.62; `: what the study searched by, where that is no loss."""
+    return f"{own} {trial.scores[own]:.4g}; " if own in trial.scores else ""
+
+
 def result(record: StudyRecord) -> list[str]:
     """Best against default against base model, and the cost: the lines that end a run."""
     if record.best is None or record.best.value is None:
         messages = [f"The last message, of trial {trial.number}: {trial.message}" for trial in record.trials if trial.message]
         return [f"No trial was trained to its end ({counts(record.trials)}).", *messages[-1:]]
     price = "" if record.cost is None else f", {money(record.cost, record.currency)}"
+    of = f"{record.own_objective} and validation" if record.own_objective else "Validation"
     return [
-        f"Validation loss after {plural(len(record.trials), 'trial')} ({counts(record.trials)}):",
+        f"{of} loss after {plural(len(record.trials), 'trial')} ({counts(record.trials)}):",
         *(f"  {line}" for line in standing(record)),
         f"Cost: {record.device_seconds / 3600:.2f} device-hours{_on_nodes(record)}{price}, {count(record.tokens)} training tokens.",
     ]

@@ -1,6 +1,7 @@
 """The hand-over: the chosen configuration as a file, its adapter as an ordinary PEFT folder with a model card.
 
-Chosen is what `loratune select` chose, as long as the study did not go on since; before that, the lowest validation loss.
+Chosen is what `loratune select` chose, as long as the study did not go on since; before that, the best trial of the study's
+first objective, as a rule the lowest validation loss.
 """
 
 import shutil
@@ -90,6 +91,9 @@ def refresh_card(record: StudyRecord) -> Path | None:
     return card
 
 
+_LOWEST = "the lowest validation loss"
+
+
 def _best(record: StudyRecord, found: tables.Headline, best: Trial, adapter: str, selection: "SelectionRecord | None") -> dict[str, Any]:
     from loratune.delivery.model_card import load_call, load_options
 
@@ -100,7 +104,8 @@ def _best(record: StudyRecord, found: tables.Headline, best: Trial, adapter: str
         "validation_loss": selection.shipped.validation_loss if selection else best.value,
         "default_validation_loss": found.default_loss,
         "base_validation_loss": found.base,
-        "chosen": _chosen(selection) if selection else "the lowest validation loss",
+        **({"scores": {record.own_objective: best.scores.get(record.own_objective)}} if record.own_objective else {}),
+        "chosen": _chosen(selection) if selection else f"the best {record.own_objective}" if record.own_objective else _LOWEST,
         "hyperparameters": {name: list(value) if isinstance(value, tuple) else value for name, value in hyperparameters.items()},
         "base_model": spec_summary.base_model(record),
         "base_model_revision": record.spec.get("model", {}).get("revision"),

@@ -37,7 +37,10 @@ def model_card(record: StudyRecord, trial: Trial, selection: "SelectionRecord | 
         ("default hyperparameters", found.default_loss),
         ("base model", found.base),
     )
-    flattering = "The adapter was chosen by the validation loss shown here, which is therefore slightly flattering. " * (rank != "one of")
+    by = "the validation loss shown here, which is therefore slightly flattering. "
+    if own := record.own_objective:
+        by = f"{_code(own)}, {show(trial.scores.get(own))} on the answers that guided the search, which is therefore flattering. "
+    flattering = f"The adapter was chosen by {by}" * (rank != "one of")
     data = ("Training data", "Validation data", "Examples", "Prompt", "Length", "Training")
     lines = [
         _head(base, merged),

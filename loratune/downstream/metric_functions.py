@@ -20,7 +20,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
-from loratune.downstream.results.scores import read_results
+from loratune.downstream.results.scores import describe_model, read_results
 from loratune.downstream.tasks.base import Item
 from loratune.downstream.tasks.generated import AnswerSet
 from loratune.errors import EvaluationError, SpecError, StorageError
@@ -82,8 +82,8 @@ class OwnMetrics:
                 found[metric.name] = self._call(metric, given, items)
             except ValueError as error:
                 raise EvaluationError(
-                    f"metrics: {metric.name}: {error}, with {len(items)} answers of trial {int(model)}. Mend the function and give the "
-                    "same command again: the answers are kept, and it may change as long as it gives the trials before the same values."
+                    f"metrics: {metric.name}: {error}, with {len(items)} answers of {describe_model(model)}. Mend the function and give "
+                    "the same command again: the answers are kept, and it may change as long as it gives the trials before the same values."
                 ) from error
         append_lines(self._folder / "measured.jsonl", [{"model": model, "metric": name, "value": value} for name, value in found.items()])
         return found
@@ -135,8 +135,9 @@ class OwnMetrics:
                 why = f"would be {again:.6g}"
             if not math.isclose(again, value, rel_tol=1e-9, abs_tol=1e-12):
                 raise StorageError(
-                    f"metrics: {metric.function} changed since the study in {self._folder.parent} began: {metric.name} of trial "
-                    f"{int(model)} was {value:.6g}, and {why}. Restore the function, or begin a new study with another --output.folder."
+                    f"metrics: {metric.function} changed since the study in {self._folder.parent} began: {metric.name} of "
+                    f"{describe_model(model)} was {value:.6g}, and {why}. "
+                    "Restore the function, or begin a new study with another --output.folder."
                 )
 
     def _now(self) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from loratune.downstream.evaluator import score_models
 from loratune.downstream.events import BenchmarkProgress, Event
 from loratune.downstream.job import EvaluatedModel, EvaluationJob, build_all
 from loratune.downstream.metric_functions import OwnMetrics
-from loratune.downstream.results.scores import model_name, read_results
+from loratune.downstream.results.scores import describe_model, model_name, read_results
 from loratune.downstream.results.search_items import keep_search_items
 from loratune.downstream.tasks.base import stratified
 from loratune.downstream.tasks.benchmarks import build_benchmark
 from loratune.errors import EvaluationError, SpecError
+from loratune.record.paths import MAIN
 from loratune.spec.own_metrics import OwnMetric
 
 if TYPE_CHECKING:
@@ -79,13 +80,14 @@ class Scorer:
 
             self._loaded = load(job.recipe, choose_device(job.device))
 
-    def score(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event) -> Iterator[ScoringProgress]:
+    def score(self, trial: int, adapter: Path, loss: float | None, stop: threading.Event, rung: str = "") -> Iterator[ScoringProgress]:
         """Score a trial's adapter, and report progress after each batch of answers.
 
-        Answers of an earlier start count. Without scores at its end it was stopped by `stop`. loss: as recorded.
+        rung: what names it there, where the full run does not end. Answers of an earlier start count.
+        Without scores at its end it was stopped by `stop`. loss: as recorded.
         Raises the errors of `score_models`, and EvaluationError where memory runs out.
         """
-        began, name, done, total = time.monotonic(), model_name(trial), 0, self.job.subset or 0
+        began, name, done, total = time.monotonic(), model_name(trial, rung or MAIN), 0, self.job.subset or 0
         for event in self._evaluate((EvaluatedModel(name=name, adapter=adapter, loss=loss),), stop):
             if isinstance(event, BenchmarkProgress):
                 done, total = event.done, event.total
@@ -109,8 +111,8 @@ class Scorer:
             if not is_out_of_memory(error):
                 raise
             raise EvaluationError(
-                f"out of memory while scoring trial {int(models[0].name)}: scoring loads the model on {self.job.device} a second time, "
-                "beside training. A smaller training.tokens_per_pass leaves room for it; the same command continues."
+                f"out of memory while scoring {describe_model(models[0].name)}: scoring loads the model on {self.job.device} a second "
+                "time, beside training. A smaller training.tokens_per_pass leaves room for it; the same command continues."
             ) from error
         finally:
             if "torch" in sys.modules:  # else nothing was loaded

@@ -35,6 +35,7 @@ SAMPLERS = Registry(
             name="bracket",
             make="loratune.samplers.bracket_sampler:BracketSampler",
             several_objectives=False,
+            any_objective=False,  # its prior, noise and tolerance are in nats
             conditional=False,
             remembers=True,
             starts_itself=True,

@@ -22,6 +22,7 @@ class SamplerPlug(Plug):
     given: ClassVar[tuple[str, ...]] = ("seed", "search_space", "x0", "workers")
     ordinals: Literal["index", "choice"] = "choice"  # how it wants an ordinal: an integer index, or a categorical of its values
     several_objectives: bool = True
+    any_objective: bool = True  # not a loss in nats alone
     constraints: bool = True  # it reads Optuna's constraints
     conditional: bool = True  # it can search parameters that exist only for some values of others
     remembers: bool = False  # made once, and keeps in the storage what it must know; else made anew for each trial, with a seed of its own

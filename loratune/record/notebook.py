@@ -54,7 +54,11 @@ def html(record: "StudyRecord") -> str:
 
     shipped = shipped_run(record)
     made = shipped[0] if shipped is not None else None
-    chosen = f"ship trial {made} (chosen by <code>loratune select</code>)" if made is not None else f"lowest loss: trial {best[0].number}"
+    chosen = (
+        f"ship trial {made} (chosen by <code>loratune select</code>)"
+        if made is not None
+        else f"{f'best {escape(record.own_objective)}' if record.own_objective else 'lowest loss'}: trial {best[0].number}"
+    )
     others = [("the default", record.default.value if record.default else None), ("the untuned model", record.base_loss)]
     against = ", ".join(f"{name} {loss(value)}" for name, value in others if value is not None)
     names = list(dict.fromkeys(name for trial in best for name in trial.params))

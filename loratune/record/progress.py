@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratune.record.states import TrialState
-from loratune.record.trials import Trial
+from loratune.record.trials import LOSS, Trial, ranking_key
 from loratune.work import Outcome, Progress
 
 _SCORING = "/scoring"  # a trial's row while it is scored
@@ -33,6 +33,7 @@ class ProgressTracker:
     price: float | None = None  # of a device-hour
     budget_cost: float | None = None
     currency: str = ""
+    objectives: dict[str, str] = field(default_factory=lambda: {LOSS: "minimize"})  # name -> direction; the first says which trial is best
     _started: float = field(default_factory=time.monotonic)
     _running: dict[str, dict[str, Any]] = field(default_factory=dict)
     _trials: dict[int, Trial] = field(default_factory=dict)
@@ -125,7 +126,7 @@ class ProgressTracker:
         self._tokens += trial.tokens - (before.tokens if before else 0)
         self._ended += trial.state.ended - (before.state.ended if before else False)
         if trial.state is TrialState.COMPLETE:
-            self._best = min(filter(None, (self._best, trial)), key=lambda t: (t.value, t.number))
+            self._best = min(filter(None, (self._best, trial)), key=ranking_key(self.objectives))
 
     def snapshot(self) -> dict[str, Any]:
         now = time.monotonic()

@@ -4,7 +4,9 @@
 """
 
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from loratune.record.paths import MAIN, StudyPaths, TrialPaths
 from loratune.record.states import TrialState
 from loratune.system.files import AnyPath, parsed
 from loratune.work import CurvePoint, Hyperparameters, Json, ModelRecipe, Outcome, State
+
+LOSS = "validation_loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +114,19 @@ class StudyRecord:
 
     @property
     def best(self) -> Trial | None:
-        """The finished trial of the lowest validation loss, which keeps every constraint; ties go to the earlier one."""
+        """The first of the ranking, which keeps every constraint."""
         return next(iter(self.ranking), None)
 
     @property
     def ranking(self) -> list[Trial]:
-        """The finished trials, the lowest validation loss first; ties go to the earlier one."""
-        return sorted(self.finished, key=lambda t: (t.value, t.number))
+        """The finished trials by the first objective, the best first; ties go to the lower validation loss, then to the earlier one."""
+        return sorted(self.finished, key=ranking_key(self.objectives))
+
+    @property
+    def own_objective(self) -> str:
+        """The user's metric that is the first objective in place of the validation loss; "" where there is none."""
+        first = next(iter(self.objectives))
+        return "" if first == LOSS else first
 
     @property
     def budget_spent(self) -> bool:
@@ -134,7 +144,7 @@ class StudyRecord:
 
     @property
     def front(self) -> list[Trial]:
-        """The finished trials that no other beats in every objective, lowest validation loss first. With one objective, the best."""
+        """The finished trials that no other beats in every objective, in the order of the ranking. With one objective, the best."""
         if len(self.objectives) == 1:
             return [] if self.best is None else [self.best]
         from loratune.statistics.pareto import non_dominated  # numpy and scipy, for several objectives only
@@ -195,9 +205,18 @@ class StudyRecord:
         return notebook.html(self)
 
 
+def ranking_key(objectives: dict[str, str]) -> Callable[[Trial], Any]:
+    """What finished trials are sorted by; objectives: name -> direction, the first one counts."""
+    first, direction = next(iter(objectives.items()))
+    sign = -1.0 if direction == "maximize" else 1.0
+    if first == LOSS:
+        return lambda trial: (trial.value, trial.number)
+    return lambda trial: (sign * trial.values[0] if trial.values else math.inf, trial.value, trial.number)
+
+
 def objectives_of(spec: dict[str, Any]) -> dict[str, str]:
     """The objectives of a `spec.yaml` by name, with their directions; of one from before there were several, the loss."""
-    given = spec.get("objectives") or ["validation_loss"]
+    given = spec.get("objectives") or [LOSS]
     return dict((o, "minimize") if isinstance(o, str) else (o["name"], o["direction"]) for o in given)
 
 

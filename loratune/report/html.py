@@ -144,6 +144,7 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
     return {
         "key": key,
         "record": record,
+        "own": record.own_objective,
         "sections": _sections(evidence, plots),
         "answer": tables.headline(record),
         "chosen": chosen,

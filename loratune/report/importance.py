@@ -31,7 +31,9 @@ def importance_of(record: StudyRecord) -> Importance | None:
     half. None when fewer than FEWEST trials are finished, or nothing tells them apart.
     """
     trials, space = finished_trials(record), space_of(record)
-    if len(trials) < FEWEST or len({value(t) for t in trials}) < 2:
+    worse = -1.0 if next(iter(record.objectives.values())) == "maximize" else 1.0
+    values = [worse * t.values[0] if record.own_objective and t.values else value(t) for t in trials]
+    if len(trials) < FEWEST or len(set(values)) < 2:
         return None
     import optuna  # late: it and what it brings take a second
 
@@ -41,10 +43,10 @@ def importance_of(record: StudyRecord) -> Importance | None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.create_study()
-        for trial in trials:
+        for trial, at in zip(trials, values, strict=True):
             params = space.encode(trial.params, "index")
             study.add_trial(
-                optuna.trial.create_trial(params=params, distributions={name: distributions[name] for name in params}, value=trial.value)
+                optuna.trial.create_trial(params=params, distributions={name: distributions[name] for name in params}, value=at)
             )
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
         with warnings.catch_warnings():

@@ -27,7 +27,7 @@ def finished_trials(record: StudyRecord) -> list[Trial]:
 
 
 def _ranking(record: StudyRecord) -> list[Trial]:
-    """The finished trials, the lowest loss first."""
+    """The finished trials, the best first."""
     return [t for t in record.ranking if math.isfinite(value(t))]
 
 

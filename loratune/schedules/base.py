@@ -43,7 +43,7 @@ class SliceResult:
     """What became of a slice."""
 
     loss: float | None  # validation loss at its end; None: it failed, diverged or broke a constraint
-    objectives: tuple[float, ...] = ()  # all of them as far as they are known there, each to be minimised, the loss among them
+    objectives: tuple[float, ...] = ()  # all of them as far as they are known there, each to be minimised
     outcome: Outcome | None = None  # with tokens and seconds; None: refused before training, or simulated
     curve: tuple[CurvePoint, ...] = ()  # the learning curve of the run so far, ascending steps
 

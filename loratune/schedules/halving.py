@@ -9,7 +9,7 @@ Two fidelity axes, which predict very differently (docs/design.md):
     steps    rungs are points of one long run, which pauses there and resumes from its checkpoint;
     budget   rungs are complete short runs with their own warmup and decay; a promoted trial starts again.
 
-With several objectives the results at a rung are ranked by non-dominated sorting, as in Schmucker et al.,
+With several objectives, or one that is not the loss, the results at a rung are ranked by non-dominated sorting, as in Schmucker et al.,
 "Multi-objective Asynchronous Successive Halving" (arXiv 2106.12639); within a front by the validation loss, where the
 paper spreads its choice over the front.
 
@@ -35,7 +35,9 @@ class HalvingSchedule(Schedule):
         self._started = 0
         self._flying = 0  # slices handed out and not yet told
         self._values: list[dict[int, float]] = [{} for _ in self.rungs]  # per rung: trial -> loss
-        self._several: list[dict[int, Sequence[float]]] = [{} for _ in self.rungs]  # trial -> objectives, where there are several
+        self._several: list[dict[int, Sequence[float]]] = [
+            {} for _ in self.rungs
+        ]  # trial -> objectives, where these are not the loss alone
         self._promoted: list[set[int]] = [set() for _ in self.rungs]  # per rung: trials sent on from it
 
     def next(self, may_start: bool) -> Slice | None:
@@ -61,7 +63,7 @@ class HalvingSchedule(Schedule):
         if result.loss is None:
             return Decision.DROPPED
         self._values[rung][slice.trial] = result.loss
-        if len(result.objectives) > 1:
+        if result.objectives not in ((), (result.loss,)):
             self._several[rung][slice.trial] = result.objectives
         return Decision.COMPLETE if rung == len(self.rungs) - 1 else Decision.PAUSED
 
@@ -101,7 +103,7 @@ class HalvingSchedule(Schedule):
 
 
 def _front_ranks(points: list[Sequence[float]]) -> list[int]:
-    from loratune.statistics.pareto import front_ranks  # numpy and scipy, for several objectives only
+    from loratune.statistics.pareto import front_ranks  # numpy and scipy, which a loss alone does not need
 
     return [int(rank) for rank in front_ranks(points)]
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from loratune.plugs import BENCHMARKS, METRICS
 from loratune.record import StudyRecord, Trial
 from loratune.selection.candidates import Scores, candidate_name, loss_of, metric_of, ranked_trials
 from loratune.selection.finalists import Noise
@@ -50,6 +51,7 @@ def account(
         finished=len(study.finished),
         rule=str(rule),
         metrics=rule.metrics,
+        own_metric=_own(rule),
         constraints=tuple(map(str, rule.constraints)),
         benchmarks=tuple(b for b in benchmarks if "score" in rule.metrics or b in rule.metrics),
         excluded=excluded,
@@ -60,6 +62,7 @@ def account(
                 losses=tuple(race.losses[candidate_name(t)]) if race else (loss_of(t),),
                 scores={b: metric_of(t, b, scores) for b in scores.get(t.number, {})},
                 **{name: value for name, value in measured_metrics(t).items() if name in _WRITTEN},
+                own={name: value for name, value in t.scores.items() if name not in BENCHMARKS},
                 share=choice.shares.get(candidate_name(t), 0.0),
                 out=out.get(candidate_name(t), ""),
             )
@@ -82,6 +85,12 @@ def account(
         device_seconds=spent.device_seconds,
         notes=notes,
     )
+
+
+def _own(rule: Rule) -> dict[str, str]:
+    """The metric of the user's own with which the rule begins, and its direction."""
+    first = rule.metrics[0]
+    return {"name": first, "direction": METRICS[first].direction} if first in METRICS and METRICS[first].own else {}
 
 
 def run_of(study: StudyRecord, trial: Trial, part: str, repeat: int, loss: float) -> FreshRun:

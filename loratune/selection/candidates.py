@@ -27,7 +27,7 @@ def candidate_name(trial: Trial | int) -> str:
 def ranked_trials(study: StudyRecord) -> list[Trial]:
     """Trials trained to the end with a finite loss, the lowest first; of several with the same hyperparameters the first."""
     first: dict[Hyperparameters, Trial] = {}
-    for trial in study.ranking:
+    for trial in sorted(study.finished, key=lambda trial: (loss_of(trial), trial.number)):
         if math.isfinite(loss_of(trial)):
             first.setdefault(trial.hyperparameters, trial)
     return list(first.values())
@@ -79,9 +79,10 @@ def metric_of(trial: Trial, name: str, scores: Scores) -> float:
     return {**means, **measured_metrics(trial)}.get(name, math.nan)
 
 
-def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial], scores: Scores) -> Rule:
+def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial], scores: Scores, own: str = "") -> Rule:
     """The rule that the user states; by default loss, then score where all of `trials` have one, then the smaller adapter.
 
+    own: the metric that was the study's objective in place of the loss, which then comes first.
     prefer: `loss,mmlu,adapter_mb`, one after the other; or `loss=1,adapter_mb=0.1`, a weighted sum. require: constraints.
     Raises SpecError for what is no metric, and what was never measured.
     """
@@ -89,7 +90,7 @@ def rule_of(prefer: str | None, require: Sequence[str], trials: Sequence[Trial],
     constraints = tuple(parse_constraint(text, benchmarks) for text in require)
     if prefer is None:
         score = ("score",) if shared_benchmarks(trials, scores) else ()
-        return Rule(priorities=("validation_loss", *score, "adapter_mb"), constraints=constraints)
+        return Rule(priorities=(*([own] if own else []), "validation_loss", *score, "adapter_mb"), constraints=constraints)
     parts = [part.partition("=") for part in prefer.split(",")]
     names = [ALIASES.get(name.strip(), name.strip()) for name, _, _ in parts]
     weighted = {sign for _, sign, _ in parts}

@@ -22,6 +22,7 @@ class Finalist(Json):
     study_loss: float
     losses: tuple[float, ...]
     scores: dict[str, float] = field(default_factory=dict)  # benchmark -> mean
+    own: dict[str, float] = field(default_factory=dict)  # the study's own metrics, of the study's own run
     adapter_mb: float = math.nan
     seconds: float = math.nan
     tokens: float = math.nan
@@ -108,6 +109,7 @@ class SelectionRecord(Json):
     tokens: int
     device_seconds: float
     notes: tuple[str, ...] = ()
+    own_metric: dict[str, str] = field(default_factory=dict)  # name and direction, where the rule begins with a metric of the user's own
     version: int = VERSION
 
     def finalist(self, trial: int) -> Finalist:
@@ -160,7 +162,19 @@ class SelectionRecord(Json):
     @property
     def confidence(self) -> str:
         """How sure the choice is, in a sentence or two, with its interval."""
+        if self.own_metric:
+            return self._by_own_metric()
         return confidence(self.nearest, self.share)
+
+    def _by_own_metric(self) -> str:
+        """Own metrics are one number of a trial each, so nothing tells their noise."""
+        name, sign = self.own_metric["name"], -1.0 if self.own_metric["direction"] == "maximize" else 1.0
+        others = [f for f in self.candidates if f.trial != self.chosen and name in f.own]
+        said = f"Its {name} is {self.finalist(self.chosen).own.get(name, math.nan):.4g}"
+        if others:
+            second = min(others, key=lambda finalist: sign * finalist.own[name])
+            said += f", that of trial {second.trial}, the best of the others, {second.own[name]:.4g}"
+        return f"{said}; each was measured once, so there is no interval, and the best of {len(self.candidates)} flatters itself."
 
     def gap_to(self, trial: int) -> Gap | None:
         """How far a candidate's loss is above the chosen one's, paired by the seeds of both; None for itself and without such seeds."""

@@ -22,6 +22,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from loratune.errors import SpecError, StorageError, TrainingError
+from loratune.plugs import METRICS
 from loratune.record import StudyRecord, Trial, open_record, read
 from loratune.record.adapters import find_adapter
 from loratune.selection import selected
@@ -117,13 +118,14 @@ class _Selection:
         if not ranking:
             raise SpecError(f"{study.folder} has no trial that was trained to its end: there is nothing to choose from")
         self.default = next((t for t in study.finished if study.default and t.number == study.default.number), None)
-        stated = rule_of(self.prefer, self.require, (), self.scores)
+        stated = rule_of(self.prefer, self.require, (), self.scores, study.own_objective)
         self.trials = allowed(ranking, stated, self.scores)
         self.excluded = len(ranking) - len(self.trials)
         # The choice's adapter may have to be trained again.
         self.again = int(study.paths.selection.exists() or any(find_adapter(study, t) is None for t in self.trials))
         self.most, self.runs = self._limits(self.most, self.runs)
         self.noise = noise_of(ranking)
+        self.by_own = METRICS[stated.metrics[0]].own if stated.metrics[0] in METRICS else False
         self.by_loss = stated.priorities[0] == "validation_loss" and not stated.weights
 
     def _limits(self, most: int, runs: int | None) -> tuple[int, int | None]:
@@ -247,7 +249,7 @@ class _Selection:
     # --- the choice
 
     def _choose(self, sound: list[Trial], race: Race | None) -> tuple[Choice, Rule]:
-        rule = rule_of(self.prefer, self.require, sound, self.scores)
+        rule = rule_of(self.prefer, self.require, sound, self.scores, self.study.own_objective)
         losses = {t.number: race.losses[candidate_name(t)] if race else [loss_of(t)] for t in sound}
         sd = race.noise.value if race is not None and race.noise.known else self.noise.sd
         return choose(candidates(sound, losses, self.scores), rule, seed=self.seed, noise_sd=sd), rule
@@ -280,6 +282,8 @@ class _Selection:
         """Which of the chosen trial's adapters to hand over; one that was not kept is trained again."""
         checked = [run for run in unbiased.runs if run.trial == chosen.number] if unbiased else []
         runs = _runs(chosen, race) | {run_name(CHECK, run.repeat): run.loss for run in checked}
+        if self.by_own:  # only the study's own run was measured by it
+            runs = {AGAIN: loss_of(chosen)}
         run = min(runs, key=runs.__getitem__)
         if find_adapter(self.study, chosen, run) is None:
             if not self.rerun:
@@ -297,6 +301,10 @@ class _Selection:
     def _notes(self, trials: list[Trial], rule: Rule, shipped: Shipped) -> tuple[str, ...]:
         if not self.rerun:
             self._tell("Nothing was trained again: the noise is not measured, and the chosen one's loss is likely too low.")
+        if self.by_own and self.rerun:
+            self._tell(
+                f"{rule.metrics[0]} was measured of the study's own run alone, so that one is handed over; fresh seeds tell the loss."
+            )
         if self.prefer is None and "score" not in rule.metrics and len(trials) > 1:
             self._tell(
                 f"No downstream score took part: not every candidate has one. `loratune evaluate {self.study.folder}` measures them."

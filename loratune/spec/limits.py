@@ -45,9 +45,10 @@ class Constraint:
         return f"{self.metric} {self.op} {self.bound:.12g}"
 
 
-def parse(text: str, metrics: Collection[str]) -> Constraint:
+def parse(text: str, metrics: Collection[str], hint: Callable[[str], str] | None = None) -> Constraint:
     """`"adapter_mb <= 50"` -> Constraint("adapter_mb", "<=", 50.0).
 
+    hint: the end of the sentence on a metric that is not there; by default the nearest name.
     Raises ValueError: what was given, what is allowed, the nearest name.
     """
     found = _WRITTEN.fullmatch(text)
@@ -55,7 +56,7 @@ def parse(text: str, metrics: Collection[str]) -> Constraint:
         raise ValueError(f"got {shown(text)}; needed: a metric, a comparison and a number, like 'adapter_mb <= 50'")
     metric, op, bound = found["metric"], found["op"], found["bound"]
     if metric not in metrics:
-        raise ValueError(f"unknown metric {metric!r}; allowed: {', '.join(metrics)}{nearest(metric, metrics)}")
+        raise ValueError(f"unknown metric {metric!r}; allowed: {', '.join(metrics)}{hint(metric) if hint else nearest(metric, metrics)}")
     if op not in OPERATORS:
         raise ValueError(f"{op!r} is not a comparison; allowed: {', '.join(OPERATORS)}")
     try:

@@ -1,6 +1,6 @@
 """What the search makes small, and what it must keep: the objectives and constraints of a study.
 
-The first objective is always the validation loss; the others make it a search for a front, on which no
+The first objective is the validation loss, or a metric of the user's own in its place; the others make it a search for a front, on which no
 trial is better than another in everything. A benchmark's name stands for its score on some of its items
 (`scoring.items`), which `loratune evaluate` then leaves out: what chose is not what reports.
 """
@@ -13,7 +13,8 @@ from pydantic import Field, model_serializer, model_validator
 from loratune.plugs import BENCHMARKS, METRICS, SAMPLERS
 from loratune.spec.limits import Constraint, parse
 from loratune.spec.sections import OneOf, Section
-from loratune.spec.validation_errors import FieldPath, MistakesError, not_allowed, shown
+from loratune.spec.validation_errors import FieldPath, MistakesError, shown
+from loratune.system.names import close_names
 
 
 class Objective(Section):
@@ -30,8 +31,9 @@ class Objective(Section):
         if isinstance(name, str) and name.startswith("lm_eval:"):
             allowed = ", ".join(BENCHMARKS.names)
             raise ValueError(f"{name!r}: the items of such a task cannot be kept apart for the search; allowed are {allowed}")
-        if isinstance(given, str) and given not in METRICS:
-            raise ValueError(not_allowed(given, METRICS.names))
+        if isinstance(name, str) and name not in METRICS:
+            unknown = f"got {shown(name)}; allowed: {', '.join(METRICS.names)}{unknown_metric(name)}"
+            raise MistakesError(((() if isinstance(given, str) else ("name",), unknown),))
         if isinstance(name, str) and name in METRICS and isinstance(fields, Mapping) and "direction" not in fields:
             return {**fields, "direction": METRICS[name].direction}
         return fields
@@ -48,9 +50,20 @@ class Objective(Section):
         return self.name if self.direction == "minimize" else {"name": self.name, "direction": self.direction}
 
 
-def not_for(sampler: str, objectives: int, constrained: bool) -> str:
-    """Why the sampler cannot search this; "" when it can."""
+def unknown_metric(name: str) -> str:
+    """The end of a sentence on a name that no metric has: one that is near, or how a metric of the user's own gets its name."""
+    near = close_names(name, METRICS.names)
+    if near and (near[0] not in BENCHMARKS or close_names(name, near, cutoff=0.75)):
+        return f"; did you mean {near[0]!r}?"
+    return f"; a metric of your own is named by metrics: [my_module:{name if name.isidentifier() else 'function'}] (--metrics)"
+
+
+def not_for(sampler: str, objectives: int, constrained: bool, own: str = "") -> str:
+    """Why the sampler cannot search this; "" when it can. own: the metric that is the first objective in place of the loss."""
     plug = SAMPLERS[sampler]
+    if own and not plug.any_objective:
+        able = ", ".join(SAMPLERS.those(lambda other: other.any_objective))
+        return f"got {sampler!r}, which searches by a loss in nats, not by {own}; these take any objective: {able}"
     if objectives > 1 and not plug.several_objectives:
         able = ", ".join(SAMPLERS.those(lambda other: other.several_objectives))
         return f"got {sampler!r}, which takes one objective, not {objectives}; these take several: {able}"
@@ -67,12 +80,12 @@ def listed(given: Any) -> Any:
 
 
 def checked(objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
-    """The objectives, if they go together: the validation loss first, none twice. Raises ValueError."""
+    """The objectives, if they go together: the validation loss first, or an own metric in its place; none twice. Raises ValueError."""
     names = [objective.name for objective in objectives]
     if len(set(names)) < len(names):
         raise ValueError(f"got {', '.join(names)}; each may stand once")
-    if names[0] != "validation_loss":
-        raise ValueError(f"got {', '.join(names)}; validation_loss must be the first of them")
+    if names[0] != "validation_loss" and (not METRICS[names[0]].own or "validation_loss" in names):
+        raise ValueError(f"got {', '.join(names)}; validation_loss must be the first of them, or stand aside for a metric of your own")
     return objectives
 
 
@@ -81,7 +94,7 @@ def limits(texts: Any, metrics: Collection[str]) -> tuple[Constraint, ...]:
     found, mistakes = [], list[tuple[FieldPath, str]]()
     for place, text in enumerate(texts):
         try:
-            limit = parse(text, metrics)
+            limit = parse(text, metrics, unknown_metric)
             if METRICS[limit.metric].benchmark and not 0 <= limit.bound <= 1:
                 raise ValueError(f"{limit}: a score is a share, from 0 to 1")
             found.append(limit)

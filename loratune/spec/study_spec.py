@@ -40,7 +40,7 @@ class StudySpec(Section):
     objectives: Annotated[tuple[Objective, ...], Field(strict=False, min_length=1)] = Field(
         ("validation_loss",),
         validate_default=True,
-        description=f"what to minimise, one metric or the Pareto front of several: {' | '.join(METRICS.builtin)}",
+        description=f"what to improve, one or several (Pareto), first validation_loss or one of `metrics`: {' | '.join(METRICS.builtin)}",
     )
     constraints: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="limits on the same metrics: [adapter_mb <= 50, peak_memory_gib <= 24]"
@@ -101,7 +101,7 @@ class StudySpec(Section):
 
     @model_validator(mode="after")
     def _sampler_is_able(self) -> Self:
-        unable = not_for(self.sampler.name, len(self.objectives), bool(self.constraints))
+        unable = not_for(self.sampler.name, len(self.objectives), bool(self.constraints), self.own_objective)
         if unable:
             raise MistakesError(((("sampler", "name"), unable),))
         return self
@@ -185,6 +185,12 @@ class StudySpec(Section):
     def limits(self) -> tuple[Constraint, ...]:
         """The constraints, read."""
         return limits(self.constraints, METRICS.ever)
+
+    @property
+    def own_objective(self) -> str:
+        """The metric of the user's own that is the first objective in place of the validation loss; "" where there is none."""
+        first = self.objectives[0].name
+        return "" if first == "validation_loss" else first
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -279,11 +285,18 @@ def _section_class(section: str) -> str:
 
 
 def _with_sampler(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with a sampler where nobody named one: nomad, where several objectives or halving are asked for, else the default."""
+    """The values with a sampler where nobody named one.
+
+    tpe, which bears ties and noise, where the first objective is no loss; nomad, where several objectives or halving are asked for;
+    else the default.
+    """
     sampler, schedule = values.get("sampler", {}), values.get("schedule", {})
     if not (isinstance(sampler, Mapping) and isinstance(schedule, Mapping)) or "name" in sampler:
         return values
     objectives = listed(values.get("objectives"))
+    first = objectives[0] if isinstance(objectives, list | tuple) and objectives else "validation_loss"
+    if (first.get("name") if isinstance(first, Mapping) else first) != "validation_loss":
+        return {**values, "sampler": {**sampler, "name": "tpe"}}
     several = isinstance(objectives, list | tuple) and len(objectives) > 1
     if several or schedule.get("name", "full") != "full":
         return {**values, "sampler": {**sampler, "name": "nomad"}}

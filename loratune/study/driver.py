@@ -133,6 +133,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                 price=spec.budget.price_per_device_hour,
                 budget_cost=spec.budget.max_cost,
                 currency=spec.budget.currency,
+                objectives={objective.name: objective.direction for objective in spec.objectives},
             )
             session.meter = meter
             loop = Loop(

@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -56,7 +55,7 @@ class SegmentFinished:
 
 
 Event = TrialStarted | SegmentFinished | Message | Progress
-Score = Callable[[int, Path, float | None, threading.Event], Iterator["ScoringProgress"]]
+Score = Callable[..., Iterator["ScoringProgress"]]
 """`downstream.search_scoring.Scorer.score`."""
 
 
@@ -274,19 +273,23 @@ class Loop:
     def _scored(self) -> Generator[Event, None, bool]:
         """Where trials are scored, score the next result, if it ends a full run and no constraint is broken already.
 
+        At each rung too where the first objective is a metric of the user's own, by which a schedule then compares.
+
         Others train on meanwhile. Gives whether it has its scores, or needs none; it has not where it was stopped or a limit was reached.
         """
         slice, segment = self._flying[0].slice, self._flying[0].segment
         outcome = self._arrived[segment.key]
-        if self._score is None or outcome.state is not State.COMPLETED or outcome.scores or not slice.ends_full_run:
+        ends = slice.ends_full_run
+        if self._score is None or outcome.state is not State.COMPLETED or outcome.scores or not (ends or self._objectives.own_first):
             return True
         trial = self._trials[slice.trial]
-        if self._objectives.broken(replace(trial, outcomes=(*trial.outcomes, outcome)), end=True):
+        if self._objectives.broken(replace(trial, outcomes=(*trial.outcomes, outcome)), end=ends):
             return True
         if self._until.is_set():
             return False
         adapter = self._record.paths.of(segment).adapter
-        for now in self._score(trial.number, adapter, outcome.validation_loss, self._until):
+        rung = {} if ends else {"rung": f"{segment.run}-{segment.stop_step}"}
+        for now in self._score(trial.number, adapter, outcome.validation_loss, self._until, **rung):
             self._meter.scoring(trial.number, now.done, now.total)
             if now.scores:
                 outcome = replace(outcome, scores=now.scores, scoring_seconds=now.seconds)

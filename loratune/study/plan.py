@@ -307,7 +307,8 @@ def _not_counted(spec: StudySpec) -> tuple[str, ...]:
     if spec.metrics:
         sets = {(metric.data, metric.examples, metric.max_new_tokens) for metric in spec.metrics}
         asked, names = sum(examples for _, examples, _ in sets), ", ".join(metric.name for metric in spec.metrics)
-        notes.append(f"generating up to {asked:,} answers for {names}, after every trial that reaches its end")
+        rungs = " and at every rung" if spec.own_objective and SCHEDULES[spec.schedule.name].adaptive else ""
+        notes.append(f"generating up to {asked:,} answers for {names}, after every trial that reaches its end{rungs}")
     return tuple(notes)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from loratune.errors import MissingExtraError
 from loratune.plugs import TRACKERS
 from loratune.record import COMPLETE, FAILED, Trial, TrialState
+from loratune.record.trials import objectives_of, ranking_key
 from loratune.spec import StudySpec
 from loratune.system.files import parsed, write_atomically
 from loratune.trackers.base import STUDY, Tracker
@@ -54,7 +55,7 @@ class Feed:
         self._points: list[Progress] = []
         self._passed_on = time.monotonic()
         self._ended = 0
-        self._best: float | None = None
+        self._best: Trial | None = None
 
     def started(self, trial: Trial) -> None:
         self._trials[trial.number] = trial
@@ -90,8 +91,13 @@ class Feed:
     def _end(self, trial: Trial) -> Iterator[Message]:
         self._ended += 1
         if trial.state is COMPLETE and trial.value is not None:
-            self._best = trial.value if self._best is None else min(self._best, trial.value)
-        numbers = {"trial": trial.number, "value": trial.value, "best_value": self._best, "device_seconds": trial.device_seconds}
+            self._best = min(filter(None, (self._best, trial)), key=ranking_key(objectives_of(self._config)))
+        numbers = {
+            "trial": trial.number,
+            "value": trial.value,
+            "best_value": self._best and self._best.value,
+            "device_seconds": trial.device_seconds,
+        }
         numbers |= trial.scores
         for number, stream in enumerate(self._streams):
             yield from self._guarded(number, lambda stream=stream: stream.end(trial, self._ended, numbers, self._config))

@@ -89,6 +89,20 @@ def test_how_a_metric_may_be_written() -> None:
     assert [str(limit) for limit in spec.limits] == ["rate >= -3.5"], "another description was read meanwhile"
 
 
+def test_one_may_stand_in_the_place_of_the_loss() -> None:
+    spec = described("mine:rate", objectives="rate")
+    assert (spec.own_objective, spec.sampler.name, spec.budget.most) == ("rate", "tpe", 100)
+    assert described("mine:rate", objectives=["rate", "adapter_mb"], schedule="halving").sampler.name == "tpe"
+    assert described("mine:rate", objectives=["rate"], sampler="nomad").sampler.name == "nomad"
+    assert described("mine:rate").own_objective == ""
+    with pytest.raises(SpecError, match=r"objectives: got rate, validation_loss; validation_loss must be the first of them"):
+        described("mine:rate", objectives=["rate", "validation_loss"])
+    with pytest.raises(
+        SpecError, match=r"sampler.name: got 'bracket', which searches by a loss in nats, not by rate; these .*: nomad, .*tpe"
+    ):
+        described("mine:rate", objectives=["rate"], sampler="bracket")
+
+
 def test_what_is_written_is_read_back_and_fits_the_schema(tmp_path: Path) -> None:
     import jsonschema
     import yaml

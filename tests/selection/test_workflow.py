@@ -124,6 +124,31 @@ def test_who_diverges_with_a_fresh_seed_is_out(selecting: Selecting, tmp_path: P
         selecting(made_up(tmp_path, losses), Blackbox(losses, 0.001, everyone))
 
 
+def test_a_study_of_an_own_metric_is_chosen_by_it(selecting: Selecting, tmp_path: Path) -> None:
+    """The lowest loss is trial 1's, the best metric that of trials 2 and 3, of which the lower loss ships: its own run, as measured."""
+    losses, rates = [1.5, 1.0, 1.3, 1.2], [0.2, 0.1, 0.6, 0.6]
+    study = made_up(tmp_path, losses)
+    trials = tuple(
+        replace(t, outcomes=(replace(t.outcomes[0], scores={"rate": rate}),), values=(rate,))
+        for t, rate in zip(study.trials, rates, strict=True)
+    )
+    given = {"objectives": [{"name": "rate", "direction": "maximize"}], "metrics": [{"function": "mine:rate"}]}
+    study = replace(study, trials=trials, spec=study.spec | given)
+    assert [t.number for t in study.ranking] == [3, 2, 0, 1]
+    record, _, blackbox = selecting(study, Blackbox(losses, sd=0.05))
+    assert (record.chosen, record.lowest, record.race) == (3, 1, None)
+    assert record.metrics == ("rate", "validation_loss", "adapter_mb")
+    assert set(blackbox.asked) == {(n, run_name(CHECK, k)) for n in (0, 3) for k in range(3)} | {(3, "main")}  # the last kept no adapter
+    assert (record.shipped.run, record.shipped.validation_loss, record.shipped.lowest_of) == ("main", 1.2, 1)
+    said = record.explain()
+    assert "Ship trial 3. Its rate is 0.6, that of trial 2, the best of the others, 0.6; each was measured once" in said
+    assert "rate was measured of the study's own run alone, so that one is handed over" in said
+    assert SelectionRecord.from_plain(json.loads(json.dumps(record.to_plain()))).confidence == record.confidence
+    by_loss, _, _ = selecting(study, Blackbox(losses, sd=0.01), prefer="loss")
+    assert by_loss.chosen == 1
+    assert by_loss.race is not None
+
+
 def test_ties_go_to_the_score_and_then_to_the_smaller(selecting: Selecting, tmp_path: Path) -> None:
     losses = [2.0, 1.0, 1.0, 1.0, 1.0]
     study = made_up(tmp_path, losses, ranks=[8, 64, 32, 4, 16])

@@ -76,7 +76,10 @@ def test_they_cannot_change_while_a_study_runs() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"objectives": ["adapter_mb"]}, "objectives: got adapter_mb; validation_loss must be the first of them"),
+        (
+            {"objectives": ["adapter_mb"]},
+            "objectives: got adapter_mb; validation_loss must be the first of them, or stand aside for a metric of your own",
+        ),
         ({"objectives": []}, "objectives: got []; needed: at least 1 of them"),
         ({"objectives": 5}, "objectives: got 5; needed: a list"),
         ({"objectives": ["validation_loss"] * 2}, "objectives: got validation_loss, validation_loss; each may stand once"),
@@ -109,7 +112,22 @@ def test_they_cannot_change_while_a_study_runs() -> None:
             f"allowed are {', '.join(BENCHMARKS.names)}",
         ),
         ({"objectives": ["validation_loss", "mmul"]}, f"objectives.1: got 'mmul'; allowed: {NAMES}; did you mean 'mmlu'?"),
-        ({"objectives": "mmlu"}, "objectives: got mmlu; validation_loss must be the first of them"),
+        (
+            {"objectives": "mmlu"},
+            "objectives: got mmlu; validation_loss must be the first of them, or stand aside for a metric of your own",
+        ),
+        (
+            {"objectives": ["exactmatch"]},
+            f"objectives.0: got 'exactmatch'; allowed: {NAMES}; "
+            "a metric of your own is named by metrics: [my_module:exactmatch] (--metrics)",
+        ),
+        (
+            {"objectives": [{"name": "exact match"}], "constraints": "exactmatch > 0.5"},
+            f"objectives.0.name: got 'exact match'; allowed: {NAMES}; "
+            "a metric of your own is named by metrics: [my_module:function] (--metrics)\n"
+            f"constraints.0: unknown metric 'exactmatch'; allowed: {NAMES}; "
+            "a metric of your own is named by metrics: [my_module:exactmatch] (--metrics)",
+        ),
         ({"constraints": "mmlu >= 30"}, "constraints.0: mmlu >= 30: a score is a share, from 0 to 1"),
         ({"scoring": {"items": 0}}, "scoring.items: got 0; needed: a number >= 1"),
         (
