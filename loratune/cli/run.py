@@ -25,8 +25,6 @@ from loratune.plugs import SAMPLERS
 if TYPE_CHECKING:
     from loratune.spec import StudySpec
 
-_HELD_OUT = "0.1"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_study_arguments(parser)
@@ -62,7 +60,7 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
     from loratune.spec import StudySpec
 
     path = Path(args.target) if args.target else None
-    continued, held_out = path is not None and path.is_dir(), False
+    continued = path is not None and path.is_dir()
     if not args.target and not args.demo and not args.model and not args.data and not args.overrides:
         raise SpecError("nothing to tune. Give a description (`loratune init` writes one), --model and --data, or --demo.")
     overrides = _convenience(args) + (args.overrides or [])
@@ -73,9 +71,6 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
             raise StorageError(f"{path} is not a study's folder: no study was begun in it. {hint}")
         overrides = [("output.folder", json.dumps(str(path))), *overrides]  # where it is now, should it have been moved
         path = StudyPaths(path).spec
-    elif not args.target and not args.demo and args.data and not any(_asks_for_validation(name) for name, _ in overrides):
-        overrides.append(("data.validation_fraction", _HELD_OUT))
-        held_out = True
     base = None
     if args.demo and not continued:
         from loratune.demo import DEMO_RUNS, study
@@ -84,8 +79,8 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
         if path is None and not any(name.startswith(("budget", "sampler", "n_trials")) for name, _ in overrides):
             base["budget"] = {"full_runs": DEMO_RUNS}
     spec = StudySpec.load(path, overrides, base)
-    if held_out:
-        print("A tenth of the data is held out for validation; to change that, use --data.validation_fraction or --validation.")
+    if spec.data.holds_out_by_default:
+        print("A tenth of the data is held out for validation; to change that, write data.validation_fraction or data.validation.")
     if continued:
         _check_consent(spec, {name for name, _ in overrides})
     return spec
@@ -109,11 +104,6 @@ def _check_consent(spec: "StudySpec", given: set[str]) -> None:
             f"the study in {spec.folder} asks to run code: {', '.join(missing)}. A folder cannot allow that by itself: if you trust its "
             f"source, add {flags}."
         )
-
-
-def _asks_for_validation(field: str) -> bool:
-    """data.validation, data.val_size, data.train.0.validation_count, ..."""
-    return field.startswith("data.") and ("val" in field or field == "data.test_size")
 
 
 def _convenience(args: argparse.Namespace) -> list[tuple[str, str]]:

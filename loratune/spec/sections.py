@@ -29,6 +29,7 @@ from loratune.spec.validation_errors import MistakesError, not_allowed
 from loratune.system.names import nearest
 
 _TRIALS = 100  # of the published study
+_HELD_OUT = 0.1  # of the training data, where nobody says what validates
 
 
 class Section(BaseModel):
@@ -136,7 +137,9 @@ class Data(Section):
 
     train: Sources = Field(min_length=1, description="training sources: paths, or mappings with a path")
     validation: Sources = Field((), description="validation sources, if validation data are in separate files")
-    validation_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of the training sources held out for validation")
+    validation_fraction: float | None = Field(
+        None, gt=0, lt=1, description="fraction of the training sources held out for validation; null: 0.1, if nothing else says what is"
+    )
     train_count: int | None = Field(None, ge=1, description="total number of training examples; null: all of them")
     validation_count: int | None = Field(
         None, ge=1, description="total number of validation examples, held out or drawn from the validation sources"
@@ -197,7 +200,7 @@ class Data(Section):
         }
         ways = [way for way, used in given.items() if used]
         if not ways:
-            raise ValueError("no validation data; write validation_fraction: 0.1, or validation_count, or validation: [path]")
+            object.__setattr__(self, "validation_fraction", _HELD_OUT)  # not among `model_fields_set`: nobody wrote it
         if len(ways) > 1 and ways != list(given)[2:]:  # a source may have its own part of validation_count
             raise ValueError(f"validation data comes from one place; given: {', '.join(ways)}")
         if any(source.validation_count for source in self.validation):
@@ -206,6 +209,11 @@ class Data(Section):
             if len({source.weight is None for source in sources}) > 1:
                 raise ValueError(f"{name}: give every source a weight, or none")
         return self
+
+    @property
+    def holds_out_by_default(self) -> bool:
+        """Whether the validation data are a tenth of the training data because nobody said what they are."""
+        return self.validation_fraction is not None and "validation_fraction" not in self.model_fields_set
 
 
 class Training(Section):

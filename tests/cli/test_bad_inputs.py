@@ -145,7 +145,6 @@ SPEC = [
         ],
         argv=(*RUN, "--seed", "-1", "--training.epochs", "0", "--sampler", "nomat"),
     ),
-    Case("no validation", 2, ["no validation data", "validation_fraction"], lambda p: p.change("data", validation_count=None)),
     Case("no model", 2, ["model", "missing"], argv=("run", "--data", "data.jsonl")),
     Case(
         "range upside down",

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from loratune.cli.parser import Parser
 from loratune.cli.run import add_arguments, load_spec
-from loratune.errors import SpecError
 from loratune.record import read
 
 
@@ -78,10 +77,17 @@ def test_a_first_command_without_validation_holds_out_a_tenth_and_says_so(capsys
     assert capsys.readouterr().out == ""
 
 
-def test_a_description_without_validation_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("model: m\ndata: {train: [d]}\n")
-    with pytest.raises(SpecError, match="no validation data"):
-        spec_of(str(tmp_path / "a.yaml"))
+@pytest.mark.parametrize("data", ["{train: [d]}", "d", "{train: {path: d}, max_length: 64}"])
+def test_a_description_without_validation_holds_out_a_tenth_too(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text(f"model: m\ndata: {data}\n")
+    spec = spec_of(str(tmp_path / "a.yaml"))
+    assert spec.data.validation_fraction == 0.1
+    assert capsys.readouterr().out.startswith("A tenth of the data is held out for validation")
+    (tmp_path / "b.yaml").write_text(spec.to_yaml())
+    assert spec_of(str(tmp_path / "b.yaml")) == spec
+    assert capsys.readouterr().out == "", "now it is written"
+    assert spec_of(str(tmp_path / "a.yaml"), "--validation", "v").data.validation_fraction is None
+    assert spec_of(str(tmp_path / "a.yaml"), "--data.validation_count", "5").data.validation_fraction is None
 
 
 def test_flags_lie_over_the_file_and_both_over_the_demo(tmp_path: Path) -> None:

@@ -253,7 +253,6 @@ def test_sections_without_content_are_defaults(tmp_path: Path) -> None:
     assert load(text, tmp_path) == StudySpec.load(base={"model": "m", "data": {"train": "a", "val_size": 0.1}})
 
 
-NO_VALIDATION = "data: no validation data; write validation_fraction: 0.1, or validation_count, or validation: [path]"
 SAMPLERS = "bracket, nomad, nni_tpe, tpe, gp, cmaes, qmc, random, nsga2"
 SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
 
@@ -291,7 +290,6 @@ SETS = "a list of module names, or qv, qkvo, mlp, all-linear"
             {"model": {"base_model": "a", "name_or_path": "b"}},
             "model.name_or_path: 'model.base_model' and 'model.name_or_path' are two names for the same field; give one",
         ),
-        ({"data": "a.json"}, NO_VALIDATION),
         ({"data": {"train": [], "val_size": 0.1}}, "data.train: got []; needed: at least 1 of them"),
         ({"data": {"train": 5, "val_size": 0.1}}, "data.train: got 5; needed: a list"),
         ({"data": {"val_size": 0.1}}, "data.train: missing: training sources: paths, or mappings with a path"),
