@@ -189,6 +189,51 @@ def test_what_is_exported_is_imported_as_the_same_settings(tmp_path: Path, form:
         export_recipe(tmp_path / "study", file, form)
 
 
+def with_data(folder: Path, data: dict[str, Any]) -> Path:
+    """A study of these data, written out in full as a study's folder has them."""
+    write_study(folder, [Point(BEST, 1.2)], spec_of(data=StudySpec.load(base={"model": "m", "data": data}).data.model_dump(mode="json")))
+    return folder
+
+
+HUB = {"train": [{"path": "a/b"}], "validation": [{"path": "a/b", "split": "test"}]}
+
+
+@pytest.mark.parametrize("form", ["axolotl", "llamafactory", "trl"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"train": ["faq.jsonl"], "validation_fraction": 0.2},
+        {"train": ["faq.jsonl"], "validation_count": 30},
+        {"train": ["faq.jsonl"], "validation": ["asked.jsonl", "other.jsonl"]},
+        HUB,
+    ],
+    ids=["share", "count", "files", "split"],
+)
+def test_the_validation_data_come_back(tmp_path: Path, form: str, data: dict[str, Any]) -> None:
+    file = tmp_path / "out" / "best.yml"
+    _, notes = export_recipe(with_data(tmp_path / "study", data), file, form)
+    written, made = yaml.safe_load(file.read_text()), read_recipe(file)
+    back = StudySpec.load(base=made.study).data
+    if form == "trl" and "asked.jsonl" in str(data):  # the one thing that it cannot hold
+        assert any("trl reads no validation files (asked.jsonl, other.jsonl)" in note for note in notes)
+        assert "eval_strategy" not in written
+        return
+    assert written["eval_strategy"] == "epoch"
+    assert (back.validation_fraction, back.validation_count) == (data.get("validation_fraction"), data.get("validation_count"))
+    paths = [Path(source.path).name for source in back.validation]
+    assert paths == [Path(str(source["path"] if isinstance(source, dict) else source)).name for source in data.get("validation", [])]
+    assert [source.split for source in back.validation] == (["test"] if data is HUB else [None] * len(paths))
+    assert not any("no validation data" in note for note in made.notes)
+    assert any("draws as many rows" in note for note in notes) == (not paths)
+
+
+def test_counts_of_each_source_are_one_number(tmp_path: Path) -> None:
+    data = {"train": [{"path": "a.jsonl", "validation_count": 20}, {"path": "b.jsonl", "validation_count": 5}]}
+    path, notes = export_recipe(with_data(tmp_path / "study", data), tmp_path / "a.yml", "axolotl")
+    assert yaml.safe_load(path.read_text())["val_set_size"] == 25
+    assert "not from each source its part" in notes[-1]
+
+
 def test_the_command_writes_a_study_and_lists_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.yml").write_text(AXOLOTL)
     arguments = ["import", str(tmp_path / "a.yml"), "--output", str(tmp_path / "study.yaml")]

@@ -53,6 +53,28 @@ class _Best:
     def sources(self) -> list[Mapping[str, Any]]:
         return [source for source in self.section("data").get("train", []) if isinstance(source, Mapping)]
 
+    @property
+    def validation(self) -> list[Mapping[str, Any]]:
+        """The files of validation data; empty where it is held out of the training data."""
+        return [source for source in self.section("data").get("validation") or [] if isinstance(source, Mapping)]
+
+    @property
+    def held_out(self) -> float | int | None:
+        """The share, below 1, or the number of the training examples that the study held out."""
+        data, each = self.section("data"), [source.get("validation_count") for source in self.sources]
+        if self.validation:
+            return None
+        if data.get("validation_fraction") is not None:
+            return float(data["validation_fraction"])
+        return data.get("validation_count") or sum(count for count in each if count) or None
+
+    def tell_of_validation(self, tool: str) -> None:
+        """What is not the same of the validation data in a recipe that holds their files, or their share."""
+        if self.held_out is not None:
+            self.notes.append(f"{tool} draws as many rows for validation as the study, but other ones, and not from each source its part")
+        elif self.section("data").get("validation_count") or any(source.get("count") for source in self.validation):
+            self.notes.append(f"{tool} validates on all rows of the validation data, of which the study drew some")
+
     def columns(self, source: Mapping[str, Any]) -> dict[str, str]:
         return {**(self.section("data").get("columns") or {}), **(source.get("columns") or {})}
 
@@ -115,7 +137,7 @@ def _trl(best: _Best, destination: Path) -> dict[Path, str]:
         "lora_dropout": best.h.lora_dropout,
         "lora_target_modules": [best.targets] if isinstance(best.targets, str) else best.targets,
         "use_rslora": best.h.use_rslora,
-        "datasets": [_trl_data(source) for source in best.sources],
+        **_trl_sources(best),
         "max_length": data.get("max_length", 512),
         "gradient_checkpointing": bool(best.section("training").get("gradient_checkpointing", False)),
         **_transformers(best),
@@ -126,6 +148,23 @@ def _trl(best: _Best, destination: Path) -> dict[Path, str]:
     if best.section("data").get("prompt") == "alpaca" or best.record.prompt.get("kind") != "chat":
         best.notes.append("trl shows rows by the tokenizer's chat template, or as plain text; the study used another prompt")
     return {destination: _yaml(best, content, "trl sft --config")}
+
+
+def _trl_sources(best: _Best) -> dict[str, Any]:
+    """Training and validation data: of one hub data set its splits, of others the share that is held out."""
+    sources = {"datasets": [_trl_data(source) for source in best.sources]}
+    if best.held_out is not None:
+        best.tell_of_validation("trl")
+        return sources | {"test_split_size": best.held_out, "eval_strategy": "epoch"}
+    one, other = (best.sources[0], best.validation[0]) if len(best.sources) == len(best.validation) == 1 else ({}, {})
+    if one and one["path"] == other["path"] and not _builder(str(one["path"])):
+        best.tell_of_validation("trl")
+        names = {"dataset_train_split": one.get("split") or "train", "dataset_test_split": other.get("split") or "train"}
+        return {"dataset_name": str(one["path"]), **names, "eval_strategy": "epoch"}
+    if best.validation:
+        paths = ", ".join(str(source["path"]) for source in best.validation)
+        best.notes.append(f"trl reads no validation files ({paths}): it validates on a share of the training data, or not at all")
+    return sources
 
 
 def _trl_data(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +193,7 @@ def _axolotl(best: _Best, destination: Path) -> dict[Path, str]:
         **({"peft_use_rslora": True} if best.h.use_rslora else {}),
         **extra,
         "datasets": [_axolotl_data(best, source) for source in best.sources],
-        **({"val_set_size": data["validation_fraction"]} if data.get("validation_fraction") else {}),
+        **_axolotl_validation(best),
         "sequence_len": data.get("max_length", 512),
         "micro_batch_size": best.micro,
         "gradient_accumulation_steps": best.h.batch_size // best.micro,
@@ -172,6 +211,15 @@ def _axolotl(best: _Best, destination: Path) -> dict[Path, str]:
         "output_dir": f"./{best.record.name}",
     }
     return {destination: _yaml(best, content, "axolotl train")}
+
+
+def _axolotl_validation(best: _Best) -> dict[str, Any]:
+    best.tell_of_validation("axolotl")
+    if best.held_out is not None:
+        return {"val_set_size": best.held_out, "eval_strategy": "epoch"}
+    entries = [_axolotl_data(best, source) for source in best.validation]  # of a file the one split that it has must be named
+    tests = [{"split": "train", **entry} for entry in entries]
+    return {"test_datasets": tests, "eval_strategy": "epoch"} if tests else {}
 
 
 def _axolotl_data(best: _Best, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +251,9 @@ _ALPACA = (
 
 def _llamafactory(best: _Best, destination: Path) -> dict[Path, str]:
     model, data = best.section("model"), best.section("data")
-    info, names = _dataset_info(best)
+    info, names = _dataset_info(best, [*best.sources, *best.validation])
+    names, tests = names[: len(best.sources)], names[len(best.sources) :]
+    best.tell_of_validation("LLaMA-Factory")
     chat = best.record.prompt.get("kind") == "chat"
     if chat:
         best.notes.append("template: LLaMA-Factory has templates of its own; write the name of your model's for `default`")
@@ -226,21 +276,25 @@ def _llamafactory(best: _Best, destination: Path) -> dict[Path, str]:
         "dataset_dir": str(destination.parent),
         "template": "default" if chat else "alpaca",
         "cutoff_len": data.get("max_length", 512),
-        **({"val_size": data["validation_fraction"]} if data.get("validation_fraction") else {}),
+        **({"eval_dataset": ",".join(tests)} if tests else {}),
+        **({"val_size": best.held_out} if best.held_out is not None else {}),
+        **({"eval_strategy": "epoch"} if tests or best.held_out is not None else {}),
         **_transformers(best),
     }
     beside = destination.parent / "dataset_info.json"
     return {destination: _yaml(best, content, "llamafactory-cli train"), beside: json.dumps(info, indent=2) + "\n"}
 
 
-def _dataset_info(best: _Best) -> tuple[dict[str, Any], list[str]]:
+def _dataset_info(best: _Best, sources: list[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """(dataset_info.json, the name there of each source)."""
     info: dict[str, Any] = {}
-    for source in best.sources:
+    for source in sources:
         path, columns = str(source["path"]), best.columns(source)
         name = Path(path).stem.replace(",", "-")
         while name in info:
             name += "-2"
         place = {"file_name": str(Path(path).resolve())} if Path(path).exists() or _builder(path) else {"hf_hub_url": path}
+        place |= {"split": source["split"]} if source.get("split") and "hf_hub_url" in place else {}
         theirs = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
         if source.get("format") in ("messages", "sharegpt") or best.record.prompt.get("kind") == "chat":
             field = columns.get("messages") or ("conversations" if source.get("format") == "sharegpt" else "messages")
