@@ -51,6 +51,33 @@ def test_the_reference_and_what_moves_it() -> None:
     assert {"learning_rate", "lora_r", "batch_size", "target_modules", "epochs", "warmup_ratio"} <= llama.reasons.keys()
 
 
+@pytest.mark.parametrize(
+    ("examples", "batch", "share", "told"),
+    [
+        (53_610, 128, 0.03, "25 of about 838 steps"),
+        (900, 8, 0.03, "7 of about 225 steps"),
+        (200, 4, 0.05, "5 of about 100 steps"),
+        (60, 4, 0.1, "3 of about 30 steps"),
+        (3, 4, 0.1, "1 of about 2 steps"),
+    ],
+)
+def test_the_warmup_follows_from_the_steps_and_few_of_them_are_told(examples: int, batch: int, share: float, told: str) -> None:
+    found = recommend(Facts(hidden_size=4096, examples=examples))
+    assert (found.values["batch_size"], found.values["warmup_ratio"]) == (batch, share)
+    assert found.reasons["warmup_ratio"].startswith(told)
+    few = [note for note in found.notes if "optimiser steps, fewer than 50" in note]
+    assert bool(few) == (examples <= 60)
+    assert recommend(Facts(hidden_size=4096)).values["warmup_ratio"] == 0.03, "data that were not counted"
+
+
+def test_a_study_keeps_its_warmup() -> None:
+    """Results recorded so far depend on it: the recommendation is told, not taken."""
+    spec = study_of(str(demo.model_folder()))
+    made = guess(spec)
+    assert with_guess(spec, made.recommendation).training.warmup_ratio == 0.03
+    assert "warmup_ratio" not in with_guess(spec, made.recommendation).search_space.parameters
+
+
 @pytest.mark.parametrize("facts", [Facts(hidden_size=96, examples=900), Facts(hidden_size=4096, examples=53_610, memory=2**34)])
 def test_the_factors_of_the_reason_multiply_to_the_learning_rate(facts: Facts) -> None:
     found = recommend(replace(facts, parameters_per_rank=2_500_000))

@@ -17,6 +17,7 @@ from typing import Any
 
 _OUTSIDE = 1.5  # times the sweep's own spread: beyond, the model lies outside what the prior knows
 _GIB = 2**30
+FEW_STEPS = 50  # of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,14 @@ def recommend(facts: Facts) -> Recommendation:
     }
     reasons |= {name: known[name]["source"] for name in ("lora_dropout", "target_modules", "epochs", "warmup_ratio")}
     values["batch_size"], reasons["batch_size"] = _batch_size(facts)
+    if facts.examples:
+        steps = max(1, round(facts.examples * values["epochs"] / values["batch_size"]))
+        values["warmup_ratio"], reasons["warmup_ratio"] = _warmup(steps)
+        if steps < FEW_STEPS:
+            notes.append(
+                f"about {steps} optimiser steps, fewer than {FEW_STEPS}: one learning rate is hard to tell from another; "
+                "more epochs or more data help"
+            )
     return Recommendation(values=values, reasons=reasons, prior=Prior(centre=centre, sd=sd, outside=outside), notes=tuple(notes))
 
 
@@ -164,6 +173,14 @@ def _batch_size(facts: Facts) -> tuple[int, str]:
         return most, "quality falls above 128"
     batch = _power(max(int(rule["fewest"]), facts.examples // steps))
     return batch, f"about {facts.examples // batch:,} steps in an epoch of {facts.examples:,} examples; never above 128"
+
+
+def _warmup(steps: int) -> tuple[float, str]:
+    """The share of the steps, with the number that it means."""
+    rule = public_findings()["warmup_ratio"]
+    share = _rounded(min(max(rule["value"], rule["fewest_steps"] / steps), rule["most"]))
+    why = f"{max(1, round(share * steps))} of about {steps:,} steps; a study keeps training.warmup_ratio, {rule['value']:g} unless written"
+    return share, why
 
 
 def _factor(change: float, why: str) -> str:

@@ -22,6 +22,7 @@ from loratune.executors.devices import ClusterDevices
 from loratune.plugs import EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.plugs.kinds import ADAPTER_BYTES
 from loratune.samplers.bracket_rule import GUARD_RUNS, Options
+from loratune.samplers.prior import FEW_STEPS
 from loratune.schedules import SliceResult
 from loratune.spec import StudySpec
 from loratune.study.objectives import Objectives
@@ -32,7 +33,6 @@ from loratune.work import Hyperparameters
 
 _FILLS_CPU, _FILLS_CUDA = 64, 16_384  # training tokens, of one batch of every slot, that keep a device busy
 _BUSY = 1.5  # processes per processor, beyond which a measured speed is not the machine's
-_FEW_STEPS = 50  # of a run
 _MOST_SLOTS = _MOST_WORKERS = 8
 
 
@@ -352,10 +352,10 @@ def few_steps(spec: StudySpec, data: Prepared) -> list[str]:
     """A warning where a run at the defaults has fewer than 50 optimiser steps: a learning rate is then hard to tell from another."""
     default = spec.hyperparameters(spec.search_space.default_values())
     steps = total_steps(len(data.train), default.batch_size, default.epochs)
-    if steps >= _FEW_STEPS:
+    if steps >= FEW_STEPS:
         return []
     return [
-        f"warning: a run at the defaults has {plural(steps, 'optimiser step')}, fewer than {_FEW_STEPS}: {len(data.train):,} examples, "
+        f"warning: a run at the defaults has {plural(steps, 'optimiser step')}, fewer than {FEW_STEPS}: {len(data.train):,} examples, "
         f"epochs {default.epochs:g}, batch_size {default.batch_size}; write a smaller training.batch_size, or more epochs"
     ]
 
