@@ -164,7 +164,10 @@ class SelectionRecord(Json):
         """How sure the choice is, in a sentence or two, with its interval."""
         if self.own_metric:
             return self._by_own_metric()
-        return confidence(self.nearest, self.share)
+        said = confidence(self.nearest, self.share)
+        if self.race is None and self.nearest is not None and self.metrics[0] == "validation_loss":
+            return f"{said} It was chosen as the lowest of {self.finished - self.excluded} losses, so that is optimistic."
+        return said
 
     def _by_own_metric(self) -> str:
         """Own metrics are one number of a trial each, so nothing tells their noise."""

@@ -25,6 +25,7 @@ from loratune.errors import SpecError, StorageError, TrainingError
 from loratune.plugs import METRICS
 from loratune.record import StudyRecord, Trial, open_record, read
 from loratune.record.adapters import find_adapter
+from loratune.record.trials import read_outcomes
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
 from loratune.selection.candidates import allowed, candidate_name, candidates, loss_of, noise_of, ranked_trials, rule_of, scores_of
@@ -177,7 +178,7 @@ class _Selection:
             unbiased=unbiased,
             shipped=shipped,
             outcomes=list(self.trainer.outcomes.values()),
-            notes=self._notes(trials, rule, shipped),
+            notes=self._notes(trials, rule, chosen, unbiased, shipped),
         )
         selected.write_selection(record, self.study.folder)
         self.trainer.keep_adapters("", {(chosen.number, shipped.run)})
@@ -258,11 +259,15 @@ class _Selection:
 
     def _check(self, chosen: Trial) -> Generator[Event, None, tuple[UnbiasedLoss | None, bool]]:
         """(what the chosen one and the default are worth, whether the chosen one never diverged)."""
-        if not self.rerun:
-            return None, True
         both = {t.number: t for t in (chosen, self.default) if t is not None}
-        wanted = [(trial, repeat) for repeat in range(CHECKS) for trial in both.values()]
-        losses = yield from self.trainer.train([(trial, run_name(CHECK, repeat)) for trial, repeat in wanted])
+        if self.rerun:
+            wanted = [(trial, repeat) for repeat in range(CHECKS) for trial in both.values()]
+            losses = yield from self.trainer.train([(trial, run_name(CHECK, repeat)) for trial, repeat in wanted])
+        else:
+            wanted, losses = self._checked_before(list(both.values()))
+            if not wanted:
+                return None, True
+            self._tell(f"The {len(wanted) // len(both)} fresh seeds are those of an earlier selection.")
         told = tuple(run_of(self.study, trial, CHECK, repeat, loss) for (trial, repeat), loss in zip(wanted, losses, strict=True))
         own = [run.loss for run in told if run.trial == chosen.number]
         if not all(map(math.isfinite, own)):
@@ -278,9 +283,19 @@ class _Selection:
             gain=student_mean([d - o for d, o in zip(default, own, strict=True)]) if default and chosen is not self.default else None,
         ), True
 
+    def _checked_before(self, both: list[Trial]) -> tuple[list[tuple[Trial, int]], list[float]]:
+        """What an earlier selection measured of these trials after its choice: of two or more seeds that all of them ran, or nothing."""
+        known = {}
+        for trial in both:
+            outcomes = read_outcomes(self.study.paths.finalists.trial(trial.number))
+            known[trial.number] = {o.run: math.inf if o.validation_loss is None else o.validation_loss for o in outcomes}
+        repeats = [repeat for repeat in range(CHECKS) if all(run_name(CHECK, repeat) in known[trial.number] for trial in both)]
+        wanted = [(trial, repeat) for repeat in repeats for trial in both] if len(repeats) > 1 else []
+        return wanted, [known[trial.number][run_name(CHECK, repeat)] for trial, repeat in wanted]
+
     def _ship(self, chosen: Trial, race: Race | None, unbiased: UnbiasedLoss | None) -> Generator[Event, None, Shipped]:
         """Which of the chosen trial's adapters to hand over; one that was not kept is trained again."""
-        checked = [run for run in unbiased.runs if run.trial == chosen.number] if unbiased else []
+        checked = [run for run in unbiased.runs if run.trial == chosen.number] if unbiased and self.rerun else []
         runs = _runs(chosen, race) | {run_name(CHECK, run.repeat): run.loss for run in checked}
         if self.by_own:  # only the study's own run was measured by it
             runs = {AGAIN: loss_of(chosen)}
@@ -298,9 +313,15 @@ class _Selection:
         if note not in self.notes:
             self.notes.append(note)
 
-    def _notes(self, trials: list[Trial], rule: Rule, shipped: Shipped) -> tuple[str, ...]:
+    def _notes(self, trials: list[Trial], rule: Rule, chosen: Trial, unbiased: UnbiasedLoss | None, shipped: Shipped) -> tuple[str, ...]:
         if not self.rerun:
             self._tell("Nothing was trained again: the noise is not measured, and the chosen one's loss is likely too low.")
+        if unbiased is None and self.default is not None and chosen is not self.default:
+            gain, flattered = (
+                loss_of(self.default) - loss_of(chosen),
+                ", and optimistic, as the choice was made by these losses" * self.by_loss,
+            )
+            self._tell(f"Its gain over the default in the study, {gain:.4f}, is of one seed each, without an interval{flattered}.")
         if self.by_own and self.rerun:
             self._tell(
                 f"{rule.metrics[0]} was measured of the study's own run alone, so that one is handed over; fresh seeds tell the loss."

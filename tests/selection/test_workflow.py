@@ -149,6 +149,41 @@ def test_a_study_of_an_own_metric_is_chosen_by_it(selecting: Selecting, tmp_path
     assert by_loss.race is not None
 
 
+def test_without_runs_the_losses_are_called_optimistic_and_seeds_of_before_count(selecting: Selecting, tmp_path: Path) -> None:
+    losses = [1.5, 1.0, 1.1, 1.2]
+    study = made_up(tmp_path, losses)
+    record, _, blackbox = selecting(study, Blackbox(losses, sd=0.001), rerun=False)
+    assert (record.chosen, record.unbiased, blackbox.asked) == (1, None, [])
+    said = record.explain()
+    assert "It was chosen as the lowest of 4 losses, so that is optimistic." in said
+    assert "Its gain over the default in the study, 0.5000, is of one seed each, without an interval, and optimistic" in said
+    (own,) = (record.gap_to(trial) for trial in [2])
+    assert own is not None
+    assert own.seeds == 1
+
+    def measured(number: int, repeat: int, loss: float) -> None:
+        paths = study.paths.finalists.run(number, run_name(CHECK, repeat))
+        paths.outcomes.mkdir(parents=True)
+        outcome = Outcome(key=f"{number:04d}/{run_name(CHECK, repeat)}/0000010", state=State.COMPLETED, validation_loss=loss)
+        (paths.outcomes / "0000010.json").write_text(outcome.to_json())
+
+    measured(0, 0, 1.5)
+    measured(1, 0, 1.02)
+    measured(0, 1, 1.52)
+    one, _, _ = selecting(study, Blackbox(losses, sd=0.001), rerun=False)
+    assert one.unbiased is None, "of one seed both have there is no interval"
+    measured(1, 1, 1.01)
+    two, _, blackbox = selecting(study, Blackbox(losses, sd=0.001), rerun=False)
+    assert blackbox.asked == []
+    assert two.unbiased is not None
+    assert two.unbiased.gain is not None
+    assert two.unbiased.gain.value == pytest.approx((0.48 + 0.51) / 2)
+    assert two.unbiased.gain.known
+    assert two.shipped.run == "main"
+    assert "The 2 fresh seeds are those of an earlier selection." in two.notes
+    assert "without an interval" not in two.explain()
+
+
 def test_ties_go_to_the_score_and_then_to_the_smaller(selecting: Selecting, tmp_path: Path) -> None:
     losses = [2.0, 1.0, 1.0, 1.0, 1.0]
     study = made_up(tmp_path, losses, ranks=[8, 64, 32, 4, 16])
