@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, metavar="N", help="maximum number of re-trainings (default: 3 per finalist, plus 6)")
     parser.add_argument("--no-rerun", action="store_true", help="choose by the study's own losses, without training")
     parser.add_argument(
-        "--require", action="append", default=[], metavar="'METRIC <= N'", help="a constraint, like 'adapter_mb <= 50'; may be repeated"
+        "--require",
+        action="append",
+        default=[],
+        metavar="'METRIC <= N'",
+        help="a constraint by <=, >=, < or >, like 'adapter_mb <= 50'; may be repeated",
     )
     parser.add_argument("--prefer", metavar="METRICS", help="the rule: loss,mmlu,adapter_mb, or weights: loss=1,adapter_mb=0.1")
     add_trust(parser)

@@ -8,6 +8,7 @@ from loratune.system.names import close_names
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "package.json"}
+_HEAD = 100_000  # characters of a file that are looked at
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
@@ -39,8 +40,20 @@ def _missing(place: Path, path: str) -> str:
     parent = place.parent
     if not parent.is_dir():
         return f"{path}: no such file or folder; the folder {parent} does not exist either."
-    near = close_names(place.name, [p.name for p in parent.iterdir()], most=3)
+    near = close_names(place.name, [p.name for p in parent.iterdir() if p.is_dir() or _may_hold_rows(p)], most=3)
     return f"{path}: no such file or folder." + (f" Did you mean {' or '.join(near)}?" if near else "")
+
+
+def _may_hold_rows(file: Path) -> bool:
+    """Whether a file is worth suggesting: no settings, and no result that a command wrote as one JSON object."""
+    if not file.is_file() or not data_suffix(file) or file.name in _NOT_DATA:
+        return False
+    if file.suffix.lower() != ".json":
+        return True
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        head = opened.read(_HEAD).lstrip("\ufeff \t\r\n")
+    rows = head.split("\n", 1)[0].rstrip().endswith("}")  # JSONL by the name of JSON
+    return not head.startswith("{") or rows or re.match(r'\{\s*"data"\s*:\s*\[', head) is not None
 
 
 def _folder(folder: Path, split: str | None) -> list[Path]:

@@ -27,7 +27,8 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
             )
     except Exception as error:  # missing, offline, gated, unknown class, a broken file: each with its own class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason[:300]}") from error
+        nor = "" if folder.exists() else f" Nor is there a folder {name} here.{hub.folders_near(name)}"
+        raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason[:300]}{nor}") from error
     if not len(tokenizer):
         raise ModelError(f"{name}: no tokenizer files. Put tokenizer.json or tokenizer.model beside config.json.")
     return tokenizer
@@ -37,8 +38,7 @@ def tokenizer_fingerprint(name: str, revision: str | None, trust_remote_code: bo
     """(names and digests of a tokenizer's files, those of a hub tokenizer as it would be saved; whether they ask for the date)."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if name.startswith((".", "/", "~")):
-            raise ModelError(f"{name}: no such folder; expected a model's folder, with its tokenizer, or a hub id.")
+        hub.refuse_missing_folder(name)
         with tempfile.TemporaryDirectory() as saved:
             load_tokenizer(name, revision, trust_remote_code).save_pretrained(saved)
             return tokenizer_fingerprint(saved, None, False)

@@ -162,22 +162,10 @@ def _common(recipe: ModelRecipe) -> dict[str, Any]:
     return {"revision": recipe.revision or "main", "trust_remote_code": recipe.trust_remote_code}
 
 
-def _is_folder(name: str) -> bool:
-    return Path(name).expanduser().exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1
-
-
 def _check_folder(recipe: ModelRecipe) -> None:
     name = recipe.name_or_path
-    if not _is_folder(name):
-        hub.refuse_adapter(name, recipe.revision)
-        return
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ModelError(
-            f"model: there is no folder {name}. Give a folder that holds config.json, or a hub id such as meta-llama/Llama-2-7b-hf."
-        )
     hub.refuse_adapter(name, recipe.revision)
-    if not (folder / "config.json").is_file():
+    if hub.is_local(name) and not (Path(name).expanduser() / "config.json").is_file():
         raise ModelError(f"model: {name} holds no config.json. Give the folder that `save_pretrained` wrote.")
 
 
@@ -239,5 +227,5 @@ def _explained(recipe: ModelRecipe, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        where = "" if _is_folder(recipe.name_or_path) else " Check the hub id, the network and, for a gated model, `hf auth login`."
+        where = "" if hub.is_local(recipe.name_or_path) else " Check the hub id, the network and, for a gated model, `hf auth login`."
         raise ModelError(f"model {recipe.name_or_path!r}: cannot load its {what}: {type(error).__name__}: {reason}.{where}") from error

@@ -12,6 +12,7 @@ import yaml
 
 from loratune.spec.hyperparameters import ALIASES as PARAMETER_ALIASES
 from loratune.spec.validation_errors import FieldPath, dotted, shown
+from loratune.system.names import close_names
 
 SECTION_ALIASES: dict[str, dict[str, str]] = {
     "search_space": PARAMETER_ALIASES,
@@ -109,7 +110,8 @@ class Written:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            self.mistakes.append(((), f"cannot read {path}: {reason}"))
+            hint = "" if path.exists() else f".{_descriptions_near(path)} `loratune init {path}` writes a description to start from."
+            self.mistakes.append(((), f"cannot read {path}: {reason}{hint}"))
             self.unread = True
             return
         try:
@@ -185,6 +187,13 @@ class Written:
             self.mistakes.append((path, f"{part!r} is not an index of the list, 0 to {len(holder)}"))
             return False
         return True
+
+
+def _descriptions_near(path: Path) -> str:
+    """` Did you mean study.yaml?`, of the YAML files beside it; "" where none has a near name."""
+    there = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    near = close_names(path.name, there)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _texts(given: Any, depth: int = 5) -> Any:

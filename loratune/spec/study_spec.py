@@ -43,7 +43,7 @@ class StudySpec(Section):
         description=f"what to improve, one or several (Pareto), first validation_loss or one of `metrics`: {' | '.join(METRICS.builtin)}",
     )
     constraints: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), description="limits on the same metrics: [adapter_mb <= 50, peak_memory_gib <= 24]"
+        (), description="limits on the same metrics, by <=, >=, < or >: [adapter_mb <= 50, peak_memory_gib <= 24]"
     )
     metrics: Annotated[tuple[OwnMetric, ...], Field(strict=False)] = Field(
         (), description="measures of your own, functions of generated answers: [my_module:exact_match]"

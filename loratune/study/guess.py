@@ -79,7 +79,8 @@ def prior_of(spec: StudySpec, made: Recommendation) -> Prior:
 
 
 def facts_of(spec: StudySpec, memory: float | None = None) -> Facts:
-    """What the files say. Raises DataError."""
+    """What the files say. Raises DataError, and ModelError for a model's folder that is not there."""
+    hub.refuse_missing_folder(spec.model.name_or_path)
     config = model_config(spec.model.name_or_path, spec.model.revision)
     size = data_size(
         DataRecipe.from_plain(spec.data_recipe_dict()), hub.small_file(spec.model.name_or_path, "tokenizer.json", spec.model.revision)

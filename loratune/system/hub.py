@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import ModelError
+from loratune.system.names import close_names
 
+_FEW = 3  # models' folders that are worth naming though none has a near name
 _MERGE = "merge the adapter first: `loratune export STUDY FOLDER --merged`, or PEFT's merge_and_unload() and save_pretrained()"
 
 
@@ -97,11 +99,38 @@ def asked_once(name: str) -> Iterator[None]:
             place.HF_HUB_OFFLINE = value
 
 
+def is_local(name: str) -> bool:
+    """Whether a model's name can only be a folder's: a hub id is one name, or owner/name."""
+    return Path(name).expanduser().exists() or name.startswith((".", "~", "/")) or name.strip("/").count("/") > 1 or name.endswith("/")
+
+
+def folders_near(name: str) -> str:
+    """` Did you mean a/b?`: the models' folders beside where `name` would be, those of a near name first; "" where there are none."""
+    place = Path(name).expanduser()
+    if not place.parent.is_dir():
+        return f" The folder {place.parent} does not exist either." if is_local(name) else ""
+    there = [folder.name for folder in sorted(place.parent.iterdir()) if (folder / "config.json").is_file()]
+    near = close_names(place.name, there, most=3) or (there if len(there) <= _FEW else [])
+    if not near:
+        return ""
+    return f" Did you mean {' or '.join(str(place.parent / folder) for folder in near)}?"
+
+
+def refuse_missing_folder(name: str) -> None:
+    """Raises ModelError where `name` can only be a folder, and is none."""
+    if is_local(name) and not Path(name).expanduser().is_dir():
+        raise ModelError(
+            f"model: there is no folder {name}.{folders_near(name)} "
+            "Give a folder that holds config.json, or a hub id such as meta-llama/Llama-2-7b-hf."
+        )
+
+
 def refuse_adapter(name: str, revision: str | None) -> None:
-    """Raise ModelError where `name`, a folder or a hub id, holds an adapter, with a model beside it or alone.
+    """Raise ModelError where `name`, a folder or a hub id, holds an adapter, with a model beside it or alone, or is a folder not there.
 
     Transformers' `from_pretrained` would put the adapter on without a word, and what is trained then is another model's.
     """
+    refuse_missing_folder(name)
     from transformers.utils import CONFIG_NAME, cached_file
     from transformers.utils.peft_utils import find_adapter_config_file  # what from_pretrained itself asks
 

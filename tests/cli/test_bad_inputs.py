@@ -241,7 +241,9 @@ def test_bad_input(case: Case, place: Place, loratune) -> None:
 
 
 def test_a_description_that_cannot_be_read_is_the_only_mistake(place: Place, loratune) -> None:
-    assert loratune("run", "nope.yaml").err == "loratune: cannot read nope.yaml: No such file or directory\n"
+    assert loratune("run", "nope.yaml").err == (
+        "loratune: cannot read nope.yaml: No such file or directory. `loratune init nope.yaml` writes a description to start from.\n"
+    )
 
 
 def nothing_lost(place: Place, before: dict[str, bytes], may_write: tuple[str, ...] = ("study/",)) -> None:

@@ -464,6 +464,6 @@ def test_tokenizers_that_cannot_be_had(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
-    for name, message in (("nowhere", "no such folder"), ("empty", "no tokenizer files"), ("broken", "cannot be loaded")):
+    for name, message in (("nowhere", "there is no folder"), ("empty", "no tokenizer files"), ("broken", "cannot be loaded")):
         with pytest.raises(ModelError, match=message):
             prepare(recipe, tokenizer=str(tmp_path / name), cache=tmp_path / "cache")

@@ -328,6 +328,16 @@ def test_missing_files_name_their_neighbours(tmp_path):
     (tmp_path / "alpaca.json").write_text("[]")
     with pytest.raises(DataError, match=r"alpca\.json: no such file or folder\. Did you mean alpaca\.json\?"):
         read_source(DataSource(path=str(tmp_path / "alpca.json")))
+    for name, text in (
+        ("o.json", '{\n "trial": 3\n}'),
+        ("dd.json", '{"output": "a"}\n{"output": "b"}'),
+        ("d.yaml", "a: 1"),
+        ("d2.json", '{"data": ['),
+    ):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "d.jso").mkdir()
+    with pytest.raises(DataError, match=r"d\.json: no such file or folder\. Did you mean dd\.json or d2\.json or d\.jso\?"):
+        read_source(DataSource(path=str(tmp_path / "d.json")))  # o.json is what a command wrote, no rows
     with pytest.raises(DataError, match=r"the folder .*nowhere does not exist either"):
         read_source(DataSource(path=str(tmp_path / "nowhere" / "a.json")))
     (tmp_path / "empty").mkdir()

@@ -65,6 +65,25 @@ def test_missing_folder() -> None:
         load("./nowhere")
 
 
+@pytest.mark.parametrize("name", ["./lama", "~/nowhere/at/all", "models/lama", "models/", "/no/such"])
+def test_a_folder_that_is_not_there_is_told_before_anything_is_loaded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loratune.data.tokenizers import load_tokenizer
+    from loratune.system import hub
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text("{}")
+    (tmp_path / "lamas").mkdir()  # no model's
+    if name == "models/lama":  # may be a hub id, so it is asked for there first
+        with pytest.raises(ModelError, match=r"the tokenizer cannot be loaded: .* Nor is there a folder models/lama here\."):
+            load_tokenizer(name)
+        return
+    with pytest.raises(ModelError) as caught:
+        hub.refuse_adapter(name, None)
+    hint = {"./lama": " Did you mean llama?", "models/": " Did you mean llama?"}.get(name, " The folder")
+    assert str(caught.value).startswith(f"model: there is no folder {name}.{hint}")
+
+
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         load(tmp_path)

@@ -483,6 +483,9 @@ def test_files_that_are_no_description(text: str, message: str, tmp_path: Path) 
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"cannot read .*absent\.yaml: No such file or directory"):
         StudySpec.load(tmp_path / "absent.yaml")
+    (tmp_path / "study.yaml").write_text("model: m")
+    with pytest.raises(SpecError, match=r"Did you mean .*study\.yaml\? `loratune init .*stduy\.yaml` writes a description"):
+        StudySpec.load(tmp_path / "stduy.yaml")
     (tmp_path / "latin.yaml").write_bytes("name: é\n".encode("latin-1"))
     with pytest.raises(SpecError, match="it is not UTF-8 text"):
         StudySpec.load(tmp_path / "latin.yaml")
