@@ -26,9 +26,9 @@ from loratune.plugs import EXECUTORS
 from loratune.record import Record, StudyRecord, open_record, read
 from loratune.record.paths import StudyPaths
 from loratune.record.progress import ProgressTracker
+from loratune.record.reader import read_sessions
 from loratune.record.storage import explained, open_study, until_free
 from loratune.record.storage_lock import StorageLock, network_warning, only_driver
-from loratune.record.trials import read_sessions
 from loratune.spec import StudySpec, differences
 from loratune.study.cleanup import remove_unneeded
 from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
