@@ -5,7 +5,6 @@ import datetime
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,19 @@ from loratune.data.prepared import (
     Prepared,
     PromptUsed,
     SetCounts,
-    SourceCounts,
     discard,
     pack_tokens,
     write_prepared,
 )
-from loratune.data.prompts import Encoded, UnfitError, choose_prompt, has_reasoning, template_of
-from loratune.data.sources import BadRow, DataRecipe, DataSource, Example, fields_of, grouped, refuse
+from loratune.data.prompts import choose_prompt, template_of
+from loratune.data.sources import DataRecipe
 from loratune.data.split_report import common_questions, linked
 from loratune.data.tasks import SFT, TrainingTask
+from loratune.data.tokenised_rows import SourceRows, cut_note, tokenised
 from loratune.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from loratune.errors import DataError, StorageError
 
 _FORMAT = 2  # raise when the arrays, the prompts or the split change meaning, so that old caches are not used
-_LISTED = 20  # problems of bad rows that are quoted per source, and places of each
-_ENDLESS = 1 << 40  # tokens
-_CUT = 0.05  # of the examples that are cut at max_length is told with what would keep them
 
 
 def prepare(
@@ -74,8 +70,8 @@ def prepare(
     markers = Markers(recipe.response_marker, recipe.instruction_marker)
     prompt = choose_prompt(loaded, template or recipe.prompt, date=date, score_reasoning=recipe.score_reasoning, markers=markers)
     encode = partial(task.encode, prompt)
-    train = [_tokenise(source, "train", recipe, encode, report) for source in recipe.train]
-    held_out = [_tokenise(source, "validation", recipe, encode, report) for source in recipe.validation]
+    train = [tokenised(source, "train", recipe, encode, report) for source in recipe.train]
+    held_out = [tokenised(source, "validation", recipe, encode, report) for source in recipe.validation]
     _spell_alike([*train, *held_out])
     notes: list[str] = []
     if held_out:
@@ -109,7 +105,7 @@ def prepare(
         duplicates=sum(r.duplicates for r in everything),
         shared=common.shared,
         near_duplicates=common.near,
-        notes=(*_cut_note(everything, recipe.max_length), *notes, *common.examples),
+        notes=(*cut_note(everything, recipe.max_length), *notes, *common.examples),
         sources=tuple(r.counts() for r in everything),
         **{n: SetCounts(examples=len(t), tokens=len(t.ids), response_tokens=int(t.mask.sum())) for n, t in sets.items()},
     )
@@ -120,105 +116,13 @@ def prepare(
 # ---- the steps, each on all rows of a source ----
 
 
-@dataclass(kw_only=True)
-class _Rows:
-    """One source's usable examples. `questions`, `texts`, `encoded`, `truncated` and `left_out` run in parallel."""
-
-    source: DataSource
-    role: str  # train | validation
-    rows: int
-    bad: list[BadRow]
-    fields: dict[str, Any]  # data.fields_of
-    questions: list[split.Questions] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)  # split.identity
-    encoded: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (ids, response_mask)
-    truncated: list[bool] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # tokens before they were cut, of these rows and the dropped ones
-    left_out: list[int] = field(default_factory=list)  # thinking parts that the template does not show
-    thinking: bool = False  # whether any answer has a thinking part
-    dropped: int = 0
-    overlapping: int = 0
-    duplicates: int = 0
-    pool: list[int] = field(default_factory=list)  # places that may train
-    train: list[int] = field(default_factory=list)  # places drawn, repeats included
-    validation: list[int] = field(default_factory=list)
-
-    def counts(self) -> SourceCounts:
-        return SourceCounts(
-            path=self.source.path,
-            role=self.role,
-            rows=self.rows,
-            bad=len(self.bad),
-            bad_rows=tuple(grouped(self.bad, _LISTED)),
-            dropped=self.dropped,
-            overlapping=self.overlapping,
-            duplicates=self.duplicates,
-            train=len(self.train),
-            validation=len(self.validation),
-            repeats=len(self.train) - len(set(self.train)),
-            cut=sum(self.truncated[i] for i in (*self.train, *self.validation)),
-            **self.fields,
-            reasoning_left_out=sum(self.left_out[i] for i in (*self.train, *self.validation)),
-        )
-
-
-def _tokenise(
-    source: DataSource, role: str, recipe: DataRecipe, encode: Callable[[Example, int], Encoded | None], report: Callable[[str], None]
-) -> _Rows:
-    report(f"reading {source.path}")
-    examples, bad = recipe.read(source)
-    rows = _Rows(source=source, role=role, rows=len(examples) + len(bad), bad=bad, fields=fields_of(examples))
-    for number, example in enumerate(examples):
-        if number and number % 10_000 == 0:
-            report(f"tokenised {number:,} of {len(examples):,} rows of {source.path}")
-        try:
-            encoded = encode(example, recipe.max_length)
-        except UnfitError as error:
-            rows.bad.append(BadRow(example.source, example.place, error.problem))
-            if recipe.on_bad_rows == "error":
-                refuse(source.path, rows.bad, rows.rows, recipe.on_bad_rows)
-            continue
-        if encoded is None:
-            whole = encode(example, _ENDLESS)
-            rows.lengths += [whole.length] if whole else []
-            rows.dropped += 1
-            continue
-        rows.questions.append(split.questions_of(example))
-        rows.texts.append(split.identity(example))
-        rows.encoded.append((np.array(encoded.input_ids, dtype=np.int32), np.array(encoded.response_mask)))
-        rows.truncated.append(encoded.truncated)
-        rows.lengths.append(encoded.length)
-        rows.left_out.append(encoded.reasoning_left_out)
-        rows.thinking = rows.thinking or has_reasoning(example)
-    if rows.encoded or rows.dropped:
-        refuse(source.path, rows.bad, rows.rows, recipe.on_bad_rows)
-    else:
-        raise DataError(f"{source.path}: no usable row among {len(rows.bad)}. The last: {rows.bad[-1]}.")
-    if not rows.encoded:
-        raise DataError(f"{source.path}: every prompt alone fills max_length = {recipe.max_length} tokens. Raise max_length.")
-    return rows
-
-
-def _cut_note(sources: Sequence[_Rows], max_length: int) -> list[str]:
-    """A warning where more than 5 % of the usable examples do not fit, with the max_length that would keep 95 % and 99 % of them whole."""
-    lengths = np.sort(np.array([length for rows in sources for length in rows.lengths]))
-    cut = int((lengths > max_length).sum())
-    if cut <= _CUT * len(lengths):
-        return []
-    keep = [int(lengths[int(np.ceil(part * len(lengths))) - 1]) for part in (0.95, 0.99)]
-    return [
-        f"warning: {cut / len(lengths):.0%} of the examples are longer than max_length, {max_length:,} tokens, and lose their end; "
-        f"max_length: {keep[0]:,} keeps 95 % of them whole, {keep[1]:,} 99 %"
-    ]
-
-
-def _spell_alike(sources: Sequence[_Rows]) -> None:
+def _spell_alike(sources: Sequence[SourceRows]) -> None:
     spelt = iter(split.one_spelling([q for rows in sources for q in rows.questions]))
     for rows in sources:
         rows.questions = [next(spelt) for _ in rows.questions]
 
 
-def _use_validation_sources(recipe: DataRecipe, train: Sequence[_Rows], held_out: Sequence[_Rows]) -> None:
+def _use_validation_sources(recipe: DataRecipe, train: Sequence[SourceRows], held_out: Sequence[SourceRows]) -> None:
     """Validation from its own sources; whatever asks the same question leaves training."""
     wanted = split.quotas(
         [len(r.questions) for r in held_out], [r.source.count for r in held_out], _weights(held_out), recipe.validation_count
@@ -235,7 +139,7 @@ def _use_validation_sources(recipe: DataRecipe, train: Sequence[_Rows], held_out
         _count_duplicates(sources, split.groups([q for r in sources for q in r.questions]))
 
 
-def _split_training_sources(recipe: DataRecipe, train: Sequence[_Rows], notes: list[str]) -> None:
+def _split_training_sources(recipe: DataRecipe, train: Sequence[SourceRows], notes: list[str]) -> None:
     """Validation held out of every training source, in whole groups."""
     sizes = [len(r.questions) for r in train]
     if recipe.validation_fraction is not None:
@@ -265,7 +169,7 @@ def _split_training_sources(recipe: DataRecipe, train: Sequence[_Rows], notes: l
         )
 
 
-def _draw_training(recipe: DataRecipe, train: Sequence[_Rows]) -> None:
+def _draw_training(recipe: DataRecipe, train: Sequence[SourceRows]) -> None:
     if not any(r.pool for r in train):
         raise DataError("no training example is left beside validation. Add data, or ask for less validation.")
     wanted = split.quotas([len(r.pool) for r in train], [r.source.count for r in train], _weights(train), recipe.train_count)
@@ -277,28 +181,28 @@ def _draw_training(recipe: DataRecipe, train: Sequence[_Rows]) -> None:
             rows.train = [rows.pool[i] for i in drawn]
 
 
-def _owners(sources: Sequence[_Rows]) -> list[int]:
+def _owners(sources: Sequence[SourceRows]) -> list[int]:
     return [number for number, rows in enumerate(sources) for _ in rows.questions]
 
 
-def _by_source(rows: np.ndarray, sources: Sequence[_Rows]) -> list[np.ndarray]:
+def _by_source(rows: np.ndarray, sources: Sequence[SourceRows]) -> list[np.ndarray]:
     return np.split(rows, np.cumsum([len(r.questions) for r in sources])[:-1])
 
 
-def _count_duplicates(sources: Sequence[_Rows], keys: Sequence[str]) -> None:
+def _count_duplicates(sources: Sequence[SourceRows], keys: Sequence[str]) -> None:
     by_source = _by_source(np.array(keys, dtype=object), sources)
     for rows, found in zip(sources, split.duplicates([part.tolist() for part in by_source]), strict=True):
         rows.duplicates = found
 
 
-def _enough(rows: _Rows, count: int) -> None:
+def _enough(rows: SourceRows, count: int) -> None:
     if count > len(rows.questions):
         raise DataError(
             f"{rows.source.path}: {count:,} validation examples requested of {len(rows.questions):,} usable rows; validation never repeats."
         )
 
 
-def _weights(rows: Sequence[_Rows]) -> list[float] | None:
+def _weights(rows: Sequence[SourceRows]) -> list[float] | None:
     weights = [r.source.weight for r in rows]
     return None if None in weights else [w for w in weights if w is not None]
 

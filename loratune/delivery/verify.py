@@ -10,7 +10,7 @@ from loratune.errors import StorageError
 from loratune.executors.devices import seen_as
 from loratune.record import StudyRecord, Trial
 from loratune.record.paths import ADAPTER_FILES, RunPaths
-from loratune.record.trials import TRAINED_ANEW, WRITTEN_ANEW, outcome_of
+from loratune.record.reader import TRAINED_ANEW, WRITTEN_ANEW, outcome_of
 from loratune.system.files import parsed, write_atomically
 from loratune.work import Outcome, Recipe, State
 

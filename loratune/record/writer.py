@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from loratune.errors import StorageError
 from loratune.record.paths import StudyPaths
-from loratune.record.trials import TRAINED_ANEW, Trial, outcome_of
+from loratune.record.reader import TRAINED_ANEW, outcome_of
+from loratune.record.trials import Trial
 from loratune.system.files import AnyPath, alive, parsed, sweep, text_of, write_atomically
 from loratune.system.masking import masked
 from loratune.work import Outcome, Recipe, Segment, State

@@ -31,7 +31,7 @@ from loratune.executors import Executor
 from loratune.executors.devices import unused_gpu
 from loratune.plugs import EXECUTORS
 from loratune.record import Record, StudyRecord, Trial
-from loratune.record.trials import WRITTEN_ANEW
+from loratune.record.reader import WRITTEN_ANEW
 from loratune.system.files import parsed
 from loratune.work import Message, Outcome, Progress, Recipe, Segment, State
 

@@ -25,7 +25,7 @@ from loratune.errors import SpecError, StorageError, TrainingError
 from loratune.plugs import METRICS
 from loratune.record import StudyRecord, Trial, open_record, read
 from loratune.record.adapters import find_adapter
-from loratune.record.trials import read_outcomes
+from loratune.record.reader import read_outcomes
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
 from loratune.selection.candidates import allowed, candidate_name, candidates, loss_of, noise_of, ranked_trials, rule_of, scores_of

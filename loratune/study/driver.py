@@ -6,10 +6,7 @@ delivery = deliver(spec.folder)   # the report, best.yaml and the adapter
 """
 
 import contextlib
-import os
-import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +17,7 @@ from optuna.samplers import BaseSampler
 from loratune import executors, samplers, schedules
 from loratune.data.cache import prepare_data
 from loratune.data.prepared import Prepared
-from loratune.errors import ModelError, SpecError, StorageError
+from loratune.errors import ModelError
 from loratune.executors.devices import ClusterDevices, cuda_devices, seen_as, unused_gpu
 from loratune.plugs import EXECUTORS
 from loratune.record import Record, StudyRecord, open_record, read
@@ -28,16 +25,14 @@ from loratune.record.paths import StudyPaths
 from loratune.record.progress import ProgressTracker
 from loratune.record.storage import explained, open_study, until_free
 from loratune.record.storage_lock import StorageLock, network_warning, only_driver
-from loratune.record.trials import read_sessions
-from loratune.spec import StudySpec, differences
+from loratune.spec import StudySpec
 from loratune.study.cleanup import remove_unneeded
 from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
 from loratune.study.plan import cluster_of, devices_of, few_steps, slots_for, workers_for
-from loratune.system.files import AnyPath, parsed, text_of, write_atomically
+from loratune.study.session import Session, adopt, same_data
+from loratune.system.files import AnyPath, parsed, write_atomically
 from loratune.system.imports import uncollected
-from loratune.system.machine import environment
-from loratune.system.masking import masked_command
 from loratune.trackers import Feed, check
 from loratune.work import Message, Progress
 
@@ -71,14 +66,14 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     with open_record(spec.folder) as record, contextlib.ExitStack() as stack:
         guessed = _guessed(spec, record)
         spec = with_guess(spec, guessed.recommendation) if guessed is not None else spec
-        _adopt(spec, record)
+        adopt(spec, record)
         if guessed is not None:
             write_atomically(record.paths.guess, guessed.to_json())
         yield from _messages(until_free(spec.storage, record.folder, stop))
         if stop.is_set():
             return
         only = stack.enter_context(_only_driver(spec, record))
-        session = _Session(record)
+        session = Session(record)
         workers, ahead = record.pin("workers", workers_for(spec)), None
         if not session.all_spent(spec):
             ahead = stack.enter_context(
@@ -96,7 +91,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
         notes = [note for note in (unused, network_warning(spec.storage, record.folder)) if note]
         data = prepare_data(spec, notes, date=record.date())
         yield from _messages([*notes, data.summary()])
-        _same_data(record, data)
+        same_data(record, data)
         record.prompt(asdict(data.manifest.prompt))
         yield from _messages(_known_beforehand(spec, record, data))
         recipe = replace(spec.recipe(str(data.folder)), slots=record.pin("slots", slots_for(spec, data)))
@@ -295,54 +290,6 @@ def _scorer(spec: StudySpec, folder: Path, data: Prepared, devices: Sequence[int
     return Scorer(job=job, metrics=spec.metrics, hold=EXECUTORS[spec.executor.name].in_process)
 
 
-def _adopt(spec: StudySpec, record: Record) -> None:
-    """Make the folder this study's, or see that it is."""
-    path = record.paths.spec
-    spec = spec.masked()
-    if path.exists() and record.paths.begun:  # before the first trial, mending the description is free
-        try:
-            old = StudySpec.load(path)
-        except SpecError as error:
-            raise StorageError(f"the study's own description {path} cannot be read:\n{error}") from error
-        changed = differences(old, spec)
-        if changed:
-            lines = "\n".join(f"  {line}" for line in changed)
-            raise StorageError(
-                f"{record.folder} holds a study with another description:\n{lines}\n"
-                "Only a larger budget continues a study. Undo the change, or choose another --output.folder."
-            )
-    elif not record.paths.sessions.exists() and _strangers(record.folder):
-        raise StorageError(f"{record.folder} is neither empty nor a study's folder. Choose another --output.folder.")
-    write_atomically(path, spec.to_yaml())
-
-
-def _strangers(folder: Path) -> list[str]:
-    """What lies in a folder that no start of ours can have left there before its first session."""
-    paths = StudyPaths(folder)
-    ours = {paths.lock.name} | ({paths.spec.name} if _as_written(paths.spec) else set())
-    return [name for name in os.listdir(folder) if name not in ours and not name.startswith(f".{paths.spec.name}.")]
-
-
-def _as_written(path: Path) -> bool:
-    try:
-        return path.read_text(encoding="utf-8") == StudySpec.load(path).to_yaml()
-    except (OSError, UnicodeDecodeError, SpecError):
-        return False
-
-
-def _same_data(record: Record, data: Prepared) -> None:
-    """Refuse to go on when the data files changed since the study began: their losses could not be compared."""
-    path = record.paths.data
-    began = text_of(path) if path.exists() else data.folder.name
-    if began != data.folder.name and record.paths.begun:
-        raise StorageError(
-            f"the data or the tokenizer changed since {record.folder} began, or this version of loratune prepares them otherwise: "
-            f"{path} says {began!r}, it is {data.folder.name}. Restore the files, or finish the study with the version that began it, "
-            "or begin a new one with another --output.folder."
-        )
-    write_atomically(path, data.folder.name)
-
-
 def _targets(spec: StudySpec) -> list[str | tuple[str, ...]]:
     """Every value that target_modules may take in the study."""
     searched = spec.search_space.parameters.get("target_modules")
@@ -358,41 +305,3 @@ def _known_beforehand(spec: StudySpec, record: Record, data: Prepared) -> list[s
     notes = known_beforehand(spec, data)
     write_atomically(path, "\n".join(notes))
     return notes
-
-
-class _Session:
-    """One start of the driver: when, by which command, on what, for how long."""
-
-    def __init__(self, record: Record) -> None:
-        earlier = read_sessions(record.paths)
-        self.earlier_seconds = sum(session["seconds"] for session in earlier)
-        self.earlier_device_seconds = max((session["device_seconds"] for session in earlier), default=0.0)
-        self.meter: ProgressTracker | None = None  # once there is one
-        self._spent_before = earlier[-1].get("spent") if earlier else None
-        self._record, self._began, self._written = record, time.monotonic(), 0.0
-        self._facts = {
-            "number": max((session["number"] for session in earlier), default=0) + 1,
-            "started": time.time(),
-            "command": masked_command(["loratune", *sys.argv[1:]] if Path(sys.argv[0]).name == "__main__.py" else sys.argv),
-            "environment": environment(),
-            "spent": None,  # the budget, once it is: StudyRecord.budget_spent
-        }
-        self.end()
-
-    def all_spent(self, spec: StudySpec) -> bool:
-        """Whether the session before came to the end of this budget, so that little or nothing is left to train."""
-        return self._spent_before == spec.budget.model_dump(mode="json")
-
-    def spent(self, spec: StudySpec) -> None:
-        """The study ran to the end of its budget."""
-        self._facts["spent"] = spec.budget.model_dump(mode="json")
-
-    def tick(self) -> None:
-        """Now and then note the time spent, lest a kill forgets it."""
-        if time.monotonic() - self._written > 5:
-            self.end()
-
-    def end(self) -> None:
-        self._written = time.monotonic()
-        spent = self.earlier_device_seconds if self.meter is None else self.meter.spent_device_seconds  # of all starts so far
-        self._record.session(self._facts | {"seconds": self._written - self._began, "device_seconds": spent})

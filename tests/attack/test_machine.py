@@ -13,7 +13,7 @@ from loratune.errors import StorageError, TrainingError
 from loratune.executors import process
 from loratune.record import open_record
 from loratune.spec import StudySpec
-from loratune.study.driver import _adopt
+from loratune.study.session import adopt
 
 
 def spec(folder: Path, **changes: object) -> StudySpec:
@@ -66,13 +66,13 @@ def test_where_no_place_is_short_enough_it_is_said(tmp_path: Path, monkeypatch: 
 def test_what_a_start_leaves_that_was_killed_at_once_is_taken_up(tmp_path: Path, left: list[str]) -> None:
     folder = tmp_path / "study"
     with open_record(folder) as record:
-        _adopt(spec(folder), record)
+        adopt(spec(folder), record)
     written = (folder / "spec.yaml").read_text()
     (folder / "spec.yaml").unlink()
     for name in left:
         (folder / name).write_text(written if name == "spec.yaml" else written[:40])
     with open_record(folder) as record:
-        _adopt(spec(folder, seed=3), record)  # before the first trial, mending the description is free
+        adopt(spec(folder, seed=3), record)  # before the first trial, mending the description is free
     assert sorted(path.name for path in folder.iterdir()) == ["lock", "spec.yaml"]
 
 
@@ -83,7 +83,7 @@ def test_somebodys_folder_is_left_alone(tmp_path: Path, name: str) -> None:
     own = "# my own comments\nmodel: m\ndata: {train: [x.json], validation_fraction: 0.1}\n"
     (folder / name).write_text(own)
     with open_record(folder) as record, pytest.raises(StorageError, match="neither empty nor a study's folder"):
-        _adopt(spec(folder), record)
+        adopt(spec(folder), record)
     assert (folder / name).read_text() == own
 
 

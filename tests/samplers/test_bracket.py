@@ -12,10 +12,11 @@ import optuna
 import pytest
 
 from loratune.errors import SearchSpentError, SpecError
-from loratune.samplers import BracketSampler, build
+from loratune.samplers import BracketSampler, build, tell_untuned
 from loratune.samplers.bracket_guard import grid, weighed
 from loratune.samplers.bracket_line import believe
 from loratune.samplers.bracket_rule import Options, PlacedRun, Proposal, SearchAxis, Step, propose
+from loratune.samplers.bracket_sampler import length_of
 from loratune.samplers.prior import Prior, effective, scale_of
 from loratune.spec import SearchSpace
 
@@ -291,6 +292,48 @@ def test_a_space_of_few_learning_rates_is_used_as_far_as_it_goes() -> None:
         seen.append(tuple(trial.params.values()))
         study.tell(trial, told({"lora_alpha": 16.0, "lora_dropout": 0, **trial.params}))
     assert len(seen) == len(set(seen)) <= 6
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_waves_with_refused_diverging_and_too_large_trials_end_and_ask_nothing_twice(seed: int) -> None:
+    chance = random.Random(seed)
+    fields = chance.choice([{"learning_rate": [1e-4, 3e-4, 1e-3], "lora_r": [8, 16, 32]}, None])
+    space = (SearchSpace.of("recommended") if fields is None else SearchSpace.of(fields)).distributions("choice")
+    refused, too_large, diverges = chance.choice([8, 64, 1000]), chance.choice([16, 256, 1000]), chance.uniform(-2.5, 0.0)
+    slots, guard = chance.choice([1, 3, 4, 8]), chance.choice(("auto", "never", "always"))
+    start = {"lora_alpha": 16.0} if fields else {}
+    sampler = BracketSampler(space, start=start, outside=True, slots=slots, guard=guard)  # type: ignore[arg-type]
+    study, flying, spent = optuna.create_study(sampler=sampler), list[optuna.Trial](), ""
+    tell_untuned(study, 3.0)
+    while flying or not spent:
+        while len(flying) < slots and not spent:
+            assert len(study.trials) < 60
+            try:
+                if not sampler.ready(study):
+                    break
+            except SearchSpentError as error:
+                spent = str(error)
+                break
+            flying.append(study.ask(space))
+            if flying[-1].params["lora_r"] > refused:
+                flying[-1].set_constraint("adapter_mb", 1.0)
+                study.tell(flying.pop(), 99.0)
+        if not flying:
+            break
+        trial = flying.pop(chance.randrange(len(flying)))
+        values = {"lora_alpha": 16.0, "lora_dropout": 0, **trial.params}
+        if values["lora_r"] > too_large:
+            trial.set_constraint("fits_in_memory", 1.0)
+        elif effective(values["learning_rate"], scale_of(values), values["lora_r"]) > diverges:
+            trial.set_user_attr("state", "diverged")
+        else:
+            trial.report(told(values), 1)
+            study.tell(trial, told(values))
+            continue
+        study.tell(trial, 99.0)
+    assert spent
+    asked = [(length_of(trial), tuple(trial.params.items())) for trial in study.trials]
+    assert len(asked) == len(set(asked))
 
 
 @pytest.mark.parametrize(("options", "message"), [({"guard": "maybe"}, "guard = 'maybe'; allowed"), ({"step": 0.0}, "step = 0.0 must be")])
