@@ -378,3 +378,34 @@ def test_a_constraint_rules_out(module: str, tmp_path: Path, monkeypatch: pytest
     (trial,) = read(spec.folder).trials
     assert trial.state == INFEASIBLE
     assert trial.message.startswith("it breaks words < 0: ")
+
+
+@pytest.mark.slow
+def test_one_alone_stops_trials_and_chooses(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The only objective, measured at each rung of a real study; then chosen by, handed over and shown."""
+    import yaml
+
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    metric = {"function": f"{module}:words", "direction": "minimize", "examples": 4, "max_new_tokens": 6}
+    halving = {"name": "halving", "fidelity": "steps", "min_resource": "1/3"}
+    spec = study_of(tmp_path / "study", metric, objectives=["words"], schedule=halving, budget={"trials": 3})
+    list(tune(spec))
+    record = read(spec.folder)
+    assert record.own_objective == "words"
+    assert all(outcome.scores for trial in record.trials for outcome in trial.outcomes), "at the rungs too"
+    answered = {path.name for path in (spec.folder / "scoring").iterdir() if path.is_dir()}
+    rungs = {f"{t.number:04d}-main-{t.outcomes[0].stop_step}" for t in record.trials}
+    assert answered == rungs | {f"{t.number:04d}" for t in record.finished}
+    assert 1 <= len(record.finished) < 3
+    best = min(record.finished, key=lambda t: (t.scores["words"], t.value, t.number))
+    assert record.best == best
+    capsys.readouterr()
+    assert main(["select", str(spec.folder), "--no-rerun"]) == 0
+    said = capsys.readouterr().out
+    assert f"Ship trial {best.number}. Its words is {best.scores['words']:.4g}" in said
+    assert yaml.safe_load((spec.folder / "best.yaml").read_text())["scores"] == {"words": best.scores["words"]}
+    page = (spec.folder / "report.html").read_text()
+    assert "<dt>words</dt>" in page
+    assert "searched for" in page
