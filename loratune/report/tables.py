@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.record import COMPLETE, StudyRecord, Trial, TrialState
+from loratune.record import common_practice as practice
 from loratune.spec.space import SearchSpace
 from loratune.system.formatting import in_order, label, show
 from loratune.work import Hyperparameters
@@ -140,10 +141,9 @@ def settings(record: StudyRecord, trial: Trial) -> str:
 
 
 def common_practice(record: StudyRecord) -> float | None:
-    """The loss of the finished trial with the settings that most examples on the web have; None where there is none."""
-    usual = {"lora_r": 16, "lora_alpha": 32.0, "learning_rate": 2e-4}
-    found = (t for t in finished_trials(record) if all(getattr(t.hyperparameters, name) == at for name, at in usual.items()))
-    return min(map(value, found), default=None)
+    """The lowest loss of the finished trials with the settings that most examples on the web have; None where there is none."""
+    found = practice.common_practice(record)
+    return value(found) if found is not None else None
 
 
 def where_good(record: StudyRecord) -> str:
