@@ -48,7 +48,7 @@ class Answer:
     def give(self) -> None:
         """Print the object, once."""
         if self.wanted and self._taken.acquire(blocking=False):
-            print(json.dumps(_plain(self.facts), indent=1), flush=True)
+            print(json.dumps(_plain(self.facts), indent=1, default=str), flush=True)
             self._printed.set()
 
     def give_at_once(self) -> None:

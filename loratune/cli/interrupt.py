@@ -44,7 +44,7 @@ class Interrupt:
         global _active
         heard, self._wake = socket.socketpair()
         self._wake.setblocking(False)
-        self._before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         self._woken = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         _active = self
         threading.Thread(target=self._listen, args=(heard,), name="loratune-signals", daemon=True).start()
@@ -57,6 +57,15 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._wake.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Nothing to do, the thread has heard it; but where a library took the socket's place, as asyncio does, it is told."""
+        ours = self._wake.fileno()
+        theirs = signal.set_wakeup_fd(ours, warn_on_full_buffer=False)
+        if theirs != ours:
+            signal.set_wakeup_fd(theirs)
+            with contextlib.suppress(BlockingIOError):
+                self._wake.send(bytes([number]))
 
     def _listen(self, heard: socket.socket) -> None:
         deadline: float | None = None
@@ -80,10 +89,6 @@ class Interrupt:
 
 
 _active: Interrupt | None = None
-
-
-def _nothing(number: int, frame: FrameType | None) -> None:
-    """The thread that listens does it."""
 
 
 def _hold() -> None:

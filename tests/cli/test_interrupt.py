@@ -34,6 +34,17 @@ LIBRARY = """
         ready()
         c.pthread_mutex_lock(mutex)
 """
+# asyncio, where it handles signals itself, takes the place of whoever listened, and leaves it empty.
+TAKEN = """
+    import asyncio
+    async def once():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, ready)
+    with interrupt.Interrupt(patience={patience}):
+        asyncio.run(once())
+        ready()
+        while True:
+            sum(range(1000))
+"""
 LOADING = """
     ready()
     time.sleep(60)
@@ -78,11 +89,22 @@ def error(out: str) -> dict[str, Any]:
         (SAMPLER.format(patience=60), [signal.SIGINT, signal.SIGTERM]),
         (LIBRARY.format(patience=0.3), [signal.SIGTERM]),
         (LIBRARY.format(patience=60), [signal.SIGTERM, signal.SIGTERM]),
+        (TAKEN.format(patience=0.3), [signal.SIGTERM]),
         (LOADING, [signal.SIGTERM]),
         (LOADING, [signal.SIGINT]),
         (CLEANING, [signal.SIGTERM, signal.SIGTERM]),
     ],
-    ids=["sampler, time", "sampler, twice", "sampler, Ctrl-C first", "library, time", "library, twice", "loading", "Ctrl-C", "cleaning"],
+    ids=[
+        "sampler, time",
+        "sampler, twice",
+        "sampler, Ctrl-C first",
+        "library, time",
+        "library, twice",
+        "taken",
+        "loading",
+        "Ctrl-C",
+        "cleaning",
+    ],
 )
 def test_a_stuck_command_ends_with_one_object(work: str, signals: list[int]) -> None:
     code, out, err = ended(work, signals, "--json")

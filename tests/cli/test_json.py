@@ -37,6 +37,16 @@ def said(capsys: pytest.CaptureFixture[str]):
 def test_a_study_from_run_to_export(tmp_path: Path, said: Any) -> None:
     study = str(tmp_path / "study")
     flags = ["--trials", "2", "--sampler", "random", "--executor", "inline", "--data.train_count", "24", "--data.validation_count", "12"]
+    code, told, words = said("run", "--demo", "--output", study, *flags, "--dry-run", "--budget.price_per_device_hour", "2")
+    assert code == 0
+    totals = told["plan"]["totals"]
+    shared = {"seconds", "cost", "device_hours", "tokens", "full_runs", "currency"}
+    assert totals.keys() == shared | {"start_seconds", "limits", "select"}
+    assert totals["select"].keys() == shared
+    assert (totals["full_runs"], totals["select"]["full_runs"]) == (2, 12)  # three runs each of both, and of the choice and the default
+    assert 0 < totals["seconds"][0] <= totals["seconds"][1]
+    assert totals["start_seconds"] > 0
+    assert "12 full runs with fresh seeds" in words
     code, run, words = said("run", "--demo", "--output", study, *flags)
     assert code == 0
     assert run.keys() == keys_of("`run`, `status`") | keys_of("`run`, besides")
@@ -51,6 +61,7 @@ def test_a_study_from_run_to_export(tmp_path: Path, said: Any) -> None:
     assert code == 0
     assert keys_of("`select`") <= select.keys() | {"selection", "json"}
     assert select["chosen"] == run["best"]["trial"]
+    assert select["planned"]["runs"] == 0
     code, export, _ = said("export", study, str(tmp_path / "adapter"))
     assert export == {"folder": str(tmp_path / "adapter")}
     code, report, _ = said("report", study, "--output", str(tmp_path / "report.html"))
