@@ -15,7 +15,7 @@ from loratune.system.files import alive
 _SILENT = 60.0  # seconds; a driver's loop, and that of `select`, gives a heartbeat each second
 
 
-class State(StrEnum):
+class StudyState(StrEnum):
     """Of a study."""
 
     STARTING = "starting"  # reads data, loads libraries: no heartbeat is due yet
@@ -30,7 +30,7 @@ class State(StrEnum):
 class Activity:
     """Of the process that holds a study's lock."""
 
-    state: State
+    state: StudyState
     held: bool  # the lock, by a driver or workers that a killed one left
     command: str | None = None  # run or select
     pid: int | None = None
@@ -43,7 +43,7 @@ def activity(folder: Path, progress: dict[str, Any], *, spent: bool) -> Activity
     updated, now = progress.get("updated", 0.0), time.time()
     if not is_locked(folder):
         silent = now - updated if updated else None
-        return Activity(state=State.FINISHED if spent else State.STOPPED, held=False, silent=silent)
+        return Activity(state=StudyState.FINISHED if spent else StudyState.STOPPED, held=False, silent=silent)
     holder, beat = _holder(folder)
     pid, host, since = holder.get("pid"), holder.get("host"), holder.get("since")
     since = since if isinstance(since, float) else 0.0
@@ -52,11 +52,11 @@ def activity(folder: Path, progress: dict[str, Any], *, spent: bool) -> Activity
     begun = updated > since or beat - since > 1.0  # a heartbeat came since the lock was taken
     silent = max(0.0, now - last)
     if gone:
-        state = State.GONE
+        state = StudyState.GONE
     elif not begun:
-        state = State.STARTING
+        state = StudyState.STARTING
     else:
-        state = State.NO_HEARTBEAT if silent > _SILENT else State.RUNNING
+        state = StudyState.NO_HEARTBEAT if silent > _SILENT else StudyState.RUNNING
     return Activity(state=state, held=True, command=holder.get("command", "run"), pid=pid, host=host, silent=silent)
 
 

@@ -51,14 +51,14 @@ def _written(folder: Path) -> float:
 
 def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
-    from loratune.cli.activity import State, activity
+    from loratune.cli.activity import StudyState, activity
     from loratune.cli.status_scores import score_summary
     from loratune.record import RUNNING
     from loratune.record.common_practice import common_practice
     from loratune.record.nodes import by_node
 
     progress, at_work = record.progress, activity(record.folder, record.progress, spent=record.budget_spent)
-    running, searching = at_work.held, at_work.state is State.RUNNING and at_work.command == "run"
+    running, searching = at_work.held, at_work.state is StudyState.RUNNING and at_work.command == "run"
     states = ["interrupted" if trial.state == RUNNING and not running else str(trial.state) for trial in record.trials]
     budget = record.spec.get("budget", {}).get("trials")
     return {
@@ -80,7 +80,7 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "full_runs": progress.get("full_runs", 0.0),
         "budget_full_runs": record.spec.get("budget", {}).get("full_runs"),
         "left_to_find": progress.get("left_to_find"),
-        "in_training": progress.get("running", []) if searching or at_work.state is State.NO_HEARTBEAT else [],
+        "in_training": progress.get("running", []) if searching or at_work.state is StudyState.NO_HEARTBEAT else [],
         "best": brief(record.best),
         "front": _front(record),
         "shipped": _shipped(record),
@@ -213,26 +213,26 @@ def _node_table(shares: list[dict[str, Any]]) -> "Table":
 
 
 def _state(now: dict[str, Any]) -> str:
-    from loratune.cli.activity import State
+    from loratune.cli.activity import StudyState
     from loratune.system.formatting import duration, plural
 
     silent = "" if now["seconds_since_update"] is None else duration(now["seconds_since_update"])
     who = f"process {now['pid']} on {now['host']}"
     match now["state"]:
-        case State.STARTING:
+        case StudyState.STARTING:
             return f"starting ({who}, begun {silent} ago)"
-        case State.RUNNING:
+        case StudyState.RUNNING:
             heard = f", last heartbeat {silent} ago"
             if now["seconds_since_progress"] is not None and now["seconds_since_progress"] > _QUIET:
                 heard += f", nothing from training for {duration(now['seconds_since_progress'])}"
             nodes, devices = now["nodes"], now["devices"]
             where = "" if nodes is None else f", {plural(devices, 'device')} on {plural(nodes, 'node')}"
             return f"{'selecting' if now['command'] == 'select' else 'running'} ({who}{heard}{where})"
-        case State.GONE:
+        case StudyState.GONE:
             return f"killed: {who} is gone, its workers end; to continue: loratune {now['command']} {now['folder']}"
-        case State.NO_HEARTBEAT:
+        case StudyState.NO_HEARTBEAT:
             return f"no heartbeat for {silent}: {who} is stuck, or waits; nothing is lost when it is killed: kill -9 {now['pid']}"
-        case State.FINISHED:
+        case StudyState.FINISHED:
             paused, more = now["trials"].get("running", 0), f"a larger one continues: loratune run {now['folder']}"
             return f"the budget is spent, {plural(paused, 'trial')} paused; {more}" if paused else "finished"
     return f"stopped; to continue: loratune run {now['folder']}"

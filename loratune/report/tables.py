@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.record import COMPLETE, StudyRecord, Trial, TrialState
-from loratune.record import common_practice as practice
 from loratune.spec.space import SearchSpace
 from loratune.system.formatting import in_order, label, show
 from loratune.work import Hyperparameters
@@ -138,12 +137,6 @@ def setting(trial: Trial, name: str) -> Any:
 def settings(record: StudyRecord, trial: Trial) -> str:
     """The searched hyperparameters of a trial in words."""
     return ", ".join(f"{label(name)} {show(trial.params[name])}" for name in searched(record) if name in trial.params)
-
-
-def common_practice(record: StudyRecord) -> float | None:
-    """The lowest loss of the finished trials with the settings that most examples on the web have; None where there is none."""
-    found = practice.common_practice(record)
-    return value(found) if found is not None else None
 
 
 def where_good(record: StudyRecord) -> str:

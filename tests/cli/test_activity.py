@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loratune.cli.activity import State, activity
+from loratune.cli.activity import StudyState, activity
 from loratune.errors import StorageError
 from loratune.record import open_record
 from loratune.record.paths import StudyPaths
@@ -68,7 +68,7 @@ def test_from_the_start_to_the_end(study: Path, status: Any) -> None:
     facts, line = status()
     assert (facts["state"], facts["running"], facts["seconds_left"], facts["pid"]) == ("stopped", False, None, None)
     assert f"stopped; to continue: loratune run {study}" in line
-    assert activity(study, {}, spent=True).state is State.FINISHED
+    assert activity(study, {}, spent=True).state is StudyState.FINISHED
 
 
 def test_a_loop_that_stands_still(study: Path, status: Any) -> None:

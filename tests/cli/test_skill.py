@@ -10,7 +10,7 @@ import pytest
 
 from loratune import errors
 from loratune.cli import COMMANDS, as_json, module_of
-from loratune.cli.activity import State
+from loratune.cli.activity import StudyState
 from loratune.cli.interrupt import PATIENCE
 from loratune.cli.parser import Parser, field_names
 from loratune.spec import StudySpec
@@ -61,7 +61,7 @@ def test_every_key_is_documented() -> None:
     for cell in re.findall(r"`([^`]+)`", keys):
         if not cell.startswith(("run", "--")):
             assert set(re.findall(r"[a-z_]{3,}", cell)) - known == set(), cell
-    assert set(re.findall(r"`([^`]+)`", SKILL.split("`state` of `status` is")[1].split("\n")[0])) == set(State)
+    assert set(re.findall(r"`([^`]+)`", SKILL.split("`state` of `status` is")[1].split("\n")[0])) == set(StudyState)
     assert f"{PATIENCE:g} seconds" in SKILL
 
 
