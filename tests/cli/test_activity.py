@@ -140,3 +140,5 @@ def test_a_damaged_lock_is_no_obstacle(study: Path, status: Any, content: str) -
     with open_record(study):
         StudyPaths(study).lock.write_text(content)
         assert status()[0]["running"]
+        progress(study, heard={"x": []})
+        assert status()[0]["seconds_since_progress"] is None
