@@ -67,8 +67,8 @@ def _ended(argv: list[str], answer: Answer) -> int:
         if error.code in (None, 0):
             answer.wanted = False
             return 0
-        code = error.code if isinstance(error.code, int) else 2
-        return _failed(answer, "SystemExit", f"ended with {error.code}", code)
+        answer.failed("SystemExit", f"ended with {error.code}")
+        return error.code if isinstance(error.code, int) else 2
     except LoratuneError as error:
         return _failed(answer, type(error).__name__, str(error), error.exit_code)
     except BrokenPipeError:  # the reader went away, as `head` does
