@@ -45,7 +45,13 @@ def commands() -> str:
         parser = Parser(prog=f"loratune {name}", description=module.__doc__)
         module.add_arguments(parser)
         pages.append(f"## loratune {name}\n\n```text\n{parser.format_help().rstrip()}\n```\n")
-    codes = {0: "done", 2: "the command line is wrong, or SpecError", 70: "a bug in loratune: a traceback", 130: "interrupted"}
+    codes = {
+        0: "done",
+        1: "`doctor`: something that is needed is missing",
+        2: "the command line is wrong, or SpecError",
+        70: "a bug in loratune: a traceback",
+        130: "interrupted, by Ctrl-C or SIGTERM",
+    }
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, errors.LoratuneError):
             codes.setdefault(kind.exit_code, f"{kind.__name__}: {' '.join((kind.__doc__ or '').split())}")

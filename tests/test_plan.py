@@ -12,8 +12,10 @@ from loratune.errors import SpecError
 from loratune.executors.devices import ClusterDevices
 from loratune.finetune.sizes import adapter_sizes
 from loratune.record import open_record
+from loratune.selection.workflow import most_runs
 from loratune.spec import StudySpec
-from loratune.study.plan import Plan, _expected_epochs, _largest, _not_counted, _threads, expected, few_steps, slots_for, workers_for
+from loratune.study.estimate import Plan
+from loratune.study.plan import _expected_epochs, _largest, _not_counted, _threads, expected, few_steps, slots_for, workers_for
 from loratune.work import Hyperparameters, ModelRecipe
 
 
@@ -74,6 +76,37 @@ def test_the_text_tells_what_matters() -> None:
 
 def test_a_full_schedule_spends_one_run_per_trial() -> None:
     assert expected(spec(budget={"trials": 10}, training={"validations": 4})) == (10, 41)
+
+
+def test_the_totals_are_those_of_the_text_and_tell_what_comes_after() -> None:
+    priced = replace(PLAN, price=2.0, currency="EUR", max_cost=40.0, spread=(0.5, 1.25), seconds_to_start=12.0, fresh_runs=15)
+    totals = priced.totals()
+    assert totals is not None
+    seconds = (10 * 3600 + 11 * 18) / 2
+    assert totals["seconds"] == pytest.approx([seconds / 1.25, seconds / 0.5])
+    assert totals["device_hours"] == priced.device_hours
+    assert (totals["tokens"], totals["full_runs"], totals["start_seconds"], totals["currency"]) == (3_600_000, 10, 12.0, "EUR")
+    assert totals["cost"] == pytest.approx([64.35, 160.88], abs=0.01)
+    assert totals["limits"] == ["budget max_cost: 40 ends it earlier, after about 4 trials"]
+    after = totals["select"]
+    assert (after["full_runs"], after["tokens"]) == (15, 15 * 360_000)
+    assert after["seconds"] == pytest.approx([15 * 3618 / 2 / 1.25, 15 * 3618 / 2 / 0.5])
+    assert after["cost"] == pytest.approx([15 * 3618 * 4 / 3600 * 2 / 1.25, 15 * 3618 * 4 / 3600 * 2 / 0.5])
+    text = str(priced)
+    assert "start         12 s more at each start, as measured here: libraries, data and model\n" in text
+    told = "15 full runs with fresh seeds: 6.0 h to 15.1 h, 60.30 device-hours, 241.20 EUR more; with --no-rerun none"
+    assert told in text
+    assert PLAN.totals() is not None
+    assert PLAN.totals()["cost"] is None  # type: ignore[index]
+    assert replace(PLAN, problem="out of memory", training_tokens_per_second=0.0).totals() is None
+
+
+def test_what_a_selection_trains_at_most() -> None:
+    """At its defaults: three runs of each of eight finalists at most, three each of the chosen one and the default, a lost adapter."""
+    assert most_runs(3, keep=10) == 3 * 3 + 6
+    assert most_runs(40, keep=10) == 3 * 8 + 6 + 1
+    assert most_runs(40, keep=None) == 3 * 8 + 6
+    assert most_runs(0, keep=10) == 0
 
 
 @pytest.mark.parametrize("fidelity", ["steps", "budget"])

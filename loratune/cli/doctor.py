@@ -56,6 +56,8 @@ def main(args: argparse.Namespace) -> int:
     found = f"{report.missing} missing." if report.missing else "Everything that loratune needs is installed."
     print(f"\n{found}{'' if report.missing else ' First try: loratune run --demo'}")
     args.facts |= {"missing": report.missing, "checks": report.checks}
+    if report.missing:
+        args.facts["error"] = {"kind": "MissingExtraError", "message": f"{found} Run the `fix` of each check whose state is missing."}
     return 1 if report.missing else 0
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ def dry_run(spec: "StudySpec", facts: dict[str, Any]) -> int:
         quiet()
         lines = first_estimate(spec, guard)
     print("\n".join(f"  {line}" for line in lines), flush=True)
+    began = time.monotonic()
     with _stage("Loading the libraries"):
         from loratune.data.cache import prepare_data
         from loratune.study.driver import check_functions, known_beforehand
@@ -51,10 +52,12 @@ def dry_run(spec: "StudySpec", facts: dict[str, Any]) -> int:
         data = prepare_data(spec, notes)
         beforehand = known_beforehand(spec, data)
     print("\n".join([*notes, data.summary(), *beforehand]), flush=True)
+    read = time.monotonic() - began
     with _stage("Measuring: the model is loaded and the largest adapter trained for some steps"):
         planned = plan(spec, data, guard)
+    planned = replace(planned, seconds_to_start=read + planned.seconds_to_load)
     print(f"\n{planned}")
-    facts["plan"] = asdict(planned)
+    facts["plan"] = asdict(planned) | {"totals": planned.totals()}
     return 0
 
 

@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
                 print(event.text, flush=True)
         line.end()
     if scored is None:
-        return stopped(args.command_line)
+        return stopped(args)
     print(f"\n{scored.text}\n\nEvery answer: {scored.folder}")
     args.facts |= {"folder": scored.folder, "scores": score_summary(read(args.folder, trust_remote_code=args.trust_remote_code))}
     _refresh(StudyPaths(args.folder).report)

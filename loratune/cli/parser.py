@@ -9,6 +9,14 @@ from typing import Any, NoReturn
 from loratune.system.names import close_names
 
 
+class UsageError(SystemExit):
+    """A command line that cannot be read; ends the program with exit code 2, as argparse does."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
+
+
 class Override(argparse.Action):
     """Collects (dotted field, YAML text) in `overrides`, in the order of the command line."""
 
@@ -40,8 +48,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def error(self, message: str) -> NoReturn:
-        print(f"loratune: {message}{'' if message.endswith(('.', '?')) else '.'} See `{self.prog} --help`.", file=sys.stderr)
-        raise SystemExit(2)
+        raise UsageError(f"{message}{'' if message.endswith(('.', '?')) else '.'} See `{self.prog} --help`.")
 
     def _accept_fields(self, args: Sequence[str]) -> None:
         """Make an option of every flag among `args` that begins with a field's or section's name."""

@@ -40,6 +40,8 @@ def plain(made: "Guess") -> dict[str, Any]:
     """The guess as plain values: rates and ratios as numbers, the spread of the learning rate in factors of ten."""
     from dataclasses import asdict
 
+    from loratune.record.common_practice import COMMON_PRACTICE
+
     recommendation = made.recommendation
     return {
         "recommended": recommendation.values,
@@ -48,6 +50,7 @@ def plain(made: "Guess") -> dict[str, Any]:
         "outside": recommendation.prior.outside,
         "notes": list(recommendation.notes),
         "facts": asdict(made.facts),
+        "common_practice": COMMON_PRACTICE,
     }
 
 

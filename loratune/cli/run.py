@@ -137,11 +137,15 @@ def _search(spec: "StudySpec", args: argparse.Namespace) -> int:
             for event in tune(spec, interrupt.stop):
                 view.show(event)
         if interrupt.stop.is_set():
-            return stopped(args.command_line)
+            return stopped(args)
         delivery = deliver(spec.folder, trust_remote_code=spec.model.trust_remote_code)
-    print("\n".join(["", *result(delivery.record), "", *delivered(delivery)]))
+    ended = result(delivery.record)
+    print("\n".join(["", *ended, "", *delivered(delivery)]))
     args.facts |= facts(delivery.record) | {"report": delivery.report, "best_yaml": delivery.best, "adapter": delivery.adapter}
-    return 0 if delivery.best is not None else TrainingError.exit_code  # nothing to hand over
+    if delivery.best is not None:
+        return 0
+    args.facts["error"] = {"kind": TrainingError.__name__, "message": " ".join(ended)}  # nothing to hand over
+    return TrainingError.exit_code
 
 
 def quiet() -> None:

@@ -13,8 +13,9 @@ command continues.
 import argparse
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratune.cli.parser import add_trust
 from loratune.work import Message
@@ -61,13 +62,24 @@ def main(args: argparse.Namespace) -> int:
                 record = event.record
             elif (line := event_line(event)) is not None:
                 print(line, flush=True)
+            if isinstance(event, Planned):
+                args.facts["planned"] = asdict(event.most)
             if isinstance(event, Planned) and event.most.runs and not args.yes and not _agreed():
                 return 0
     if record is None:
-        return stopped(args.command_line)
-    args.facts |= record.to_plain()
+        return stopped(args)
+    args.facts |= record.to_plain() | {"common_practice": _common_practice(Path(args.folder))}
     args.facts |= _hand_over(record, Path(args.folder), args.trust_remote_code)
     return 0
+
+
+def _common_practice(folder: Path) -> dict[str, Any] | None:
+    """The trial with the settings of most examples on the web, by the study's one run of it, as the report has it."""
+    from loratune.cli.status import brief
+    from loratune.record import read
+    from loratune.record.common_practice import common_practice
+
+    return brief(common_practice(read(folder)))
 
 
 def event_line(event: "SelectEvent") -> str | None:

@@ -1,8 +1,6 @@
 """Show what a study is doing, and its best trials so far. Reads only; works while the study runs."""
 
 import argparse
-import fcntl
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
 
 _LAST = 10  # trials in the table of the latest ones
 _BEST = 5
+_QUIET = 60.0  # seconds without news of training, beyond which the text says so
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,65 +49,58 @@ def _written(folder: Path) -> float:
     return max((path.stat().st_mtime for path in (StudyPaths(folder).progress, StudyPaths(folder).spec) if path.exists()), default=0.0)
 
 
-def is_running(folder: Path) -> bool:
-    """Whether a process holds the study's lock: a driver, or workers that a killed one left, for a second."""
-    from loratune.record.paths import StudyPaths
-
-    try:
-        with open(StudyPaths(folder).lock) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    except OSError:
-        return False
-
-
 def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
+    from loratune.cli.activity import StudyState, activity
     from loratune.cli.status_scores import score_summary
     from loratune.record import RUNNING
+    from loratune.record.common_practice import common_practice
     from loratune.record.nodes import by_node
 
-    progress, running = record.progress, is_running(record.folder)
+    progress, at_work = record.progress, activity(record.folder, record.progress, spent=record.budget_spent)
+    running, searching = at_work.held, at_work.state is StudyState.RUNNING and at_work.command == "run"
     states = ["interrupted" if trial.state == RUNNING and not running else str(trial.state) for trial in record.trials]
     budget = record.spec.get("budget", {}).get("trials")
     return {
         "name": record.name,
         "folder": str(record.folder),
+        "state": str(at_work.state),
+        "command": at_work.command,
         "running": running,
         "finished": not running and record.budget_spent,
-        "pid": _holder(record.folder).get("pid") if running else None,
-        "host": _holder(record.folder).get("host") if running else None,
-        "nodes": progress.get("nodes") if running else None,
-        "devices": progress.get("devices") if running else None,
+        "pid": at_work.pid,
+        "host": at_work.host,
+        "nodes": progress.get("nodes") if searching else None,
+        "devices": progress.get("devices") if searching else None,
         "by_node": [asdict(share) for share in by_node(record.trials)],
-        "seconds_since_update": time.time() - progress["updated"] if progress else None,
+        "seconds_since_update": at_work.silent,
+        "seconds_since_progress": time.time() - progress["heard"] if searching and "heard" in progress else None,
         "trials": {state: states.count(state) for state in dict.fromkeys(states)},
         "budget_trials": budget,
         "full_runs": progress.get("full_runs", 0.0),
         "budget_full_runs": record.spec.get("budget", {}).get("full_runs"),
         "left_to_find": progress.get("left_to_find"),
-        "in_training": progress.get("running", []) if running else [],
-        "best": _brief(record.best),
+        "in_training": progress.get("running", []) if searching or at_work.state is StudyState.NO_HEARTBEAT else [],
+        "best": brief(record.best),
         "front": _front(record),
         "shipped": _shipped(record),
-        "default": _brief(record.default),
+        "default": brief(record.default),
+        "common_practice": brief(common_practice(record)),
         "base_loss": record.base_loss,
         "scores": score_summary(record),
         "tokens": record.tokens,
-        "tokens_per_second": progress.get("tokens_per_second") if running else None,
+        "tokens_per_second": progress.get("tokens_per_second") if searching else None,
         "device_seconds": record.device_seconds,
         "cost": record.cost if not running else progress.get("cost"),
         "budget_max_cost": record.spec.get("budget", {}).get("max_cost"),
         "currency": record.currency,
         "wall_seconds": max(record.wall_seconds, progress.get("wall_seconds", 0.0)),
-        "seconds_left": progress.get("seconds_left") if running else None,
+        "seconds_left": progress.get("seconds_left") if searching else None,
     }
 
 
-def _brief(trial: "Trial | None") -> dict[str, Any] | None:
+def brief(trial: "Trial | None") -> dict[str, Any] | None:
+    """A trial in the facts."""
     if trial is None:
         return None
     return {"trial": trial.number, "state": trial.state, "value": trial.value, "scores": trial.scores, "params": trial.params}
@@ -127,15 +119,6 @@ def _shipped(record: "StudyRecord") -> dict[str, Any] | None:
 
     chosen = shipped_run(record)
     return None if chosen is None else {"trial": chosen[0], "run": chosen[1]}
-
-
-def _holder(folder: Path) -> dict[str, Any]:
-    from loratune.record.paths import StudyPaths
-
-    try:
-        return json.loads(StudyPaths(folder).lock.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def _print(record: "StudyRecord") -> None:
@@ -230,14 +213,26 @@ def _node_table(shares: list[dict[str, Any]]) -> "Table":
 
 
 def _state(now: dict[str, Any]) -> str:
-    from loratune.system.formatting import plural
+    from loratune.cli.activity import StudyState
+    from loratune.system.formatting import duration, plural
 
-    if now["running"]:
-        ago = f", last heartbeat {now['seconds_since_update']:.0f} s ago" if now["seconds_since_update"] is not None else ""
-        nodes, devices = now["nodes"], now["devices"]
-        where = "" if nodes is None else f", {devices} device{'s' * (devices != 1)} on {nodes} node{'s' * (nodes != 1)}"
-        return f"running (process {now['pid']} on {now['host']}{ago}{where})"
-    if now["finished"]:
-        paused, more = now["trials"].get("running", 0), f"a larger one continues: loratune run {now['folder']}"
-        return f"the budget is spent, {plural(paused, 'trial')} paused; {more}" if paused else "finished"
+    silent = "" if now["seconds_since_update"] is None else duration(now["seconds_since_update"])
+    who = f"process {now['pid']} on {now['host']}"
+    match now["state"]:
+        case StudyState.STARTING:
+            return f"starting ({who}, begun {silent} ago)"
+        case StudyState.RUNNING:
+            heard = f", last heartbeat {silent} ago"
+            if now["seconds_since_progress"] is not None and now["seconds_since_progress"] > _QUIET:
+                heard += f", nothing from training for {duration(now['seconds_since_progress'])}"
+            nodes, devices = now["nodes"], now["devices"]
+            where = "" if nodes is None else f", {plural(devices, 'device')} on {plural(nodes, 'node')}"
+            return f"{'selecting' if now['command'] == 'select' else 'running'} ({who}{heard}{where})"
+        case StudyState.GONE:
+            return f"killed: {who} is gone, its workers end; to continue: loratune {now['command']} {now['folder']}"
+        case StudyState.NO_HEARTBEAT:
+            return f"no heartbeat for {silent}: {who} is stuck, or waits; nothing is lost when it is killed: kill -9 {now['pid']}"
+        case StudyState.FINISHED:
+            paused, more = now["trials"].get("running", 0), f"a larger one continues: loratune run {now['folder']}"
+            return f"the budget is spent, {plural(paused, 'trial')} paused; {more}" if paused else "finished"
     return f"stopped; to continue: loratune run {now['folder']}"

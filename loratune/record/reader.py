@@ -130,7 +130,9 @@ def _progress(paths: StudyPaths) -> dict[str, Any]:
     """`ProgressTracker.snapshot` as last written; empty where one of the numbers that are read from it is none."""
     found = _cached(paths.progress)
     numbers = [found.get("updated"), found.get("wall_seconds")]
-    numbers += [found[name] for name in ("full_runs", "left_to_find", "tokens_per_second", "seconds_left") if found.get(name) is not None]
+    numbers += [
+        found[name] for name in ("heard", "full_runs", "left_to_find", "tokens_per_second", "seconds_left") if found.get(name) is not None
+    ]
     rows = found.get("running", [])
     fits = isinstance(rows, list) and all(isinstance(row, dict) and {"trial", "step", "total_steps"} <= row.keys() for row in rows)
     return found if fits and all(isinstance(number, int | float) for number in numbers) else {}

@@ -63,8 +63,8 @@ class StorageLock:
             time.sleep(0.25)
         if not held:
             raise StorageError(
-                f"storage {masked(self._place)}: another driver is writing the study {self._name!r}. Stop it first, or choose another "
-                "name for this study. After a crash of its machine, the database server keeps the lock until it notices."
+                f"storage {masked(self._place)}: another driver is writing the study {self._name!r}{self._holder(path)}. Stop it first, or "
+                "choose another name for this study. After a crash of its machine, the database server keeps the lock until it notices."
             )
 
     def keep(self) -> None:
@@ -96,7 +96,7 @@ class StorageLock:
             self._engine = self._connection = None
 
     def _acquire_file(self, path: Path) -> bool:
-        beside = path.with_name(f".{path.name}.{_digest(self._name)}.lock")
+        beside = self._beside(path)
         try:
             beside.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(beside, os.O_RDWR | os.O_CREAT, 0o644)
@@ -106,7 +106,20 @@ class StorageLock:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         return True
+
+    def _holder(self, path: Path | None) -> str:
+        """Of a file's lock, in brackets; a server does not tell."""
+        try:
+            who = self._beside(path).read_text() if path is not None else ""
+        except (OSError, UnicodeDecodeError):
+            who = ""
+        return f" ({who})" if who else ""
+
+    def _beside(self, path: Path) -> Path:
+        return path.with_name(f".{path.name}.{_digest(self._name)}.lock")
 
     def _acquire_session(self, wait: float) -> bool:
         """Of a database server; True also of a kind that has no such locks, where the folder's must do."""

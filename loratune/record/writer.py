@@ -16,6 +16,7 @@ from loratune.record.paths import StudyPaths
 from loratune.record.reader import TRAINED_ANEW, outcome_of
 from loratune.record.trials import Trial
 from loratune.system.files import AnyPath, alive, parsed, sweep, text_of, write_atomically
+from loratune.system.formatting import duration
 from loratune.system.masking import masked
 from loratune.work import Outcome, Recipe, Segment, State
 
@@ -91,6 +92,11 @@ class Record:
         with contextlib.suppress(StorageError):  # a cache; where the disk is full, the next result says so
             write_atomically(self.paths.progress, json.dumps(progress))
 
+    def beat(self) -> None:
+        """Show that the lock's holder is at work: the lock's time is its last heartbeat."""
+        with contextlib.suppress(OSError):
+            os.utime(self.lock)
+
     def session(self, session: dict[str, Any]) -> None:
         write_atomically(self.paths.session(session["number"]), json.dumps(session, indent=1))
 
@@ -111,8 +117,8 @@ def _count(text: str) -> int:
 
 
 @contextmanager
-def open_record(folder: AnyPath) -> Iterator[Record]:
-    """Open a study's folder for writing, alone.
+def open_record(folder: AnyPath, command: str = "run") -> Iterator[Record]:
+    """Open a study's folder for writing, alone. command: of loratune, that does so.
 
     A driver that was killed leaves the lock to its workers, which notice within a second and exit; they
     are waited for. A driver that lives is respected. Raises StorageError.
@@ -127,7 +133,8 @@ def open_record(folder: AnyPath) -> Iterator[Record]:
         _acquire(handle, folder)
         os.set_inheritable(handle, True)
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": os.uname().nodename}).encode(), 0)
+        holder = {"pid": os.getpid(), "host": os.uname().nodename, "command": command, "since": time.time()}
+        os.pwrite(handle, json.dumps(holder).encode(), 0)
         for inside in (folder, paths.sessions, *(trial.folder for trial in paths.trials_there())):
             sweep(inside)
         yield Record(folder, handle)
@@ -149,7 +156,9 @@ def _acquire(handle: int, folder: Path, patience: float = 60.0) -> None:
             here = holder.get("host") == os.uname().nodename
             if not here or alive(holder.get("pid", 0)) or time.monotonic() > deadline:
                 who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+                beat = duration(max(0.0, time.time() - os.fstat(handle).st_mtime))
                 raise StorageError(
-                    f"{folder} is being written by {who}. Watch it with `loratune status {folder}`, or stop that process first."
+                    f"{folder} is being written by {who} (loratune {holder.get('command', 'run')}, last heartbeat {beat} ago). Watch it "
+                    f"with `loratune status {folder}`, or stop that process first."
                 ) from None
             time.sleep(0.1)

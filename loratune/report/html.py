@@ -22,6 +22,7 @@ from loratune.errors import StorageError
 from loratune.preference import summary_lines
 from loratune.record import PAUSED, PRUNED, RUNNING, StudyRecord
 from loratune.record.adapters import find_adapter
+from loratune.record.common_practice import common_practice
 from loratune.record.nodes import by_node
 from loratune.record.paths import MAIN
 from loratune.report import figures, spec_summary, tables
@@ -149,7 +150,7 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "answer": tables.headline(record),
         "chosen": chosen,
         "settings": tables.settings(record, chosen) if chosen else "",
-        "common": tables.common_practice(record),
+        "common": usual.value if (usual := common_practice(record)) is not None else None,
         "edges": tables.edges(record, chosen) if chosen else (),
         "adapter": handed_over if handed_over.is_dir() else trained,
         "base_model": spec_summary.base_model(record),

@@ -139,13 +139,6 @@ def settings(record: StudyRecord, trial: Trial) -> str:
     return ", ".join(f"{label(name)} {show(trial.params[name])}" for name in searched(record) if name in trial.params)
 
 
-def common_practice(record: StudyRecord) -> float | None:
-    """The loss of the finished trial with the settings that most examples on the web have; None where there is none."""
-    usual = {"lora_r": 16, "lora_alpha": 32.0, "learning_rate": 2e-4}
-    found = (t for t in finished_trials(record) if all(getattr(t.hyperparameters, name) == at for name, at in usual.items()))
-    return min(map(value, found), default=None)
-
-
 def where_good(record: StudyRecord) -> str:
     """Where the best quarter of the finished trials lies in the search space, in words; "" of fewer than eight."""
     trials = _ranking(record)

@@ -170,6 +170,7 @@ class Rerun:
             while waiting and flying < executor.capacity:
                 executor.submit(waiting.pop(0))
                 flying += 1
+            self._record.beat()
             for item in executor.collect(timeout=1.0):
                 if isinstance(item, Message | Progress):
                     yield item

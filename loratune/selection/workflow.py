@@ -50,6 +50,14 @@ TOLERANCE = 0.001  # nats per token: the race tells no smaller differences apart
 ERROR_RATE = 0.05
 
 
+def most_runs(finished: int, keep: int | None) -> int:
+    """Runs of a selection at its defaults, at most, of a study with so many finished trials that keeps `keep` adapters (None: all)."""
+    if not finished:
+        return 0
+    again = keep is not None and keep < finished
+    return RUNS_EACH * min(FINALISTS, finished) + 2 * CHECKS + again
+
+
 @dataclass(frozen=True)
 class Planned:
     """What will be done and what it will cost; nothing was trained yet."""
@@ -92,7 +100,7 @@ def select(
     """
     study = read(folder, trust_remote_code=trust_remote_code)
     _check_finished(study)
-    with open_record(folder) as held, Rerun(study, held.lock, stop or threading.Event()) as trainer, contextlib.suppress(Stopped):
+    with open_record(folder, "select") as held, Rerun(study, held.lock, stop or threading.Event()) as trainer, contextlib.suppress(Stopped):
         yield from _Selection(study, trainer, most, runs, rerun, require, prefer, tolerance).run()
 
 

@@ -267,6 +267,7 @@ class Loop:
                 self._meter.came(item)
                 self._arrived[item.key] = item
         if time.monotonic() - self._shown >= _SHOWN:
+            self._record.beat()
             self._record.progress(self._meter.snapshot() | self._executor.where)
             self._shown = time.monotonic()
 

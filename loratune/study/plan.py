@@ -8,8 +8,7 @@ on is simulated with the schedule itself, all losses being equally likely.
 import math
 import os
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
@@ -25,129 +24,15 @@ from loratune.samplers.bracket_rule import GUARD_RUNS, Options
 from loratune.samplers.prior import FEW_STEPS
 from loratune.schedules import SliceResult
 from loratune.spec import StudySpec
+from loratune.study.estimate import Plan
 from loratune.study.objectives import Objectives
-from loratune.system.formatting import money, plural
+from loratune.system.formatting import plural
 from loratune.system.hub import weights_on_disk
 from loratune.system.machine import cpu_processes, threads_for
 from loratune.work import Hyperparameters
 
 _FILLS_CPU, _FILLS_CUDA = 64, 16_384  # training tokens, of one batch of every slot, that keep a device busy
-_BUSY = 1.5  # processes per processor, beyond which a measured speed is not the machine's
 _MOST_SLOTS = _MOST_WORKERS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a study is expected to cost. One trial is one at the search space's defaults, trained to its end."""
-
-    trials: int
-    full_runs: float  # what all trials cost together, in runs at the defaults that are trained to their end
-    steps: int  # optimiser steps of one trial
-    trial_tokens: int  # training tokens of one trial
-    validation_tokens: int  # of one validation
-    validations: float  # in all
-    training_tokens_per_second: float  # per process, all its slots together
-    validation_tokens_per_second: float
-    processes: int  # that train at the same time, each on devices of its own
-    slots: int  # trials that one process trains together, sharing its speed
-    devices_per_trial: int
-    device: str
-    peak_memory_bytes: int  # per device, for the largest adapter of the space
-    largest_rank: int
-    adapter_bytes: int  # of that adapter
-    adapters_kept: int
-    problem: str = ""  # why the largest adapter cannot be trained here
-    spread: tuple[float, float] = (1.0, 1.0)  # slowest and fastest speed measured, over the one told
-    load: float = 0.0  # processes that wanted a processor while that was measured, per processor
-    max_hours: float | None = None
-    max_device_hours: float | None = None
-    max_cost: float | None = None
-    price: float | None = None  # of a device-hour
-    currency: str = ""
-    notes: tuple[str, ...] = ()  # on what is not in these numbers
-    cluster: ClusterDevices | None = None  # that the trials train on; its devices are taken to be as fast as this machine's
-
-    @property
-    def tokens(self) -> float:
-        """Training tokens of all trials."""
-        return self.full_runs * self.trial_tokens
-
-    @property
-    def trial_seconds(self) -> float:
-        """One trial's share of its device's time, its last validation included."""
-        return self.trial_tokens / self.training_tokens_per_second + self.validation_tokens / self.validation_tokens_per_second
-
-    @property
-    def device_hours(self) -> float:
-        validating = self.validations * self.validation_tokens / self.validation_tokens_per_second
-        return (self.tokens / self.training_tokens_per_second + validating) * self.devices_per_trial / 3600
-
-    @property
-    def wall_hours(self) -> float:
-        return self.device_hours / self.devices_per_trial / self.processes
-
-    @property
-    def cost(self) -> float | None:
-        """Of all device-hours; None without a price."""
-        return None if self.price is None else self.device_hours * self.price
-
-    def __str__(self) -> str:
-        lines = [f"trials        {self.trials}, the work of {self.full_runs:.4g} full runs at the defaults"]
-        lines += [f"one trial     {self.steps:,} step{'s' if self.steps != 1 else ''}, {self.trial_tokens:,} training tokens"]
-        lines += [
-            f"in all        {self.tokens:,.0f} training tokens, {self.validations:.0f} validations of {self.validation_tokens:,} tokens"
-        ]
-        if self.problem:
-            return "\n".join([*lines, f"device        {self.device}", f"problem       rank {self.largest_rank}: {self.problem}"])
-        training, validating = self.training_tokens_per_second, self.validation_tokens_per_second
-        kept, temporary = self.adapters_kept * self.adapter_bytes, self.processes * self.slots * 2 * 3 * self.adapter_bytes
-        lines += [
-            f"device        {self.device}; {self.processes * self.slots} at a time",
-            *self._nodes(),
-            f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
-            f"time          {self._range(self.trial_seconds / 3600)} per trial; {self._range(self.wall_hours)} in all, "
-            f"{self.device_hours:.2f} device-hours",
-            *self._cost(),
-            *self._busy(),
-            *self._limits(),
-            *(f"not counted   {note}" for note in self.notes),
-            f"memory        {_size(self.peak_memory_bytes)} at its peak, per device, at rank {self.largest_rank}",
-            f"disk          up to {_size(kept)} for {self.adapters_kept} adapters, {_size(temporary)} for checkpoints while trials run",
-        ]
-        return "\n".join(lines)
-
-    def _range(self, hours: float) -> str:
-        """The time at the fastest and at the slowest speed measured; one number where these are alike."""
-        slowest, fastest = self.spread
-        low, high = _hours(hours / fastest), _hours(hours / slowest)
-        return low if low == high else f"{low} to {high}"
-
-    def _cost(self) -> Iterator[str]:
-        if self.cost is not None:
-            slowest, fastest = self.spread
-            low, high = money(self.cost / fastest, self.currency), money(self.cost / slowest, self.currency)
-            price = money(self.price or 0.0, self.currency)
-            yield f"cost          {low if low == high else f'{low} to {high}'}, at {price} per device-hour"
-
-    def _busy(self) -> Iterator[str]:
-        if self.load > _BUSY:
-            yield f"busy          the machine is {self.load:.1f} times as busy as it has processors; on a free one it takes less"
-
-    def _nodes(self) -> Iterator[str]:
-        if (there := self.cluster) is not None:
-            what = "GPU" if there.gpus else "processor"
-            now = f"{plural(there.nodes, 'node')} with {plural(there.there, what)} now"
-            planned = f"planned for {there.number}" + (", executor.max_devices" if there.asked_for else "")
-            yield f"nodes         {now}; {planned}; the speed is this machine's"
-
-    def _limits(self) -> Iterator[str]:
-        for name, limit, needed in (
-            ("max_hours", self.max_hours, self.wall_hours),
-            ("max_device_hours", self.max_device_hours, self.device_hours),
-            ("max_cost", self.max_cost, self.cost or 0.0),
-        ):
-            if limit is not None and limit < needed:
-                yield f"budget        {name}: {limit:g} ends it earlier, after about {plural(int(self.trials * limit / needed), 'trial')}"
 
 
 def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
@@ -156,6 +41,7 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
     guard: whether the bracket search begins with its short runs.
     """
     from loratune.finetune.engines import probe  # torch
+    from loratune.selection.workflow import most_runs  # SciPy
     from loratune.work import State
 
     slots, on = slots_for(spec, data), cluster_of(spec)
@@ -163,7 +49,7 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
     steps = total_steps(len(data.train), default.batch_size, default.epochs)
     shown = order(spec.seed, len(data.train), steps * default.batch_size)
     runs, validations = expected(spec, guard)
-    trials = _simulated(spec, random.Random(0), guard)[2]
+    trials, ending = _simulated(spec, random.Random(0), guard)[2:]
     largest = _largest(spec, default)
     probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest, threads=_threads(spec))
     adapter = probed.trainable_parameters * ADAPTER_BYTES
@@ -195,6 +81,8 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
         currency=spec.budget.currency,
         notes=_not_counted(spec),
         cluster=on,
+        seconds_to_load=probed.seconds_to_load,
+        fresh_runs=most_runs(ending, kept),
     )
 
 
@@ -277,13 +165,13 @@ def expected(spec: StudySpec, guard: bool = False) -> tuple[float, float]:
     """(full runs, validations) that the schedule is expected to spend, the base model's validation included."""
     repeats = 20 if SCHEDULES[spec.schedule.name].adaptive else 1
     spent = [_simulated(spec, random.Random(seed), guard) for seed in range(repeats)]
-    return fmean(runs for runs, _, _ in spent), fmean(count for _, count, _ in spent)
+    return fmean(runs for runs, *_ in spent), fmean(count for _, count, *_ in spent)
 
 
-def _simulated(spec: StudySpec, chance: random.Random, guard: bool = False) -> tuple[float, float, int]:
-    """(full runs, validations, trials) of one course of the schedule."""
+def _simulated(spec: StudySpec, chance: random.Random, guard: bool = False) -> tuple[float, float, int, int]:
+    """(full runs, validations, trials, trials that reach the end of a full run) of one course of the schedule."""
     schedule = schedules.of_study(spec)
-    runs, validations = 0.0, 1.0
+    runs, validations, ending = 0.0, 1.0, 0
     values: dict[int, float] = {}
     each = spec.training.validations
     short = GUARD_RUNS if guard and spec.budget.most > GUARD_RUNS else 0
@@ -295,7 +183,8 @@ def _simulated(spec: StudySpec, chance: random.Random, guard: bool = False) -> t
         points = {Fraction(i, each) for i in range(1, 1 if guarding else each)} | set(slice.validate_at)
         validations += 1 + sum(slice.start < point < slice.stop for point in points)
         schedule.tell(slice, SliceResult(loss=values.setdefault(slice.trial, chance.random())))
-    return runs, validations, max(1, len(values))
+        ending += slice.ends_full_run
+    return runs, validations, max(1, len(values)), ending
 
 
 def _not_counted(spec: StudySpec) -> tuple[str, ...]:
@@ -363,14 +252,3 @@ def few_steps(spec: StudySpec, data: Prepared) -> list[str]:
 def _load() -> float:
     """Processes that want a processor, per processor, over the last minute."""
     return os.getloadavg()[0] / max(1, len(os.sched_getaffinity(0)))
-
-
-def _hours(hours: float) -> str:
-    seconds = hours * 3600
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if hours < 1.5 else f"{hours:.1f} h"
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

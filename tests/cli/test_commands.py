@@ -98,6 +98,7 @@ def test_status_sees_the_lock_of_a_running_study(loratune, done) -> None:
     home, _ = done
     with open(home / "study" / "lock", "r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(lock.fileno())  # a heartbeat
         facts = json.loads(loratune("status", home / "study", "--json").out)
         assert facts["running"]
         assert "running (process" in loratune("status", home / "study").out

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import loratune
 from loratune.errors import StorageError
-from loratune.record import COMPLETE, DIVERGED, Trial, TrialState, open_record, read
+from loratune.record import COMPLETE, DIVERGED, PRUNED, Trial, TrialState, open_record, read
+from loratune.record.common_practice import common_practice
 from loratune.work import CurvePoint, Hyperparameters, Outcome, Segment, State
 
 HYPERPARAMETERS = Hyperparameters(lora_r=16, learning_rate=3e-4, target_modules=("q_proj", "v_proj"))
@@ -103,6 +105,27 @@ def test_values_that_json_lacks_survive(tmp_path: Path) -> None:
     with open_record(tmp_path) as record:
         record.trial(Trial(number=0, hyperparameters=HYPERPARAMETERS, params={}, state=DIVERGED, value=float("inf")))
     assert read(tmp_path).trials[0].value == float("inf")
+
+
+def test_common_practice_is_the_best_trial_with_its_settings(tmp_path: Path) -> None:
+    study(tmp_path)
+    usual = replace(HYPERPARAMETERS, lora_r=16, lora_alpha=32, learning_rate=2e-4)
+    trials = [
+        (HYPERPARAMETERS, COMPLETE, 0.5),
+        (usual, COMPLETE, 1.2),
+        (replace(usual, lora_dropout=0.1), COMPLETE, 1.1),
+        (replace(usual, lora_r=8), COMPLETE, 0.7),
+        (replace(usual, batch_size=2), DIVERGED, float("inf")),
+        (replace(usual, batch_size=4), PRUNED, 0.6),
+    ]
+    with open_record(tmp_path) as record:
+        record.trial(Trial(number=9, hyperparameters=HYPERPARAMETERS, params={}, state=COMPLETE, value=0.4))
+        assert common_practice(read(tmp_path)) is None
+        for number, (hyperparameters, state, value) in enumerate(trials):
+            record.trial(Trial(number=number, hyperparameters=hyperparameters, params={}, state=state, value=value))
+    found = common_practice(read(tmp_path))
+    assert found is not None
+    assert (found.number, found.value) == (2, 1.1)
 
 
 def test_two_writers_are_refused_with_the_name_of_the_first(tmp_path: Path) -> None:

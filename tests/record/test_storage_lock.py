@@ -1,5 +1,6 @@
 """One driver for a study in a storage, whichever folder it was started with; trials are read once; network disks are told of."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def test_a_second_driver_with_a_copy_of_the_folder_is_refused(url: str, tmp_path
     url = url.format(tmp_path)
     first, second = tmp_path / "study", tmp_path / "copy"
     with only_driver(url, first, "s"):
-        with pytest.raises(StorageError, match="another driver is writing the study 's'"), only_driver(url, second, "s"):
+        said = rf"another driver is writing the study 's' \(process {os.getpid()} on "
+        with pytest.raises(StorageError, match=said), only_driver(url, second, "s"):
             pass
         with only_driver(url, second, "another study"):
             pass
