@@ -15,6 +15,7 @@ from types import ModuleType
 from loratune.cli import as_json
 from loratune.cli.parser import Parser
 from loratune.errors import LoratuneError, StorageError
+from loratune.system.files import working_folder
 from loratune.system.masking import masked
 from loratune.system.names import nearest
 
@@ -87,6 +88,8 @@ def _run(argv: list[str]) -> int:
         as_json.add_json(parser)
         args = parser.parse_args(argv[1:])
         args.command_line = ["loratune", *argv]
+        if argv[0] != "status":  # which reads what it is given, wherever it stands
+            working_folder()
         return as_json.run(command.main, args)
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())

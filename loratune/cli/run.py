@@ -137,6 +137,7 @@ def _search(spec: "StudySpec", args: argparse.Namespace) -> int:
     from loratune.cli.view import open_view
     from loratune.record.paths import StudyPaths
     from loratune.study.driver import deliver, tune
+    from loratune.system.files import has_working_folder
 
     quiet()
     word = "Continuing study" if StudyPaths(spec.folder).spec.is_file() else "Study"
@@ -148,6 +149,8 @@ def _search(spec: "StudySpec", args: argparse.Namespace) -> int:
                 view.show(event)
         if interrupt.stop.is_set():
             return stopped(args.command_line)
+        if not has_working_folder():  # removed meanwhile: the adapter is checked with PyTorch, whose libraries need one
+            os.chdir(spec.folder)
         delivery = deliver(spec.folder, trust_remote_code=spec.model.trust_remote_code)
     print("\n".join(["", *result(delivery.record), "", *delivered(delivery)]))
     args.facts |= facts(delivery.record) | {"report": delivery.report, "best_yaml": delivery.best, "adapter": delivery.adapter}

@@ -83,6 +83,7 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "host": _holder(record.folder).get("host") if running else None,
         "nodes": progress.get("nodes") if running else None,
         "devices": progress.get("devices") if running else None,
+        "idle_devices": progress.get("idle_devices") if running else None,
         "by_node": [asdict(share) for share in by_node(record.trials)],
         "seconds_since_update": time.time() - progress["updated"] if progress else None,
         "trials": {state: states.count(state) for state in dict.fromkeys(states)},
@@ -155,6 +156,8 @@ def _print(record: "StudyRecord") -> None:
         f"{len(record.trials)}{of} trial{'s' * (len(record.trials) != 1 or bool(of))} begun: {counts(record.trials, active=now['running'])}"
     )
     console.print(" · ".join(totals(now)))
+    if now["idle_devices"]:
+        console.print(Text(now["idle_devices"]), soft_wrap=True)
     trained = [trial for trial in record.trials if trial.outcomes or trial.state == INFEASIBLE]
     if now["in_training"]:
         console.print()

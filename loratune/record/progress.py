@@ -33,6 +33,7 @@ class ProgressTracker:
     price: float | None = None  # of a device-hour
     budget_cost: float | None = None
     currency: str = ""
+    idle: str = ""  # a sentence on devices without work
     _started: float = field(default_factory=time.monotonic)
     _running: dict[str, dict[str, Any]] = field(default_factory=dict)
     _trials: dict[int, Trial] = field(default_factory=dict)
@@ -155,6 +156,7 @@ class ProgressTracker:
             "cost": self.cost,
             "budget_max_cost": self.budget_cost,
             "currency": self.currency,
+            "idle_devices": self.idle,
             "wall_seconds": self.wall_seconds,
             "seconds_left": left if self._ended else None,
         }

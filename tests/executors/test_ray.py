@@ -21,8 +21,11 @@ from typing import Any
 import pytest
 from ray_machine import SMALL, cluster
 
+from loratune.executors import ray_executor
+from loratune.executors.ray_cluster import cluster_devices
 from loratune.record import StudyRecord, read
 from loratune.record.nodes import by_node
+from loratune.work import Hyperparameters, Message, ModelRecipe, Recipe, Segment, TrainingRecipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -123,6 +126,67 @@ def test_a_shared_folder_is_used_and_nothing_copied(four: Any, expected: list[tu
     assert not fetched
     assert outline(read(folder)) == expected
     assert list(folder.glob("workers/*.log"))
+
+
+def test_a_study_grows_and_shrinks_within_max_devices(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """Stopped and continued with another number: 2 of the four devices, then all, then 1."""
+    folder, most = tmp_path / "study", list[int]()
+    for devices in (2, 4, 1):
+        study, before, used = start(folder, *HALVING, *on(four, "--executor.options.max_devices", str(devices))), trained(folder), 0
+        while study.poll() is None and (devices == 1 or used < devices or trained(folder) < before + 3):
+            used = max(used, len(workers()))
+            time.sleep(0.2)
+        study.send_signal(signal.SIGINT)
+        text, _ = study.communicate(timeout=900)
+        assert study.returncode == (0 if devices == 1 else 130), text
+        assert f"at most {devices} processor" in text
+        most.append(used)
+    assert most == [2, 4, 1]
+    assert outline(read(folder)) == expected
+
+
+def test_gpus_are_asked_for_and_are_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray lets nodes declare GPUs that are not there: where the actors go and what their processes see can be told all the same."""
+    monkeypatch.setattr(ray_executor, "_SLOW", 5.0)
+    for name in ("data", "model"):
+        (tmp_path / name).mkdir()
+    training = TrainingRecipe(devices_per_trial=2)
+    recipe = Recipe(model=ModelRecipe(name_or_path=str(tmp_path / "model")), training=training, data=str(tmp_path / "data"), device="cuda")
+    with cluster(0) as made:
+        made.add_node(num_cpus=4, num_gpus=1, **SMALL)
+        made.add_node(num_cpus=4, num_gpus=3, **SMALL)
+        found = cluster_devices(device="auto", per_trial=2, address=made.address)
+        assert (found.gpus, found.number, found.nodes) == (True, 2, 1)
+        executor = ray_executor.RayExecutor(
+            recipe=recipe, root=tmp_path, devices=[0, 1], workers=2, threads=1, max_retries=0, hang_timeout=None, address=made.address
+        )
+        import ray
+
+        def visible(worker: Any) -> tuple[str, str]:
+            """What the actor sees, and what its worker process does."""
+            process = Path(f"/proc/{worker._process._process.pid}/environ").read_text().split("\0")
+            (inner,) = (entry.partition("=")[2] for entry in process if entry.startswith("CUDA_VISIBLE_DEVICES="))
+            return os.environ["CUDA_VISIBLE_DEVICES"], inner
+
+        try:
+            for trial in (0, 1):
+                executor.submit(Segment(trial=trial, hyperparameters=Hyperparameters(), seed=0, total_steps=9, stop_step=9))
+            said, deadline = list[str](), time.monotonic() + 120
+            while not (said and executor.where["devices"]) and time.monotonic() < deadline:
+                said += [item.text for item in executor.collect(1.0) if isinstance(item, Message)]
+            assert said == [
+                "no node has had 2 CPU and 2 GPU free for 5 s: 2 of 4 devices train, others as soon as Ray has some "
+                "(`ray status` shows who has them)"
+            ]
+            assert executor.where == {"nodes": 1, "devices": 2}
+            left = sorted(ray.state.available_resources_per_node().values(), key=lambda node: node.get("CPU", 0))
+            assert [(node.get("CPU", 0), node.get("GPU", 0)) for node in left] == [(0, 0), (2, 1), (4, 1)], "both of the one of three"
+            actor = next(worker.actor for worker in executor._workers if worker.node)
+            outer, inner = ray.get(actor.__ray_call__.remote(visible))
+            assert len(set(outer.split(","))) == 2
+            assert inner == outer
+        finally:
+            executor.close(grace=0.0)
 
 
 def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
