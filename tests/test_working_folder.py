@@ -33,7 +33,7 @@ def test_it_is_told_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ["run", "--demo", "--output", folder],
         ["run", "--demo", "--dry-run"],
         ["report", folder],
-        ["export", folder, "--to", folder],
+        ["export", folder, folder],
         ["doctor"],
     ):
         assert main(command) == StorageError.exit_code, command

@@ -22,13 +22,14 @@ from loratune.executors.ray_worker import Heard, Home, NodeWorker
 from loratune.executors.shipping import append, brought_home, checkpoints_of, parcel
 from loratune.record.paths import StudyPaths
 from loratune.system.files import working_folder
+from loratune.system.formatting import plural
 from loratune.work import Message, Outcome, Recipe, Segment, State
 
 _PATIENCE = 10.0  # seconds that an actor waits for something to tell
 _HOPELESS = 3  # workers in a row that cannot start
 _PAUSE = 5.0  # seconds before another one is asked for after that
 _RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}  # as `ray status` names them
-_SLOW = 60.0  # seconds after which it is told that a worker waits for a device
+_SLOW = 120.0  # seconds after which it is told that a worker has not started
 
 
 class RayExecutor(Executor):
@@ -61,7 +62,7 @@ class RayExecutor(Executor):
         self._waiting: list[Segment] = []
         self._workers: list[_Hired] = []
         self._hired = self._failed = 0  # in all; in a row
-        self._told = False  # that a worker waits for a device
+        self._told = False  # that workers are long in coming
         self._pause_until = 0.0
         self._home: Any = None  # in the object store, once it is needed
         self.processes, self.capacity = self._most, workers * self._slots
@@ -111,21 +112,22 @@ class RayExecutor(Executor):
         while not items and (left := deadline - time.monotonic()) > 0:
             self._dispatch()
             items += self._heard(min(left, 1.0))  # hangs are looked for every second
-            items += self._unplaced()
+            items += self._not_started()
             for worker in self._workers if self._hang_timeout else ():
                 if worker.node and worker.owed and time.monotonic() - worker.heard > (self._hang_timeout or math.inf):
                     items += self._lost(worker, f"no heartbeat for {self._hang_timeout:g} s", State.CRASHED)
         self._dispatch()
         return items
 
-    def _unplaced(self) -> Iterator[News]:
-        """A line where no node has had room for a worker, told once."""
-        if any(not worker.node and time.monotonic() - worker.asked > _SLOW for worker in self._workers) and not self._told:
+    def _not_started(self) -> Iterator[News]:
+        """A line where workers are long in coming, told once: Ray waits without a word for a node that has room."""
+        late = [worker for worker in self._workers if not worker.node and time.monotonic() - worker.asked > _SLOW]
+        if late and not self._told:
             self._told = True
             needs = " and ".join(f"{number} {_RESOURCES[kind]}" for kind, number in self._needs.items())
             yield Message(
-                text=f"no node has had {needs} free for {_SLOW:.0f} s: {self.where['devices']} of {self._most * self._size} devices "
-                "train, others as soon as Ray has some (`ray status` shows who has them)"
+                text=f"{len(late)} of {plural(self._most, 'worker')} did not start within {_SLOW:.0f} s: they wait for {needs} on one node "
+                "(`ray status` shows what is free), or for the model and the data to arrive there"
             )
 
     def _heard(self, timeout: float) -> list[News]:

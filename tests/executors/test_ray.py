@@ -147,7 +147,7 @@ def test_a_study_grows_and_shrinks_within_max_devices(four: Any, expected: list[
 
 def test_gpus_are_asked_for_and_are_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray lets nodes declare GPUs that are not there: where the actors go and what their processes see can be told all the same."""
-    monkeypatch.setattr(ray_executor, "_SLOW", 5.0)
+    monkeypatch.setattr(ray_executor, "_SLOW", 2.0)
     for name in ("data", "model"):
         (tmp_path / name).mkdir()
     training = TrainingRecipe(devices_per_trial=2)
@@ -161,6 +161,7 @@ def test_gpus_are_asked_for_and_are_on_one_node(tmp_path: Path, monkeypatch: pyt
             recipe=recipe, root=tmp_path, devices=[0, 1], workers=2, threads=1, max_retries=0, hang_timeout=None, address=made.address
         )
         import ray
+        from ray._private.state import available_resources_per_node
 
         def visible(worker: Any) -> tuple[str, str]:
             """What the actor sees, and what its worker process does."""
@@ -172,14 +173,12 @@ def test_gpus_are_asked_for_and_are_on_one_node(tmp_path: Path, monkeypatch: pyt
             for trial in (0, 1):
                 executor.submit(Segment(trial=trial, hyperparameters=Hyperparameters(), seed=0, total_steps=9, stop_step=9))
             said, deadline = list[str](), time.monotonic() + 120
-            while not (said and executor.where["devices"]) and time.monotonic() < deadline:
+            while not executor.where["devices"] and time.monotonic() < deadline:
                 said += [item.text for item in executor.collect(1.0) if isinstance(item, Message)]
-            assert said == [
-                "no node has had 2 CPU and 2 GPU free for 5 s: 2 of 4 devices train, others as soon as Ray has some "
-                "(`ray status` shows who has them)"
-            ]
+            asked = "did not start within 2 s: they wait for 2 CPU and 2 GPU on one node (`ray status` shows what is free)"
+            assert [text for text in said if asked in text]
             assert executor.where == {"nodes": 1, "devices": 2}
-            left = sorted(ray.state.available_resources_per_node().values(), key=lambda node: node.get("CPU", 0))
+            left = sorted(available_resources_per_node().values(), key=lambda node: node.get("CPU", 0))
             assert [(node.get("CPU", 0), node.get("GPU", 0)) for node in left] == [(0, 0), (2, 1), (4, 1)], "both of the one of three"
             actor = next(worker.actor for worker in executor._workers if worker.node)
             outer, inner = ray.get(actor.__ray_call__.remote(visible))
