@@ -153,8 +153,13 @@ def test_gpus_are_asked_for_and_are_on_one_node(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(ray_executor, "_SLOW", 2.0)
     for name in ("data", "model"):
         (tmp_path / name).mkdir()
-    training = TrainingRecipe(devices_per_trial=2)
-    recipe = Recipe(model=ModelRecipe(name_or_path=str(tmp_path / "model")), training=training, data=str(tmp_path / "data"), device="cuda")
+    recipe = Recipe(
+        model=ModelRecipe(name_or_path=str(tmp_path / "model")),
+        training=TrainingRecipe(),
+        data=str(tmp_path / "data"),
+        device="cuda",
+        devices_per_trial=2,
+    )
     with cluster(0) as made:
         made.add_node(num_cpus=4, num_gpus=1, **SMALL)
         made.add_node(num_cpus=4, num_gpus=3, **SMALL)
