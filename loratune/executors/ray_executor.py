@@ -188,7 +188,8 @@ class RayExecutor(Executor):
         if alone:  # the node lives: killed, as for want of memory
             yield from self._lost(worker, f"the worker's actor died: {text.strip().splitlines()[-1]}", State.CRASHED)
         else:
-            yield from self._lost(worker, f"the node {worker.name} went away", State.CANCELLED)
+            which = f"the node {worker.name}" if worker.name else "the node where it was to start"
+            yield from self._lost(worker, f"{which} went away", State.CANCELLED)
 
     def _lost(self, worker: "_Hired", why: str, state: State) -> Iterator[News]:
         """Give the worker up: the answers that it owes, and a line where a place was taken away."""

@@ -56,10 +56,17 @@ def on(made: Any, *options: str) -> list[str]:
     return ["--executor.name", "ray", "--executor.options.address", made.address, *options]
 
 
-def start(folder: Path, *options: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command(folder, *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, cwd=cwd
-    )
+def start(folder: Path, *options: str, cwd: Path | None = None) -> "subprocess.Popen[bytes]":
+    """It writes into a file, where a pipe that nobody empties would stop a long study."""
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".out").open("wb") as out:
+        return subprocess.Popen(command(folder, *options), stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=cwd)
+
+
+def ended(study: "subprocess.Popen[bytes]", folder: Path) -> str:
+    """What it said, once it has ended."""
+    study.wait(timeout=900)
+    return folder.with_suffix(".out").read_text()
 
 
 def keep_figures(name: str, figures: dict[str, Any]) -> None:
@@ -101,7 +108,7 @@ def four() -> Iterator[Any]:
 def test_four_nodes_give_what_one_machine_gives(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
     folder = tmp_path / "study"
     study = start(folder, *HALVING, *on(four))
-    text, _ = study.communicate(timeout=900)
+    text = ended(study, folder)
     assert study.returncode == 0, text
     assert outline(read(folder)) == expected
     adapters = list(folder.glob("trials/*/main/adapter/adapter_config.json"))
@@ -121,7 +128,7 @@ def test_a_shared_folder_is_used_and_nothing_copied(four: Any, expected: list[tu
         here = here or subprocess.run(["pgrep", "-f", f"executors.worker .*{folder}"], capture_output=True, check=False).returncode == 0
         assert not workers(), "they have folders of their own"
         time.sleep(0.3)
-    text, _ = study.communicate()
+    text = ended(study, folder)
     assert study.returncode == 0, text
     assert here, "the workers' folder is the study's"
     assert not fetched
@@ -140,7 +147,7 @@ def test_a_study_grows_and_shrinks_within_max_devices(four: Any, expected: list[
         told = facts(read(folder))["idle_devices"]
         assert study.poll() is not None or bool(told) == (devices == 4), "as many runs in flight as devices wait for each other"
         study.send_signal(signal.SIGINT)
-        text, _ = study.communicate(timeout=900)
+        text = ended(study, folder)
         assert study.returncode == (0 if devices == 1 else 130), text
         assert f"at most {devices} processor" in text
         most.append(used)
@@ -212,7 +219,7 @@ def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[A
             four.remove_node(chance.choice(sorted(four.worker_nodes, key=lambda node: node.node_id)), allow_graceful=False)
             four.add_node(num_cpus=1, **SMALL)
             events.append("a node")
-    text, _ = study.communicate(timeout=900)
+    text = ended(study, folder)
     print(events, text)
     assert study.returncode == 0, text
     assert len(events) == KILLS, "it was over before"
@@ -251,13 +258,13 @@ def test_killed_drivers_leave_nothing_behind_and_the_study_goes_on_elsewhere(
         if study.poll() is not None:
             break
         study.kill()
-        study.communicate()
+        study.wait()
         killed.append(trained(place / "study"))
         deadline = time.monotonic() + 60
         while workers() and time.monotonic() < deadline:
             time.sleep(0.5)
         assert not workers(), "actors of a dead driver end, and their workers with them"
-    text, _ = study.communicate(timeout=900)
+    text = ended(study, place / "study")
     assert study.returncode == 0, text
     assert before >= 3
     found = outline(read(place / "study"))
