@@ -5,12 +5,14 @@
 #
 # The study's folder (output.folder) and the environment with loratune[ray] must be seen by all nodes under the same path, as home
 # and scratch folders are; the model and the data are then read where they lie. Without a shared disk, leave
-# --executor.options.shared_folder away: everything reaches the nodes through Ray. The same command goes on after a time limit.
+# --executor.options.shared_folder away: everything reaches the nodes through Ray. Two minutes before the time limit checkpoints are
+# written, and the job goes back to the queue, to go on from there; a preempted one is put back by Slurm.
 #SBATCH --job-name=loratune
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -32,7 +34,19 @@ if ((others > 0)); then
     srun --nodes="$others" --ntasks="$others" --overlap --exclude "$head" ray start --address "$RAY_ADDRESS" --block &
 fi
 
+# A study is planned for the devices that are there when it begins.
+joined='import os, ray; ray.init(logging_level="ERROR"); raise SystemExit(sum(n["Alive"] for n in ray.nodes()) < int(os.environ["SLURM_JOB_NUM_NODES"]))'
+tries=0
+until python -c "$joined"; do
+    if ((++tries > 60)); then echo "Not all $SLURM_JOB_NUM_NODES nodes joined Ray; the study begins with those that did." >&2; break; fi
+    sleep 2
+done
+
 loratune run "$@" --executor.name ray --executor.options.shared_folder true &
-driver=$!
-trap 'kill -TERM "$driver" 2>/dev/null || true' TERM  # checkpoints are written; then the job ends, and may be requeued
-wait "$driver" || wait "$driver"
+driver=$! again=
+trap 'kill -TERM "$driver" 2>/dev/null || true' TERM  # cancelled or preempted: checkpoints are written, then the job ends
+trap 'again=yes; kill -TERM "$driver" 2>/dev/null || true' USR1  # the time limit
+code=0
+wait "$driver" || wait "$driver" || code=$?
+if [[ $again && $code -eq 130 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

@@ -15,7 +15,17 @@ from loratune.record import open_record
 from loratune.selection.workflow import most_runs
 from loratune.spec import StudySpec
 from loratune.study.estimate import Plan
-from loratune.study.plan import _expected_epochs, _largest, _not_counted, _threads, expected, few_steps, slots_for, workers_for
+from loratune.study.plan import (
+    _expected_epochs,
+    _largest,
+    _not_counted,
+    _threads,
+    expected,
+    few_steps,
+    idle_of,
+    slots_for,
+    workers_for,
+)
 from loratune.work import Hyperparameters, ModelRecipe
 
 
@@ -63,6 +73,9 @@ def test_the_text_tells_what_matters() -> None:
     cluster = ClusterDevices(gpus=True, number=8, nodes=1, there=4, asked_for=True)
     told = "nodes         1 node with 4 GPUs now; planned for 8, executor.max_devices; the speed is this machine's"
     assert told in str(replace(PLAN, cluster=cluster))
+    idle = "waiting       5 of 8 devices will wait: sampler bracket starts at most 3 trials together"
+    assert idle in str(replace(PLAN, cluster=cluster, idle=idle.partition(" ")[2].strip()))
+    assert "waiting" not in text
     assert text.count("busy") == 0
     assert "cost" not in text
     priced = replace(PLAN, price=2.0, currency="EUR", max_cost=40.0, spread=(0.5, 1.25))
@@ -206,6 +219,31 @@ def test_a_process_per_core(
     described = spec(model=str(tmp_path), budget={"trials": trials}, executor={"device": "cpu", **executor})
     assert workers_for(described) == workers
     assert _threads(described) == (None if executor.get("name") == "inline" else max(1, cores // workers))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "executor", "places", "idle"),
+    [
+        ("tpe", {"max_devices": 8}, 8, "executor.workers: 32 prevents that"),
+        ("tpe", {"max_devices": 8, "workers": 32}, 32, ""),
+        ("tpe", {"max_devices": 8, "workers": 2}, 2, "6 of 8 devices will wait: 2 runs in flight."),
+        ("bracket", {"max_devices": 8}, 8, "5 of 8 devices will wait: sampler bracket starts at most 3 trials together."),
+        ("bracket", {}, 3, "1 of 4 devices will wait: sampler bracket starts at most 3 trials together."),
+        ("tpe", {}, 4, "executor.workers: 16 prevents that"),
+    ],
+)
+def test_a_cluster_has_a_place_per_device_and_says_which_will_wait(
+    sampler: str, executor: dict[str, object], places: int, idle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(*, max_devices: int | None = None, **_: object) -> ClusterDevices:
+        return ClusterDevices(gpus=False, number=max_devices or 4, nodes=4, there=4, asked_for=max_devices is not None)
+
+    monkeypatch.setattr("loratune.executors.ray_cluster.cluster_devices", counted)
+    asked = spec(sampler=sampler, budget={"trials": 100}, executor={"name": "ray", **executor})
+    assert workers_for(asked) == places
+    told = idle_of(asked, places)
+    assert idle in told
+    assert bool(told) == bool(idle)
 
 
 def test_a_model_that_is_not_here_yet_is_trained_by_one_process() -> None:

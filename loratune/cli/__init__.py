@@ -16,6 +16,7 @@ from loratune.cli.as_json import INTERRUPTION, Answer, add_json
 from loratune.cli.interrupt import INTERRUPTED, terminable
 from loratune.cli.parser import Parser, UsageError
 from loratune.errors import LoratuneError, StorageError
+from loratune.system.files import working_folder
 from loratune.system.masking import masked
 from loratune.system.names import nearest
 
@@ -117,6 +118,8 @@ def _run(argv: list[str], answer: Answer) -> int:
         add_json(parser)
         args = parser.parse_args(argv[1:])
         args.command_line = ["loratune", *argv]
+        if argv[0] != "status":  # which reads what it is given, wherever it stands
+            working_folder()
         return answer.run(command.main, args)
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())

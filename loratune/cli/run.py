@@ -127,6 +127,7 @@ def _search(spec: "StudySpec", args: argparse.Namespace) -> int:
     from loratune.cli.view import open_view
     from loratune.record.paths import StudyPaths
     from loratune.study.driver import deliver, tune
+    from loratune.system.files import has_working_folder
 
     quiet()
     word = "Continuing study" if StudyPaths(spec.folder).spec.is_file() else "Study"
@@ -138,6 +139,8 @@ def _search(spec: "StudySpec", args: argparse.Namespace) -> int:
                 view.show(event)
         if interrupt.stop.is_set():
             return stopped(args)
+        if not has_working_folder():  # removed meanwhile: the adapter is checked with PyTorch, whose libraries need one
+            os.chdir(spec.folder)
         delivery = deliver(spec.folder, trust_remote_code=spec.model.trust_remote_code)
     ended = result(delivery.record)
     print("\n".join(["", *ended, "", *delivered(delivery)]))

@@ -72,6 +72,7 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "host": at_work.host,
         "nodes": progress.get("nodes") if searching else None,
         "devices": progress.get("devices") if searching else None,
+        "idle_devices": progress.get("idle_devices") if searching else None,
         "by_node": [asdict(share) for share in by_node(record.trials)],
         "seconds_since_update": at_work.silent,
         "seconds_since_progress": time.time() - progress["heard"] if searching and "heard" in progress else None,
@@ -138,6 +139,8 @@ def _print(record: "StudyRecord") -> None:
         f"{len(record.trials)}{of} trial{'s' * (len(record.trials) != 1 or bool(of))} begun: {counts(record.trials, active=now['running'])}"
     )
     console.print(" · ".join(totals(now)))
+    if now["idle_devices"]:
+        console.print(Text(now["idle_devices"]), soft_wrap=True)
     trained = [trial for trial in record.trials if trial.outcomes or trial.state == INFEASIBLE]
     if now["in_training"]:
         console.print()

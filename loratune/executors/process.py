@@ -17,7 +17,7 @@ from loratune.errors import TrainingError
 from loratune.executors.base import News
 from loratune.executors.devices import only
 from loratune.record.paths import StudyPaths
-from loratune.system.files import scratch
+from loratune.system.files import has_working_folder, scratch
 from loratune.system.machine import thread_variables
 from loratune.work import Message, Outcome, Progress, Segment
 
@@ -97,7 +97,7 @@ class WorkerProcess:
                     stderr=log,
                     env=os.environ | self._environment(),
                     pass_fds=() if self._lock is None else (self._lock,),
-                    cwd=self._cwd,
+                    cwd=self._cwd or (None if has_working_folder() else "/"),  # without one, PyTorch's libraries do not load
                     start_new_session=True,  # Ctrl-C is the driver's to answer; and the whole group can be killed
                 )
         except BaseException:

@@ -17,6 +17,8 @@ def ray() -> ModuleType:
         import ray as found
     except ImportError as error:
         raise MissingExtraError("Ray", "ray", str(error)) from error
+    if found.__file__ is None:  # a folder of that name where Python looks, as Ray's own /tmp/ray for who stands in /tmp
+        raise MissingExtraError("Ray", "ray", f"{next(iter(found.__path__))} is a folder without code")
     return found
 
 

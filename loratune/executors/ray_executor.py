@@ -7,7 +7,6 @@ alone writes the study's: the nodes fetch model and data once, and send home wha
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,11 +21,15 @@ from loratune.executors.ray_cluster import connect, disconnect
 from loratune.executors.ray_worker import Heard, Home, NodeWorker
 from loratune.executors.shipping import append, brought_home, checkpoints_of, parcel
 from loratune.record.paths import StudyPaths
+from loratune.system.files import working_folder
+from loratune.system.formatting import plural
 from loratune.work import Message, Outcome, Recipe, Segment, State
 
 _PATIENCE = 10.0  # seconds that an actor waits for something to tell
 _HOPELESS = 3  # workers in a row that cannot start
 _PAUSE = 5.0  # seconds before another one is asked for after that
+_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}  # as `ray status` names them
+_SLOW = 120.0  # seconds after which it is told that a worker has not started
 
 
 class RayExecutor(Executor):
@@ -54,13 +57,15 @@ class RayExecutor(Executor):
         self._size, self._slots, self._gpu = recipe.devices_per_trial, recipe.slots, bool(devices)
         self._most = max(1, min(workers, max_devices // self._size if max_devices else workers))
         self._threads, self._hang_timeout = threads or (None if self._gpu else 1), hang_timeout
-        self._recipe, self._root, self._shared = recipe, root, shared_folder
+        self._recipe, self._root, self._shared, self._cwd = recipe, root, shared_folder, working_folder()
+        self._needs = {"num_cpus": self._size * (1 if self._gpu else self._threads or 1)} | ({"num_gpus": self._size} if self._gpu else {})
         self._waiting: list[Segment] = []
         self._workers: list[_Hired] = []
         self._hired = self._failed = 0  # in all; in a row
+        self._told = False  # that workers are long in coming
         self._pause_until = 0.0
         self._home: Any = None  # in the object store, once it is needed
-        self.processes, self.capacity = workers, workers * self._slots
+        self.processes, self.capacity = self._most, workers * self._slots
 
     @property
     def where(self) -> dict[str, int]:
@@ -84,10 +89,7 @@ class RayExecutor(Executor):
     def _hire(self) -> None:
         if self._home is None:
             self._home = self._ray.put(self._packed())
-        needs = {"num_gpus": self._size} if self._gpu else {}
-        actor = self._ray.remote(NodeWorker).options(
-            num_cpus=self._size * (1 if self._gpu else self._threads or 1), max_concurrency=4, max_restarts=0, max_task_retries=0, **needs
-        )
+        actor = self._ray.remote(NodeWorker).options(**self._needs, max_concurrency=4, max_restarts=0, max_task_retries=0)
         number, self._hired = self._hired, self._hired + 1
         made = actor.remote(number=number, home=self._home, gpu=self._gpu, size=self._size, threads=self._threads)
         self._workers.append(_Hired(number, made, None if self._shared else self._root))
@@ -98,7 +100,7 @@ class RayExecutor(Executor):
             folders.append(self._recipe.model.name_or_path)
         return Home(
             folder=str(self._root),
-            cwd=os.getcwd(),
+            cwd=self._cwd,
             shared=self._shared,
             recipe=self._recipe,
             parcels=tuple(parcel(folder, self._ray.put) for folder in folders),
@@ -110,11 +112,23 @@ class RayExecutor(Executor):
         while not items and (left := deadline - time.monotonic()) > 0:
             self._dispatch()
             items += self._heard(min(left, 1.0))  # hangs are looked for every second
+            items += self._not_started()
             for worker in self._workers if self._hang_timeout else ():
                 if worker.node and worker.owed and time.monotonic() - worker.heard > (self._hang_timeout or math.inf):
                     items += self._lost(worker, f"no heartbeat for {self._hang_timeout:g} s", State.CRASHED)
         self._dispatch()
         return items
+
+    def _not_started(self) -> Iterator[News]:
+        """A line where workers are long in coming, told once: Ray waits without a word for a node that has room."""
+        late = [worker for worker in self._workers if not worker.node and time.monotonic() - worker.asked > _SLOW]
+        if late and not self._told:
+            self._told = True
+            needs = " and ".join(f"{number} {_RESOURCES[kind]}" for kind, number in self._needs.items())
+            yield Message(
+                text=f"{len(late)} of {plural(self._most, 'worker')} did not start within {_SLOW:.0f} s: they wait for {needs} on one node "
+                "(`ray status` shows what is free), or for the model and the data to arrive there"
+            )
 
     def _heard(self, timeout: float) -> list[News]:
         """What the actors say that speak next."""
@@ -174,7 +188,8 @@ class RayExecutor(Executor):
         if alone:  # the node lives: killed, as for want of memory
             yield from self._lost(worker, f"the worker's actor died: {text.strip().splitlines()[-1]}", State.CRASHED)
         else:
-            yield from self._lost(worker, f"the node {worker.name} went away", State.CANCELLED)
+            which = f"the node {worker.name}" if worker.name else "the node where it was to start"
+            yield from self._lost(worker, f"{which} went away", State.CANCELLED)
 
     def _lost(self, worker: "_Hired", why: str, state: State) -> Iterator[News]:
         """Give the worker up: the answers that it owes, and a line where a place was taken away."""
@@ -214,6 +229,7 @@ class _Hired:
         self.node = self.host = ""  # empty until it has started; Ray's number
         self.leaving = False
         self.heard = 0.0  # when it last spoke, in monotonic seconds
+        self.asked = time.monotonic()
         self.pending = actor.place.remote()
 
     @property

@@ -34,7 +34,7 @@ class Home:
     """The study, as a node must know it."""
 
     folder: str  # on the driver's machine; on every machine where it is shared
-    cwd: str  # of the driver, from which the recipe's relative paths count
+    cwd: str  # of the driver when it began, from which the recipe's relative paths count
     shared: bool
     recipe: Recipe
     parcels: tuple[Parcel, ...] = ()  # the folders that the recipe names, where nothing is shared
@@ -70,7 +70,7 @@ class NodeWorker:
         if threads is None:
             (node,) = (node for node in ray.nodes() if node["NodeID"] == self._node)
             threads = threads_for(int(node["Resources"].get("GPU", 1)))
-        cwd = home.cwd if home.shared else None
+        cwd = home.cwd if home.shared and Path(home.cwd).is_dir() else None
         self._process = WorkerProcess(
             number=number, root=self._root, lock=None, devices=None if gpu else [], size=size, threads=threads, cwd=cwd
         )
@@ -138,7 +138,8 @@ class NodeWorker:
             self._store = None
 
     def _see(self, home: Home) -> Path:
-        for needed in (home.folder, home.cwd):
+        named = (home.recipe.data, home.recipe.model.name_or_path)
+        for needed in (home.folder, *(() if all(map(os.path.isabs, named)) else (home.cwd,))):
             if not Path(needed).is_dir():
                 raise StorageError(
                     f"executor.shared_folder is true, but {os.uname().nodename} does not see {needed}. "

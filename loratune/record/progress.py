@@ -34,6 +34,7 @@ class ProgressTracker:
     budget_cost: float | None = None
     currency: str = ""
     objectives: dict[str, str] = field(default_factory=lambda: {LOSS: "minimize"})  # name -> direction; the first says which trial is best
+    idle: str = ""  # a sentence on devices without work
     _started: float = field(default_factory=time.monotonic)
     _running: dict[str, dict[str, Any]] = field(default_factory=dict)
     _trials: dict[int, Trial] = field(default_factory=dict)
@@ -160,6 +161,7 @@ class ProgressTracker:
             "cost": self.cost,
             "budget_max_cost": self.budget_cost,
             "currency": self.currency,
+            "idle_devices": self.idle,
             "wall_seconds": self.wall_seconds,
             "seconds_left": left if self._ended else None,
         }

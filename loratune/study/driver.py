@@ -21,6 +21,7 @@ from loratune.errors import ModelError
 from loratune.executors.devices import ClusterDevices, cuda_devices, seen_as, unused_gpu
 from loratune.plugs import EXECUTORS
 from loratune.record import Record, StudyRecord, open_record, read
+from loratune.record.idle import busy_at_most
 from loratune.record.paths import StudyPaths
 from loratune.record.progress import ProgressTracker
 from loratune.record.storage import explained, open_study, until_free
@@ -29,9 +30,10 @@ from loratune.spec import StudySpec
 from loratune.study.cleanup import remove_unneeded
 from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
-from loratune.study.plan import cluster_of, devices_of, few_steps, slots_for, workers_for
+from loratune.study.plan import cluster_of, devices_of, few_steps, idle_of, slots_for, workers_for
 from loratune.study.session import Session, adopt, same_data
-from loratune.system.files import AnyPath, parsed, write_atomically
+from loratune.system.files import AnyPath, parsed, working_folder, write_atomically
+from loratune.system.formatting import plural
 from loratune.system.imports import uncollected
 from loratune.trackers import Feed, check
 from loratune.work import Message, Progress
@@ -57,6 +59,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     checkpoint; the same call continues. Raises LoratuneError.
     """
     stop = stop or threading.Event()
+    working_folder()
     cluster = cluster_of(spec)
     devices = devices_of(spec)
     _sampler(spec, workers=1)  # a mistake in a plug's options is told before the data are read
@@ -74,7 +77,7 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             return
         only = stack.enter_context(_only_driver(spec, record))
         session = Session(record)
-        workers, ahead = record.pin("workers", workers_for(spec)), None
+        workers, ahead, per_trial = record.pin("workers", workers_for(spec)), None, spec.training.devices_per_trial
         if not session.all_spent(spec):
             ahead = stack.enter_context(
                 executors.started_ahead(
@@ -84,11 +87,12 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
                     devices=devices,
                     workers=workers,
                     threads=spec.executor.threads,
-                    devices_per_trial=spec.training.devices_per_trial,
+                    devices_per_trial=per_trial,
                 )
             )
-        unused = unused_gpu(spec.executor.device, devices) if cluster is None else _in_words(cluster)
-        notes = [note for note in (unused, network_warning(spec.storage, record.folder)) if note]
+        unused = unused_gpu(spec.executor.device, devices) if cluster is None else _in_words(cluster, workers * per_trial)
+        idle = idle_of(spec, workers)
+        notes = [note for note in (unused, idle, network_warning(spec.storage, record.folder)) if note]
         data = prepare_data(spec, notes, date=record.date())
         yield from _messages([*notes, data.summary()])
         same_data(record, data)
@@ -121,14 +125,15 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
             meter = ProgressTracker(
                 budget_trials=spec.budget.most,
                 budget_runs=spec.budget.full_runs,
-                workers=executor.processes,
+                workers=busy_at_most(spec.sampler.name, spec.budget.most, executor.processes),
                 earlier_seconds=session.earlier_seconds,
-                devices=spec.training.devices_per_trial,
+                devices=per_trial,
                 earlier_device_seconds=session.earlier_device_seconds,
                 price=spec.budget.price_per_device_hour,
                 budget_cost=spec.budget.max_cost,
                 currency=spec.budget.currency,
                 objectives={objective.name: objective.direction for objective in spec.objectives},
+                idle=idle,
             )
             session.meter = meter
             loop = Loop(
@@ -215,10 +220,11 @@ def _tracked(feed: Feed, event: Event) -> Iterator[Message]:
             yield from feed.progressed(event)
 
 
-def _in_words(cluster: ClusterDevices) -> str:
-    kind = "GPU" if cluster.gpus else "processor"
-    there = f"{cluster.nodes} node{'s' * (cluster.nodes != 1)} of the cluster can train trials"
-    return f"{there}; at most {cluster.number} {kind}{'s' * (cluster.number != 1)} at a time, as they come and go"
+def _in_words(cluster: ClusterDevices, wanted: int) -> str:
+    """`wanted`: devices that the study's places need, as they were pinned when it began."""
+    there = f"{plural(cluster.nodes, 'node')} of the cluster can train trials"
+    most = plural(min(cluster.number, wanted), "GPU" if cluster.gpus else "processor")
+    return f"{there}; at most {most} at a time, as they come and go"
 
 
 def _own_devices(spec: StudySpec) -> list[int]:

@@ -42,6 +42,7 @@ class Plan:
     seconds_to_load: float = 0.0  # model and data, in one process
     seconds_to_start: float = 0.0  # the libraries and the data too, as measured by whoever made the plan; not in the hours
     fresh_runs: int = 0  # of full length that `loratune select` trains afterwards, at most; not in the hours
+    idle: str = ""  # a sentence on devices without work
     cluster: ClusterDevices | None = None  # that the trials train on; its devices are taken to be as fast as this machine's
 
     @property
@@ -109,6 +110,7 @@ class Plan:
         lines += [
             f"device        {self.device}; {self.processes * self.slots} at a time",
             *self._nodes(),
+            *([f"waiting       {self.idle}"] if self.idle else []),
             f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
             f"time          {self._range(self.trial_seconds / 3600)} per trial; {self._range(self.wall_hours)} in all, "
             f"{self.device_hours:.2f} device-hours",

@@ -20,6 +20,7 @@ from loratune.data.prepared import Prepared
 from loratune.executors.devices import ClusterDevices
 from loratune.plugs import EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.plugs.kinds import ADAPTER_BYTES
+from loratune.record.idle import busy_at_most, idle_devices
 from loratune.samplers.bracket_rule import GUARD_RUNS, Options
 from loratune.samplers.prior import FEW_STEPS
 from loratune.schedules import SliceResult
@@ -54,6 +55,7 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
     probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest, threads=_threads(spec))
     adapter = probed.trainable_parameters * ADAPTER_BYTES
     kept = spec.output.keep_adapters
+    most = _processes(spec) if on is None else max(1, min(_processes(spec), on.number // spec.training.devices_per_trial))
     return Plan(
         trials=trials,
         full_runs=runs * _expected_epochs(spec, default) / default.epochs,
@@ -63,7 +65,7 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
         validations=validations,
         training_tokens_per_second=probed.training_tokens_per_second,
         validation_tokens_per_second=probed.validation_tokens_per_second,
-        processes=_processes(spec) if on is None else max(1, min(_processes(spec), on.number // spec.training.devices_per_trial)),
+        processes=busy_at_most(spec.sampler.name, trials, most),
         slots=slots,
         devices_per_trial=spec.training.devices_per_trial,
         device=probed.device,
@@ -80,6 +82,7 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
         price=spec.budget.price_per_device_hour,
         currency=spec.budget.currency,
         notes=_not_counted(spec),
+        idle=idle_of(spec, workers_for(spec)),
         cluster=on,
         seconds_to_load=probed.seconds_to_load,
         fresh_runs=most_runs(ending, kept),
@@ -159,6 +162,19 @@ def cluster_of(spec: StudySpec) -> ClusterDevices | None:
     chosen = spec.executor
     per_trial = spec.training.devices_per_trial
     return executors.cluster(chosen.name, device=chosen.device, per_trial=per_trial, threads=chosen.threads, options=chosen.options)
+
+
+def idle_of(spec: StudySpec, places: int) -> str:
+    """A sentence on devices that will wait while the study keeps `places` runs in flight; empty where there are none."""
+    on, per_trial = cluster_of(spec), spec.training.devices_per_trial
+    devices = len(devices_of(spec)) if on is None else on.number
+    if EXECUTORS[spec.executor.name].in_process or not devices:
+        return ""
+    places = places if on is not None else devices // per_trial
+    trials = spec.budget.most
+    return idle_devices(
+        sampler=spec.sampler.name, trials=trials, places=places, devices=devices, per_trial=per_trial, cluster=on is not None
+    )
 
 
 def expected(spec: StudySpec, guard: bool = False) -> tuple[float, float]:

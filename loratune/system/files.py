@@ -114,6 +114,21 @@ def scratch(kind: str, parent: str | None = None) -> str:
     return tempfile.mkdtemp(prefix=f"loratune-{kind}-{os.getpid()}-", dir=parent)
 
 
+def working_folder() -> str:
+    """This process's working folder. Raises StorageError where it was removed: PyTorch's libraries and Ray do not work there."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError as error:
+        raise StorageError("the working folder was removed. Change to one that exists (cd), then run the same command again.") from error
+
+
+def has_working_folder() -> bool:
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
+
+
 def text_of(path: Path) -> str:
     """The file's text, UTF-8. Raises StorageError."""
     try:

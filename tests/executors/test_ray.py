@@ -21,8 +21,12 @@ from typing import Any
 import pytest
 from ray_machine import SMALL, cluster
 
+from loratune.cli.status import facts
+from loratune.executors import ray_executor
+from loratune.executors.ray_cluster import cluster_devices
 from loratune.record import StudyRecord, read
 from loratune.record.nodes import by_node
+from loratune.work import Hyperparameters, Message, ModelRecipe, Recipe, Segment, TrainingRecipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -32,7 +36,7 @@ STUDY = [
     "--sampler",
     "tpe",
     "--trials",
-    str(max(10, KILLS)),
+    str(max(10, 2 * KILLS)),
     "--data.train_count",
     "320",
     "--training.checkpoint_steps",
@@ -52,10 +56,17 @@ def on(made: Any, *options: str) -> list[str]:
     return ["--executor.name", "ray", "--executor.options.address", made.address, *options]
 
 
-def start(folder: Path, *options: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command(folder, *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, cwd=cwd
-    )
+def start(folder: Path, *options: str, cwd: Path | None = None) -> "subprocess.Popen[bytes]":
+    """It writes into a file, where a pipe that nobody empties would stop a long study."""
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".out").open("wb") as out:
+        return subprocess.Popen(command(folder, *options), stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=cwd)
+
+
+def ended(study: "subprocess.Popen[bytes]", folder: Path) -> str:
+    """What it said, once it has ended."""
+    study.wait(timeout=900)
+    return folder.with_suffix(".out").read_text()
 
 
 def keep_figures(name: str, figures: dict[str, Any]) -> None:
@@ -97,7 +108,7 @@ def four() -> Iterator[Any]:
 def test_four_nodes_give_what_one_machine_gives(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
     folder = tmp_path / "study"
     study = start(folder, *HALVING, *on(four))
-    text, _ = study.communicate(timeout=900)
+    text = ended(study, folder)
     assert study.returncode == 0, text
     assert outline(read(folder)) == expected
     adapters = list(folder.glob("trials/*/main/adapter/adapter_config.json"))
@@ -117,12 +128,79 @@ def test_a_shared_folder_is_used_and_nothing_copied(four: Any, expected: list[tu
         here = here or subprocess.run(["pgrep", "-f", f"executors.worker .*{folder}"], capture_output=True, check=False).returncode == 0
         assert not workers(), "they have folders of their own"
         time.sleep(0.3)
-    text, _ = study.communicate()
+    text = ended(study, folder)
     assert study.returncode == 0, text
     assert here, "the workers' folder is the study's"
     assert not fetched
     assert outline(read(folder)) == expected
     assert list(folder.glob("workers/*.log"))
+
+
+def test_a_study_grows_and_shrinks_within_max_devices(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """Stopped and continued with another number: 2 of the four devices, then all, then 1."""
+    folder, most = tmp_path / "study", list[int]()
+    for devices in (2, 4, 1):
+        study, before, used = start(folder, *HALVING, *on(four, "--executor.options.max_devices", str(devices))), trained(folder), 0
+        while study.poll() is None and (devices == 1 or used < devices or trained(folder) < before + 3):
+            used = max(used, len(workers()))
+            time.sleep(0.2)
+        told = facts(read(folder))["idle_devices"]
+        assert study.poll() is not None or bool(told) == (devices == 4), "as many runs in flight as devices wait for each other"
+        study.send_signal(signal.SIGINT)
+        text = ended(study, folder)
+        assert study.returncode == (0 if devices == 1 else 130), text
+        assert f"at most {devices} processor" in text
+        most.append(used)
+    assert most == [2, 4, 1]
+    assert outline(read(folder)) == expected
+
+
+def test_gpus_are_asked_for_and_are_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray lets nodes declare GPUs that are not there: where the actors go and what their processes see can be told all the same."""
+    monkeypatch.setattr(ray_executor, "_SLOW", 2.0)
+    for name in ("data", "model"):
+        (tmp_path / name).mkdir()
+    recipe = Recipe(
+        model=ModelRecipe(name_or_path=str(tmp_path / "model")),
+        training=TrainingRecipe(),
+        data=str(tmp_path / "data"),
+        device="cuda",
+        devices_per_trial=2,
+    )
+    with cluster(0) as made:
+        made.add_node(num_cpus=4, num_gpus=1, **SMALL)
+        made.add_node(num_cpus=4, num_gpus=3, **SMALL)
+        found = cluster_devices(device="auto", per_trial=2, address=made.address)
+        assert (found.gpus, found.number, found.nodes) == (True, 2, 1)
+        executor = ray_executor.RayExecutor(
+            recipe=recipe, root=tmp_path, devices=[0, 1], workers=2, threads=1, max_retries=0, hang_timeout=None, address=made.address
+        )
+        import ray
+        from ray._private.state import available_resources_per_node
+
+        def visible(worker: Any) -> tuple[str, str]:
+            """What the actor sees, and what its worker process does."""
+            process = Path(f"/proc/{worker._process._process.pid}/environ").read_text().split("\0")
+            (inner,) = (entry.partition("=")[2] for entry in process if entry.startswith("CUDA_VISIBLE_DEVICES="))
+            return os.environ["CUDA_VISIBLE_DEVICES"], inner
+
+        try:
+            for trial in (0, 1):
+                executor.submit(Segment(trial=trial, hyperparameters=Hyperparameters(), seed=0, total_steps=9, stop_step=9))
+            said, deadline = list[str](), time.monotonic() + 120
+            while not executor.where["devices"] and time.monotonic() < deadline:
+                said += [item.text for item in executor.collect(1.0) if isinstance(item, Message)]
+            asked = "did not start within 2 s: they wait for 2 CPU and 2 GPU on one node (`ray status` shows what is free)"
+            assert [text for text in said if asked in text]
+            assert executor.where == {"nodes": 1, "devices": 2}
+            left = sorted(available_resources_per_node().values(), key=lambda node: node.get("CPU", 0))
+            assert [(node.get("CPU", 0), node.get("GPU", 0)) for node in left] == [(0, 0), (2, 1), (4, 1)], "both of the one of three"
+            actor = next(worker.actor for worker in executor._workers if worker.node)
+            outer, inner = ray.get(actor.__ray_call__.remote(visible))
+            assert len(set(outer.split(","))) == 2
+            assert inner == outer
+        finally:
+            executor.close(grace=0.0)
 
 
 def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
@@ -141,10 +219,10 @@ def test_nodes_that_go_and_come_change_nothing(four: Any, expected: list[tuple[A
             four.remove_node(chance.choice(sorted(four.worker_nodes, key=lambda node: node.node_id)), allow_graceful=False)
             four.add_node(num_cpus=1, **SMALL)
             events.append("a node")
-    text, _ = study.communicate(timeout=900)
+    text = ended(study, folder)
     print(events, text)
     assert study.returncode == 0, text
-    assert len(events) >= 3, "it was over before"
+    assert len(events) == KILLS, "it was over before"
     assert "it was preempted" in text
     assert "went away" in text
     found = outline(read(folder))
@@ -180,13 +258,13 @@ def test_killed_drivers_leave_nothing_behind_and_the_study_goes_on_elsewhere(
         if study.poll() is not None:
             break
         study.kill()
-        study.communicate()
+        study.wait()
         killed.append(trained(place / "study"))
         deadline = time.monotonic() + 60
         while workers() and time.monotonic() < deadline:
             time.sleep(0.5)
         assert not workers(), "actors of a dead driver end, and their workers with them"
-    text, _ = study.communicate(timeout=900)
+    text = ended(study, place / "study")
     assert study.returncode == 0, text
     assert before >= 3
     found = outline(read(place / "study"))

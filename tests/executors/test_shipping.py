@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loratune import executors
+from loratune.cli import main
 from loratune.errors import MissingExtraError, SpecError, StorageError
 from loratune.executors import Executor, ray_cluster, shipping
 from loratune.executors.ray_executor import RayExecutor
@@ -97,6 +100,26 @@ def test_without_ray_its_absence_is_told_with_the_command(monkeypatch: pytest.Mo
     assert executors.cluster("local", device="cpu", per_trial=1, threads=None) is None
 
 
+def test_a_folder_called_ray_is_not_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As /tmp/ray, Ray's own, is to a Python that was started in /tmp."""
+    (tmp_path / "ray" / "session_latest").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if not (Path(path) / "ray" / "__init__.py").exists())])
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    assert main(["run", "--demo", "--output", str(tmp_path / "study"), "--executor.name", "ray"]) == MissingExtraError.exit_code
+    said = capsys.readouterr().err
+    assert said.startswith(f"loratune: Ray is not installed ({tmp_path / 'ray'} is a folder without code)"), said
+    assert "pip install 'loratune[ray]'" in said
+    assert not (tmp_path / "study").exists()
+
+
+def test_ray_is_an_extra_alone() -> None:
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+    assert not [needed for needed in project["dependencies"] if needed.startswith("ray")]
+    assert [needed for needed in project["optional-dependencies"]["ray"] if needed.startswith("ray")]
+
+
 def test_nothing_imports_ray_before_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise AssertionError('ray was imported')\n")
     code = (
@@ -144,6 +167,8 @@ def test_the_devices_of_a_cluster(asked: dict[str, object], expected: tuple[bool
 def test_a_node_that_does_not_see_the_shared_folder_is_named(tmp_path: Path) -> None:
     recipe = Recipe(model=ModelRecipe(name_or_path="m"), training=TrainingRecipe(), data="d")
     node = object.__new__(NodeWorker)
+    absolute = replace(recipe, model=ModelRecipe(name_or_path=str(tmp_path)), data=str(tmp_path))
+    assert node._see(Home(folder=str(tmp_path), cwd=str(tmp_path / "gone"), shared=True, recipe=absolute)) == tmp_path
     assert node._see(Home(folder=str(tmp_path), cwd=str(tmp_path), shared=True, recipe=recipe)) == tmp_path
     for folder, cwd in ((tmp_path / "study", tmp_path), (tmp_path, tmp_path / "study")):
         with pytest.raises(StorageError) as refused:

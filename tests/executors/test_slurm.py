@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,7 +94,7 @@ def slurm() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_study_from_the_queue_to_its_end(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_study_from_the_queue_over_a_time_limit_to_its_end(slurm: dict[str, str], tmp_path: Path) -> None:
     folder, log = tmp_path / "study", tmp_path / "log"
     options = ["--demo", "--output", str(folder), "--sampler", "random", "--trials", "3", "--data.train_count", "120"]
     options += ["--executor.workers", "2", "--training.slots", "1", "--executor.device", "cpu"]
@@ -103,11 +103,27 @@ def test_a_study_from_the_queue_to_its_end(slurm: dict[str, str], tmp_path: Path
         pytest.skip("needs the command loratune on the path")
     ray = Path(sys.modules["ray"].__file__ or "").parents[1] / "bin"
     environment = slurm | {"PATH": f"{ray}:{path}", "RAY_PORT": "9379", "RAY_raylet_start_wait_time_s": "240"}
-    command = ["sbatch", "--wait", "--nodes=1", f"--output={log}", str(ROOT / "studies" / "slurm.sh"), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900, cwd=ROOT)
-    text = log.read_text() if log.exists() else ""
-    assert done.returncode == 0, done.stdout + done.stderr + text
+    command = ["sbatch", "--parsable", "--nodes=1", f"--output={log}", str(ROOT / "studies" / "slurm.sh"), *options]
+    job = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60, cwd=ROOT).stdout.strip()
+
+    def slurm_says(*asked: str) -> str:
+        return subprocess.run(asked, env=environment, capture_output=True, text=True, check=False, timeout=60).stdout.strip()
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 500
+        while not what():
+            assert time.monotonic() < deadline, log.read_text() if log.exists() else slurm_says("squeue")
+            time.sleep(0.5)
+
+    wait_for(lambda: bool(list(folder.glob("trials/*/*/outcomes/*.json"))))
+    slurm_says("scancel", "--batch", "--signal=USR1", job)  # as before the time limit
+    wait_for(lambda: slurm_says("squeue", "-h", "-j", job, "-o", "%T") == "PENDING")
+    assert not read(folder).finished
+    slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now")  # else it waits two minutes
+    wait_for(lambda: slurm_says("squeue", "-h", "-j", job, "-o", "%T") not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"))
+    text = log.read_text()
     assert "1 node of the cluster can train trials" in text
     record = read(folder)
-    assert record.finished
+    assert record.finished, text
     assert len(record.trials) == 3
+    assert len(list((folder / "sessions").iterdir())) == 2
