@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.record.paths import StudyPaths
+from loratune.record.trials import read_sessions
 from loratune.system.files import alive
 
 _SILENT = 60.0  # seconds; a driver's loop, and that of `select`, gives a heartbeat each second
@@ -45,19 +46,19 @@ def activity(folder: Path, progress: dict[str, Any], *, spent: bool) -> Activity
         silent = now - updated if updated else None
         return Activity(state=StudyState.FINISHED if spent else StudyState.STOPPED, held=False, silent=silent)
     holder, beat = _holder(folder)
-    pid, host, since = holder.get("pid"), holder.get("host"), holder.get("since")
-    since = since if isinstance(since, float) else 0.0
+    pid, host, command = holder.get("pid"), holder.get("host"), holder.get("command", "run")
     gone = host == os.uname().nodename and isinstance(pid, int) and not alive(pid)
-    last = max(updated, beat)
-    begun = updated > since or beat - since > 1.0  # a heartbeat came since the lock was taken
-    silent = max(0.0, now - last)
+    # A search has begun when its own process, in this session, has come to its loop. A selection comes there at once.
+    own = (progress.get("pid"), progress.get("host")) == (pid, host) and updated > _started(folder)
+    begun = own or command == "select"
+    silent = max(0.0, now - (max(updated, beat) if own else beat))
     if gone:
         state = StudyState.GONE
     elif not begun:
         state = StudyState.STARTING
     else:
         state = StudyState.NO_HEARTBEAT if silent > _SILENT else StudyState.RUNNING
-    return Activity(state=state, held=True, command=holder.get("command", "run"), pid=pid, host=host, silent=silent)
+    return Activity(state=state, held=True, command=command, pid=pid, host=host, silent=silent)
 
 
 def is_locked(folder: Path) -> bool:
@@ -71,6 +72,12 @@ def is_locked(folder: Path) -> bool:
             return False
     except OSError:
         return False
+
+
+def _started(folder: Path) -> float:
+    """When the latest session of the driver began, seconds since the epoch; 0 where none is told."""
+    told = [session.get("started") for session in read_sessions(StudyPaths(folder))]
+    return max((moment for moment in told if isinstance(moment, int | float)), default=0.0)
 
 
 def _holder(folder: Path) -> tuple[dict[str, Any], float]:

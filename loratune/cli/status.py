@@ -236,6 +236,6 @@ def _state(now: dict[str, Any]) -> str:
         case StudyState.NO_HEARTBEAT:
             return f"no heartbeat for {silent}: {who} is stuck, or waits; nothing is lost when it is killed: kill -9 {now['pid']}"
         case StudyState.FINISHED:
-            paused, more = now["trials"].get("running", 0), f"a larger one continues: loratune run {now['folder']}"
+            paused, more = now["trials"].get("interrupted", 0), f"a larger one continues: loratune run {now['folder']}"
             return f"the budget is spent, {plural(paused, 'trial')} paused; {more}" if paused else "finished"
     return f"stopped; to continue: loratune run {now['folder']}"

@@ -47,7 +47,7 @@ class ProgressTracker:
     _at_work: set[str] = field(default_factory=set)  # segments and scorings that were heard of and run
     _busy: float = 0.0  # device-seconds of this session, by the clock
     _ticked: float = field(default_factory=time.monotonic)
-    _heard: float = field(default_factory=time.time)  # when what trains last spoke
+    _heard: float = field(default_factory=time.monotonic)  # when what trains last spoke
 
     @property
     def wall_seconds(self) -> float:
@@ -109,12 +109,12 @@ class ProgressTracker:
 
     def _work(self, key: str) -> None:
         self._tick()
-        self._heard = time.time()
+        self._heard = time.monotonic()
         self._at_work.add(key)
 
     def _end_work(self, key: str) -> None:
         self._tick()
-        self._heard = time.time()
+        self._heard = time.monotonic()
         self._running.pop(key, None)
         self._at_work.discard(key)
 
@@ -146,7 +146,7 @@ class ProgressTracker:
             "pid": os.getpid(),
             "host": os.uname().nodename,
             "updated": time.time(),
-            "heard": self._heard,
+            "heard": time.time() - (now - self._heard),
             "trials_ended": self._ended,
             "trials_started": len(self._trials) + len({row["trial"] for row in self._running.values()} - set(self._trials)),
             "budget_trials": self.budget_trials,

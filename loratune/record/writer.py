@@ -133,7 +133,7 @@ def open_record(folder: AnyPath, command: str = "run") -> Iterator[Record]:
         _acquire(handle, folder)
         os.set_inheritable(handle, True)
         os.ftruncate(handle, 0)
-        holder = {"pid": os.getpid(), "host": os.uname().nodename, "command": command, "since": time.time()}
+        holder = {"pid": os.getpid(), "host": os.uname().nodename, "command": command}
         os.pwrite(handle, json.dumps(holder).encode(), 0)
         for inside in (folder, paths.sessions, *(trial.folder for trial in paths.trials_there())):
             sweep(inside)

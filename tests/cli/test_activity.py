@@ -45,15 +45,17 @@ def old(folder: Path, seconds: float, **facts: Any) -> None:
     then = time.time() - seconds
     progress(folder, updated=then, heard=then, **facts)
     lock = StudyPaths(folder).lock
-    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"since": then - 60}))
     os.utime(lock, (then, then))
 
 
 def test_from_the_start_to_the_end(study: Path, status: Any) -> None:
     facts, _ = status()
     assert (facts["state"], facts["running"], facts["command"], facts["seconds_since_update"]) == ("stopped", False, None, None)
-    progress(study, updated=time.time() - 500)  # of an earlier session
+    progress(study, updated=time.time() - 500, pid=1)  # of an earlier session, in another process
     with open_record(study) as record:
+        assert status()[0]["state"] == "starting"
+        progress(study, updated=time.time() - 500)  # in this one
+        record.session({"number": 1, "seconds": 0.0, "started": time.time() - 5})
         facts, line = status()
         assert (facts["state"], facts["running"], facts["command"]) == ("starting", True, "run")
         assert facts["seconds_left"] is None  # that of the session before
@@ -135,7 +137,7 @@ def test_who_holds_the_lock_is_named_with_its_last_heartbeat(study: Path) -> Non
             pass
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"pid": "x"}', '{"since": null}'])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"pid": "x"}', '{"pid": {}, "host": [], "command": 3}'])
 def test_a_damaged_lock_is_no_obstacle(study: Path, status: Any, content: str) -> None:
     with open_record(study):
         StudyPaths(study).lock.write_text(content)
