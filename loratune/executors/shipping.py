@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from loratune.record.paths import RunPaths
 from loratune.system.files import new_folder, write_atomically
 
 BLOCK = 64 << 20  # bytes
+_GONE = ".gone-"  # in the name of a folder that is being removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,16 @@ def node_store(node: str) -> tuple[Path, int]:
     for path in base.glob(f"loratune-node-{os.getuid()}-*"):
         _discard(path)
     store = base / f"loratune-node-{os.getuid()}-{node[:16]}"
-    store.mkdir(mode=0o700, exist_ok=True)
-    if store.lstat().st_uid != os.getuid() or store.is_symlink():
-        raise StorageError(f"{store} belongs to somebody else. Set TMPDIR to a folder of your own.")
-    handle = os.open(store / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(handle, fcntl.LOCK_SH)
-    return store, handle
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # another worker removed it meanwhile
+            store.mkdir(mode=0o700, exist_ok=True)
+            if store.lstat().st_uid != os.getuid() or store.is_symlink():
+                raise StorageError(f"{store} belongs to somebody else. Set TMPDIR to a folder of your own.")
+            handle = os.open(store / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            if _is_lock_of(handle, store):
+                return store, handle
+            os.close(handle)
 
 
 def fetch_parcel(given: Parcel, store: Path, get: Callable[[Any], bytes]) -> Path:
@@ -89,10 +95,24 @@ def release(store: Path, handle: int) -> None:
 
 
 def _discard(store: Path) -> None:
-    """Remove a node's folder unless a worker keeps it."""
+    """Remove a node's folder unless a worker keeps it. It gets another name first: nobody may find half of what is in it."""
+    if _GONE in store.name:  # whoever removes it may have been killed
+        shutil.rmtree(store, ignore_errors=True)
+        return
     with contextlib.suppress(OSError), open(store / "lock") as lock:  # kept, gone, or another user's
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(store)
+        if _is_lock_of(lock.fileno(), store):
+            gone = store.with_name(f"{store.name}{_GONE}{secrets.token_hex(4)}")
+            store.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _is_lock_of(handle: int, store: Path) -> bool:
+    """Whether the folder's lock is still this open file, and not that of a folder that was removed since."""
+    try:
+        return os.path.samestat(os.fstat(handle), (store / "lock").stat())
+    except FileNotFoundError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

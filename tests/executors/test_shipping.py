@@ -1,6 +1,7 @@
 """What travels between driver and nodes, and Ray's absence. The cluster itself: test_ray.py."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,28 @@ def test_a_folder_reaches_a_node_once(tmp_path: Path, monkeypatch: pytest.Monkey
     os.close(dead[1])  # as a kill does
     release(*node_store("c" * 56))
     assert not dead[0].exists(), "what dead workers left is removed by the next"
+
+
+def test_a_worker_that_comes_while_the_last_one_removes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, came, remove = node_store("a" * 56), list[tuple[Path, int]](), shutil.rmtree
+
+    def slowly(path: Path, **how: bool) -> None:
+        (path / "lock").unlink(missing_ok=True)  # a removal has no order
+        if not came:
+            came.append((Path(), 0))
+            came.append(node_store("a" * 56))
+        remove(path, **how)
+
+    (first[0] / "data").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", slowly)
+    release(*first)
+    assert [path.name for path in tmp_path.iterdir()] == [first[0].name], "only that of the worker that came"
+    assert [path.name for path in came[1][0].iterdir()] == ["lock"], "with nothing of what was removed"
+    (tmp_path / f"{first[0].name}.gone-1" / "data").mkdir(parents=True)  # of one that was killed while it removed
+    release(*came[1])
+    release(*node_store("c" * 56))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_run_writes_comes_home_whole(tmp_path: Path) -> None:
