@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.record.paths import StudyPaths
-from loratune.record.trials import read_sessions
+from loratune.record.reader import read_sessions
 from loratune.system.files import alive
 
 _SILENT = 60.0  # seconds; a driver's loop, and that of `select`, gives a heartbeat each second

@@ -51,6 +51,8 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
 }
 
+_FEW = 8  # losses
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
@@ -72,8 +74,10 @@ class Scale:
 
     @classmethod
     def of(cls, losses: Sequence[float]) -> "Scale":
-        """High is Tukey's upper fence: the third quartile and 1.5 times the distance between the quartiles."""
+        """High is Tukey's upper fence, the third quartile and 1.5 times the distance between the quartiles; of fewer than 8 the highest."""
         ordered = sorted(losses)
+        if len(ordered) < _FEW:  # whose quartiles say little, and the default is among them
+            return cls(ordered[0], ordered[-1])
         quartiles = [ordered[round(q * (len(ordered) - 1))] for q in (0.25, 0.75)]
         high = min(ordered[-1], quartiles[1] + 1.5 * (quartiles[1] - quartiles[0]))
         return cls(ordered[0], high if high > ordered[0] else ordered[-1])

@@ -156,6 +156,7 @@ def test_scale_tells_the_good_apart_beside_the_very_bad() -> None:
     assert scale.shade(50.0) == SHADES[-1]
     assert all(scale.place(a) < scale.place(b) for a, b in pairwise(losses[:40]))
     assert Scale.of([1.0]).place(1.0) == 0
+    assert Scale.of([1.1161, 1.1168, 1.1279, 1.2840]).high == 1.2840, "of so few the default is one to be seen"
 
 
 def test_words() -> None:
