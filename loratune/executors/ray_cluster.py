@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -33,10 +35,14 @@ def connect(address: str | None) -> ModuleType:
     if package.is_initialized():
         return package
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         package.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise TrainingError(f"executor.address: cannot connect to a Ray cluster at {address or 'this machine'}: {error}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread() and on_term is not None:
+            signal.signal(signal.SIGTERM, on_term)  # Ray's own would end this process without a word
     _ours = True
     return package
 

@@ -130,7 +130,8 @@ class NodeWorker:
 
     def close(self) -> None:
         """End the worker process, and leave nothing on the node."""
-        self._process.kill()
+        with contextlib.suppress(OSError):  # `hear`, in another thread, may close the connection at the same time
+            self._process.kill()
         if not self._shared:
             shutil.rmtree(self._root, ignore_errors=True)
         if self._store is not None:
