@@ -120,6 +120,8 @@ def test_what_a_selection_trains_at_most() -> None:
     assert most_runs(40, keep=10) == 3 * 8 + 6 + 1
     assert most_runs(40, keep=None) == 3 * 8 + 6
     assert most_runs(0, keep=10) == 0
+    assert most_runs(4, keep=10, full_runs=3.0) == 2 * 2 + 6, "two finalists: no more than three times what a search of three runs cost"
+    assert most_runs(12, keep=10, full_runs=8.5) == 2 * 9 + 1
 
 
 @pytest.mark.parametrize("fidelity", ["steps", "budget"])

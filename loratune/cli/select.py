@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="STUDY", help="the study's folder")
     parser.add_argument("--finalists", type=int, default=8, metavar="N", help="maximum number of trials that race (default: 8)")
-    parser.add_argument("--runs", type=int, metavar="N", help="maximum number of re-trainings (default: 3 per finalist, plus 6)")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        metavar="N",
+        help="maximum number of re-trainings (default: 3 per finalist, plus 6; after a search of N full runs not above 2 N or 10)",
+    )
     parser.add_argument("--no-rerun", action="store_true", help="choose by the study's own losses, without training")
     parser.add_argument(
         "--require",

@@ -50,12 +50,17 @@ TOLERANCE = 0.001  # nats per token: the race tells no smaller differences apart
 ERROR_RATE = 0.05
 
 
-def most_runs(finished: int, keep: int | None) -> int:
-    """Runs of a selection at its defaults, at most, of a study with so many finished trials that keeps `keep` adapters (None: all)."""
+def most_runs(finished: int, keep: int | None, full_runs: float | None = None) -> int:
+    """Runs of a selection at its defaults, at most.
+
+    finished, keep: trials of the study, and how many of their adapters it keeps (None: all). full_runs: its budget, if it has one: a
+    short search is followed by a selection of twice its runs at most, but enough for two finalists.
+    """
     if not finished:
         return 0
     again = keep is not None and keep < finished
-    return RUNS_EACH * min(FINALISTS, finished) + 2 * CHECKS + again
+    wanted = RUNS_EACH * min(FINALISTS, finished) + 2 * CHECKS
+    return (wanted if full_runs is None else min(wanted, max(2 * math.ceil(full_runs), 2 * FIRST + 2 * CHECKS))) + again
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,9 @@ def select(
     """Choose the trial of the finished study in `folder` to ship, write `selection.json`, and yield what happens.
 
     most: finalists at most. runs: re-trainings in all, at most; by default 3 for each finalist, and 3 each for the chosen one and the
-    default. rerun=False: train nothing, choose by the study's own losses. require: constraints, `adapter_mb <= 50`.
-    prefer: the rule, `loss,mmlu,adapter_mb`, or weights, `loss=1,adapter_mb=0.1`. trust_remote_code: let code run that comes with the
-    model, where the study asks for it.
+    default, and of a study with a budget of full runs what `most_runs` says. rerun=False: train nothing, choose by the study's own
+    losses. require: constraints, `adapter_mb <= 50`. prefer: the rule, `loss,mmlu,adapter_mb`, or weights, `loss=1,adapter_mb=0.1`.
+    trust_remote_code: let code run that comes with the model, where the study asks for it.
 
     Setting `stop`, or closing the iterator, ends it; the same call goes on. Raises StorageError for a study that is not finished,
     SpecError for a rule that cannot be applied and constraints that nobody keeps, TrainingError.
@@ -132,16 +137,19 @@ class _Selection:
         self.excluded = len(ranking) - len(self.trials)
         # The choice's adapter may have to be trained again.
         self.again = int(study.paths.selection.exists() or any(find_adapter(study, t) is None for t in self.trials))
-        self.most, self.runs = self._limits(self.most, self.runs)
         self.noise = noise_of(ranking)
         self.by_own = METRICS[stated.metrics[0]].own if stated.metrics[0] in METRICS else False
         self.by_loss = stated.priorities[0] == "validation_loss" and not stated.weights
+        self.most, self.runs = self._limits(self.most, self.runs)
 
     def _limits(self, most: int, runs: int | None) -> tuple[int, int | None]:
         """(finalists at most, runs of the race at most), as far as the stated runs go."""
         if most < 1:
             raise SpecError(f"finalists: got {most}; needed: a whole number above 0")
         most = min(most, len(self.trials))
+        full_runs = self.study.spec.get("budget", {}).get("full_runs")
+        if runs is None and full_runs is not None and self.by_loss:
+            runs = most_runs(most, None, full_runs) + self.again
         if runs is None or not self.rerun:
             return most, None
         left = runs - CHECKS * (2 if self.default is not None else 1) - self.again

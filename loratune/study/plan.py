@@ -85,7 +85,7 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
         idle=idle_of(spec, workers_for(spec)),
         cluster=on,
         seconds_to_load=probed.seconds_to_load,
-        fresh_runs=most_runs(ending, kept),
+        fresh_runs=most_runs(ending, kept, spec.budget.full_runs),
     )
 
 
