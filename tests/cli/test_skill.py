@@ -13,6 +13,7 @@ from loratune.cli import COMMANDS, as_json, module_of
 from loratune.cli.activity import StudyState
 from loratune.cli.interrupt import PATIENCE
 from loratune.cli.parser import Parser, field_names
+from loratune.record.common_practice import COMMON_PRACTICE
 from loratune.spec import StudySpec
 from loratune.spec.loading import ROOT_ALIASES
 
@@ -77,7 +78,12 @@ def test_its_settings_are_understood() -> None:
     assert spec.budget.full_runs is None
     assert spec.budget.trials == 100  # as it warns
     bound = '["exact_match >= 0.4"]'
-    assert f"--constraints '{bound}' keeps the search of three runs" in SKILL.replace("`", "")
+    assert f"with --constraints '{bound}' it limits, and both keep the search of three runs" in SKILL.replace("`", "")
+    assert StudySpec.load(None, [("metrics", "my_metric.py:exact_match")], base).budget.full_runs == 3
+    common = re.findall(r"--search_space '(\{lora_r.*?\}\})'", SKILL)[0]
+    practice = StudySpec.load(None, [("search_space", common), ("sampler", "random"), ("budget.trials", "1")], base)
+    first = practice.hyperparameters(practice.search_space.default_values())
+    assert {name: getattr(first, name) for name in COMMON_PRACTICE} == COMMON_PRACTICE
     assert StudySpec.load(None, [("metrics", "my_metric.py:exact_match"), ("constraints", bound)], base).budget.full_runs == 3
 
 
