@@ -242,7 +242,8 @@ def test_bad_input(case: Case, place: Place, loratune) -> None:
 
 def test_a_description_that_cannot_be_read_is_the_only_mistake(place: Place, loratune) -> None:
     assert loratune("run", "nope.yaml").err == (
-        "loratune: cannot read nope.yaml: No such file or directory. `loratune init nope.yaml` writes a description to start from.\n"
+        "loratune: cannot read nope.yaml: No such file or directory. Did you mean spec.yaml? "
+        "`loratune init nope.yaml` writes a description to start from.\n"
     )
 
 
