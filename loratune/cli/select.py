@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum number of re-trainings (default: 3 per finalist, plus 6; after a search of N full runs not above 2 N or 10)",
     )
+    parser.add_argument(
+        "--common-practice",
+        action="store_true",
+        help="train rank 16, alpha 32, learning rate 2e-4 too, 3 runs more, and tell the gain over it",
+    )
     parser.add_argument("--no-rerun", action="store_true", help="choose by the study's own losses, without training")
     parser.add_argument(
         "--require",
@@ -59,6 +64,7 @@ def main(args: argparse.Namespace) -> int:
             rerun=not args.no_rerun,
             require=args.require,
             prefer=args.prefer,
+            common_practice=args.common_practice,
             trust_remote_code=args.trust_remote_code,
             stop=interrupt.stop,
         )
@@ -90,6 +96,7 @@ def _common_practice(folder: Path) -> dict[str, Any] | None:
 def event_line(event: "SelectEvent") -> str | None:
     """The event in a line; None for progress."""
     from loratune.selection import Planned, RerunFinished
+    from loratune.selection.rerun import PRACTICE
     from loratune.system.formatting import duration, loss
 
     match event:
@@ -98,7 +105,7 @@ def event_line(event: "SelectEvent") -> str | None:
         case RerunFinished(trial=trial, run=run, outcome=outcome):
             seconds = duration(outcome.train_seconds + outcome.validation_seconds)
             what = loss(outcome.validation_loss) if outcome.validation_loss is not None else outcome.state.value.replace("_", " ")
-            return f"trial {trial.number}, {run}: {what}, {seconds}"
+            return f"{'common practice' if run.startswith(PRACTICE) else f'trial {trial.number}'}, {run}: {what}, {seconds}"
     return None
 
 

@@ -1,12 +1,19 @@
 """The settings that most examples on the web have, against which a study's choice is held where a trial of it has them."""
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loratune.record.trials import StudyRecord, Trial
+    from loratune.work import Hyperparameters
 
 COMMON_PRACTICE = {"lora_r": 16, "lora_alpha": 32.0, "learning_rate": 2e-4}
+
+
+def in_common_practice(hyperparameters: "Hyperparameters") -> "Hyperparameters":
+    """These settings in the place of the configuration's own."""
+    return replace(hyperparameters, **COMMON_PRACTICE, use_rslora=False)  # type: ignore[arg-type]
 
 
 def common_practice(record: "StudyRecord") -> "Trial | None":

@@ -4,6 +4,7 @@
       recipe.json             the study's
       trials/0007/race-00/    trial 7 with the race's first seed: log.txt, outcomes/0000240.json, perhaps adapter/
       trials/0007/check-00/   with a seed that was run after the choice
+      trials/0007/practice-00/  common practice instead of its own settings, with the seed of check-00
       trials/0007/main/       with the study's own, when its adapter had been removed; the adapter lies here then
 
 A run is named by its trial and its part in the selection, and the name gives its seed, the same for all trials. So there is no
@@ -36,6 +37,7 @@ from loratune.system.files import parsed
 from loratune.work import Message, Outcome, Progress, Recipe, Segment, State
 
 RACE, CHECK, AGAIN = "race", "check", "main"  # parts of a selection; the last is the study's own run
+PRACTICE = "practice"  # common practice, with the check's seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ def fresh_seed(study_seed: int, run: str) -> int:
     part, _, repeat = run.partition("-")
     if part == AGAIN:
         return study_seed
+    part = CHECK if part == PRACTICE else part
     return int(np.random.SeedSequence([study_seed, (RACE, CHECK).index(part), int(repeat)]).generate_state(1)[0])
 
 

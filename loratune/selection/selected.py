@@ -69,6 +69,8 @@ class UnbiasedLoss(Json):
     chosen: Interval
     default: Interval | None  # None: the study has no default, or it diverged
     gain: Interval | None  # default - chosen, paired by seed; positive when tuning helped. None without default, and for it
+    common_practice: Interval | None = None  # where it was trained too, and did not diverge
+    gain_over_common_practice: Interval | None = None  # paired by seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,11 @@ class SelectionRecord(Json):
             )
             if self.unbiased.gain is not None:
                 lines.append(f"The default has {self.unbiased.default:.4f} with the same seeds: the gain is {self.unbiased.gain:.4f}.")
+            if self.unbiased.gain_over_common_practice is not None:
+                lines.append(
+                    f"Common practice (rank 16, alpha 32, learning rate 2e-4) has {self.unbiased.common_practice:.4f} with the same seeds: "
+                    f"the gain over it is {self.unbiased.gain_over_common_practice:.4f}."
+                )
         if self.shipped.lowest_of > 1:
             lines.append(
                 f"Of its {self.shipped.lowest_of} adapters the one with the lowest validation loss is handed over:"

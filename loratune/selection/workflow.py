@@ -19,19 +19,20 @@ import contextlib
 import math
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loratune.errors import SpecError, StorageError, TrainingError
 from loratune.plugs import METRICS
 from loratune.record import StudyRecord, Trial, open_record, read
 from loratune.record.adapters import find_adapter
+from loratune.record.common_practice import in_common_practice
 from loratune.record.reader import read_outcomes
 from loratune.selection import selected
 from loratune.selection.account import account, run_of
 from loratune.selection.candidates import allowed, candidate_name, candidates, loss_of, noise_of, ranked_trials, rule_of, scores_of
 from loratune.selection.finalists import Finalists, Noise, finalists
 from loratune.selection.race import Race
-from loratune.selection.rerun import AGAIN, CHECK, RACE, Event, Rerun, RerunCost, Stopped, expected_cost, fresh_seed, run_name
+from loratune.selection.rerun import AGAIN, CHECK, PRACTICE, RACE, Event, Rerun, RerunCost, Stopped, expected_cost, fresh_seed, run_name
 from loratune.selection.rule import Choice, Rule, choose
 from loratune.selection.selected import SelectionRecord, Shipped, UnbiasedLoss
 from loratune.selection.trial_metrics import metric_names
@@ -90,6 +91,7 @@ def select(
     require: Sequence[str] = (),
     prefer: str | None = None,
     tolerance: float = TOLERANCE,
+    common_practice: bool = False,
     trust_remote_code: bool = False,
     stop: threading.Event | None = None,
 ) -> Iterator[SelectEvent]:
@@ -98,6 +100,7 @@ def select(
     most: finalists at most. runs: re-trainings in all, at most; by default 3 for each finalist, and 3 each for the chosen one and the
     default, and of a study with a budget of full runs what `most_runs` says. rerun=False: train nothing, choose by the study's own
     losses. require: constraints, `adapter_mb <= 50`. prefer: the rule, `loss,mmlu,adapter_mb`, or weights, `loss=1,adapter_mb=0.1`.
+    common_practice: train also rank 16, alpha 32, learning rate 2e-4 with the seeds of the check, 3 runs more, and tell the gain over it.
     trust_remote_code: let code run that comes with the model, where the study asks for it.
 
     Setting `stop`, or closing the iterator, ends it; the same call goes on. Raises StorageError for a study that is not finished,
@@ -106,7 +109,7 @@ def select(
     study = read(folder, trust_remote_code=trust_remote_code)
     _check_finished(study)
     with open_record(folder, "select") as held, Rerun(study, held.lock, stop or threading.Event()) as trainer, contextlib.suppress(Stopped):
-        yield from _Selection(study, trainer, most, runs, rerun, require, prefer, tolerance).run()
+        yield from _Selection(study, trainer, most, runs, rerun, require, prefer, tolerance, common_practice).run()
 
 
 @dataclass
@@ -121,6 +124,7 @@ class _Selection:
     require: Sequence[str]
     prefer: str | None
     tolerance: float
+    common_practice: bool
 
     def __post_init__(self) -> None:
         study = self.study
@@ -149,10 +153,10 @@ class _Selection:
         most = min(most, len(self.trials))
         full_runs = self.study.spec.get("budget", {}).get("full_runs")
         if runs is None and full_runs is not None and self.by_loss:
-            runs = most_runs(most, None, full_runs) + self.again
+            runs = most_runs(most, None, full_runs) + self.again + CHECKS * self.common_practice
         if runs is None or not self.rerun:
             return most, None
-        left = runs - CHECKS * (2 if self.default is not None else 1) - self.again
+        left = runs - CHECKS * ((2 if self.default is not None else 1) + self.common_practice) - self.again
         if left < FIRST:
             raise SpecError(
                 f"runs: got {runs}; at least {FIRST + runs - left} are needed: {FIRST} per finalist, {CHECKS} each for the chosen trial "
@@ -210,7 +214,9 @@ class _Selection:
         widest = self.trials[: self.most]
         race = (self.runs or RUNS_EACH * len(widest)) if self.by_loss else 0
         each = [self.trials[0], *([self.default] if self.default is not None else [])]
-        most = (expected_cost(widest, race) if race else RerunCost()) + expected_cost(each, CHECKS * len(each) + self.again)
+        most = (expected_cost(widest, race) if race else RerunCost()) + expected_cost(
+            each, CHECKS * (len(each) + self.common_practice) + self.again
+        )
         lines = []
         if self.by_loss:
             more = f", up to {self.most} if the noise turns out larger" if self.most > len(few.chosen) else ""
@@ -219,6 +225,8 @@ class _Selection:
         else:
             lines.append("The rule does not begin with the loss, so there is no race.")
         lines.append(f"Then {CHECKS} runs each of the chosen one" + (" and the default." if self.default is not None else "."))
+        if self.common_practice:
+            lines.append(f"And {CHECKS} of common practice.")
         if self.again:
             lines.append("And one more if the chosen one's adapter was not kept.")
         known = sum(len(trial.outcomes()) for trial in self.study.paths.finalists.trials_there())
@@ -292,12 +300,27 @@ class _Selection:
         if not all(map(math.isfinite, default)):
             self._tell("The default diverged with a fresh seed, so no gain over it is given.")
             default = []
+        usual = yield from self._usual(chosen)
         return UnbiasedLoss(
             runs=told,
             chosen=student_mean(own),
             default=student_mean(default) if default else None,
             gain=student_mean([d - o for d, o in zip(default, own, strict=True)]) if default and chosen is not self.default else None,
+            common_practice=student_mean(usual) if usual else None,
+            gain_over_common_practice=student_mean([u - o for u, o in zip(usual, own, strict=True)]) if usual else None,
         ), True
+
+    def _usual(self, chosen: Trial) -> Generator[Event, None, list[float]]:
+        """Losses of common practice with the check's seeds, all else as the default has it; nothing where it was not asked for."""
+        if not (self.common_practice and self.rerun):
+            return []
+        like = self.default or chosen
+        usual = replace(like, hyperparameters=in_common_practice(like.hyperparameters))
+        losses = yield from self.trainer.train([(usual, run_name(PRACTICE, repeat)) for repeat in range(CHECKS)])
+        if not all(map(math.isfinite, losses)):
+            self._tell("Common practice diverged with a fresh seed, so no gain over it is given.")
+            return []
+        return losses
 
     def _checked_before(self, both: list[Trial]) -> tuple[list[tuple[Trial, int]], list[float]]:
         """What an earlier selection measured of these trials after its choice: of two or more seeds that all of them ran, or nothing."""

@@ -13,7 +13,6 @@ from loratune.cli import COMMANDS, as_json, module_of
 from loratune.cli.activity import StudyState
 from loratune.cli.interrupt import PATIENCE
 from loratune.cli.parser import Parser, field_names
-from loratune.record.common_practice import COMMON_PRACTICE
 from loratune.spec import StudySpec
 from loratune.spec.loading import ROOT_ALIASES
 
@@ -80,11 +79,6 @@ def test_its_settings_are_understood() -> None:
     bound = '["exact_match >= 0.4"]'
     assert f"with --constraints '{bound}' it limits, and both keep the search of three runs" in SKILL.replace("`", "")
     assert StudySpec.load(None, [("metrics", "my_metric.py:exact_match")], base).budget.full_runs == 3
-    common = re.findall(r"--search_space '(\{lora_r.*?\}\})'", SKILL)[0]
-    practice = StudySpec.load(None, [("search_space", common), ("sampler", "random"), ("budget.trials", "1")], base)
-    first = practice.hyperparameters(practice.search_space.default_values())
-    assert {name: getattr(first, name) for name in COMMON_PRACTICE} == COMMON_PRACTICE
-    assert StudySpec.load(None, [("metrics", "my_metric.py:exact_match"), ("constraints", bound)], base).budget.full_runs == 3
 
 
 def test_the_metric_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from loratune.selection.rerun import Rerun
 from loratune.selection.workflow import CHECKS
 from loratune.spec import StudySpec
 from loratune.study.driver import tune
+from loratune.system.formatting import signed
 
 TRIALS = 5
 
@@ -298,14 +299,24 @@ def test_a_study_that_is_not_finished(study: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_command(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["select", str(study), "--finalists", "2", "--yes"]) == 0
+    assert main(["select", str(study), "--finalists", "2", "--common-practice", "--yes"]) == 0
     out = capsys.readouterr().out
     told = out.splitlines()
-    cost = next(n for n, line in enumerate(told) if line.startswith("At most 12 runs, "))
+    cost = next(n for n, line in enumerate(told) if line.startswith("At most 15 runs, "))
     assert cost < next(n for n, line in enumerate(told) if ", race-00: " in line)
     record = read_selection(study)
     assert record is not None
     assert record.explain() in out
+    assert sum("common practice, practice-0" in line for line in told) == CHECKS
+    assert record.unbiased is not None
+    practice, gain = record.unbiased.common_practice, record.unbiased.gain_over_common_practice
+    assert practice is not None
+    assert gain is not None
+    assert gain.value == pytest.approx(practice.value - record.unbiased.chosen.value)
+    runs = [json.loads(path.read_text()) for path in study.glob("finalists/trials/*/practice-*/outcomes/*.json")]
+    assert practice.value == pytest.approx(sum(run["validation_loss"] for run in runs) / CHECKS)
+    assert f"the gain over it is {gain:.4f}" in out
+    assert f"Gain over common practice</dt><dd>{signed(gain.value)}" in (study / "report.html").read_text()
     assert told[-1] == f"Adapter:  {study / 'adapter'}"
 
 
