@@ -1,13 +1,29 @@
 """Taking one adapter out of a study: an ordinary PEFT folder with its model card, or the whole model with the adapter merged in."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratune.delivery.handover import selection_of
+from loratune.delivery.handover import chosen_trial
 from loratune.delivery.verify import as_measured, prepared_data
 from loratune.errors import StorageError
 from loratune.record import read
-from loratune.record.adapters import adapter_of, best_of, find_adapter, trial_of
+from loratune.record.adapters import adapter_of, find_adapter
+from loratune.record.paths import MAIN
 from loratune.system.files import AnyPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    trial: int
+    run: str  # of the trial's: main, or one of the selection's with a fresh seed
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
 def export(
@@ -21,12 +37,18 @@ def export(
     Before, the adapter is loaded by plain PEFT and compared with what was measured; a merged model, by plain Transformers, too.
     Raises StorageError when `destination` holds something, when there is no such trial, or its adapter was not kept; ModelError.
     """
+    return exported(folder, destination, trial=trial, merged=merged, trust_remote_code=trust_remote_code).folder
+
+
+def exported(
+    folder: AnyPath, destination: AnyPath, *, trial: int | None = None, merged: bool = False, trust_remote_code: bool = False
+) -> Exported:
+    """As `export`; tells also which trial and run it was."""
     record, destination = read(folder, trust_remote_code=trust_remote_code), Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise StorageError(f"{destination} exists and is not an empty folder. Choose another destination.")
-    chosen = selection_of(record) if trial is None else None
+    found, chosen = chosen_trial(record, trial)
     if chosen is not None:
-        found = chosen.trial_of(record)
         shipped = find_adapter(record, found, chosen.shipped.run)
         if shipped is None:  # another seed's would be another adapter than the one that was chosen, measured and described
             raise StorageError(
@@ -35,7 +57,6 @@ def export(
             )
         adapter = shipped
     else:
-        found = best_of(record) if trial is None else trial_of(record, trial)
         adapter = adapter_of(record, found)
     as_measured(record, found, adapter)
     from loratune.delivery.merge import export_adapter, merge
@@ -44,5 +65,7 @@ def export(
     card = model_card(record, found, chosen, merged=merged)
     if merged:
         prompt = record.prompt.get("template") or record.prompt["kind"]
-        return merge(record.base_model, adapter, destination, card, data=prepared_data(record), prompt=prompt)
-    return export_adapter(adapter, destination, card)
+        merge(record.base_model, adapter, destination, card, data=prepared_data(record), prompt=prompt)
+    else:
+        export_adapter(adapter, destination, card)
+    return Exported(folder=destination, trial=found.number, run=chosen.shipped.run if chosen is not None else MAIN)

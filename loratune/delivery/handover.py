@@ -15,7 +15,7 @@ import yaml
 from loratune.delivery.verify import as_measured
 from loratune.errors import StorageError, TrainingError
 from loratune.record import StudyRecord, Trial
-from loratune.record.adapters import find_adapter
+from loratune.record.adapters import best_of, find_adapter, trial_of
 from loratune.record.paths import MAIN, StudyPaths
 from loratune.report import spec_summary, tables
 from loratune.system.files import AnyPath, new_folder, write_atomically
@@ -74,6 +74,14 @@ def selection_of(record: StudyRecord) -> "SelectionRecord | None":
     return made if made is not None and made.holds_for(record) else None
 
 
+def chosen_trial(record: StudyRecord, trial: int | None = None) -> "tuple[Trial, SelectionRecord | None]":
+    """The trial of this number; by default the one that a selection chose, with it, else the best. Raises StorageError."""
+    if trial is not None:
+        return trial_of(record, trial), None
+    selection = selection_of(record)
+    return (selection.trial_of(record), selection) if selection is not None else (best_of(record), None)
+
+
 def refresh_card(record: StudyRecord) -> Path | None:
     """Write the card of `adapter/` anew, where that is still the adapter to ship: what was measured since belongs on it."""
     from loratune.delivery.model_card import model_card
@@ -102,6 +110,7 @@ def _best(record: StudyRecord, found: tables.Headline, best: Trial, adapter: str
         "study": record.name,
         "trial": best.number,
         "validation_loss": selection.shipped.validation_loss if selection else best.value,
+        "default_trial": found.default.number if found.default else None,
         "default_validation_loss": found.default_loss,
         "base_validation_loss": found.base,
         **({"scores": {record.own_objective: best.scores.get(record.own_objective)}} if record.own_objective else {}),

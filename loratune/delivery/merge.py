@@ -73,14 +73,23 @@ def merge(
     del base, merged
 
     with new_folder(destination) as fresh:
-        held.pop().save_pretrained(str(fresh))  # the last reference: a model of billions stands in memory once
+        with model.without_progress_bar():
+            held.pop().save_pretrained(str(fresh))  # the last reference: a model of billions stands in memory once
         tokenizer.save_pretrained(str(fresh))
         (fresh / "README.md").write_text(card, encoding="utf-8")
+        _by_umask(fresh, fresh / "README.md")
         memory.free(cpu)
         again = model.load_network(replace(plain, name_or_path=str(fresh), revision=None), cpu, silent=False)
         found = reload.exact_loss(again, again, some)
         reload.compare_losses(destination, found, "plain Transformers, merged", expected, "the adapter on its base model", exact=exact)
     return destination
+
+
+def _by_umask(folder: Path, usual: Path) -> None:
+    """Give every file the mode of `usual`, which the umask gave it: safetensors makes its own readable by their owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(usual.stat().st_mode & 0o777)
 
 
 def _fit(model: Any, tokenizer: Any, prompt: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,14 @@ from loratune.system.machine import version_of_loratune
 if TYPE_CHECKING:
     from loratune.report.evidence import Downstream
     from loratune.selection import SelectionRecord
+    from loratune.statistics import Interval
 
 HERE = "path/to/this/folder"
 
 
 def model_card(record: StudyRecord, trial: Trial, selection: "SelectionRecord | None" = None, *, merged: bool = False) -> str:
     """The card of the trial's adapter; selection: the one that chose it, and which of its runs."""
-    found, told = tables.headline(record), dict(spec_summary.spec_rows(record))
+    found, told = tables.headline(record), dict(spec_summary.spec_rows(record, trial))
     base, revision = spec_summary.base_model(record), record.spec.get("model", {}).get("revision")
     at = f", revision {_code(revision)}" if revision else ""
     shipped = selection.shipped if selection is not None else None
@@ -34,13 +35,15 @@ def model_card(record: StudyRecord, trial: Trial, selection: "SelectionRecord | 
     again = f", trained again with seed {shipped.seed} ({_code(shipped.run)})" if shipped is not None and shipped.run != MAIN else ""
     losses = (
         ("this adapter", shipped.validation_loss if shipped else trial.value),
-        ("default hyperparameters", found.default_loss),
+        ("default hyperparameters" if found.reference == tables.DEFAULT else found.against, found.default_loss),
         ("base model", found.base),
     )
-    by = "the validation loss shown here, which is therefore slightly flattering. "
+    fresh = _fresh_seeds(found, selection)
+    by = f"the validation loss {'of its one run' if fresh else 'shown here'}, which is therefore slightly flattering. "
     if own := record.own_objective:
         by = f"{_code(own)}, {show(trial.scores.get(own))} on the answers that guided the search, which is therefore flattering. "
     flattering = f"The adapter was chosen by {by}" * (rank != "one of")
+    once = "Those with fresh seeds took no part in the choice." if fresh else "The loss of each adapter was measured once."
     data = ("Training data", "Validation data", "Examples", "Prompt", "Length", "Training")
     lines = [
         _head(base, merged),
@@ -50,8 +53,9 @@ def model_card(record: StudyRecord, trial: Trial, selection: "SelectionRecord | 
         f"```python\n{loading(base, revision, load_options(record), chat_end(record), merged=merged, template=own_template(record))}\n```",
         "## Validation loss",
         "Mean negative log-likelihood (nats) per response token over the whole validation set.",
+        *fresh,
         _table(
-            ("", "loss", "perplexity", "loss − default"),
+            ("", "loss", "perplexity", f"loss − {found.reference}"),
             [
                 (name, loss(its), perplexity(its), signed(its - found.default_loss) if its is not None and found.default_loss else "–")
                 for name, its in losses
@@ -62,19 +66,42 @@ def model_card(record: StudyRecord, trial: Trial, selection: "SelectionRecord | 
         "## Data",
         _table(("", ""), [(name, _text(told[name])) for name in data if told.get(name)]),
         "## How it was found",
-        f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, {plural(len(record.trials), 'trial')}, "
+        f"Sampler {_code(told['Sampler'])}, schedule {_code(told['Schedule'])}, "
         f"{count(record.tokens)} training tokens, {duration(record.device_seconds)} of device time. This is trial {trial.number}{again}.",
         _fenced(spec_summary.command(record)),
         *_scores(record, trial, selection),
         *(["## Why this one", "\n".join(f"- {_text(line)}" for line in selection.explain().splitlines())] if selection else []),
         "## Limits",
-        f"- {flattering}The loss was measured once.\n"
+        f"- {flattering}{once}\n"
         "- A lower loss on this data is not a better score on any benchmark, and says nothing about safety, bias or facts.\n"
         "- The base model's and the data's licences hold for the adapter too.",
         f"Written by loratune {version_of_loratune()}.",
     ]
-    lines[2] += f", {rank} {plural(found.finished, 'configuration')} that loratune trained and compared."
+    lines[2] += f", found by loratune, {rank} {tables.trials_told(record)}."
     return "\n\n".join(lines) + "\n"
+
+
+def _fresh_seeds(found: tables.Headline, selection: "SelectionRecord | None") -> list[str]:
+    """Blocks of Markdown on the gain that no choice flatters; none where a selection did not measure it."""
+    unbiased = selection.unbiased if selection is not None else None
+    if selection is None or unbiased is None:
+        return []
+    gain = f"**gain over {found.against}**"
+    rows = [
+        (gain, f"**{signed(unbiased.gain.value)}**", _interval(unbiased.gain, signed)) if unbiased.gain else None,
+        (f"these hyperparameters, trial {selection.chosen}", loss(unbiased.chosen.value), _interval(unbiased.chosen, loss)),
+        (found.against, loss(unbiased.default.value), _interval(unbiased.default, loss)) if unbiased.default and unbiased.gain else None,
+    ]
+    seeds = plural(selection.fresh_seeds, "seed")
+    return [
+        f"With {seeds} that took no part in the choice{', the same for both' if unbiased.gain else ''}:",
+        _table(("", "mean", "95 % interval"), [row for row in rows if row]),
+        "One run each; the adapter was chosen among several, so its difference here is flattering:",
+    ]
+
+
+def _interval(its: "Interval", spelt: Callable[[float], str]) -> str:
+    return f"{spelt(its.low)} to {spelt(its.high)}" if its.known else "–"
 
 
 def _head(base: str, merged: bool) -> str:
@@ -177,7 +204,8 @@ def _scores(record: StudyRecord, trial: Trial, selection: "SelectionRecord | Non
     if this != own_run:
         rows[own_run] = f"{describe_model(own_run)} as the study trained it, another seed"
     if found.default is not None and found.default not in rows:
-        rows[found.default] = f"default hyperparameters, {describe_model(found.default)}"
+        called = tables.reference(record)
+        rows[found.default] = f"{f'{called} hyperparameters' if called == tables.DEFAULT else called}, {describe_model(found.default)}"
     rows[BASE] = "base model"
     names = {f.benchmark: f.title for f in found.findings if any(_done(found, model, f.benchmark) for model in rows)}
     if not names:

@@ -95,7 +95,7 @@ def load_network(recipe: ModelRecipe, device: torch.device, *, silent: bool = Tr
     if device.type != "cpu" or recipe.load_in_4bit:  # bitsandbytes would else take a GPU where there is one
         # Straight onto the device: a process per device would else need as many copies in main memory.
         options["device_map"] = {"": device}
-    with _explained(recipe, "weights"), _without_progress_bar():
+    with _explained(recipe, "weights"), without_progress_bar():
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(recipe.name_or_path, output_loading_info=True, **options)
     model, info = loaded
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -206,7 +206,7 @@ def _four_bit(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _without_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -117,7 +117,7 @@ def _sections(evidence: Evidence, plots: dict[str, Inline]) -> list[tuple[str, s
     """(file of templates/sections, title) of what there is to tell, in the order of the story."""
     best, selection = evidence.chosen, evidence.selection
     told = [
-        ("against", f"{'Chosen' if selection else 'Best'} against default", best is not None),
+        ("against", f"{'Chosen' if selection else 'Best'} against {tables.reference(evidence.record)}", best is not None),
         ("search", "The search", {"parallel-coordinates", "learning-curves"} & plots.keys()),
         ("mattered", "Importance", {"importance", "slices"} & plots.keys()),
         ("tradeoffs", "Trade-offs", "front" in plots),
@@ -171,7 +171,10 @@ def _study(evidence: Evidence, plots: dict[str, Inline], key: str) -> dict[str, 
         "comparisons": evidence.comparisons,
         "missing": evidence.missing,
         "sources": spec_summary.sources(record),
-        "asked": spec_summary.spec_rows(record),
+        "asked": [
+            (f"Training of trial {chosen.number}" if what == "Training" and chosen else what, how)
+            for what, how in spec_summary.spec_rows(record, chosen)
+        ],
         "space": spec_summary.space(record),
         "nodes": by_node(record.trials),
         "environment": spec_summary.environment_rows(record),

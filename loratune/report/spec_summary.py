@@ -4,14 +4,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from loratune.record import StudyRecord
-from loratune.report.tables import sampler_of, space_of
+from loratune.record import StudyRecord, Trial
+from loratune.report.tables import sampler_of, searched, setting, space_of
 from loratune.system.files import text_of
 from loratune.system.formatting import count, in_order, label, metric, plural, show
 
 
-def spec_rows(record: StudyRecord) -> list[tuple[str, str]]:
-    """The description in a few lines: (what, how)."""
+def spec_rows(record: StudyRecord, trial: Trial | None = None) -> list[tuple[str, str]]:
+    """The description in a few lines: (what, how). Hyperparameters are those of `trial`; without one, what every trial has in common."""
     spec = record.spec
     model, data, training = (dict(spec.get(part) or {}) for part in ("model", "data", "training"))
     budget, schedule, sampler = (dict(spec.get(part) or {}) for part in ("budget", "schedule", "sampler"))
@@ -19,7 +19,7 @@ def spec_rows(record: StudyRecord) -> list[tuple[str, str]]:
     rows += [("Examples", counts)] if (counts := example_counts(record)) else []
     rows += [("Prompt", record.prompt["note"])] if record.prompt else []
     rows += [("Length", f"at most {data['max_length']} tokens, prompt and response")] if "max_length" in data else []
-    rows += [("Training", _training(training)), ("Budget", _budget(budget))]
+    rows += [("Training", _training(record, training, trial)), ("Budget", _budget(budget))]
     rows += [("Notes", "; ".join(notes))] if (notes := _notes(record)) else []
     goals = [f"{metric(name)}{' (more is better)' if way == 'maximize' else ''}" for name, way in record.objectives.items()]
     rows += [("Objectives", "; ".join(goals))] if len(goals) > 1 else []
@@ -142,9 +142,14 @@ def _validation(data: dict[str, Any]) -> str:
     return f"{held} examples held out of the training sources" if held else "held out of the training sources"
 
 
-def _training(training: dict[str, Any]) -> str:
+def _training(record: StudyRecord, training: dict[str, Any], trial: Trial | None) -> str:
+    """Hyperparameters as the trial was trained with, whether searched or not; the description's constants may be of no trial."""
     shown = ("epochs", "batch_size", "lr_scheduler_type", "warmup_ratio", "weight_decay", "target_modules", "use_rslora", "engine")
     kept = f", keeping the lowest of {training.get('validations')} validations" if training.get("keep") == "best" else ""
+    if trial is not None:
+        training = training | {name: value for name in shown if (value := setting(trial, name)) is not None}
+    else:
+        training = {name: value for name, value in training.items() if name not in searched(record)}
     return show({label(name): training[name] for name in shown if name in training}) + kept
 
 

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.record import COMPLETE, StudyRecord, Trial, TrialState
+from loratune.record import COMPLETE, PRUNED, StudyRecord, Trial, TrialState
 from loratune.spec.space import SearchSpace
-from loratune.system.formatting import in_order, label, show
+from loratune.system.formatting import in_order, label, plural, show
 from loratune.work import Hyperparameters
 
+DEFAULT = "default"  # as headings call the trial that gains are held against
+_FIRST = "the first full run"
 NEAR = 0.002  # nats: configurations this close to the best are counted as about as good
 
 
@@ -56,6 +58,7 @@ class Headline:
     finished: int
     near: int  # finished trials within NEAR of the best, the best included
     better: int  # finished trials better than the default
+    reference: str  # what `default` is called: it need not have the search space's defaults
     edges: tuple[str, ...]  # searched hyperparameters whose best value is the lowest or highest allowed
 
     @property
@@ -70,6 +73,11 @@ class Headline:
     def gain(self) -> float | None:
         """Default's loss minus the best's: positive when tuning helped."""
         return value(self.default) - value(self.best) if self.best and self.default else None
+
+    @property
+    def against(self) -> str:
+        """What gains are over, in words."""
+        return "the default" if self.reference == DEFAULT or not self.default else f"{_FIRST} of the search, trial {self.default.number}"
 
     @property
     def perplexity_ratio(self) -> float | None:
@@ -89,8 +97,35 @@ def headline(record: StudyRecord) -> Headline:
         finished=len(trials),
         near=sum(value(t) <= value(best) + NEAR for t in trials) if best else 0,
         better=sum(value(t) < value(default) for t in trials) if default else 0,
+        reference=reference(record),
         edges=edges(record, best) if best else (),
     )
+
+
+def reference(record: StudyRecord) -> str:
+    """What the trial is called that gains are held against: the default, where it was run as the search space has it.
+
+    After short runs it is the first full run, at what these told: neither common practice nor the first guess.
+    """
+    trial = record.default
+    if trial is None or trial.number == 0:
+        return DEFAULT
+    defaults = space_of(record).default_values()
+    return DEFAULT if all(_same(at, defaults.get(name)) for name, at in trial.params.items()) else "first full run"
+
+
+def _same(one: Any, other: Any) -> bool:
+    numbers = all(isinstance(at, int | float) for at in (one, other))
+    return math.isclose(one, other, rel_tol=1e-6) if numbers else bool(one == other)
+
+
+def trials_told(record: StudyRecord) -> str:
+    """How many trials there were, and what became of them: 12 trials (3 trained to the end, 9 short)."""
+    total, finished = len(record.trials), len(finished_trials(record))
+    rest = Counter("short" if t.short and t.state is PRUNED else t.state.value for t in record.trials if t.state is not COMPLETE)
+    odd = sum(t.state is COMPLETE for t in record.trials) - finished  # without a finite loss
+    parts = [f"{finished} trained to the end", *(f"{rest[what]} {what}" for what in sorted(rest, key=lambda what: what != "short"))]
+    return f"{plural(total, 'trial')} ({', '.join([*parts, *([f'{odd} without a loss'] if odd else [])])})"
 
 
 def edges(record: StudyRecord, best: Trial) -> tuple[str, ...]:

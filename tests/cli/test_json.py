@@ -63,7 +63,11 @@ def test_a_study_from_run_to_export(tmp_path: Path, said: Any) -> None:
     assert select["chosen"] == run["best"]["trial"]
     assert select["planned"]["runs"] == 0
     code, export, _ = said("export", study, str(tmp_path / "adapter"))
-    assert export == {"folder": str(tmp_path / "adapter")}
+    folder = tmp_path / "adapter"
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert export == {"folder": str(folder), "trial": select["chosen"], "run": "main", "bytes": size}
+    code, file, _ = said("export", study, str(tmp_path / "a.yml"), "--format", "axolotl")
+    assert (code, file["trial"], file["file"]) == (0, select["chosen"], str(tmp_path / "a.yml"))
     code, report, _ = said("report", study, "--output", str(tmp_path / "report.html"))
     assert report == {"report": str(tmp_path / "report.html")}
 
@@ -85,6 +89,7 @@ def test_an_error_is_told_in_both_places(tmp_path: Path, said: Any) -> None:
         (["run", "--training.epochs"], "expected one argument"),
         (["runn"], "no command 'runn'; did you mean 'run'?"),
         (["export"], "the following arguments are required: FOLDER"),
+        (["export", "a", "b", "--format", "hf"], "leave --format out for PEFT's folder; add --merged for the whole model"),
         (["export", "a", "b", "--format", "onnx"], "invalid choice: 'onnx' (choose from 'trl', 'axolotl', 'llamafactory', 'peft')"),
         (["select", "a", "--runs", "many"], "invalid int value: 'many'"),
         ([], "no command '--json'"),

@@ -147,7 +147,14 @@ def _front_panel(axes: Any, record: StudyRecord, trials: list[Trial], scale: Sca
     tell_trials(axes.scatter(*zip(*on, strict=True), s=26, facecolors=BEST, edgecolors="none", zorder=4, label="on the front"), ringed)
     if record.default is not None and record.default.number in at:
         axes.scatter(
-            *at[record.default.number], s=52, marker="s", facecolors="none", edgecolors=INK, linewidths=1.2, zorder=5, label="default"
+            *at[record.default.number],
+            s=52,
+            marker="s",
+            facecolors="none",
+            edgecolors=INK,
+            linewidths=1.2,
+            zorder=5,
+            label=tables.reference(record),
         )
     lowest, highest = (pick(x for x, _ in at.values()) for pick in (min, max))
     if lowest > 0 and highest > 20 * lowest:

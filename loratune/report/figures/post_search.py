@@ -27,9 +27,9 @@ def fresh_seeds(evidence: Evidence) -> Plot | None:
     selection = evidence.selection
     if selection is None or selection.unbiased is None or selection.unbiased.default is None or selection.unbiased.gain is None:
         return None
-    unbiased, default = selection.unbiased, evidence.record.default
+    unbiased, default, name = selection.unbiased, evidence.record.default, tables.reference(evidence.record)
     rows: list[tuple[str, int, Interval, str]] = [
-        ("default", default.number if default else -1, selection.unbiased.default, INK),
+        (name, default.number if default else -1, selection.unbiased.default, INK),
         ("chosen", selection.chosen, unbiased.chosen, BEST),
     ]
     figure, axes = blank(1.55)
@@ -40,16 +40,16 @@ def fresh_seeds(evidence: Evidence) -> Plot | None:
         axes.plot([mean.value], [y + 0.28], marker="D", markersize=5, color=color)
         studied = [value(t) for t in tables.finished_trials(evidence.record) if t.number == trial]
         axes.scatter(studied, [y] * len(studied), s=34, facecolors="none", edgecolors=color, linewidths=1, zorder=4)
-    axes.set_yticks(range(2), [f"{name}\ntrial {trial}" for name, trial, _, _ in rows])
+    axes.set_yticks(range(2), [f"{who}\ntrial {trial}" for who, trial, _, _ in rows])
     axes.set_ylim(1.6, -0.4)
     axes.set_xlabel("validation loss")
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.06)
     seeds = plural(selection.fresh_seeds, "fresh seed")
-    means = f"chosen {unbiased.chosen:.4f}, default {unbiased.default:.4f}"
+    means = f"chosen {unbiased.chosen:.4f}, {name} {unbiased.default:.4f}"
     return Plot(
         name="fresh-seeds",
-        title="Chosen against default, with fresh seeds",
+        title=f"Chosen against {name}, with fresh seeds",
         figure=figure,
         alt=f"Two rows of dots on a scale of validation loss, {seeds} each, with mean and 95 % interval below them: {means}. "
         + ("The rows do not overlap." if _apart(selection, default.number if default else -1) else "The rows overlap."),
@@ -80,18 +80,19 @@ def loss_and_score(evidence: Evidence) -> Plot | None:
     grid = list(figure.subplots(rows, 2, squeeze=False).flat)
     for axes in grid[len(names) :]:
         axes.remove()
-    seen = [_score_panel(axes, found, name) for axes, name in zip(grid, names, strict=False)]
+    seen = [_score_panel(axes, found, name, tables.reference(evidence.record)) for axes, name in zip(grid, names, strict=False)]
     return Plot(
         name="loss-and-score",
         title="Does a lower loss mean a better score?",
         figure=figure,
         alt="Scatter plots of score over validation loss, a vertical line through each dot being its 95 % interval. " + " ".join(seen),
-        caption="A dot per trial, with the 95 % interval over items. Orange: the lowest loss; square: the default; dashed: chance, if "
-        "in sight. Trials far to the right are omitted from the drawing, not from the correlations.",
+        caption="A dot per trial, with the 95 % interval over items. Orange: the lowest loss; square: the "
+        f"{tables.reference(evidence.record)}; dashed: chance, if in sight. "
+        "Trials far to the right are omitted from the drawing, not from the correlations.",
     )
 
 
-def _score_panel(axes: Any, found: Downstream, benchmark: str) -> str:
+def _score_panel(axes: Any, found: Downstream, benchmark: str, reference: str) -> str:
     """Draw one benchmark; returns what is seen."""
     points = found.points(benchmark)
     title, chance = next((f.title, f.chance) for f in found.findings if f.benchmark == benchmark)
@@ -122,7 +123,7 @@ def _score_panel(axes: Any, found: Downstream, benchmark: str) -> str:
     )
     for name, at, cell in points:
         if scale.beyond([at]):
-            who = "the default" if name == found.default else f"trial {int(name)}" if name.isdigit() else name
+            who = f"the {reference}" if name == found.default else f"trial {int(name)}" if name.isdigit() else name
             said += f" Not drawn: {who}, loss {loss(at)}, score {100 * cell.score.value:.1f} %."
     return said
 

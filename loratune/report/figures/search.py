@@ -60,9 +60,9 @@ def history(record: StudyRecord) -> Plot | None:
     path = tables.running_best(record)
     axes.step(range(len(path)), [v if math.isfinite(v) else math.nan for v in path], where="post", color=BEST, label="best so far")
     if found.default:
-        axes.axhline(min(value(found.default), top), color=INK, dashes=(5, 3), linewidth=1, label="default")
+        axes.axhline(min(value(found.default), top), color=INK, dashes=(5, 3), linewidth=1, label=found.reference)
         if value(found.default) > top:
-            tag(axes, len(path) - 0.5, top - 1.4 * scale.room, f"default {loss(value(found.default))} ↑", "right")
+            tag(axes, len(path) - 0.5, top - 1.4 * scale.room, f"{found.reference} {loss(value(found.default))} ↑", "right")
     axes.set_xlabel("trial")
     axes.set_ylabel("validation loss")
     axes.set_xlim(-0.5 - 0.01 * len(path), len(path) - 0.5 + 0.01 * len(path))
@@ -75,7 +75,8 @@ def history(record: StudyRecord) -> Plot | None:
         f"Trial {best.number} is the best: {loss(value(best))}. " if best else ""
     )
     if found.default:
-        caption += f"The default (dashed) reaches {loss(value(found.default))}; {plural(found.better, 'trial')} did better. "
+        caption += f"{found.against[0].upper()}{found.against[1:]} (dashed) reaches {loss(value(found.default))}; "
+        caption += f"{plural(found.better, 'trial')} did better. "
     if hidden:
         caption += f"Losses above {loss(scale.high)} are drawn at the upper edge. "
     alt = (
@@ -84,7 +85,7 @@ def history(record: StudyRecord) -> Plot | None:
         + (f", which trial {best.number} reaches." if best else ".")
     )
     if found.default:
-        alt += f" A dashed line across marks the default, {loss(value(found.default))}."
+        alt += f" A dashed line across marks {found.against}, {loss(value(found.default))}."
     if lost:
         alt += f" Crosses at the upper edge: {plural(len(lost), 'trial')} failed or diverged."
     return Plot(name="history", title="History", figure=figure, alt=alt, caption=caption.strip())
@@ -143,7 +144,7 @@ def _parallel_panel(axes: Any, record: StudyRecord, scale: Scale, title: str) ->
     # Legend proxies are the highlighted curves themselves, drawn point by point.
     if found.default:
         xs, ys = smooth_points(heights(found.default))
-        axes.plot(xs, ys, color=INK, dashes=(4, 2.5), linewidth=1.4, zorder=4, label="default")
+        axes.plot(xs, ys, color=INK, dashes=(4, 2.5), linewidth=1.4, zorder=4, label=found.reference)
     if found.best:
         xs, ys = smooth_points(heights(found.best))
         axes.plot(xs, ys, color=BEST, linewidth=2.2, zorder=5, label="best")
@@ -201,7 +202,7 @@ def curves(record: StudyRecord) -> Plot | None:
         marks = [scale.shade(value(t)) if t.number in done else SOFT for t in trials if t.number in kept]
         axes.scatter(*zip(*kept.values(), strict=True), s=22, facecolors="none", edgecolors=marks, linewidths=0.9, zorder=3, label="kept")
     found = headline(record)
-    for marked, color, dashes, text in ((found.default, INK, (4, 2.5), "default"), (found.best, BEST, (None, None), "best")):
+    for marked, color, dashes, text in ((found.default, INK, (4, 2.5), found.reference), (found.best, BEST, (None, None), "best")):
         if marked and marked.number in lines:
             xs, ys = zip(*lines[marked.number], strict=True)
             axes.plot(xs, ys, color=color, dashes=dashes, linewidth=1.8, label=text, marker="o", markersize=2.5)
@@ -234,7 +235,7 @@ def curves(record: StudyRecord) -> Plot | None:
     verb, ends_verb = ("are kept", "is kept at") if kept else ("finish", "ends at")
     alt += f"Those trained to the end {verb} between {loss(ends_at[0])} and {loss(ends_at[-1])}, the median {loss(middle)}."
     if found.default and found.best and found.default is not found.best:
-        alt += f" The best {ends_verb} {loss(value(found.best))}, the dashed default at {loss(value(found.default))}."
+        alt += f" The best {ends_verb} {loss(value(found.best))}, the dashed {found.reference} at {loss(value(found.default))}."
     if kept:
         alt += " A ring on each line marks the point whose adapter is kept, the lowest."
     return Plot(name="learning-curves", title="Learning curves", figure=figure, alt=alt, caption=caption.strip())
