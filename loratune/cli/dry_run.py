@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loratune.cli.recommend import first_guess, guess_lines
 from loratune.cli.run import quiet
 from loratune.cli.trial_lines import budget
-from loratune.plugs import SAMPLERS
+from loratune.plugs import METRICS, SAMPLERS
 from loratune.system.formatting import count, duration
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ def dry_run(spec: "StudySpec", facts: dict[str, Any]) -> int:
     Nothing is started, and nothing left behind but the prepared data in the cache.
     """
     print(f"Study {spec.name}: {budget(spec)} by {spec.sampler.name}. Nothing is started.\n", flush=True)
+    if any(METRICS[limit.metric].known == "before" for limit in spec.limits):
+        with _stage("Reading how large adapters of this model are, for the constraints"):
+            from loratune.study.size_limits import check_size_limits
+
+            check_size_limits(spec)
     spec, guessed = first_guess(spec)
     guard = _guard(spec, guessed)
     print("\n".join(guess_lines(spec, guessed)), flush=True)
@@ -106,7 +111,7 @@ def first_estimate(spec: "StudySpec", guard: bool = False) -> list[str]:
         DataRecipe.from_plain(spec.data_recipe_dict()), hub.small_file(spec.model.name_or_path, "tokenizer.json", spec.model.revision)
     )
     if size is None:
-        return ["data          counted when it is loaded: no file on this machine, or a very large one"]
+        return ["data          counted when it is loaded: on the Hugging Face hub, or larger than 100 MiB"]
     train, validation, tokens = size
     steps = int(train * default.epochs) // default.batch_size
     trained, validated = runs * steps * default.batch_size * tokens, validations * validation * tokens
