@@ -108,7 +108,7 @@ def facts_of(spec: StudySpec, memory: float | None = None) -> Facts:
     text: dict[str, Any] = inner if isinstance(inner, dict) else config
     return Facts(
         family=str(config.get("model_type") or ""),
-        hidden_size=next((text[name] for name in _WIDTHS if isinstance(text.get(name), int)), None),
+        hidden_size=width_of(text),
         parameters=weight_count(spec.model.name_or_path, spec.model.revision),
         instruct=hub.has_chat_template(spec.model.name_or_path, spec.model.revision),
         examples=size[0] if size else None,
@@ -126,6 +126,11 @@ def model_config(name: str, revision: str | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def width_of(config: Mapping[str, Any]) -> int | None:
+    """The model's hidden size; None where its config does not say."""
+    return next((config[name] for name in _WIDTHS if isinstance(config.get(name), int)), None)
 
 
 def _per_rank(config: Mapping[str, Any]) -> int | None:
@@ -152,7 +157,7 @@ def _sharpened(made: Recommendation, facts: Facts, folder: str) -> Recommendatio
     best, spread = found
     model = record.spec.get("model", {})
     config = model_config(str(model.get("name_or_path", "")), model.get("revision"))
-    width = next((config[name] for name in _WIDTHS if isinstance(config.get(name), int)), facts.hidden_size)
+    width = width_of(config) or facts.hidden_size
     there = recommend(Facts(hidden_size=width, examples=_examples(record) or facts.examples)).prior
     own = recommend(facts).prior
     centre, sd = best + own.centre - there.centre, math.hypot(spread, _TRANSFER, abs(own.sd - there.sd))
