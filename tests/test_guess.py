@@ -188,3 +188,46 @@ def test_the_command_is_light() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "said"),
+    [
+        ("dat.jsonl", None, "no such file or folder. Did you mean data.jsonl?"),
+        ("nowhere/data.jsonl", None, "the folder {0}/nowhere does not exist either"),
+        ("folder", None, "the folder holds no data files"),
+        ("data.txt", "words", "unknown kind of file"),
+        ("empty.json", "", "the file is empty"),
+        ("other.jsonl", '{"a": 1}\n', "no usable row"),
+        ("folder/inside.json", "[{", "not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("also", [False, True])
+def test_data_that_a_run_would_refuse_are_refused(
+    path: str, text: str | None, said: str, also: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    good = tmp_path / "data.jsonl"
+    good.write_text('{"instruction": "a", "output": "b"}\n' * 20)
+    if text is not None:
+        (tmp_path / path).write_text(text)
+    given = tmp_path / path if path != "folder/inside.json" else tmp_path / "folder"
+    data = ["--data", str(good), "--validation", str(given)] if also else ["--data", str(given)]
+    code = main(["recommend", "--model", str(demo.model_folder()), *data, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (code, told["error"]["kind"]) == (3, "DataError")
+    assert said.format(tmp_path) in told["error"]["message"]
+    assert "recommended" not in told
+
+
+def test_data_on_the_hub_have_no_part_in_it_and_a_note_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 30)
+    model = ["--model", str(demo.model_folder())]
+    assert main(["recommend", *model, "--data", "owner/data", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["facts"]["examples"] is None
+    assert "data not counted: they are on the Hugging Face hub" in told["notes"][-1]
+    assert main(["recommend", *model, "--data", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"]["examples"] == 27, "a folder of files is counted"

@@ -14,7 +14,7 @@ from loratune.finetune.sizes import adapter_sizes
 from loratune.record import open_record
 from loratune.selection.workflow import most_runs
 from loratune.spec import StudySpec
-from loratune.study.estimate import Plan
+from loratune.study.estimate import Plan, widened
 from loratune.study.plan import (
     _expected_epochs,
     _largest,
@@ -109,6 +109,15 @@ def test_the_totals_are_those_of_the_text_and_tell_what_comes_after() -> None:
     assert "start         12 s more at each start, as measured here: libraries, data and model\n" in text
     told = "15 full runs with fresh seeds: 6.0 h to 15.1 h, 60.30 device-hours, 241.20 EUR more; with --no-rerun none"
     assert told in text
+    whole = totals["all"]  # both, and 12 seconds at each of two starts, while 2 x 4 devices wait
+    assert whole["seconds"] == pytest.approx([a + b + 24 for a, b in zip(totals["seconds"], after["seconds"], strict=True)])
+    assert whole["device_hours"] == pytest.approx(priced.device_hours + priced.fresh_device_hours + 24 * 8 / 3600)
+    assert whole["cost"] == pytest.approx([a + b + 2 * 24 * 8 / 3600 for a, b in zip(totals["cost"], after["cost"], strict=True)])
+    assert (whole["tokens"], whole["full_runs"]) == (25 * 360_000, 25)
+    assert "all together  10.1 h to 25.1 h, 100.57 device-hours, 160.94 EUR to 402.19 EUR: search, selection and 2 starts\n" in text
+    assert "all together  4.0 h to 10.1 h, 40.25 device-hours, 64.41 EUR to 160.93 EUR: with the start\n" in str(
+        replace(priced, fresh_runs=0)
+    )
     assert PLAN.totals() is not None
     assert PLAN.totals()["cost"] is None  # type: ignore[index]
     assert replace(PLAN, problem="out of memory", training_tokens_per_second=0.0).totals() is None
@@ -162,9 +171,41 @@ def test_what_is_probed_keeps_the_constraints_on_size() -> None:
 
 def test_what_is_not_counted_is_said() -> None:
     asked = spec(objectives=["validation_loss", "mmlu"], constraints="adapter_mb <= 4")
-    text = str(replace(PLAN, notes=_not_counted(asked)))
+    text = str(replace(PLAN, notes=_not_counted(asked, 60, 10_000)))
     assert "not counted   trials that break adapter_mb <= 4 are not trained and cost nothing" in text
     assert "not counted   scoring mmlu, 200 items each, after every trial that reaches its end" in text
+
+
+def test_answers_are_those_of_the_validation_set_where_it_has_fewer(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def words(rows):\n    return 0.0\n")
+    metric = {"function": f"{tmp_path / 'mine.py'}:words", "max_new_tokens": 128}
+    (note,) = _not_counted(spec(metrics=[metric]), 60, 76_800)
+    assert note.startswith("generating 60 answers for words, after every trial that reaches its end: at most 7,680 tokens, 10 % of")
+    (many,) = _not_counted(spec(metrics=[metric]), 5_000, 76_800)
+    assert many.startswith("generating 200 answers for words")
+    (own,) = _not_counted(spec(metrics=[{**metric, "data": str(tmp_path / "q.jsonl")}]), 60, 76_800)
+    assert own.startswith("generating up to 200 answers for words")
+
+
+def test_a_speed_of_shared_processors_has_a_wide_range() -> None:
+    assert widened((0.95, 1.05), load=1.0) == (0.7, 1.3)
+    assert widened((0.4, 1.6), load=1.0) == (0.4, 1.6)
+    assert widened((0.95, 1.05), load=2.0) == (0.5, 2.0)
+    text = str(replace(PLAN, spread=(0.7, 1.3), spread_is_assumed=True))
+    assert "range         of the times: from 1.3 to 0.7 times the speed measured within a second or two; the processors are shared" in text
+    assert "range  " not in str(PLAN)
+
+
+def test_what_is_done_is_said_and_counts_towards_the_limits() -> None:
+    going_on = replace(PLAN, done_trials=12, done_full_runs=3.2, max_hours=6.0, spent_hours=3.0)
+    text = str(going_on)
+    assert "trials        10 more, the work of 10 full runs at the defaults; 12 are in its folder already, the work of 3.2\n" in text
+    assert "max_hours: 6 ends it earlier, after about 5 more trials" in text
+    assert "max_hours: 2 ends it earlier, after about 0 more trials" in str(replace(going_on, max_hours=2.0))
+    assert "budget" not in str(replace(going_on, max_hours=8.1))
+    nothing = replace(going_on, trials=0, full_runs=0.0, validations=0.0, fresh_runs=0).totals()
+    assert nothing is not None
+    assert nothing["all"]["seconds"] == [0.0, 0.0]
 
 
 def test_searched_epochs_count_with_their_mean() -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from loratune.cli.recommend import first_guess, guess_lines
 from loratune.cli.run import quiet
 from loratune.cli.trial_lines import budget
-from loratune.plugs import SAMPLERS
+from loratune.plugs import METRICS, SAMPLERS
+from loratune.record.paths import StudyPaths
 from loratune.system.formatting import count, duration
 
 if TYPE_CHECKING:
@@ -33,14 +34,26 @@ def dry_run(spec: "StudySpec", facts: dict[str, Any]) -> int:
 
     Nothing is started, and nothing left behind but the prepared data in the cache.
     """
-    print(f"Study {spec.name}: {budget(spec)} by {spec.sampler.name}. Nothing is started.\n", flush=True)
+    begun = StudyPaths(spec.folder).begun
+    what = f"Study {spec.name}, which {spec.folder} holds a part of" if begun else f"Study {spec.name}"
+    print(f"{what}: {budget(spec)} by {spec.sampler.name}. Nothing is started.\n", flush=True)
+    if any(METRICS[limit.metric].known == "before" for limit in spec.limits):
+        with _stage("Reading how large adapters of this model are, for the constraints"):
+            from loratune.study.size_limits import check_size_limits
+
+            check_size_limits(spec)
     spec, guessed = first_guess(spec)
     guard = _guard(spec, guessed)
     print("\n".join(guess_lines(spec, guessed)), flush=True)
-    with _stage("First estimate, from the sizes of model and data"):
-        quiet()
-        lines = first_estimate(spec, guard)
-    print("\n".join(f"  {line}" for line in lines), flush=True)
+    quiet()
+    if begun:
+        from loratune.study.session import same_description
+
+        same_description(spec)
+    else:
+        with _stage("First estimate, from the sizes of model and data"):
+            lines = first_estimate(spec, guard)
+        print("\n".join(f"  {line}" for line in lines), flush=True)
     began = time.monotonic()
     with _stage("Loading the libraries"):
         from loratune.data.cache import prepare_data
@@ -90,9 +103,9 @@ def _stage(what: str) -> Iterator[None]:
 
 
 def first_estimate(spec: "StudySpec", guard: bool = False) -> list[str]:
-    """Examples, tokens, weights and a rough lower bound of the time, in lines; needs neither torch nor a tokenizer.
+    """Examples, tokens, weights and roughly the time, in lines; needs neither torch nor a tokenizer.
 
-    time >= (4 tokens trained + 2 tokens validated) x weights / operations per second, the LoRA layers and all overhead left out.
+    time = (4 tokens trained + 2 tokens validated) x weights / operations per second, without embeddings, adapters and all overhead.
     Raises DataError.
     """
     from loratune.data.sources import DataRecipe
@@ -106,7 +119,7 @@ def first_estimate(spec: "StudySpec", guard: bool = False) -> list[str]:
         DataRecipe.from_plain(spec.data_recipe_dict()), hub.small_file(spec.model.name_or_path, "tokenizer.json", spec.model.revision)
     )
     if size is None:
-        return ["data          counted when it is loaded: no file on this machine, or a very large one"]
+        return ["data          counted when it is loaded: on the Hugging Face hub, or larger than 100 MiB"]
     train, validation, tokens = size
     steps = int(train * default.epochs) // default.batch_size
     trained, validated = runs * steps * default.batch_size * tokens, validations * validation * tokens
@@ -117,15 +130,26 @@ def first_estimate(spec: "StudySpec", guard: bool = False) -> list[str]:
     weights = weight_count(spec.model.name_or_path, spec.model.revision)
     if weights is None:
         return [*lines, "model         not on this machine yet; its speed is measured once it is loaded"]
-    work = weights * (_TRAINING * trained + _VALIDATION * validated)
+    work = _multiplied(spec, weights) * (_TRAINING * trained + _VALIDATION * validated)
     lines.append(f"model         {count(weights)} weights")
+    rough = "the time is measured below"
     if spec.executor.device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
-        return [*lines, f"at least      about {duration(work / _GPU)} of one GPU, at {_GPU / 1e12:.0f} TFLOP/s"]
+        return [*lines, f"roughly       {duration(work / _GPU)} of one GPU, at {_GPU / 1e12:.0f} TFLOP/s; {rough}"]
     speed = _speed()
-    return [
-        *lines,
-        f"at least      about {duration(work / speed)} on these processors, at {speed / 1e9:.0f} GFLOP/s; small models take far more",
-    ]
+    return [*lines, f"roughly       {duration(work / speed)} on these processors, at {speed / 1e9:.0f} GFLOP/s; {rough}"]
+
+
+def _multiplied(spec: "StudySpec", weights: int) -> int:
+    """The weights that every token is multiplied by: without the embeddings, which are looked up, and the head, for answers alone."""
+    from loratune.study.guess import model_config, width_of
+
+    config = model_config(spec.model.name_or_path, spec.model.revision)
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+    vocabulary = text.get("vocab_size")
+    tables = 1 if text.get("tie_word_embeddings", True) else 2
+    looked_up = tables * vocabulary * (width_of(text) or 0) if isinstance(vocabulary, int) else 0
+    return weights - looked_up if looked_up < weights else weights
 
 
 def _speed() -> float:

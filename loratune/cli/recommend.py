@@ -48,20 +48,27 @@ def plain(made: "Guess") -> dict[str, Any]:
         "reasons": recommendation.reasons,
         "learning_rate_spread": recommendation.prior.sd,
         "outside": recommendation.prior.outside,
-        "notes": list(recommendation.notes),
+        "notes": _notes(made),
         "facts": asdict(made.facts),
         "common_practice": COMMON_PRACTICE,
     }
 
 
-def first_guess(spec: "StudySpec") -> tuple["StudySpec", "Guess | None"]:
-    """The study with the recommendation in place of the defaults that nobody wrote, and that; as it is, where nothing asks for it."""
-    from loratune.study.guess import begins_with_guess, guess, with_guess
+def _notes(made: "Guess") -> list[str]:
+    """The recommendation's notes, and that the data had no part in it where they were not read."""
+    unread = "data not counted: they are on the Hugging Face hub, or larger than 100 MiB; recommended without them"
+    return [*made.recommendation.notes, *([unread] if made.facts.examples is None else [])]
 
-    if not begins_with_guess(spec):
-        return spec, None
-    made = guess(spec)
-    return with_guess(spec, made.recommendation), made
+
+def first_guess(spec: "StudySpec") -> tuple["StudySpec", "Guess | None"]:
+    """The study with the recommendation in place of the defaults that nobody wrote, and that; as it is, where nothing asks for it.
+
+    Of a study that began, the recommendation is that of its first start.
+    """
+    from loratune.study.guess import guess_of, with_guess
+
+    made = guess_of(spec)
+    return (spec, None) if made is None else (with_guess(spec, made.recommendation), made)
 
 
 def guess_lines(spec: "StudySpec", made: "Guess | None") -> list[str]:
@@ -90,7 +97,7 @@ def _print(made: "Guess") -> None:
         f"{facts.parameters:,} weights" if facts.parameters else "",
         f"{facts.hidden_size:,} wide" if facts.hidden_size else "",
         {True: "with a chat template", False: "without a chat template"}.get(facts.instruct, "") if facts.instruct is not None else "",
-        f"{facts.examples:,} training examples" if facts.examples else "data not counted: no file on this machine, or a very large one",
+        f"{facts.examples:,} training examples" if facts.examples is not None else "",
     ]
     console.print(", ".join(filter(None, known)), markup=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -101,5 +108,5 @@ def _print(made: "Guess") -> None:
     console.print(table)
     factor = 10**recommendation.prior.sd
     console.print(f"The best learning rate lies within a factor of {factor:.2g} of this in two of three studies.")
-    for note in recommendation.notes:
+    for note in _notes(made):
         console.print(note, markup=False)

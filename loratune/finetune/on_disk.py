@@ -5,31 +5,35 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from loratune.data.locations import local
 from loratune.data.prompts.alpaca import alpaca_prompt
-from loratune.data.sources import DataRecipe, Example
+from loratune.data.sources import DataRecipe, DataSource, Example
 from loratune.system.hub import weight_files
 
 _CHARACTERS = 4  # per token, of English text in a usual vocabulary: where there is no tokenizer.json
 _SAMPLE = 100  # examples of a source, about, whose tokens are counted
-_LARGEST = 100 << 20  # bytes of a file that is read for it
+_LARGEST = 100 << 20  # bytes of a source that is read for it
 
 
 def data_size(recipe: DataRecipe, tokenizer: Path | None = None) -> tuple[int, int, float] | None:
-    """(training examples, validation examples, mean tokens of one), roughly; None where the data are no files of usual size.
+    """(training examples, validation examples, mean tokens of one), roughly; None where a source is a hub id, or larger than 100 MiB.
 
     tokenizer: the model's tokenizer.json, by which some of the examples are counted. A chat template is taken for Alpaca's prompt.
-    Raises DataError.
+    Raises DataError for files that are not there, and for all that reading them refuses.
     """
     found: list[tuple[int, float]] = []  # examples, tokens
+    unread = False
     count = _counter(tokenizer)
     for source in (*recipe.train, *recipe.validation):
-        path = Path(source.path).expanduser()
-        if not path.is_file() or path.stat().st_size > _LARGEST:
-            return None
+        if (files := _files(source)) is None or sum(file.stat().st_size for file in files) > _LARGEST:
+            unread = True  # the others are read all the same, for their mistakes
+            continue
         examples, _ = recipe.read(source)
         some = examples[:: max(1, len(examples) // _SAMPLE)]
         tokens = sum(min(recipe.max_length, count(_text(example)) + len(example.exchanges)) for example in some)  # an end of each answer
         found.append((len(examples), len(examples) * tokens / max(1, len(some))))
+    if unread:
+        return None
     rows = [number for number, _ in found]
     sources = len(recipe.train)
     train, held = sum(rows[:sources]), sum(rows[sources:])
@@ -42,6 +46,12 @@ def data_size(recipe: DataRecipe, tokenizer: Path | None = None) -> tuple[int, i
         train -= min(train, held)
     train = _drawn(train, recipe.train_count, [source.count for source in recipe.train])
     return train, held, sum(tokens for _, tokens in found) / max(1, sum(rows))
+
+
+def _files(source: DataSource) -> list[Path] | None:
+    """The files behind a source; None for a hub id. Raises DataError where nothing is there."""
+    found = local(source.path, source.split)
+    return [file for file in found.rglob("*") if file.is_file()] if isinstance(found, Path) else found
 
 
 def _drawn(there: int, asked: int | None, each: list[int | None]) -> int:

@@ -28,11 +28,12 @@ from loratune.record.storage import explained, open_study, until_free
 from loratune.record.storage_lock import StorageLock, network_warning, only_driver
 from loratune.spec import StudySpec
 from loratune.study.cleanup import remove_unneeded
-from loratune.study.guess import Guess, begins_with_guess, guess, prior_of, with_guess
+from loratune.study.guess import Guess, guess_of, prior_of, with_guess
 from loratune.study.loop import Event, Loop, SegmentFinished, TrialStarted
 from loratune.study.plan import cluster_of, devices_of, few_steps, idle_of, slots_for, workers_for
 from loratune.study.session import Session, adopt, same_data
-from loratune.system.files import AnyPath, parsed, working_folder, write_atomically
+from loratune.study.size_limits import check_size_limits
+from loratune.system.files import AnyPath, working_folder, write_atomically
 from loratune.system.formatting import plural
 from loratune.system.imports import uncollected
 from loratune.trackers import Feed, check
@@ -66,8 +67,9 @@ def tune(spec: StudySpec, stop: threading.Event | None = None) -> Iterator[Event
     schedules.of_study(spec)
     check(spec.training.report_to)
     check_functions(spec)
+    check_size_limits(spec)
     with open_record(spec.folder) as record, contextlib.ExitStack() as stack:
-        guessed = _guessed(spec, record)
+        guessed = guess_of(spec)
         spec = with_guess(spec, guessed.recommendation) if guessed is not None else spec
         adopt(spec, record)
         if guessed is not None:
@@ -242,16 +244,6 @@ def _only_driver(spec: StudySpec, record: Record) -> Iterator[StorageLock]:
 
 def _messages(texts: Iterable[str]) -> Iterator[Message]:
     return (Message(text=text) for text in texts)
-
-
-def _guessed(spec: StudySpec, record: Record) -> Guess | None:
-    """The study's first guess, where it begins with one: that of its first start, as long as there is one. Raises what `guess` does."""
-    if not begins_with_guess(spec):
-        return None
-    path = record.paths.guess
-    if path.exists() and record.paths.begun:
-        return parsed(path, Guess.from_json, "Restore it from a copy: the sampler's proposals depend on it.")
-    return guess(spec)
 
 
 def _sampler(spec: StudySpec, workers: int, guessed: Guess | None = None) -> BaseSampler:

@@ -5,17 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.executors.devices import ClusterDevices
-from loratune.system.formatting import duration, money, plural
+from loratune.system.formatting import device_time, duration, money, plural
 
 _BUSY = 1.5  # processes per processor, beyond which a measured speed is not the machine's
+_SHARED, _SHARED_BUSY = (0.7, 1.3), (0.5, 2.0)  # speeds of processors that others use too, over the one measured a moment before
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a study is expected to cost. One trial is one at the search space's defaults, trained to its end."""
+    """What a study is expected to cost from now on. One trial is one at the search space's defaults, trained to its end."""
 
     trials: int
     full_runs: float  # what all trials cost together, in runs at the defaults that are trained to their end
+    done_trials: int = 0  # that the study's folder holds already; not in the numbers above, nor in those made of them
+    done_full_runs: float = 0.0
+    spent_hours: float = 0.0  # that count towards max_hours
+    spent_device_hours: float = 0.0
     steps: int  # optimiser steps of one trial
     trial_tokens: int  # training tokens of one trial
     validation_tokens: int  # of one validation
@@ -31,7 +36,8 @@ class Plan:
     adapter_bytes: int  # of that adapter
     adapters_kept: int
     problem: str = ""  # why the largest adapter cannot be trained here
-    spread: tuple[float, float] = (1.0, 1.0)  # slowest and fastest speed measured, over the one told
+    spread: tuple[float, float] = (1.0, 1.0)  # slowest and fastest speed to reckon with, over the one told
+    spread_is_assumed: bool = False  # on processors, by `widened`
     load: float = 0.0  # processes that wanted a processor while that was measured, per processor
     max_hours: float | None = None
     max_device_hours: float | None = None
@@ -78,7 +84,8 @@ class Plan:
         """What all of it costs, in plain numbers; None where it cannot be trained.
 
         seconds and cost are (at the fastest speed measured, at the slowest), without the seconds to start. limits: of the budget, that
-        end it earlier. select: what `loratune select` costs besides, at most.
+        end it earlier. select: what `loratune select` costs besides, at most. all: search, selection and a start of each, during which
+        the devices are held too.
         """
         if self.problem:
             return None
@@ -88,7 +95,23 @@ class Plan:
             "start_seconds": start,
             "limits": [" ".join(line.split()) for line in self._limits()],
             "select": self._totals(self.fresh_runs, self.fresh_runs * self.trial_tokens, self.fresh_device_hours),
+            "all": self._all(),
         }
+
+    @property
+    def _starts(self) -> int:
+        return (self.full_runs > 0) + (self.fresh_runs > 0)
+
+    def _all(self) -> dict[str, Any]:
+        """The totals of search, selection and their starts."""
+        hours, runs = self.device_hours + self.fresh_device_hours, self.full_runs + self.fresh_runs
+        found = self._totals(runs, self.tokens + self.fresh_runs * self.trial_tokens, hours)
+        waiting = self._starts * (self.seconds_to_start or self.seconds_to_load)  # at any speed
+        held = waiting * self.processes * self.devices_per_trial / 3600
+        found |= {"seconds": [seconds + waiting for seconds in found["seconds"]], "device_hours": hours + held}
+        if self.price is not None:
+            found["cost"] = [cost + held * self.price for cost in found["cost"]]
+        return found
 
     def _totals(self, runs: float, tokens: float, hours: float) -> dict[str, Any]:
         seconds = hours * 3600 / self.devices_per_trial / self.processes
@@ -98,7 +121,9 @@ class Plan:
         return {"seconds": spread, "device_hours": hours, "tokens": tokens, "full_runs": runs, "cost": cost, "currency": currency}
 
     def __str__(self) -> str:
-        lines = [f"trials        {self.trials}, the work of {self.full_runs:.4g} full runs at the defaults"]
+        done = f"; {self.done_trials} are in its folder already, the work of {self.done_full_runs:.3g}" if self.done_trials else ""
+        more = " more" if self.done_trials else ""
+        lines = [f"trials        {self.trials}{more}, the work of {self.full_runs:.4g} full runs at the defaults{done}"]
         lines += [f"one trial     {self.steps:,} step{'s' if self.steps != 1 else ''}, {self.trial_tokens:,} training tokens"]
         lines += [
             f"in all        {self.tokens:,.0f} training tokens, {self.validations:.0f} validations of {self.validation_tokens:,} tokens"
@@ -113,10 +138,11 @@ class Plan:
             *([f"waiting       {self.idle}"] if self.idle else []),
             f"speed         {training:,.0f} training tokens/s, {validating:,.0f} in validation",
             f"time          {self._range(self.trial_seconds / 3600)} per trial; {self._range(self.wall_hours)} in all, "
-            f"{self.device_hours:.2f} device-hours",
+            f"{device_time(self.device_hours * 3600)}",
             *self._cost(),
             *self._start(),
             *self._select(),
+            *self._together(),
             *self._busy(),
             *self._limits(),
             *(f"not counted   {note}" for note in self.notes),
@@ -126,17 +152,16 @@ class Plan:
         return "\n".join(lines)
 
     def _range(self, hours: float) -> str:
-        """The time at the fastest and at the slowest speed measured; one number where these are alike."""
+        """The time at the fastest and at the slowest speed; one number where these are alike."""
         slowest, fastest = self.spread
-        low, high = _hours(hours / fastest), _hours(hours / slowest)
-        return low if low == high else f"{low} to {high}"
+        return _between(_hours(hours / fastest), _hours(hours / slowest))
 
     def _cost(self) -> Iterator[str]:
         if self.cost is not None:
             slowest, fastest = self.spread
             low, high = money(self.cost / fastest, self.currency), money(self.cost / slowest, self.currency)
             price = money(self.price or 0.0, self.currency)
-            yield f"cost          {low if low == high else f'{low} to {high}'}, at {price} per device-hour"
+            yield f"cost          {_between(low, high)}, at {price} per device-hour"
 
     def _start(self) -> Iterator[str]:
         if seconds := self.seconds_to_start or self.seconds_to_load:
@@ -151,12 +176,25 @@ class Plan:
             wall = self._range(hours / self.devices_per_trial / self.processes)
             yield (
                 f"select        afterwards trains at most {plural(self.fresh_runs, 'full run')} with fresh seeds: {wall}, "
-                f"{hours:.2f} device-hours{price} more; with --no-rerun none"
+                f"{device_time(hours * 3600)}{price} more; with --no-rerun none"
             )
+
+    def _together(self) -> Iterator[str]:
+        found = self._all()
+        low, high = (_hours(seconds / 3600) for seconds in found["seconds"])
+        cost = "" if self.price is None else f", {_between(*(money(cost, self.currency) for cost in found['cost']))}"
+        what = "search, selection and 2 starts" if self._starts == 2 else "with the start"
+        yield f"all together  {_between(low, high)}, {device_time(found['device_hours'] * 3600)}{cost}: {what}"
 
     def _busy(self) -> Iterator[str]:
         if self.load > _BUSY:
             yield f"busy          the machine is {self.load:.1f} times as busy as it has processors; on a free one it takes less"
+        if self.spread_is_assumed:
+            slowest, fastest = self.spread
+            yield (
+                f"range         of the times: from {fastest:.2g} to {slowest:.2g} times the speed measured within a second or two; "
+                "the processors are shared, so another moment tells another"
+            )
 
     def _nodes(self) -> Iterator[str]:
         if (there := self.cluster) is not None:
@@ -166,13 +204,29 @@ class Plan:
             yield f"nodes         {now}; {planned}; the speed is this machine's"
 
     def _limits(self) -> Iterator[str]:
-        for name, limit, needed in (
-            ("max_hours", self.max_hours, self.wall_hours),
-            ("max_device_hours", self.max_device_hours, self.device_hours),
-            ("max_cost", self.max_cost, self.cost or 0.0),
+        """The spent hours count too: a budget is that of all starts."""
+        more = " more" if self.done_trials else ""
+        for name, limit, needed, spent in (
+            ("max_hours", self.max_hours, self.wall_hours, self.spent_hours),
+            ("max_device_hours", self.max_device_hours, self.device_hours, self.spent_device_hours),
+            ("max_cost", self.max_cost, self.cost or 0.0, self.spent_device_hours * (self.price or 0.0)),
         ):
-            if limit is not None and limit < needed:
-                yield f"budget        {name}: {limit:g} ends it earlier, after about {plural(int(self.trials * limit / needed), 'trial')}"
+            if limit is not None and limit - spent < needed:
+                trials = int(self.trials * max(0.0, limit - spent) / needed)
+                yield f"budget        {name}: {limit:g} ends it earlier, after about {trials}{more} trial{'s' * (trials != 1)}"
+
+
+def widened(spread: tuple[float, float], load: float) -> tuple[float, float]:
+    """The spread of a speed that was measured for a second or two on shared processors: at least 30 % either way, more on a busy machine.
+
+    load: processes per processor; beyond 1.5, from half the speed to twice it.
+    """
+    slowest, fastest = _SHARED_BUSY if load > _BUSY else _SHARED
+    return min(slowest, spread[0]), max(fastest, spread[1])
+
+
+def _between(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
 
 
 def _hours(hours: float) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 from loratune.data.sources import DataRecipe
 from loratune.errors import StorageError
 from loratune.finetune.on_disk import data_size, weight_count
-from loratune.plugs import SAMPLERS
+from loratune.plugs import METRICS, SAMPLERS
 from loratune.record import StudyRecord, read
 from loratune.record.paths import StudyPaths
 from loratune.samplers.prior import Facts, Prior, Recommendation, effective, learning_rate, recommend
 from loratune.spec import StudySpec
 from loratune.spec.parameters import Parameter
 from loratune.system import hub
+from loratune.system.files import parsed
 from loratune.system.machine import gpu_memory
 from loratune.work import Hyperparameters, Json
 
@@ -44,7 +45,8 @@ def begins_with_guess(spec: StudySpec) -> bool:
 def guess(spec: StudySpec, memory: float | None = None) -> Guess:
     """The first guess of this study. memory: of the device, in bytes; None: that of the machine's smallest GPU, where one may train.
 
-    Raises DataError for data that cannot be read, StorageError for a warm start that is no study.
+    Its rank keeps the constraints on the adapter's size. Raises DataError for data that cannot be read, StorageError for a warm start
+    that is no study, SpecError for constraints that no adapter of the space keeps, which needs torch.
     """
     if memory is None and spec.executor.device != "cpu":
         memory = gpu_memory()
@@ -52,7 +54,24 @@ def guess(spec: StudySpec, memory: float | None = None) -> Guess:
     made = recommend(facts)
     for folder in spec.sampler.warm_start:
         made = _sharpened(made, facts, folder)
+    if any(METRICS[limit.metric].known == "before" for limit in spec.limits):
+        from loratune.study.size_limits import within_limits  # Optuna; torch for constraints on size
+
+        made = within_limits(spec, made, with_guess(spec, made))
     return Guess(facts=facts, recommendation=made)
+
+
+def guess_of(spec: StudySpec) -> Guess | None:
+    """The guess that the study in the spec's folder begins, or began, with: that of its first start; None where it begins with none.
+
+    Raises StorageError for a damaged one, and what `guess` does.
+    """
+    if not begins_with_guess(spec):
+        return None
+    paths = StudyPaths(spec.folder)
+    if paths.guess.exists() and paths.begun:
+        return parsed(paths.guess, Guess.from_json, "Restore it from a copy: the sampler's proposals depend on it.")
+    return guess(spec)
 
 
 def with_guess(spec: StudySpec, made: Recommendation) -> StudySpec:
@@ -89,7 +108,7 @@ def facts_of(spec: StudySpec, memory: float | None = None) -> Facts:
     text: dict[str, Any] = inner if isinstance(inner, dict) else config
     return Facts(
         family=str(config.get("model_type") or ""),
-        hidden_size=next((text[name] for name in _WIDTHS if isinstance(text.get(name), int)), None),
+        hidden_size=width_of(text),
         parameters=weight_count(spec.model.name_or_path, spec.model.revision),
         instruct=hub.has_chat_template(spec.model.name_or_path, spec.model.revision),
         examples=size[0] if size else None,
@@ -107,6 +126,11 @@ def model_config(name: str, revision: str | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def width_of(config: Mapping[str, Any]) -> int | None:
+    """The model's hidden size; None where its config does not say."""
+    return next((config[name] for name in _WIDTHS if isinstance(config.get(name), int)), None)
 
 
 def _per_rank(config: Mapping[str, Any]) -> int | None:
@@ -133,7 +157,7 @@ def _sharpened(made: Recommendation, facts: Facts, folder: str) -> Recommendatio
     best, spread = found
     model = record.spec.get("model", {})
     config = model_config(str(model.get("name_or_path", "")), model.get("revision"))
-    width = next((config[name] for name in _WIDTHS if isinstance(config.get(name), int)), facts.hidden_size)
+    width = width_of(config) or facts.hidden_size
     there = recommend(Facts(hidden_size=width, examples=_examples(record) or facts.examples)).prior
     own = recommend(facts).prior
     centre, sd = best + own.centre - there.centre, math.hypot(spread, _TRANSFER, abs(own.sd - there.sd))

@@ -20,12 +20,14 @@ from loratune.data.prepared import Prepared
 from loratune.executors.devices import ClusterDevices
 from loratune.plugs import EXECUTORS, METRICS, SAMPLERS, SCHEDULES
 from loratune.plugs.kinds import ADAPTER_BYTES
+from loratune.record import StudyRecord, read
 from loratune.record.idle import busy_at_most, idle_devices
+from loratune.record.paths import StudyPaths
 from loratune.samplers.bracket_rule import GUARD_RUNS, Options
 from loratune.samplers.prior import FEW_STEPS
 from loratune.schedules import SliceResult
 from loratune.spec import StudySpec
-from loratune.study.estimate import Plan
+from loratune.study.estimate import Plan, widened
 from loratune.study.objectives import Objectives
 from loratune.system.formatting import plural
 from loratune.system.hub import weights_on_disk
@@ -37,9 +39,9 @@ _MOST_SLOTS = _MOST_WORKERS = 8
 
 
 def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
-    """Count and probe. Trains for some seconds; leaves nothing behind. Raises ModelError, DataError, TrainingError.
+    """Count and probe. Trains for some seconds; leaves nothing behind. Raises ModelError, DataError, TrainingError, StorageError.
 
-    guard: whether the bracket search begins with its short runs.
+    guard: whether the bracket search begins with its short runs. What a study in the spec's folder has done is left out.
     """
     from loratune.finetune.engines import probe  # torch
     from loratune.selection.workflow import most_runs  # SciPy
@@ -50,38 +52,54 @@ def plan(spec: StudySpec, data: Prepared, guard: bool = False) -> Plan:
     steps = total_steps(len(data.train), default.batch_size, default.epochs)
     shown = order(spec.seed, len(data.train), steps * default.batch_size)
     runs, validations = expected(spec, guard)
-    trials, ending = _simulated(spec, random.Random(0), guard)[2:]
+    all_trials, ending = _simulated(spec, random.Random(0), guard)[2:]
     largest = _largest(spec, default)
     probed = probe(replace(spec.recipe(str(data.folder.resolve())), slots=slots), Path.cwd(), largest, threads=_threads(spec))
     adapter = probed.trainable_parameters * ADAPTER_BYTES
     kept = spec.output.keep_adapters
     most = _processes(spec) if on is None else max(1, min(_processes(spec), on.number // spec.training.devices_per_trial))
+    trials = all_trials
+    trial_tokens = int(data.train.lengths[shown].sum())
+    done = read(spec.folder) if StudyPaths(spec.folder).begun else None
+    done_runs = done.tokens / trial_tokens if done else 0.0
+    left = max(0.0, runs * _expected_epochs(spec, default) / default.epochs - done_runs)
+    if done is not None:
+        left = 0.0 if _all_spent(spec, done) else left
+        trials = max(math.ceil(left), trials - len(done.trials)) if left else 0
+        validations = max(0.0, validations - sum(len(o.curve) for t in done.trials for o in t.outcomes)) if left else 0.0
+    shared = not devices_of(spec)
+    load = _load() if shared else 0.0
     return Plan(
         trials=trials,
-        full_runs=runs * _expected_epochs(spec, default) / default.epochs,
+        full_runs=left,
+        done_trials=len(done.trials) if done else 0,
+        done_full_runs=done_runs,
+        spent_hours=done.wall_seconds / 3600 if done else 0.0,
+        spent_device_hours=done.spent_device_seconds / 3600 if done else 0.0,
         steps=steps,
-        trial_tokens=int(data.train.lengths[shown].sum()),
+        trial_tokens=trial_tokens,
         validation_tokens=int(data.validation.lengths.sum()),
         validations=validations,
         training_tokens_per_second=probed.training_tokens_per_second,
         validation_tokens_per_second=probed.validation_tokens_per_second,
-        processes=busy_at_most(spec.sampler.name, trials, most),
+        processes=busy_at_most(spec.sampler.name, max(1, trials), most),
         slots=slots,
         devices_per_trial=spec.training.devices_per_trial,
         device=probed.device,
         peak_memory_bytes=probed.peak_memory_bytes,
         largest_rank=largest.lora_r,
         adapter_bytes=adapter,
-        adapters_kept=trials if kept is None else min(trials, kept + 1),
+        adapters_kept=all_trials if kept is None else min(all_trials, kept + 1),
         problem="" if probed.state is State.COMPLETED else f"{probed.state.value.replace('_', ' ')}: {probed.message}",
-        spread=probed.spread,
-        load=0.0 if devices_of(spec) else _load(),
+        spread=widened(probed.spread, load) if shared else probed.spread,
+        spread_is_assumed=shared,
+        load=load,
         max_hours=spec.budget.max_hours,
         max_device_hours=spec.budget.max_device_hours,
         max_cost=spec.budget.max_cost,
         price=spec.budget.price_per_device_hour,
         currency=spec.budget.currency,
-        notes=_not_counted(spec),
+        notes=_not_counted(spec, len(data.validation), trial_tokens),
         idle=idle_of(spec, workers_for(spec)),
         cluster=on,
         seconds_to_load=probed.seconds_to_load,
@@ -203,17 +221,28 @@ def _simulated(spec: StudySpec, chance: random.Random, guard: bool = False) -> t
     return runs, validations, max(1, len(values)), ending
 
 
-def _not_counted(spec: StudySpec) -> tuple[str, ...]:
+def _all_spent(spec: StudySpec, done: StudyRecord) -> bool:
+    """Whether the study came to the end of the budget that it is given now."""
+    return done.budget_spent and done.spec.get("budget") == spec.budget.model_dump(mode="json")
+
+
+def _not_counted(spec: StudySpec, validation_examples: int, trial_tokens: int) -> tuple[str, ...]:
     """What makes a study cheaper or dearer than its trials' training."""
     known = [str(limit) for limit in spec.limits if METRICS[limit.metric].known == "before"]
     notes = [f"trials that break {', '.join(known)} are not trained and cost nothing"] if known else []
     if spec.scores:
         notes.append(f"scoring {', '.join(spec.scores)}, {spec.scoring.items} items each, after every trial that reaches its end")
     if spec.metrics:
-        sets = {(metric.data, metric.examples, metric.max_new_tokens) for metric in spec.metrics}
+        # Questions of a file of their own are counted when they are read.
+        sets = {(m.data, min(m.examples, validation_examples) if m.data is None else m.examples, m.max_new_tokens) for m in spec.metrics}
         asked, names = sum(examples for _, examples, _ in sets), ", ".join(metric.name for metric in spec.metrics)
+        tokens = sum(examples * most for _, examples, most in sets)
         rungs = " and at every rung" if spec.own_objective and SCHEDULES[spec.schedule.name].adaptive else ""
-        notes.append(f"generating up to {asked:,} answers for {names}, after every trial that reaches its end{rungs}")
+        notes.append(
+            f"generating {'up to ' * any(m.data for m in spec.metrics)}{asked:,} answers for {names}, after every trial that reaches its "
+            f"end{rungs}: at most {tokens:,} tokens, {100 * tokens / trial_tokens:.2g} % of the number that a trial trains on, "
+            "each slower than one of these"
+        )
     return tuple(notes)
 
 

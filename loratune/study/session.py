@@ -19,23 +19,29 @@ from loratune.system.masking import masked_command
 
 def adopt(spec: StudySpec, record: Record) -> None:
     """Make the folder this study's, or see that it is."""
-    path = record.paths.spec
-    spec = spec.masked()
-    if path.exists() and record.paths.begun:  # before the first trial, mending the description is free
-        try:
-            old = StudySpec.load(path)
-        except SpecError as error:
-            raise StorageError(f"the study's own description {path} cannot be read:\n{error}") from error
-        changed = differences(old, spec)
-        if changed:
-            lines = "\n".join(f"  {line}" for line in changed)
-            raise StorageError(
-                f"{record.folder} holds a study with another description:\n{lines}\n"
-                "Only a larger budget continues a study. Undo the change, or choose another --output.folder."
-            )
-    elif not record.paths.sessions.exists() and _strangers(record.folder):
+    same_description(spec)
+    fresh = not (record.paths.spec.exists() and record.paths.begun)
+    if fresh and not record.paths.sessions.exists() and _strangers(record.folder):
         raise StorageError(f"{record.folder} is neither empty nor a study's folder. Choose another --output.folder.")
-    write_atomically(path, spec.to_yaml())
+    write_atomically(record.paths.spec, spec.masked().to_yaml())
+
+
+def same_description(spec: StudySpec) -> None:
+    """See that the study which began in the spec's folder, if one did, is this one. Raises StorageError naming what differs."""
+    paths = StudyPaths(spec.folder)
+    if not (paths.spec.exists() and paths.begun):  # before the first trial, mending the description is free
+        return
+    try:
+        old = StudySpec.load(paths.spec)
+    except SpecError as error:
+        raise StorageError(f"the study's own description {paths.spec} cannot be read:\n{error}") from error
+    changed = differences(old, spec.masked())
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise StorageError(
+            f"{spec.folder} holds a study with another description:\n{lines}\n"
+            "Only a larger budget continues a study. Undo the change, or choose another --output.folder."
+        )
 
 
 def _strangers(folder: Path) -> list[str]:

@@ -138,5 +138,10 @@ def money(amount: float, currency: str = "") -> str:
     return _odd(amount) or f"{amount:.2f} {currency}".rstrip()
 
 
+def device_time(seconds: float) -> str:
+    """Devices' time added up: `13 device-seconds`, from a minute on `0.25 device-hours`."""
+    return f"{seconds:.0f} device-seconds" if seconds < 60 else f"{seconds / 3600:.2f} device-hours"
+
+
 def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -41,8 +41,8 @@ def test_a_study_from_run_to_export(tmp_path: Path, said: Any) -> None:
     assert code == 0
     totals = told["plan"]["totals"]
     shared = {"seconds", "cost", "device_hours", "tokens", "full_runs", "currency"}
-    assert totals.keys() == shared | {"start_seconds", "limits", "select"}
-    assert totals["select"].keys() == shared
+    assert totals.keys() == shared | {"start_seconds", "limits", "select", "all"}
+    assert totals["select"].keys() == totals["all"].keys() == shared
     assert (totals["full_runs"], totals["select"]["full_runs"]) == (2, 12)  # three runs each of both, and of the choice and the default
     assert 0 < totals["seconds"][0] <= totals["seconds"][1]
     assert totals["start_seconds"] > 0
@@ -53,6 +53,12 @@ def test_a_study_from_run_to_export(tmp_path: Path, said: Any) -> None:
     assert run["finished"]
     assert Path(run["adapter"]).is_dir()
     assert "trial 1: validation loss" in words
+    code, again, words = said("run", study, "--trials", "5", "--dry-run")
+    assert code == 0
+    assert (again["plan"]["done_trials"], again["plan"]["trials"]) == (2, 3), "what is on disk is not planned again"
+    assert again["plan"]["full_runs"] == pytest.approx(3, abs=0.1)
+    assert "2 are in its folder already" in words
+    assert said("run", study, "--dry-run")[1]["plan"]["totals"]["tokens"] == 0
     code, status, words = said("status", study)
     assert (code, words) == (0, "")
     assert status.keys() == keys_of("`run`, `status`")
