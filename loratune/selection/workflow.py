@@ -139,8 +139,10 @@ class _Selection:
         stated = rule_of(self.prefer, self.require, (), self.scores, study.own_objective)
         self.trials = allowed(ranking, stated, self.scores)
         self.excluded = len(ranking) - len(self.trials)
-        # The choice's adapter may have to be trained again.
-        self.again = int(study.paths.selection.exists() or any(find_adapter(study, t) is None for t in self.trials))
+        # The choice's adapter may have to be trained again. Only what the study did not keep takes a run from the race: what an earlier
+        # selection removed must not, or the same command would let fewer race than it did then.
+        self.reserve = int(any(find_adapter(study, t) is None for t in self.trials))
+        self.again = int(self.reserve or study.paths.selection.exists())
         self.noise = noise_of(ranking)
         self.by_own = METRICS[stated.metrics[0]].own if stated.metrics[0] in METRICS else False
         self.by_loss = stated.priorities[0] == "validation_loss" and not stated.weights
@@ -153,10 +155,10 @@ class _Selection:
         most = min(most, len(self.trials))
         full_runs = self.study.spec.get("budget", {}).get("full_runs")
         if runs is None and full_runs is not None and self.by_loss:
-            runs = most_runs(most, None, full_runs) + self.again + CHECKS * self.common_practice
+            runs = most_runs(most, None, full_runs) + self.reserve + CHECKS * self.common_practice
         if runs is None or not self.rerun:
             return most, None
-        left = runs - CHECKS * ((2 if self.default is not None else 1) + self.common_practice) - self.again
+        left = runs - CHECKS * ((2 if self.default is not None else 1) + self.common_practice) - self.reserve
         if left < FIRST:
             raise SpecError(
                 f"runs: got {runs}; at least {FIRST + runs - left} are needed: {FIRST} per finalist, {CHECKS} each for the chosen trial "

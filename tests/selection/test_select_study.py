@@ -299,10 +299,10 @@ def test_a_study_that_is_not_finished(study: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_command(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["select", str(study), "--finalists", "2", "--common-practice", "--yes"]) == 0
+    assert main(["select", str(study), "--runs", "13", "--common-practice", "--yes"]) == 0
     out = capsys.readouterr().out
     told = out.splitlines()
-    cost = next(n for n, line in enumerate(told) if line.startswith("At most 15 runs, "))
+    cost = next(n for n, line in enumerate(told) if line.startswith("At most 13 runs, "))
     assert cost < next(n for n, line in enumerate(told) if ", race-00: " in line)
     record = read_selection(study)
     assert record is not None
@@ -317,6 +317,9 @@ def test_the_command(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert practice.value == pytest.approx(sum(run["validation_loss"] for run in runs) / CHECKS)
     assert f"the gain over it is {gain:.4f}" in out
     assert f"Gain over common practice</dt><dd>{signed(gain.value)}" in (study / "report.html").read_text()
+    before = outcomes(study)
+    same(result(study, runs=13, common_practice=True), record)  # the same command once more is the same choice, and trains nothing
+    assert outcomes(study) == before
     assert told[-1] == f"Adapter:  {study / 'adapter'}"
 
 
