@@ -4,17 +4,23 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from loratune.delivery.handover import selection_of
+from loratune.delivery.handover import chosen_trial
+from loratune.delivery.recipes.rows import TALKS, builder, chat_template, place, row_format, tokenizers_template
 from loratune.errors import SpecError, StorageError
 from loratune.record import StudyRecord, Trial, read
-from loratune.record.adapters import best_of, find_adapter, trial_of
+from loratune.record.adapters import find_adapter
 from loratune.record.paths import ADAPTER_CONFIG
+from loratune.report.tables import headline
 from loratune.system.files import AnyPath, write_atomically
+from loratune.system.formatting import plural
 from loratune.work import Hyperparameters
+
+if TYPE_CHECKING:
+    from loratune.selection import SelectionRecord
 
 _LLAMA = {
     "qv": ["q_proj", "v_proj"],
@@ -33,6 +39,12 @@ class _Best:
     h: Hyperparameters
     targets: str | list[str]  # all-linear, or the names of modules
     notes: list[str]
+    selection: "SelectionRecord | None" = None
+
+    @property
+    def base(self) -> str:
+        """The base model's absolute path or hub id."""
+        return place(self.record, str(self.section("model").get("name_or_path")))
 
     def section(self, name: str) -> Mapping[str, Any]:
         found = self.record.spec.get(name)
@@ -51,12 +63,16 @@ class _Best:
 
     @property
     def sources(self) -> list[Mapping[str, Any]]:
-        return [source for source in self.section("data").get("train", []) if isinstance(source, Mapping)]
+        return self._of("train")
 
     @property
     def validation(self) -> list[Mapping[str, Any]]:
         """The files of validation data; empty where it is held out of the training data."""
-        return [source for source in self.section("data").get("validation") or [] if isinstance(source, Mapping)]
+        return self._of("validation")
+
+    def _of(self, role: str) -> list[Mapping[str, Any]]:
+        found = [source for source in self.section("data").get(role) or [] if isinstance(source, Mapping)]
+        return [{**source, "given": source["path"], "path": place(self.record, str(source["path"]))} for source in found]
 
     @property
     def held_out(self) -> float | int | None:
@@ -75,6 +91,9 @@ class _Best:
         elif self.section("data").get("validation_count") or any(source.get("count") for source in self.validation):
             self.notes.append(f"{tool} validates on all rows of the validation data, of which the study drew some")
 
+    def format(self, source: Mapping[str, Any]) -> str:
+        return row_format(self.record, source, self.columns(source))
+
     def columns(self, source: Mapping[str, Any]) -> dict[str, str]:
         return {**(self.section("data").get("columns") or {}), **(source.get("columns") or {})}
 
@@ -82,16 +101,17 @@ class _Best:
 def export_recipe(folder: AnyPath, destination: AnyPath, form: str, *, trial: int | None = None) -> tuple[Path, tuple[str, ...]]:
     """Write the settings of a trial as a file of `form` (trl, axolotl, llamafactory, peft); returns it, and what it does not hold.
 
-    trial: its number; by default the one that a selection chose, else the best. For LLaMA-Factory a `dataset_info.json` is written
-    beside. Raises SpecError for an unknown form, StorageError for a file that stands there or a trial that does not.
+    trial: its number; by default the one that a selection chose, else the best. Beside the file, LLaMA-Factory's has a
+    `dataset_info.json`, and TRL's the chat template of a study that showed messages by another than the tokenizer's. Raises SpecError
+    for an unknown form, StorageError for a file that stands there or a trial that does not.
     """
     if form not in FORMS:
         raise SpecError(f"got the format {form!r}; allowed: {', '.join(FORMS)}")
     record, destination = read(folder), Path(destination)
-    chosen = selection_of(record) if trial is None else None
-    found = chosen.trial_of(record) if chosen is not None else best_of(record) if trial is None else trial_of(record, trial)
+    found, selection = chosen_trial(record, trial)
     notes: list[str] = []
-    best = _Best(record=record, trial=found, h=found.hyperparameters, targets=_targets(record, found, notes), notes=notes)
+    targets = _targets(record, found, notes)
+    best = _Best(record=record, trial=found, h=found.hyperparameters, targets=targets, notes=notes, selection=selection)
     others = FORMS[form](best, destination)
     for path in others:
         if path.exists():
@@ -110,7 +130,7 @@ def _peft(best: _Best, destination: Path) -> dict[Path, str]:
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": best.section("model").get("name_or_path"),
+        "base_model_name_or_path": best.base,
         "revision": best.section("model").get("revision"),
         "r": h.lora_r,
         "lora_alpha": best.alpha,
@@ -125,8 +145,9 @@ def _peft(best: _Best, destination: Path) -> dict[Path, str]:
 
 def _trl(best: _Best, destination: Path) -> dict[Path, str]:
     model, data = best.section("model"), best.section("data")
+    shown, beside = _trl_shown(best, destination)
     content = {
-        "model_name_or_path": model.get("name_or_path"),
+        "model_name_or_path": best.base,
         **({"model_revision": model["revision"]} if model.get("revision") else {}),
         **({"attn_implementation": model["attn_implementation"]} if model.get("attn_implementation") else {}),
         "dtype": "auto" if model.get("dtype", "auto") == "auto" else model["dtype"],
@@ -138,16 +159,45 @@ def _trl(best: _Best, destination: Path) -> dict[Path, str]:
         "lora_target_modules": [best.targets] if isinstance(best.targets, str) else best.targets,
         "use_rslora": best.h.use_rslora,
         **_trl_sources(best),
+        **shown,
         "max_length": data.get("max_length", 512),
         "gradient_checkpointing": bool(best.section("training").get("gradient_checkpointing", False)),
         **_transformers(best),
     }
     for source in best.sources:
         if best.columns(source):
-            best.notes.append(f"{source['path']}: trl reads no columns of other names; rename {best.columns(source)}")
-    if best.section("data").get("prompt") == "alpaca" or best.record.prompt.get("kind") != "chat":
-        best.notes.append("trl shows rows by the tokenizer's chat template, or as plain text; the study used another prompt")
-    return {destination: _yaml(best, content, "trl sft --config")}
+            best.notes.append(f"{source['given']}: trl reads no columns of other names; rename {best.columns(source)}")
+    return {destination: _yaml(best, content, "trl sft --config"), **beside}
+
+
+def _trl_shown(best: _Best, destination: Path) -> tuple[dict[str, Any], dict[Path, str]]:
+    """(fields that show the rows as the study did and score the answers alone, a template's file beside); TRL 1's names."""
+    formats = {best.format(source) for source in best.sources}
+    prompt = best.record.prompt
+    its = "its own template" if prompt.get("template") else f"the prompt {prompt.get('kind')}"
+    if formats and not formats & {*TALKS, ""}:
+        if "text" in formats:
+            best.notes.append("trl scores all of a plain text: write the rows as prompt and completion to score the answers alone")
+        if others := sorted(formats - {"prompt_completion", "text"}):
+            best.notes.append(f"trl reads no rows of the format {', '.join(others)}: write them as prompt and completion")
+        best.notes.append(f"trl shows a prompt and completion of text as they stand, the study showed them by {its}: write it into them")
+        return ({} if formats == {"text"} else {"completion_only_loss": True}), {}
+    if "" in formats:
+        best.notes.append("for rows of prompt and completion write completion_only_loss for assistant_only_loss, which is for messages")
+    wanted = "assistant_only_loss needs {% generation %} around the answers in the chat template"
+    if prompt.get("kind") == "chat" and not prompt.get("template"):
+        if "generation" not in tokenizers_template(best.record):
+            best.notes.append(f"{wanted}; trl has such templates of some model families, else give yours as chat_template_path")
+        return {"assistant_only_loss": True}, {}
+    template = chat_template(best.record, tagged=True)
+    if not template:
+        best.notes.append(f"the study showed rows by {its}: give chat_template_path a template that does; {wanted}")
+        return {"assistant_only_loss": True}, {}
+    path = destination.absolute().with_suffix(".jinja")
+    best.notes.append(f"{path.name} shows messages by {its}, as the study did")
+    if "generation" not in template:
+        best.notes.append(f"{wanted}: write it into {path.name}")
+    return {"assistant_only_loss": True, "chat_template_path": str(path)}, {path: template}
 
 
 def _trl_sources(best: _Best) -> dict[str, Any]:
@@ -157,21 +207,21 @@ def _trl_sources(best: _Best) -> dict[str, Any]:
         best.tell_of_validation("trl")
         return sources | {"test_split_size": best.held_out, "eval_strategy": "epoch"}
     one, other = (best.sources[0], best.validation[0]) if len(best.sources) == len(best.validation) == 1 else ({}, {})
-    if one and one["path"] == other["path"] and not _builder(str(one["path"])):
+    if one and one["path"] == other["path"] and not builder(str(one["path"])):
         best.tell_of_validation("trl")
         names = {"dataset_train_split": one.get("split") or "train", "dataset_test_split": other.get("split") or "train"}
         return {"dataset_name": str(one["path"]), **names, "eval_strategy": "epoch"}
     if best.validation:
-        paths = ", ".join(str(source["path"]) for source in best.validation)
+        paths = ", ".join(str(source["given"]) for source in best.validation)
         best.notes.append(f"trl reads no validation files ({paths}): it validates on a share of the training data, or not at all")
     return sources
 
 
 def _trl_data(source: Mapping[str, Any]) -> dict[str, Any]:
     path = str(source["path"])
-    builder = _builder(path)
+    kind = builder(path)
     split = {"split": source["split"]} if source.get("split") else {}
-    return {"path": builder, "data_files": path} if builder else {"path": path, **split}
+    return {"path": kind, "data_files": path} if kind else {"path": path, **split}
 
 
 def _axolotl(best: _Best, destination: Path) -> dict[Path, str]:
@@ -182,7 +232,7 @@ def _axolotl(best: _Best, destination: Path) -> dict[Path, str]:
     else:
         extra = {}
     content = {
-        "base_model": model.get("name_or_path"),
+        "base_model": best.base,
         **({"revision_of_model": model["revision"]} if model.get("revision") else {}),
         "adapter": "qlora" if four else "lora",
         **({"load_in_4bit": True} if four else {}),
@@ -194,6 +244,7 @@ def _axolotl(best: _Best, destination: Path) -> dict[Path, str]:
         **extra,
         "datasets": [_axolotl_data(best, source) for source in best.sources],
         **_axolotl_validation(best),
+        **_axolotl_template(best),
         "sequence_len": data.get("max_length", 512),
         "micro_batch_size": best.micro,
         "gradient_accumulation_steps": best.h.batch_size // best.micro,
@@ -222,17 +273,28 @@ def _axolotl_validation(best: _Best) -> dict[str, Any]:
     return {"test_datasets": tests, "eval_strategy": "epoch"} if tests else {}
 
 
+def _axolotl_template(best: _Best) -> dict[str, Any]:
+    """How messages are shown, where that is not by the tokenizer's own chat template."""
+    if not any(best.format(source) in TALKS for source in best.sources):
+        return {}
+    if template := chat_template(best.record):
+        return {"chat_template": "jinja", "chat_template_jinja": template}
+    if best.record.prompt.get("kind") != "chat" or best.record.prompt.get("template"):
+        best.notes.append("the study showed messages by a prompt of its own: give chat_template_jinja one that does")
+    return {}
+
+
 def _axolotl_data(best: _Best, source: Mapping[str, Any]) -> dict[str, Any]:
     path, columns = str(source["path"]), best.columns(source)
-    builder = _builder(path)
-    found: dict[str, Any] = {"path": path, **({"ds_type": builder} if builder else {})}
+    kind = builder(path)
+    found: dict[str, Any] = {"path": path, **({"ds_type": kind} if kind else {})}
     if source.get("split"):
         found["split"] = source["split"]
-    if best.record.prompt.get("kind") == "chat":
+    if best.record.prompt.get("kind") == "chat" or best.format(source) in TALKS:
         if source.get("format") in ("alpaca", "dolly", "prompt_completion") or columns.keys() & {"instruction", "prompt"}:
-            best.notes.append(f"{path}: axolotl's chat_template reads messages; write these rows as messages")
-        names = {"role": "from", "content": "value"} if source.get("format") == "sharegpt" else {}
-        field = columns.get("messages") or ("conversations" if source.get("format") == "sharegpt" else "messages")
+            best.notes.append(f"{source['given']}: axolotl's chat_template reads messages; write these rows as messages")
+        names = {"role": "from", "content": "value"} if best.format(source) == "sharegpt" else {}
+        field = columns.get("messages") or ("conversations" if names else "messages")
         return found | {"type": "chat_template", "field_messages": field, **({"message_property_mappings": names} if names else {})}
     fields = {f"field_{name}": columns[name] for name in ("instruction", "input", "output") if name in columns}
     if not fields:
@@ -259,7 +321,7 @@ def _llamafactory(best: _Best, destination: Path) -> dict[Path, str]:
         best.notes.append("template: LLaMA-Factory has templates of its own; write the name of your model's for `default`")
     kernels = {"flash_attention_2": "fa2", "sdpa": "sdpa", "eager": "disabled"}
     content = {
-        "model_name_or_path": model.get("name_or_path"),
+        "model_name_or_path": best.base,
         **({"model_revision": model["revision"]} if model.get("revision") else {}),
         **({"flash_attn": kernels[model["attn_implementation"]]} if model.get("attn_implementation") in kernels else {}),
         **({"quantization_bit": 4} if model.get("load_in_4bit") else {}),
@@ -273,7 +335,7 @@ def _llamafactory(best: _Best, destination: Path) -> dict[Path, str]:
         **({"use_rslora": True} if best.h.use_rslora else {}),
         **({"loraplus_lr_ratio": best.h.loraplus_lr_ratio} if best.h.loraplus_lr_ratio != 1 else {}),
         "dataset": ",".join(names),
-        "dataset_dir": str(destination.parent),
+        "dataset_dir": str(destination.parent.absolute()),
         "template": "default" if chat else "alpaca",
         "cutoff_len": data.get("max_length", 512),
         **({"eval_dataset": ",".join(tests)} if tests else {}),
@@ -293,17 +355,18 @@ def _dataset_info(best: _Best, sources: list[Mapping[str, Any]]) -> tuple[dict[s
         name = Path(path).stem.replace(",", "-")
         while name in info:
             name += "-2"
-        place = {"file_name": str(Path(path).resolve())} if Path(path).exists() or _builder(path) else {"hf_hub_url": path}
+        place = {"file_name": str(Path(path).resolve())} if Path(path).exists() or builder(path) else {"hf_hub_url": path}
         place |= {"split": source["split"]} if source.get("split") and "hf_hub_url" in place else {}
         theirs = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
-        if source.get("format") in ("messages", "sharegpt") or best.record.prompt.get("kind") == "chat":
-            field = columns.get("messages") or ("conversations" if source.get("format") == "sharegpt" else "messages")
+        kind = best.format(source)
+        if kind in TALKS or (not kind and best.record.prompt.get("kind") == "chat"):
+            field = columns.get("messages") or ("conversations" if kind == "sharegpt" else "messages")
             tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
-            roles = {} if source.get("format") == "sharegpt" else {"tags": tags}
+            roles = {} if kind == "sharegpt" else {"tags": tags}
             info[name] = {**place, "formatting": "sharegpt", "columns": {"messages": field}, **roles}
         else:
             named = {tool: columns[ours] for tool, ours in theirs.items() if ours in columns}
-            response = {"response": columns.get("response", "response")} if source.get("format") == "dolly" or "response" in columns else {}
+            response = {"response": columns.get("response", "response")} if kind == "dolly" or "response" in columns else {}
             info[name] = {**place, **({"columns": {**named, **response}} if named or response else {})}
     return info, list(info)
 
@@ -365,15 +428,17 @@ def _targets(record: StudyRecord, trial: Trial, notes: list[str]) -> str | list[
     return _LLAMA[given]
 
 
-def _builder(path: str) -> str:
-    """The `datasets` builder of a file; empty for a hub id."""
-    suffix = Path(path.removesuffix(".gz")).suffix.lower()
-    return {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(suffix, "")
+def _loss(best: _Best) -> str:
+    """The validation loss that no choice flatters, where a selection measured it."""
+    unbiased = best.selection.unbiased if best.selection is not None else None
+    if best.selection is None or unbiased is None:
+        return "" if best.trial.value is None else f", validation loss {best.trial.value:.4f} in the study"
+    gain = f"; gain {unbiased.gain:.4f} over {headline(best.record).against}" if unbiased.gain else ""
+    return f", validation loss {unbiased.chosen:.4f} with {plural(best.selection.fresh_seeds, 'fresh seed')}{gain}"
 
 
 def _yaml(best: _Best, content: Mapping[str, Any], command: str) -> str:
-    loss = "" if best.trial.value is None else f", validation loss {best.trial.value:.4f}"
-    head = f"# The settings of trial {best.trial.number} of the study {best.record.name}{loss}. Use: {command} THIS_FILE\n"
+    head = f"# The settings of trial {best.trial.number} of the study {best.record.name}{_loss(best)}. Use: {command} THIS_FILE\n"
     notes = "".join(f"# {note}\n".replace("\n# ", " ") for note in best.notes)
     return head + notes + yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
