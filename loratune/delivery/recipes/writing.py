@@ -194,7 +194,7 @@ def _trl_shown(best: _Best, destination: Path) -> tuple[dict[str, Any], dict[Pat
         best.notes.append(f"the study showed rows by {its}: give chat_template_path a template that does; {wanted}")
         return {"assistant_only_loss": True}, {}
     path = destination.absolute().with_suffix(".jinja")
-    best.notes.append(f"{path.name} shows messages by {its}, as the study did")
+    best.notes.append(f"{path.name} shows messages as the study did, by {its}; a tokenizer may join text across an answer's start")
     if "generation" not in template:
         best.notes.append(f"{wanted}: write it into {path.name}")
     return {"assistant_only_loss": True, "chat_template_path": str(path)}, {path: template}
