@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loratune.delivery.handover import chosen_trial
-from loratune.delivery.recipes.rows import TALKS, builder, chat_template, place, row_format, tokenizers_template
+from loratune.delivery.recipes.shown_rows import TALKS, builder, chat_template, place, row_format, tokenizers_template
 from loratune.errors import SpecError, StorageError
 from loratune.record import StudyRecord, Trial, read
 from loratune.record.adapters import find_adapter
