@@ -2,100 +2,23 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import Any
 
 from loratune.delivery.handover import chosen_trial
-from loratune.delivery.recipes.shown_rows import TALKS, builder, chat_template, place, row_format, tokenizers_template
+from loratune.delivery.recipes.best_settings import (
+    SCHEDULERS,
+    BestSettings,
+    recipe_text,
+    target_names,
+    transformers_arguments,
+    whole_alpha,
+)
+from loratune.delivery.recipes.shown_rows import TALKS, builder, chat_template, tokenizers_template
 from loratune.errors import SpecError, StorageError
-from loratune.record import StudyRecord, Trial, read
-from loratune.record.adapters import find_adapter
-from loratune.record.paths import ADAPTER_CONFIG
-from loratune.report.tables import headline
+from loratune.record import read
 from loratune.system.files import AnyPath, write_atomically
-from loratune.system.formatting import plural
 from loratune.work import Hyperparameters
-
-if TYPE_CHECKING:
-    from loratune.selection import SelectionRecord
-
-_LLAMA = {
-    "qv": ["q_proj", "v_proj"],
-    "qkvo": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "mlp": ["gate_proj", "up_proj", "down_proj"],
-}
-_SCHEDULERS = {"constant": "constant_with_warmup"}  # ours warms up
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Best:
-    """What a recipe is made of."""
-
-    record: StudyRecord
-    trial: Trial
-    h: Hyperparameters
-    targets: str | list[str]  # all-linear, or the names of modules
-    notes: list[str]
-    selection: "SelectionRecord | None" = None
-
-    @property
-    def base(self) -> str:
-        """The base model's absolute path or hub id."""
-        return place(self.record, str(self.section("model").get("name_or_path")))
-
-    def section(self, name: str) -> Mapping[str, Any]:
-        found = self.record.spec.get(name)
-        return found if isinstance(found, Mapping) else {}
-
-    @property
-    def alpha(self) -> int | float:
-        """Whole where it can be: these tools' lora_alpha is a whole number."""
-        return int(self.h.lora_alpha) if self.h.lora_alpha == int(self.h.lora_alpha) else self.h.lora_alpha
-
-    @property
-    def micro(self) -> int:
-        """The largest batch per pass, up to the study's, that divides the batch of a step."""
-        most = int(self.section("training").get("micro_batch_size", 4))
-        return next(size for size in range(min(most, self.h.batch_size), 0, -1) if self.h.batch_size % size == 0)
-
-    @property
-    def sources(self) -> list[Mapping[str, Any]]:
-        return self._of("train")
-
-    @property
-    def validation(self) -> list[Mapping[str, Any]]:
-        """The files of validation data; empty where it is held out of the training data."""
-        return self._of("validation")
-
-    def _of(self, role: str) -> list[Mapping[str, Any]]:
-        found = [source for source in self.section("data").get(role) or [] if isinstance(source, Mapping)]
-        return [{**source, "given": source["path"], "path": place(self.record, str(source["path"]))} for source in found]
-
-    @property
-    def held_out(self) -> float | int | None:
-        """The share, below 1, or the number of the training examples that the study held out."""
-        data, each = self.section("data"), [source.get("validation_count") for source in self.sources]
-        if self.validation:
-            return None
-        if data.get("validation_fraction") is not None:
-            return float(data["validation_fraction"])
-        return data.get("validation_count") or sum(count for count in each if count) or None
-
-    def tell_of_validation(self, tool: str) -> None:
-        """What is not the same of the validation data in a recipe that holds their files, or their share."""
-        if self.held_out is not None:
-            self.notes.append(f"{tool} draws as many rows for validation as the study, but other ones, and not from each source its part")
-        elif self.section("data").get("validation_count") or any(source.get("count") for source in self.validation):
-            self.notes.append(f"{tool} validates on all rows of the validation data, of which the study drew some")
-
-    def format(self, source: Mapping[str, Any]) -> str:
-        return row_format(self.record, source, self.columns(source))
-
-    def columns(self, source: Mapping[str, Any]) -> dict[str, str]:
-        return {**(self.section("data").get("columns") or {}), **(source.get("columns") or {})}
 
 
 def export_recipe(folder: AnyPath, destination: AnyPath, form: str, *, trial: int | None = None) -> tuple[Path, tuple[str, ...]]:
@@ -110,8 +33,8 @@ def export_recipe(folder: AnyPath, destination: AnyPath, form: str, *, trial: in
     record, destination = read(folder), Path(destination)
     found, selection = chosen_trial(record, trial)
     notes: list[str] = []
-    targets = _targets(record, found, notes)
-    best = _Best(record=record, trial=found, h=found.hyperparameters, targets=targets, notes=notes, selection=selection)
+    targets = target_names(record, found, notes)
+    best = BestSettings(record=record, trial=found, h=found.hyperparameters, targets=targets, notes=notes, selection=selection)
     others = FORMS[form](best, destination)
     for path in others:
         if path.exists():
@@ -125,7 +48,7 @@ def export_recipe(folder: AnyPath, destination: AnyPath, form: str, *, trial: in
 # ---- one form each ----
 
 
-def _peft(best: _Best, destination: Path) -> dict[Path, str]:
+def _peft(best: BestSettings, destination: Path) -> dict[Path, str]:
     h = best.h
     content = {
         "peft_type": "LORA",
@@ -143,7 +66,7 @@ def _peft(best: _Best, destination: Path) -> dict[Path, str]:
     return {destination: json.dumps(content, indent=2) + "\n"}
 
 
-def _trl(best: _Best, destination: Path) -> dict[Path, str]:
+def _trl(best: BestSettings, destination: Path) -> dict[Path, str]:
     model, data = best.section("model"), best.section("data")
     shown, beside = _trl_shown(best, destination)
     content = {
@@ -154,7 +77,7 @@ def _trl(best: _Best, destination: Path) -> dict[Path, str]:
         **({"load_in_4bit": True} if model.get("load_in_4bit") else {}),
         "use_peft": True,
         "lora_r": best.h.lora_r,
-        "lora_alpha": _whole_alpha(best),
+        "lora_alpha": whole_alpha(best),
         "lora_dropout": best.h.lora_dropout,
         "lora_target_modules": [best.targets] if isinstance(best.targets, str) else best.targets,
         "use_rslora": best.h.use_rslora,
@@ -162,15 +85,15 @@ def _trl(best: _Best, destination: Path) -> dict[Path, str]:
         **shown,
         "max_length": data.get("max_length", 512),
         "gradient_checkpointing": bool(best.section("training").get("gradient_checkpointing", False)),
-        **_transformers(best),
+        **transformers_arguments(best),
     }
     for source in best.sources:
         if best.columns(source):
             best.notes.append(f"{source['given']}: trl reads no columns of other names; rename {best.columns(source)}")
-    return {destination: _yaml(best, content, "trl sft --config"), **beside}
+    return {destination: recipe_text(best, content, "trl sft --config"), **beside}
 
 
-def _trl_shown(best: _Best, destination: Path) -> tuple[dict[str, Any], dict[Path, str]]:
+def _trl_shown(best: BestSettings, destination: Path) -> tuple[dict[str, Any], dict[Path, str]]:
     """(fields that show the rows as the study did and score the answers alone, a template's file beside); TRL 1's names."""
     formats = {best.format(source) for source in best.sources}
     prompt = best.record.prompt
@@ -200,7 +123,7 @@ def _trl_shown(best: _Best, destination: Path) -> tuple[dict[str, Any], dict[Pat
     return {"assistant_only_loss": True, "chat_template_path": str(path)}, {path: template}
 
 
-def _trl_sources(best: _Best) -> dict[str, Any]:
+def _trl_sources(best: BestSettings) -> dict[str, Any]:
     """Training and validation data: of one hub data set its splits, of others the share that is held out."""
     sources = {"datasets": [_trl_data(source) for source in best.sources]}
     if best.held_out is not None:
@@ -224,7 +147,7 @@ def _trl_data(source: Mapping[str, Any]) -> dict[str, Any]:
     return {"path": kind, "data_files": path} if kind else {"path": path, **split}
 
 
-def _axolotl(best: _Best, destination: Path) -> dict[Path, str]:
+def _axolotl(best: BestSettings, destination: Path) -> dict[Path, str]:
     model, data, training = best.section("model"), best.section("data"), best.section("training")
     four = bool(model.get("load_in_4bit"))
     if best.h.loraplus_lr_ratio != 1:
@@ -237,7 +160,7 @@ def _axolotl(best: _Best, destination: Path) -> dict[Path, str]:
         "adapter": "qlora" if four else "lora",
         **({"load_in_4bit": True} if four else {}),
         "lora_r": best.h.lora_r,
-        "lora_alpha": _whole_alpha(best),
+        "lora_alpha": whole_alpha(best),
         "lora_dropout": best.h.lora_dropout,
         **({"lora_target_linear": True} if best.targets == "all-linear" else {"lora_target_modules": best.targets}),
         **({"peft_use_rslora": True} if best.h.use_rslora else {}),
@@ -250,7 +173,7 @@ def _axolotl(best: _Best, destination: Path) -> dict[Path, str]:
         "gradient_accumulation_steps": best.h.batch_size // best.micro,
         "num_epochs": best.h.epochs,
         "learning_rate": best.h.learning_rate,
-        "lr_scheduler": _SCHEDULERS.get(training.get("lr_scheduler_type", "cosine"), training.get("lr_scheduler_type", "cosine")),
+        "lr_scheduler": SCHEDULERS.get(training.get("lr_scheduler_type", "cosine"), training.get("lr_scheduler_type", "cosine")),
         "warmup_ratio": best.h.warmup_ratio,
         "optimizer": "adamw_torch",
         "weight_decay": best.h.weight_decay,
@@ -261,10 +184,10 @@ def _axolotl(best: _Best, destination: Path) -> dict[Path, str]:
         "seed": best.record.spec.get("seed", 0),
         "output_dir": f"./{best.record.name}",
     }
-    return {destination: _yaml(best, content, "axolotl train")}
+    return {destination: recipe_text(best, content, "axolotl train")}
 
 
-def _axolotl_validation(best: _Best) -> dict[str, Any]:
+def _axolotl_validation(best: BestSettings) -> dict[str, Any]:
     best.tell_of_validation("axolotl")
     if best.held_out is not None:
         return {"val_set_size": best.held_out, "eval_strategy": "epoch"}
@@ -273,7 +196,7 @@ def _axolotl_validation(best: _Best) -> dict[str, Any]:
     return {"test_datasets": tests, "eval_strategy": "epoch"} if tests else {}
 
 
-def _axolotl_template(best: _Best) -> dict[str, Any]:
+def _axolotl_template(best: BestSettings) -> dict[str, Any]:
     """How messages are shown, where that is not by the tokenizer's own chat template."""
     if not any(best.format(source) in TALKS for source in best.sources):
         return {}
@@ -284,7 +207,7 @@ def _axolotl_template(best: _Best) -> dict[str, Any]:
     return {}
 
 
-def _axolotl_data(best: _Best, source: Mapping[str, Any]) -> dict[str, Any]:
+def _axolotl_data(best: BestSettings, source: Mapping[str, Any]) -> dict[str, Any]:
     path, columns = str(source["path"]), best.columns(source)
     kind = builder(path)
     found: dict[str, Any] = {"path": path, **({"ds_type": kind} if kind else {})}
@@ -311,7 +234,7 @@ _ALPACA = (
 )
 
 
-def _llamafactory(best: _Best, destination: Path) -> dict[Path, str]:
+def _llamafactory(best: BestSettings, destination: Path) -> dict[Path, str]:
     model, data = best.section("model"), best.section("data")
     info, names = _dataset_info(best, [*best.sources, *best.validation])
     names, tests = names[: len(best.sources)], names[len(best.sources) :]
@@ -329,7 +252,7 @@ def _llamafactory(best: _Best, destination: Path) -> dict[Path, str]:
         "do_train": True,
         "finetuning_type": "lora",
         "lora_rank": best.h.lora_r,
-        "lora_alpha": _whole_alpha(best),
+        "lora_alpha": whole_alpha(best),
         "lora_dropout": best.h.lora_dropout,
         "lora_target": "all" if best.targets == "all-linear" else ",".join(best.targets),
         **({"use_rslora": True} if best.h.use_rslora else {}),
@@ -341,13 +264,13 @@ def _llamafactory(best: _Best, destination: Path) -> dict[Path, str]:
         **({"eval_dataset": ",".join(tests)} if tests else {}),
         **({"val_size": best.held_out} if best.held_out is not None else {}),
         **({"eval_strategy": "epoch"} if tests or best.held_out is not None else {}),
-        **_transformers(best),
+        **transformers_arguments(best),
     }
     beside = destination.parent / "dataset_info.json"
-    return {destination: _yaml(best, content, "llamafactory-cli train"), beside: json.dumps(info, indent=2) + "\n"}
+    return {destination: recipe_text(best, content, "llamafactory-cli train"), beside: json.dumps(info, indent=2) + "\n"}
 
 
-def _dataset_info(best: _Best, sources: list[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+def _dataset_info(best: BestSettings, sources: list[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     """(dataset_info.json, the name there of each source)."""
     info: dict[str, Any] = {}
     for source in sources:
@@ -371,7 +294,7 @@ def _dataset_info(best: _Best, sources: list[Mapping[str, Any]]) -> tuple[dict[s
     return info, list(info)
 
 
-FORMS: dict[str, Callable[[_Best, Path], dict[Path, str]]] = {
+FORMS: dict[str, Callable[[BestSettings, Path], dict[Path, str]]] = {
     "trl": _trl,
     "axolotl": _axolotl,
     "llamafactory": _llamafactory,
@@ -379,79 +302,6 @@ FORMS: dict[str, Callable[[_Best, Path], dict[Path, str]]] = {
 }
 
 
-# ---- parts ----
-
-
-def _transformers(best: _Best) -> dict[str, Any]:
-    """Fields of Transformers' TrainingArguments, as of 5: a warmup below 1 is a share of the steps."""
-    training = best.section("training")
-    kind = training.get("lr_scheduler_type", "cosine")
-    return {
-        "per_device_train_batch_size": best.micro,
-        "gradient_accumulation_steps": best.h.batch_size // best.micro,
-        "num_train_epochs": best.h.epochs,
-        "learning_rate": best.h.learning_rate,
-        "lr_scheduler_type": _SCHEDULERS.get(kind, kind),
-        "warmup_steps": best.h.warmup_ratio,
-        "weight_decay": best.h.weight_decay,
-        "max_grad_norm": training.get("max_grad_norm", 1.0) or 0.0,
-        "optim": "adamw_torch",
-        "seed": best.record.spec.get("seed", 0),
-        "output_dir": f"./{best.record.name}",
-    }
-
-
 def _training(h: Hyperparameters) -> dict[str, float]:
     names = ("learning_rate", "batch_size", "epochs", "warmup_ratio", "weight_decay")
     return {name: getattr(h, name) for name in names}
-
-
-def _whole_alpha(best: _Best) -> int:
-    if best.alpha != int(best.alpha):
-        best.notes.append(f"lora_alpha {best.alpha:g} is written as {round(best.alpha)}: the tool wants a whole number")
-    return max(1, round(best.alpha))
-
-
-def _targets(record: StudyRecord, trial: Trial, notes: list[str]) -> str | list[str]:
-    """all-linear by that name, other layers by their modules' names, as the trial's adapter has them."""
-    given = trial.hyperparameters.target_modules
-    if given == "all-linear":
-        return given
-    if not isinstance(given, str):
-        return list(given)
-    adapter = find_adapter(record, trial, handed_over=True)
-    if adapter is not None:
-        found = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("target_modules")
-        if isinstance(found, list):
-            return sorted({str(name).rpartition(".")[2] for name in found})
-    notes.append(f"target_modules {given} by LLaMA's names, as the trial's adapter is not on disk: check them for your model")
-    return _LLAMA[given]
-
-
-def _loss(best: _Best) -> str:
-    """The validation loss that no choice flatters, where a selection measured it."""
-    unbiased = best.selection.unbiased if best.selection is not None else None
-    if best.selection is None or unbiased is None:
-        return "" if best.trial.value is None else f", validation loss {best.trial.value:.4f} in the study"
-    gain = f"; gain {unbiased.gain:.4f} over {headline(best.record).against}" if unbiased.gain else ""
-    return f", validation loss {unbiased.chosen:.4f} with {plural(best.selection.fresh_seeds, 'fresh seed')}{gain}"
-
-
-def _yaml(best: _Best, content: Mapping[str, Any], command: str) -> str:
-    head = f"# The settings of trial {best.trial.number} of the study {best.record.name}{_loss(best)}. Use: {command} THIS_FILE\n"
-    notes = "".join(f"# {note}\n".replace("\n# ", " ") for note in best.notes)
-    return head + notes + yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes 2e-05 as 2.0e-05: YAML 1.1 reads the other as text."""
-
-
-def _number(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
-    text = repr(value)
-    mantissa, found, exponent = text.partition("e")
-    text = f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if found else text
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_Dumper.add_representer(float, _number)
