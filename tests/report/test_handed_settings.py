@@ -137,6 +137,7 @@ def test_the_tagged_template_masks_as_the_prompt_does(tmp_path: Path, bos: bool)
     for system in ("", "Be brief."):
         example = Example(exchanges=(Exchange("Say 1.", "", "It has two ears."), Exchange("Say 2.", "", "Two.")), system=system)
         ours = prompt.encode(example, max_length=512)
+        assert ours is not None
         theirs = tokenizer.apply_chat_template(messages_of(example), return_dict=True, return_assistant_tokens_mask=True)
         assert theirs["input_ids"] == ours.input_ids
         assert [bool(one) for one in theirs["assistant_masks"]] == ours.response_mask
