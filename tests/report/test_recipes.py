@@ -298,4 +298,4 @@ def test_trls_own_parser_takes_the_file(tmp_path: Path) -> None:
     _, training, model, mixture = reader.parse_args_and_config(["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
     assert (model.lora_r, model.lora_alpha, model.lora_target_modules, model.use_peft) == (32, 16, "all-linear", True)
     assert (training.learning_rate, training.gradient_accumulation_steps, training.max_length) == (3.1e-5, 6, 700)
-    assert (mixture.datasets[0].path, mixture.datasets[0].data_files) == ("csv", "faq.csv")
+    assert (mixture.datasets[0].path, mixture.datasets[0].data_files) == ("csv", str(Path("faq.csv").absolute()))

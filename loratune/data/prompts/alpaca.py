@@ -71,15 +71,22 @@ def alpaca_prompt(instruction: str, input: str = "", system: str = "") -> str:
     return f"{opening}\n\n{_turn(instruction, input)}"
 
 
-def alpaca_chat_template(tokenizer: Any) -> str:
-    """A chat template that writes Alpaca's prompt, for a model that was trained with it and is used through a chat interface."""
+def alpaca_chat_template(tokenizer: Any, *, tagged: bool = False) -> str:
+    """A chat template that writes Alpaca's prompt, for a model that was trained with it and is used through a chat interface.
+
+    tagged: with {% generation %} around each answer and its EOS, by which Transformers tells what a model writes.
+    """
+    begins, ends = ("{% generation %}", "{% endgeneration %}") if tagged else ("", "")
     return (
         ("{{ bos_token }}" if begins_with_bos(tokenizer) else "")
         + "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set turns = messages[1:] %}"
         + "{% else %}{{ "
         + repr(_OPENING)
         + " }}{% set turns = messages %}{% endif %}"
-        + "{% for m in turns %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}"
+        + "{% for m in turns %}{% if m['role'] == 'assistant' %}"
+        + begins
+        + "{{ m['content'] + eos_token }}"
+        + ends
         + "{% else %}{{ '\n\n### Instruction:\n' + m['content'] + '\n\n### Response:' }}{% endif %}{% endfor %}"
     )
 

@@ -5,5 +5,7 @@ axolotl.py       Axolotl's YAML
 llamafactory.py  LLaMA-Factory's YAML
 trl.py           the YAML of `trl sft`
 reading.py       which tool's it is; the study it makes
+shown_rows.py    where model and data lie, of which format the rows are, how they are shown
+best_settings.py  what was found, and parts that several tools share
 writing.py       the best settings in each tool's form, and as PEFT's configuration
 """
