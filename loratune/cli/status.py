@@ -53,13 +53,13 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
     from loratune.cli.activity import StudyState, activity
     from loratune.cli.status_scores import score_summary
-    from loratune.cli.trial_lines import state_of
+    from loratune.cli.trial_lines import shown_state
     from loratune.record.common_practice import common_practice
     from loratune.record.nodes import by_node
 
     progress, at_work = record.progress, activity(record.folder, record.progress, spent=record.budget_spent)
     running, searching = at_work.held, at_work.state is StudyState.RUNNING and at_work.command == "run"
-    states = [state_of(trial, running) for trial in record.trials]
+    states = [shown_state(trial, running) for trial in record.trials]
     budget: dict[str, Any] = record.spec.get("budget", {})
     price = budget.get("price_per_device_hour")
     return {
@@ -106,11 +106,11 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
 
 def brief(trial: "Trial | None", *, active: bool = True) -> dict[str, Any] | None:
     """A trial in the facts. In a study that is not `active`, none is running."""
-    from loratune.cli.trial_lines import state_of
+    from loratune.cli.trial_lines import shown_state
 
     if trial is None:
         return None
-    return {"trial": trial.number, "state": state_of(trial, active), "value": trial.value, "scores": trial.scores, "params": trial.params}
+    return {"trial": trial.number, "state": shown_state(trial, active), "value": trial.value, "scores": trial.scores, "params": trial.params}
 
 
 def _front(record: "StudyRecord") -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def state_of(trial: Trial, active: bool) -> str:
+def shown_state(trial: Trial, active: bool) -> str:
     """The trial's state; `interrupted` for one that was in training when the study, which is not `active`, stopped."""
     return "interrupted" if trial.state == RUNNING and not active else str(trial.state)
 
@@ -49,7 +49,7 @@ def counts(trials: Iterable[Trial], *, active: bool = True) -> str:
     """`12 complete, 3 pruned, 1 failed`. In a study that is not `active`, no trial is running."""
     numbers: dict[str, int] = {}
     for trial in trials:
-        state = state_of(trial, active)
+        state = shown_state(trial, active)
         state = "short" if trial.short and state == PRUNED else state
         numbers[state] = numbers.get(state, 0) + 1
     order = [COMPLETE, PRUNED, PAUSED, *numbers]
