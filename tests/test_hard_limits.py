@@ -9,13 +9,14 @@ import pytest
 from test_study import Formula, answer, events, load, outline, spec_of
 
 from loratune.cli import main
+from loratune.cli.status import facts
 from loratune.errors import SpecError
-from loratune.record import COMPLETE, RUNNING, read
+from loratune.record import COMPLETE, RUNNING, Trial, read
 from loratune.record.progress import ProgressTracker
 from loratune.spec import StudySpec, differences
 from loratune.study.loop import Loop, SegmentFinished
 from loratune.study.spending import Spending
-from loratune.work import Message, Outcome, Progress
+from loratune.work import Hyperparameters, Message, Outcome, Progress, State
 
 
 class Endless(Formula):
@@ -114,6 +115,29 @@ def test_a_device_counts_by_the_clock_until_its_segments_tell(monkeypatch: pytes
     assert spending.limit() == "The budget of 1.00 is spent"
 
 
+def test_the_time_left_is_known_with_the_first_result_of_a_start_and_costs_are_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("loratune.record.progress.time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0]))
+    meter = ProgressTracker(budget_trials=3, workers=1, price=3600.0, _ticked=100.0, _settled_at=100.0)
+    outcomes = [Outcome(key=f"{n:04d}/main/0000010", state=State.COMPLETED, validation_loss=1.0, train_seconds=10.0) for n in range(2)]
+    trials = [
+        Trial(number=n, hyperparameters=Hyperparameters(), params={}, state=COMPLETE, value=1.0, outcomes=(outcomes[n],)) for n in (0, 1)
+    ]
+    meter.settled(trials[0])  # replayed from the record
+    assert meter.snapshot()["seconds_left"] is None
+    meter.began(outcomes[1].key, 10, 0)
+    meter.progressed(Progress(key=outcomes[1].key, step=1, total_steps=10, tokens=1))
+    now[0] += 15
+    told = meter.snapshot()
+    assert (told["device_seconds"], told["cost"]) == (10.0, 10.0), "of results"
+    assert told["spent"] == {"device_seconds": 15.0, "cost": 15.0}
+    meter.came(outcomes[1])
+    meter.settled(trials[1])
+    assert meter.snapshot()["seconds_left"] == 10.0
+    now[0] += 4
+    assert meter.snapshot()["seconds_left"] == 6.0, "it runs down until the next result"
+
+
 def test_a_cost_needs_a_price_which_may_change(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"budget.max_cost: got 20; needs price_per_device_hour"):
         spec_of(tmp_path, "random", budget={"max_cost": 20.0})
@@ -167,6 +191,10 @@ def test_a_real_trial_that_takes_longer_than_what_is_left(
     assert 0.1 <= record.cost < 60
     checkpoint = record.paths.run(0).checkpoints()
     assert checkpoint
+    now = facts(record)
+    assert (now["default"]["state"], now["trials"]) == ("interrupted", {"interrupted": 1})
+    assert (now["device_seconds"], now["cost"], now["seconds_left"]) == (0, 0, None), "no result is there"
+    assert now["spent"] == {"device_seconds": record.spent_device_seconds, "cost": record.cost}
     assert main(["status", str(spec.folder)]) == 0
     assert "the budget is spent, 1 trial paused; a larger one continues" in " ".join(capsys.readouterr().out.split())
 

@@ -87,7 +87,10 @@ def load_spec(args: argparse.Namespace) -> "StudySpec":
 
 
 def _check_consent(spec: "StudySpec", given: set[str]) -> None:
-    """Only the user can consent to running code, not the folder, which may come from somebody else. Raises ModelError."""
+    """Only the user can consent to running code, not the folder, which may come from somebody else.
+
+    Raises ModelError for code that comes with a model, SpecError for other code.
+    """
     asked = {
         "model.trust_remote_code": spec.model.trust_remote_code,
         "model.attn_implementation": "/" in (spec.model.attn_implementation or ""),  # code of a hub's repository
@@ -98,9 +101,11 @@ def _check_consent(spec: "StudySpec", given: set[str]) -> None:
     missing = [name for name, needed in asked.items() if needed and name not in given]
     if missing:
         values = {"model.attn_implementation": spec.model.attn_implementation}
-        values["metrics"] = shlex.quote(json.dumps([metric.model_dump() for metric in spec.metrics]))
+        short = [metric.shortest for metric in spec.metrics]
+        values["metrics"] = shlex.quote(short[0] if len(short) == 1 and isinstance(short[0], str) else json.dumps(short))
         flags = " ".join(f"--{name} {values.get(name, 'true')}" for name in missing)
-        raise ModelError(
+        kind = ModelError if any(name.startswith("model.") for name in missing) else SpecError
+        raise kind(
             f"the study in {spec.folder} asks to run code: {', '.join(missing)}. A folder cannot allow that by itself: if you trust its "
             f"source, add {flags}."
         )

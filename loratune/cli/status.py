@@ -53,14 +53,15 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
     """The study in plain numbers and texts; losses in nats per response token, times in seconds, scores in [0, 1]."""
     from loratune.cli.activity import StudyState, activity
     from loratune.cli.status_scores import score_summary
-    from loratune.record import RUNNING
+    from loratune.cli.trial_lines import shown_state
     from loratune.record.common_practice import common_practice
     from loratune.record.nodes import by_node
 
     progress, at_work = record.progress, activity(record.folder, record.progress, spent=record.budget_spent)
     running, searching = at_work.held, at_work.state is StudyState.RUNNING and at_work.command == "run"
-    states = ["interrupted" if trial.state == RUNNING and not running else str(trial.state) for trial in record.trials]
-    budget = record.spec.get("budget", {}).get("trials")
+    states = [shown_state(trial, running) for trial in record.trials]
+    budget: dict[str, Any] = record.spec.get("budget", {})
+    price = budget.get("price_per_device_hour")
     return {
         "name": record.name,
         "folder": str(record.folder),
@@ -77,34 +78,39 @@ def facts(record: "StudyRecord") -> dict[str, Any]:
         "seconds_since_update": at_work.silent,
         "seconds_since_progress": time.time() - progress["heard"] if searching and "heard" in progress else None,
         "trials": {state: states.count(state) for state in dict.fromkeys(states)},
-        "budget_trials": budget,
+        "budget_trials": budget.get("trials"),
         "full_runs": progress.get("full_runs", 0.0),
-        "budget_full_runs": record.spec.get("budget", {}).get("full_runs"),
+        "budget_full_runs": budget.get("full_runs"),
         "left_to_find": progress.get("left_to_find"),
         "in_training": progress.get("running", []) if searching or at_work.state is StudyState.NO_HEARTBEAT else [],
-        "best": brief(record.best),
+        "best": brief(record.best, active=running),
         "front": _front(record),
         "shipped": _shipped(record),
-        "default": brief(record.default),
-        "common_practice": brief(common_practice(record)),
+        "default": brief(record.default, active=running),
+        "common_practice": brief(common_practice(record), active=running),
         "base_loss": record.base_loss,
         "scores": score_summary(record),
         "tokens": record.tokens,
         "tokens_per_second": progress.get("tokens_per_second") if searching else None,
         "device_seconds": record.device_seconds,
-        "cost": record.cost if not running else progress.get("cost"),
-        "budget_max_cost": record.spec.get("budget", {}).get("max_cost"),
+        "cost": None if price is None else record.device_seconds / 3600 * price,
+        "spent": progress["spent"]
+        if running and isinstance(progress.get("spent"), dict)
+        else {"device_seconds": record.spent_device_seconds, "cost": record.cost},
+        "budget_max_cost": budget.get("max_cost"),
         "currency": record.currency,
         "wall_seconds": max(record.wall_seconds, progress.get("wall_seconds", 0.0)),
         "seconds_left": progress.get("seconds_left") if searching else None,
     }
 
 
-def brief(trial: "Trial | None") -> dict[str, Any] | None:
-    """A trial in the facts."""
+def brief(trial: "Trial | None", *, active: bool = True) -> dict[str, Any] | None:
+    """A trial in the facts. In a study that is not `active`, none is running."""
+    from loratune.cli.trial_lines import shown_state
+
     if trial is None:
         return None
-    return {"trial": trial.number, "state": trial.state, "value": trial.value, "scores": trial.scores, "params": trial.params}
+    return {"trial": trial.number, "state": shown_state(trial, active), "value": trial.value, "scores": trial.scores, "params": trial.params}
 
 
 def _front(record: "StudyRecord") -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.record import COMPLETE, PAUSED, PRUNED, RUNNING, StudyRecord, Trial
 from loratune.record.nodes import by_node
-from loratune.system.formatting import count, duration, in_order, label, loss, money, plural, show
+from loratune.system.formatting import count, device_time, duration, in_order, label, loss, plural, price, show
 from loratune.work import Outcome
 
 if TYPE_CHECKING:
@@ -40,11 +40,16 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
+def shown_state(trial: Trial, active: bool) -> str:
+    """The trial's state; `interrupted` for one that was in training when the study, which is not `active`, stopped."""
+    return "interrupted" if trial.state == RUNNING and not active else str(trial.state)
+
+
 def counts(trials: Iterable[Trial], *, active: bool = True) -> str:
     """`12 complete, 3 pruned, 1 failed`. In a study that is not `active`, no trial is running."""
     numbers: dict[str, int] = {}
     for trial in trials:
-        state = "interrupted" if trial.state == RUNNING and not active else str(trial.state)
+        state = shown_state(trial, active)
         state = "short" if trial.short and state == PRUNED else state
         numbers[state] = numbers.get(state, 0) + 1
     order = [COMPLETE, PRUNED, PAUSED, *numbers]
@@ -54,6 +59,7 @@ def counts(trials: Iterable[Trial], *, active: bool = True) -> str:
 def totals(numbers: dict[str, Any]) -> list[str]:
     """Trials, full runs, speed, cost and time left, from progress.json or from `loratune status --json`."""
     tokens, speed, left = numbers.get("tokens"), numbers.get("tokens_per_second"), numbers.get("seconds_left")
+    spent = numbers.get("spent") or {}  # with what runs now, and what was interrupted
     runs, improvement = numbers.get("budget_full_runs"), numbers.get("left_to_find")
     trials = f"{numbers['trials_ended']}/{numbers['budget_trials']} trials" if "trials_ended" in numbers and runs is None else ""
     if "trials_ended" in numbers and runs is not None:
@@ -64,8 +70,8 @@ def totals(numbers: dict[str, Any]) -> list[str]:
         f"at most {improvement:.4f} left to find (90 %)" if improvement is not None else "",
         f"{count(speed)} tokens/s" if speed else "",
         f"{duration(numbers['wall_seconds'])} elapsed",
-        f"{numbers['device_seconds'] / 3600:.2f} device-hours",
-        _cost(numbers.get("cost"), numbers.get("budget_max_cost"), numbers.get("currency", "")),
+        device_time(spent.get("device_seconds", numbers["device_seconds"])),
+        _cost(spent.get("cost"), numbers.get("budget_max_cost"), numbers.get("currency", "")),
         f"{count(tokens)} training tokens" if tokens is not None else "",
         f"about {duration(left)} left" if left is not None else "",
     ]
@@ -75,7 +81,7 @@ def totals(numbers: dict[str, Any]) -> list[str]:
 def _cost(spent: float | None, most: float | None, currency: str) -> str:
     if spent is None:
         return ""
-    return money(spent, currency) if most is None else f"{spent:.2f} of {money(most, currency)}"
+    return price(spent, currency) if most is None else f"{spent:.2f} of {price(most, currency)}"
 
 
 def ended(trial: Trial, outcome: Outcome, base: float | None) -> str:
@@ -123,12 +129,12 @@ def result(record: StudyRecord) -> list[str]:
     if record.best is None or record.best.value is None:
         messages = [f"The last message, of trial {trial.number}: {trial.message}" for trial in record.trials if trial.message]
         return [f"No trial was trained to its end ({counts(record.trials)}).", *messages[-1:]]
-    price = "" if record.cost is None else f", {money(record.cost, record.currency)}"
+    cost = "" if record.cost is None else f", {price(record.cost, record.currency)}"
     of = f"{record.own_objective} and validation" if record.own_objective else "Validation"
     return [
         f"{of} loss after {plural(len(record.trials), 'trial')} ({counts(record.trials)}):",
         *(f"  {line}" for line in standing(record)),
-        f"Cost: {record.device_seconds / 3600:.2f} device-hours{_on_nodes(record)}{price}, {count(record.tokens)} training tokens.",
+        f"Cost: {device_time(record.spent_device_seconds)}{_on_nodes(record)}{cost}, {count(record.tokens)} training tokens.",
     ]
 
 

@@ -38,6 +38,7 @@ class View:
         earlier = read(self._folder).trials if StudyPaths(self._folder).spec.is_file() else ()
         self._replayed = {outcome.key for trial in earlier for outcome in trial.outcomes}  # shown when they came, in an earlier start
         self._numbers = {trial.number for trial in earlier if trial.outcomes}
+        self._begun = {trial.number for trial in earlier}
 
     def show(self, event: "Event") -> None:
         """Take one event. The events of an earlier start are summed up in a line."""
@@ -104,7 +105,9 @@ class Lines(View):
             print(f"[{clock(time.monotonic() - self._started):>7}] {line}", file=self._stream, flush=True)
 
     def trial_started(self, trial: Trial) -> None:
-        self.note(f"trial {trial.number} begins: {params(trial.params)}")
+        steps = [int(path.stem.rpartition("-")[2]) for path in self.record.paths.run(trial.number).checkpoints()]
+        begins = f"continues at step {max(steps)}" if steps and trial.number in self._begun else "begins"
+        self.note(f"trial {trial.number} {begins}: {params(trial.params)}")
 
     def segment_finished(self, trial: Trial, outcome: Outcome, improved: bool) -> None:
         first = next(trial for trial in self.record.trials if trial.outcomes)

@@ -43,6 +43,8 @@ class ProgressTracker:
     _device_seconds: float = 0.0
     _tokens: int = 0
     _ended: int = 0
+    _came: bool = False  # a result, in this session
+    _settled_at: float = field(default_factory=time.monotonic)
     _best: Trial | None = None
     _at_work: set[str] = field(default_factory=set)  # segments and scorings that were heard of and run
     _busy: float = 0.0  # device-seconds of this session, by the clock
@@ -104,6 +106,7 @@ class ProgressTracker:
 
     def came(self, outcome: Outcome) -> None:
         """An outcome arrived from the executor (not from the record)."""
+        self._came = True
         self._end_work(outcome.key)
         self._here += (outcome.train_seconds + outcome.validation_seconds) * outcome.devices
 
@@ -124,7 +127,7 @@ class ProgressTracker:
         self.left = left if left is not None and math.isfinite(left) else None
 
     def settled(self, trial: Trial) -> None:
-        before = self._trials.get(trial.number)
+        before, self._settled_at = self._trials.get(trial.number), time.monotonic()
         self._trials[trial.number] = trial
         self._device_seconds += trial.device_seconds - (before.device_seconds if before else 0.0)
         self._tokens += trial.tokens - (before.tokens if before else 0)
@@ -142,6 +145,8 @@ class ProgressTracker:
         left = per_trial * (self.budget_trials - self._ended) / max(1, self.workers)
         if self.budget_runs is not None and self.runs > 0:
             left = min(left, self.device_seconds / self.runs * max(0.0, self.budget_runs - self.runs) / max(1, self.workers))
+        left = max(0.0, left - (now - self._settled_at))
+        of_results = None if self.price is None else self.device_seconds / 3600 * self.price
         return {
             "pid": os.getpid(),
             "host": os.uname().nodename,
@@ -158,10 +163,11 @@ class ProgressTracker:
             "default": self._trials[0].value if 0 in self._trials else None,
             "tokens_per_second": sum(tokens for _, tokens in self._speed) / span if span > 1 else None,
             "device_seconds": self.device_seconds,
-            "cost": self.cost,
+            "cost": of_results,
+            "spent": {"device_seconds": self.spent_device_seconds, "cost": self.cost},
             "budget_max_cost": self.budget_cost,
             "currency": self.currency,
             "idle_devices": self.idle,
             "wall_seconds": self.wall_seconds,
-            "seconds_left": left if self._ended else None,
+            "seconds_left": left if self._ended and self._came else None,
         }

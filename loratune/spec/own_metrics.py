@@ -37,6 +37,13 @@ class OwnMetric(Section):
     examples: int = Field(200, ge=1, description="examples that are answered, drawn with the seed once for all trials")
     max_new_tokens: int = Field(128, ge=1, description="length of a generated answer, at most; generation is greedy")
 
+    @property
+    def shortest(self) -> str | dict[str, Any]:
+        """As one would write it: the function's address alone, or with the fields that are not the defaults."""
+        plain = OwnMetric(function=self.function)
+        others = {name: value for name, value in self.model_dump().items() if value != getattr(plain, name)}
+        return {"function": self.function, **others} if others else self.function
+
     @model_validator(mode="before")
     @classmethod
     def _by_address(cls, given: Any) -> Any:

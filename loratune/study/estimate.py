@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.executors.devices import ClusterDevices
-from loratune.system.formatting import device_time, duration, money, plural
+from loratune.system.formatting import device_time, duration, money, plural, price
 
 _BUSY = 1.5  # processes per processor, beyond which a measured speed is not the machine's
 _SHARED, _SHARED_BUSY = (0.7, 1.3), (0.5, 2.0)  # speeds of processors that others use too, over the one measured a moment before
@@ -160,8 +160,7 @@ class Plan:
         if self.cost is not None:
             slowest, fastest = self.spread
             low, high = money(self.cost / fastest, self.currency), money(self.cost / slowest, self.currency)
-            price = money(self.price or 0.0, self.currency)
-            yield f"cost          {_between(low, high)}, at {price} per device-hour"
+            yield f"cost          {_between(low, high)}, at {money(self.price or 0.0, self.currency)} per device-hour"
 
     def _start(self) -> Iterator[str]:
         if seconds := self.seconds_to_start or self.seconds_to_load:
@@ -172,17 +171,17 @@ class Plan:
         if self.fresh_runs:
             slowest, _ = self.spread
             hours = self.fresh_device_hours
-            price = "" if self.price is None else f", {money(hours * self.price / slowest, self.currency)}"
+            cost = "" if self.price is None else f", {price(hours * self.price / slowest, self.currency)}"
             wall = self._range(hours / self.devices_per_trial / self.processes)
             yield (
                 f"select        afterwards trains at most {plural(self.fresh_runs, 'full run')} with fresh seeds: {wall}, "
-                f"{device_time(hours * 3600)}{price} more; with --no-rerun none"
+                f"{device_time(hours * 3600)}{cost} more; with --no-rerun none"
             )
 
     def _together(self) -> Iterator[str]:
         found = self._all()
         low, high = (_hours(seconds / 3600) for seconds in found["seconds"])
-        cost = "" if self.price is None else f", {_between(*(money(cost, self.currency) for cost in found['cost']))}"
+        cost = "" if self.price is None else f", {_between(*(price(cost, self.currency) for cost in found['cost']))}"
         what = "search, selection and 2 starts" if self._starts == 2 else "with the start"
         yield f"all together  {_between(low, high)}, {device_time(found['device_hours'] * 3600)}{cost}: {what}"
 

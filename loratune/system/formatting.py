@@ -138,6 +138,11 @@ def money(amount: float, currency: str = "") -> str:
     return _odd(amount) or f"{amount:.2f} {currency}".rstrip()
 
 
+def price(amount: float, currency: str = "") -> str:
+    """`money` in a list of other numbers: `12.50 EUR`; `a cost of 12.50` without a unit."""
+    return money(amount, currency) if currency else f"a cost of {money(amount)}"
+
+
 def device_time(seconds: float) -> str:
     """Devices' time added up: `13 device-seconds`, from a minute on `0.25 device-hours`."""
     return f"{seconds:.0f} device-seconds" if seconds < 60 else f"{seconds / 3600:.2f} device-hours"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from loratune.cli import view as views
-from loratune.cli.trial_lines import clock, counts, params, result, varied_parameters
+from loratune.cli.trial_lines import clock, counts, params, result, totals, varied_parameters
 from loratune.cli.view import Lines, Table, open_view
-from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Trial
+from loratune.record import COMPLETE, DIVERGED, FAILED, INFEASIBLE, PAUSED, RUNNING, StudyRecord, Trial, open_record
 from loratune.spec import StudySpec
 from loratune.study.loop import SegmentFinished, TrialStarted
 from loratune.work import CurvePoint, Hyperparameters, Message, Outcome, Progress, State
@@ -188,3 +188,28 @@ def test_words() -> None:
     assert counts(mixed, active=False) == "2 complete, 1 paused, 1 interrupted"
     assert varied_parameters(mixed) == ["lora_r"]
     assert varied_parameters(mixed[:1]) == ["lora_r", "learning_rate"]
+
+
+def test_a_trial_that_has_a_checkpoint_continues(spec: StudySpec) -> None:
+    spec.folder.joinpath("spec.yaml").write_text(spec.to_yaml())
+    with open_record(spec.folder) as record:
+        for number in range(2):
+            record.begin(number, 0)
+            record.trial(trial(number))
+        run = record.paths.run(0)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "checkpoint-0000120.safetensors").write_bytes(b"")
+    stream = io.StringIO()
+    view = Lines(spec, stream)
+    for number in range(2):
+        view.show(TrialStarted(trial(number)))
+    first, second = stream.getvalue().splitlines()
+    assert "trial 0 continues at step 120: rank 8" in first
+    assert "trial 1 begins: rank 16" in second
+
+
+def test_small_sums_are_in_seconds_and_a_cost_without_a_currency_is_named() -> None:
+    numbers = {"full_runs": 0.2, "budget_full_runs": 3.0, "wall_seconds": 20.0, "device_seconds": 6.5}
+    told = totals(numbers | {"cost": 0.0, "spent": {"device_seconds": 13.7, "cost": 0.04}, "budget_max_cost": None, "currency": ""})
+    assert told[-2:] == ["14 device-seconds", "a cost of 0.04"], "with what runs"
+    assert "0.04 EUR" in totals(numbers | {"spent": {"device_seconds": 13.7, "cost": 0.04}, "currency": "EUR"})

@@ -359,10 +359,15 @@ def test_a_folder_cannot_ask_for_code(tmp_path: Path, capsys: pytest.CaptureFixt
     spec.folder.mkdir()
     (spec.folder / "spec.yaml").write_text(spec.to_yaml())
     (spec.folder / "lock").write_text("")
-    assert main(["run", str(spec.folder)]) == 4
+    assert main(["run", str(spec.folder)]) == 2
     said = capsys.readouterr().err
     assert "asks to run code: metrics" in said
-    assert f"--metrics '{json.dumps([m.model_dump() for m in spec.metrics])}'" in said
+    assert f"add --metrics {module}:words." in said, "the address alone, as it was written"
+    assert main(["recommend", str(spec.folder), "--metrics", f"{module}:words"]) == 0, "that is consent"
+    capsys.readouterr()
+    (spec.folder / "spec.yaml").write_text(study_of(tmp_path / "study", {"function": f"{module}:words", "examples": 9}).to_yaml())
+    assert main(["run", str(spec.folder)]) == 2
+    assert f"""--metrics '[{{"function": "{module}:words", "examples": 9}}]'""" in capsys.readouterr().err
 
 
 def _prepared(record: Any) -> Path:
