@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.cli.parser import add_trust
-from loratune.work import Message
+from loratune.work import Message, Outcome
 
 if TYPE_CHECKING:
     from loratune.selection import SelectEvent, SelectionRecord
@@ -53,9 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from loratune.cli.interrupt import Interrupt, stopped
-    from loratune.selection import Planned, Selected, select
+    from loratune.selection import Planned, RerunFinished, Selected, select
+    from loratune.selection.rerun import cost_of
 
     record: SelectionRecord | None = None
+    trained: list[Outcome] = []  # now; what an earlier start did is on disk
     with Interrupt() as interrupt:
         events = select(
             Path(args.folder),
@@ -69,19 +71,34 @@ def main(args: argparse.Namespace) -> int:
             stop=interrupt.stop,
         )
         for event in events:
+            if isinstance(event, RerunFinished):
+                trained.append(event.outcome)
             if isinstance(event, Selected):
                 record = event.record
             elif (line := event_line(event)) is not None:
                 print(line, flush=True)
             if isinstance(event, Planned):
-                args.facts["planned"] = asdict(event.most)
+                args.facts["planned"] = _priced(asdict(event.most), Path(args.folder))
             if isinstance(event, Planned) and event.most.runs and not args.yes and not _agreed():
                 return 0
     if record is None:
         return stopped(args)
-    args.facts |= record.to_plain() | {"common_practice": _common_practice(Path(args.folder))}
+    args.facts |= _priced(record.to_plain(), Path(args.folder)) | {"common_practice": _common_practice(Path(args.folder))}
+    args.facts |= {"verdict": record.verdict, "trained_now": _priced(asdict(cost_of(trained)), Path(args.folder))}
+    if not record.shares_tell:
+        shares: list[dict[str, Any]] = [args.facts, *args.facts["candidates"]]
+        for row in shares:
+            row |= dict.fromkeys({"share", "runner_up_share"} & row.keys())
     args.facts |= _hand_over(record, Path(args.folder), args.trust_remote_code)
     return 0
+
+
+def _priced(spent: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With `cost`, by the study's price of a device-hour; None without one."""
+    from loratune.record import read
+
+    price = read(folder).spec.get("budget", {}).get("price_per_device_hour")
+    return spent | {"cost": None if price is None else spent["device_seconds"] / 3600 * price}
 
 
 def _common_practice(folder: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from loratune.record import StudyRecord, Trial
 from loratune.record.paths import StudyPaths
-from loratune.selection.confidence import Gap, confidence, gap
+from loratune.selection.confidence import ENOUGH, Gap, confidence, gap
 from loratune.statistics import Interval
 from loratune.system.files import AnyPath, parsed, write_atomically
 from loratune.work import Json
@@ -125,10 +125,20 @@ class SelectionRecord(Json):
         """The chosen trial."""
         return next(trial for trial in study.trials if trial.number == self.chosen)
 
+    @property
+    def verdict(self) -> str:
+        """What to ship and how sure that is, in a sentence or two."""
+        return f"Ship trial {self.chosen}. {self.confidence}"
+
+    @property
+    def shares_tell(self) -> bool:
+        """Whether there are seeds enough for shares of resamples to say something."""
+        return self.nearest is not None and self.nearest.seeds >= ENOUGH
+
     def explain(self) -> str:
         """The choice in about ten lines."""
         own = self.finalist(self.chosen)
-        lines = [f"Ship trial {self.chosen}. {self.confidence}", *self.why]
+        lines = [self.verdict, *self.why]
         if self.chosen != self.lowest:
             lines.append(f"The study's lowest loss was trial {self.lowest}'s.")
         if self.race is not None:

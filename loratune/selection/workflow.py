@@ -350,6 +350,13 @@ class _Selection:
         seed = fresh_seed(self.seed, run)
         return Shipped(run=run, seed=seed, validation_loss=runs[run], lowest_of=len(runs))
 
+    def _paid(self) -> selected.SelectionRecord | None:
+        """The selection that stands in the folder, where it trained something."""
+        with contextlib.suppress(StorageError):
+            found = selected.read_selection(self.study.folder)
+            return found if found is not None and found.runs else None
+        return None
+
     def _tell(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
@@ -366,6 +373,17 @@ class _Selection:
         if self.by_own and self.rerun:
             self._tell(
                 f"{rule.metrics[0]} was measured of the study's own run alone, so that one is handed over; fresh seeds tell the loss."
+            )
+        if not self.rerun and (earlier := self._paid()) is not None:
+            self._tell(
+                f"This replaces an earlier selection of {earlier.runs} runs, which chose trial {earlier.chosen}; they are on disk, "
+                "and its command chooses by them again without training."
+            )
+        if unbiased is not None:
+            examples = self.study.manifest.get("validation", {}).get("examples")
+            on = f"the {examples:,} validation examples" if isinstance(examples, int) else "the validation examples"
+            self._tell(
+                f"Intervals are over seeds, on {on} that also chose the trial: how the loss varies with the examples is not in them."
             )
         if self.prefer is None and "score" not in rule.metrics and len(trials) > 1:
             self._tell(
