@@ -118,6 +118,7 @@ def test_the_totals_are_those_of_the_text_and_tell_what_comes_after() -> None:
     assert "all together  4.0 h to 10.1 h, 40.25 device-hours, 64.41 EUR to 160.93 EUR: with the start\n" in str(
         replace(priced, fresh_runs=0)
     )
+    assert "device-hours, a cost of 160.94 to 402.19: search" in str(replace(priced, currency=""))
     assert PLAN.totals() is not None
     assert PLAN.totals()["cost"] is None  # type: ignore[index]
     assert replace(PLAN, problem="out of memory", training_tokens_per_second=0.0).totals() is None

@@ -37,11 +37,13 @@ def dry_run(spec: "StudySpec", facts: dict[str, Any]) -> int:
     begun = StudyPaths(spec.folder).begun
     what = f"Study {spec.name}, which {spec.folder} holds a part of" if begun else f"Study {spec.name}"
     print(f"{what}: {budget(spec)} by {spec.sampler.name}. Nothing is started.\n", flush=True)
+    started = time.monotonic()
     if any(METRICS[limit.metric].known == "before" for limit in spec.limits):
         with _stage("Reading how large adapters of this model are, for the constraints"):
             from loratune.study.size_limits import check_size_limits
 
-            check_size_limits(spec)
+            check_size_limits(spec)  # loads torch, which a start does too
+    loaded = time.monotonic() - started
     spec, guessed = first_guess(spec)
     guard = _guard(spec, guessed)
     print("\n".join(guess_lines(spec, guessed)), flush=True)
@@ -65,7 +67,7 @@ def dry_run(spec: "StudySpec", facts: dict[str, Any]) -> int:
         data = prepare_data(spec, notes)
         beforehand = known_beforehand(spec, data)
     print("\n".join([*notes, data.summary(), *beforehand]), flush=True)
-    read = time.monotonic() - began
+    read = loaded + time.monotonic() - began
     with _stage("Measuring: the model is loaded and the largest adapter trained for some steps"):
         planned = plan(spec, data, guard)
     planned = replace(planned, seconds_to_start=read + planned.seconds_to_load)

@@ -110,13 +110,8 @@ def brief(trial: "Trial | None", *, active: bool = True) -> dict[str, Any] | Non
 
     if trial is None:
         return None
-    return {
-        "trial": trial.number,
-        "state": shown_state(trial, active),
-        "value": trial.value,
-        "scores": trial.scores,
-        "params": trial.params,
-    }
+    state = shown_state(trial, active)
+    return {"trial": trial.number, "state": state, "value": trial.value, "scores": trial.scores, "params": trial.params}
 
 
 def _front(record: "StudyRecord") -> list[dict[str, Any]]:

@@ -124,7 +124,7 @@ class _Selection:
     require: Sequence[str]
     prefer: str | None
     tolerance: float
-    common_practice: bool
+    common_practice: bool = False
 
     def __post_init__(self) -> None:
         study = self.study

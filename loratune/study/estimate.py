@@ -181,9 +181,13 @@ class Plan:
     def _together(self) -> Iterator[str]:
         found = self._all()
         low, high = (_hours(seconds / 3600) for seconds in found["seconds"])
-        cost = "" if self.price is None else f", {_between(*(price(cost, self.currency) for cost in found['cost']))}"
+        cost = "" if self.price is None else f", {self._priced(*found['cost'])}"
         what = "search, selection and 2 starts" if self._starts == 2 else "with the start"
         yield f"all together  {_between(low, high)}, {device_time(found['device_hours'] * 3600)}{cost}: {what}"
+
+    def _priced(self, low: float, high: float) -> str:
+        """`12.50 EUR to 14.00 EUR`; `a cost of 12.50 to 14.00` without a unit."""
+        return _between(price(low, self.currency), money(high, self.currency)) if low != high else price(low, self.currency)
 
     def _busy(self) -> Iterator[str]:
         if self.load > _BUSY:
