@@ -140,11 +140,13 @@ def money(amount: float, currency: str = "") -> str:
 
 def price(amount: float, currency: str = "") -> str:
     """`money` in a list of other numbers: `12.50 EUR`; `a cost of 12.50` without a unit."""
-    return money(amount, currency) if currency else f"a cost of {money(amount)}"
+    return money(amount, currency) if currency or not math.isfinite(amount) else f"a cost of {money(amount)}"
 
 
 def device_time(seconds: float) -> str:
     """Devices' time added up: `13 device-seconds`, from a minute on `0.25 device-hours`."""
+    if not math.isfinite(seconds):
+        return "–"
     return f"{seconds:.0f} device-seconds" if seconds < 60 else f"{seconds / 3600:.2f} device-hours"
 
 

@@ -88,7 +88,7 @@ def test_status_and_report_tell_which_node_trained_what(loratune, done, tmp_path
     from loratune.cli.trial_lines import result
     from loratune.report import write_report
 
-    assert "device-hours on 3 nodes (3 attempts lost to nodes that went)" in result(read(study))[-1]
+    assert "device-seconds on 3 nodes (3 attempts lost to nodes that went)" in result(read(study))[-1]
     page = write_report([read(study)], tmp_path / "report.html").read_text()
     assert "spot/89ab" in page
     assert "attempts lost" in page

@@ -24,7 +24,7 @@ from loratune.statistics import Interval
 from loratune.system import formatting
 
 NAN = re.compile(r"\bnan\b|\binf\b", re.IGNORECASE)
-NUMBERS = ["loss", "perplexity", "signed", "percent", "points", "measured", "duration", "count", "money", "show"]
+NUMBERS = ["loss", "perplexity", "signed", "percent", "points", "measured", "duration", "count", "money", "price", "device_time", "show"]
 
 
 @pytest.mark.parametrize("name", NUMBERS)
