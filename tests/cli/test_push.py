@@ -117,7 +117,9 @@ def test_pushed_whole_and_refused_with_a_reason(finished_study: Path, hub: Any) 
     endpoint = f"http://127.0.0.1:{hub.server_port}"
     done = push(finished_study, endpoint, TOKEN, "--private")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"address": f"{endpoint}/ann/colours"}
+    told = json.loads(done.stdout)
+    assert {name: told[name] for name in ("address", "trial", "run")} == {"address": f"{endpoint}/ann/colours", "trial": 0, "run": "main"}
+    assert told["bytes"] > 200_000
     assert hub.private is True
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= hub.files.keys()
     kept = finished_study / "adapter" / "adapter_model.safetensors"

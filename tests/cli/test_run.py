@@ -135,7 +135,7 @@ def test_dry_run_tells_costs_and_leaves_nothing(loratune, done, tmp_path: Path) 
     manifest = read(home / "study").manifest
     assert "one trial     3 steps, " in answer.out
     assert f"41 validations of {manifest['validation']['tokens']:,} tokens" in answer.out
-    assert re.search(r"^time +.* per trial; .* in all, [\d.]+ device-hours$", answer.out, re.MULTILINE)
+    assert re.search(r"^time +.* per trial; .* in all, [\d.]+ device-(seconds|hours)$", answer.out, re.MULTILINE)
     assert re.search(r"^memory +[\d.]+ [MG]iB at its peak, per device, at rank 4$", answer.out, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
     stages = [line for line in answer.out.splitlines() if line.endswith(" ...")]
