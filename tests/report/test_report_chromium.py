@@ -72,7 +72,7 @@ def test_the_committed_example_is_quiet_and_fits(browser: Any) -> None:
     text = example.read_text()
     assert len(text) < 5e6
     assert not re.search(r"(?<![\w.:/])/(?:home|root|tmp|work|Users)/", text)
-    for title in ("Chosen against default", "Learning curves", "Downstream scores", "Finalists and noise", "To reproduce it"):
+    for title in ("Chosen against first full run", "Learning curves", "Downstream scores", "Finalists and noise", "To reproduce it"):
         assert title in text
     page = browser.new_page(viewport={"width": 390, "height": 800})
     said: list[str] = []
